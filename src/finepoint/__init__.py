@@ -1,0 +1,55 @@
+"""finepoint: train a chosen handful of a model's own weights, in place.
+
+The public names, imported when first used, so that `import finepoint` stays instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finepoint.adapters.adapter import SparseAdapter
+    from finepoint.choosing.rules import RULES, register
+    from finepoint.choosing.selection import Selection, select
+    from finepoint.choosing.weights import target_weights
+    from finepoint.config import TrainConfig
+    from finepoint.errors import FinepointError
+    from finepoint.training.run import train
+    from finepoint.training.tuner import SparseTuner
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FinepointError": "finepoint.errors",
+    "RULES": "finepoint.choosing.rules",
+    "Selection": "finepoint.choosing.selection",
+    "SparseAdapter": "finepoint.adapters.adapter",
+    "SparseTuner": "finepoint.training.tuner",
+    "TrainConfig": "finepoint.config",
+    "register": "finepoint.choosing.rules",
+    "select": "finepoint.choosing.selection",
+    "target_weights": "finepoint.choosing.weights",
+    "train": "finepoint.training.run",
+}
+
+__all__ = [
+    "RULES",
+    "FinepointError",
+    "Selection",
+    "SparseAdapter",
+    "SparseTuner",
+    "TrainConfig",
+    "register",
+    "select",
+    "target_weights",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'finepoint' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Keep them: what a trained change is, its file, apply and revert."""

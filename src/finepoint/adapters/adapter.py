@@ -1,0 +1,159 @@
+"""What a trained change is, and how it goes into a model and out again, exactly."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from finepoint.adapters.entries import checksum, gather, moved, overlap, scatter_
+from finepoint.errors import FinepointError
+
+Kind = Literal["delta", "value", "full"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """The trained change of one weight."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """of the weight, e.g. `bfloat16`"""
+    kind: Kind
+    """`delta`: added to the base; `value`: replaces it exactly; `full`: replaces the whole weight, whatever it was"""
+    indices: Tensor
+    """(k,) int64, ascending, unique; empty for `full`"""
+    numbers: Tensor
+    """(k,) float32 deltas (float64 over float64), or (k,) values in the weight's dtype, or the whole weight"""
+    base: str = ""
+    """checksum of the base's values at the indices; empty for `full`"""
+
+    def __len__(self) -> int:
+        return self.numbers.numel()
+
+    def positions(self) -> Tensor:
+        """The flat indices this change writes to, (k,) int64."""
+        return torch.arange(self.numbers.numel()) if self.kind == "full" else self.indices
+
+    def new_values(self, base: Tensor) -> Tensor:
+        """What the entries become, given the base's values there: (k,), the base's dtype."""
+        numbers = self.numbers.to(base.device)
+        return moved(base, numbers) if self.kind == "delta" else numbers.reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseAdapter(Mapping[str, Tensor]):
+    """The trained change of a whole model: a mapping from weight name to indices, with what is written there.
+
+    `info` says where it comes from (base model, rule, density, data, ..): JSON-ready, for people and for `inspect`.
+    """
+
+    changes: dict[str, Change]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.changes[name].positions()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.changes)
+
+    def __len__(self) -> int:
+        return len(self.changes)
+
+    @property
+    def count(self) -> int:
+        """Trained entries in all."""
+        return sum(len(change) for change in self.changes.values())
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Writes `finepoint.safetensors`, `finepoint_config.json` and a README; returns the folder.
+
+        Raises:
+            FinepointError: the folder holds something and `overwrite` is not given, or cannot be written.
+        """
+        from finepoint.adapters.format import save
+
+        return save(self, folder, overwrite)
+
+    @staticmethod
+    def load(folder: str | Path) -> "SparseAdapter":
+        """Reads an adapter folder and checks all of it; load(save(a)) equals a bit for bit.
+
+        Raises:
+            FinepointError: missing, truncated or inconsistent file, unknown version; the weight is named.
+        """
+        from finepoint.adapters.format import load
+
+        return load(folder)
+
+    def problems(self, model: nn.Module) -> list[str]:
+        """Why this adapter does not belong to the model as it is now; empty if it does."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        found = []
+        for name, change in self.changes.items():
+            if name not in parameters:
+                found.append(f"{name}: the model has no such weight")
+                continue
+            weight = parameters[name]
+            dtype = str(weight.dtype).removeprefix("torch.")
+            if tuple(weight.shape) != change.shape:
+                found.append(f"{name}: shape {tuple(weight.shape)} in the model, {change.shape} in the adapter")
+            elif dtype != change.dtype:
+                found.append(f"{name}: {dtype} in the model, {change.dtype} in the adapter; load it as {change.dtype}")
+            elif change.kind != "full" and checksum(gather(weight, change.indices)) != change.base:
+                found.append(f"{name}: its values are not those of the base model the adapter was trained on")
+        return found
+
+    def apply(self, model: nn.Module) -> None:
+        """Writes the adapter into the model's weights, exactly as they were at the end of training.
+
+        The bits it replaces are kept on the model, for `revert`. Adapters that share no entry can be applied together.
+
+        Raises:
+            FinepointError: the model is not the one the adapter was trained on; nothing is changed then.
+        """
+        if problems := self.problems(model):
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise FinepointError(f"the adapter does not fit this model: {problems[0]}{more}")
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        originals = {name: gather(weights[name], self[name]) for name in self}
+        _applied(model).append((self, originals))
+        for name, change in self.changes.items():
+            scatter_(weights[name], self[name], change.new_values(originals[name]))
+
+    def revert(self, model: nn.Module) -> None:
+        """Restores the exact bits that `apply` replaced.
+
+        Raises:
+            FinepointError: the adapter is not applied, or one applied later shares entries with it.
+        """
+        stack = _applied(model)
+        places = [i for i, (adapter, _) in enumerate(stack) if adapter is self]
+        if not places:
+            raise FinepointError("the adapter is not applied to this model, so there is nothing to revert")
+        for later, _ in stack[places[-1] + 1 :]:
+            for name in set(self) & set(later):
+                if overlap(self[name], later[name]):
+                    raise FinepointError(f"an adapter applied later shares entries of {name}; revert that one first")
+        _, originals = stack.pop(places[-1])
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        for name, values in originals.items():
+            scatter_(weights[name], self[name], values)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Inside, the adapter is applied; afterwards, also after an exception, the original bits are back."""
+        self.apply(model)
+        try:
+            yield model
+        finally:
+            self.revert(model)
+
+
+def _applied(model: nn.Module) -> list[tuple[SparseAdapter, dict[str, Tensor]]]:
+    """The adapters applied to a model, first to last, with the bits they replaced: kept on the model itself, so that
+    they live exactly as long and a deep copy of the model can be reverted too."""
+    return model.__dict__.setdefault("_finepoint_applied", [])

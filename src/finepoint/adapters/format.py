@@ -1,0 +1,149 @@
+"""The adapter folder: one safetensors file that says everything, and a readable copy of its configuration.
+
+`finepoint.safetensors` holds for each weight `<name>.indices` (int32 where they fit, else int64) with `<name>.delta`
+or `<name>.value`, or `<name>.full`; its metadata holds the configuration. Since that is all one file, replacing it is
+atomic. `finepoint_config.json` repeats the configuration for people and hubs; `load` does not read it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.errors import FinepointError
+from finepoint.files import claim_folder, write_atomic, write_json, write_text
+
+VERSION = 1
+TENSORS = "finepoint.safetensors"
+CONFIG = "finepoint_config.json"
+KINDS = ("delta", "value", "full")
+INT32_ENTRIES = 1 << 31
+
+
+def save(adapter: SparseAdapter, folder: str | Path, overwrite: bool = False) -> Path:
+    """See `SparseAdapter.save`."""
+    folder = claim_folder(folder, overwrite)
+    config = _config(adapter)
+    tensors: dict[str, Tensor] = {}
+    for name, change in adapter.changes.items():
+        if change.kind != "full":
+            narrow = torch.int32 if _entries(change.shape) <= INT32_ENTRIES else torch.int64
+            tensors[f"{name}.indices"] = change.indices.to("cpu", narrow)
+        tensors[f"{name}.{change.kind}"] = change.numbers.detach().cpu().contiguous()
+    metadata = {"format": "pt", "finepoint": json.dumps(config, sort_keys=True)}
+    write_atomic(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
+    write_json(folder / CONFIG, config)
+    write_text(folder / "README.md", _card(adapter))
+    return folder
+
+
+def load(folder: str | Path) -> SparseAdapter:
+    """See `SparseAdapter.load`."""
+    path = Path(folder) / TENSORS
+    if not path.is_file():
+        raise FinepointError(f"{folder} is not an adapter folder: it has no {TENSORS}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = _parsed(path, file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise FinepointError(f"cannot read {path}: {error}") from error
+    changes = {}
+    for name, facts in config["weights"].items():
+        changes[name] = _change(path, name, facts, tensors)
+    if tensors:
+        raise FinepointError(f"{path} holds {next(iter(tensors))!r}, which its configuration does not mention")
+    return SparseAdapter(changes, config.get("info", {}))
+
+
+def _config(adapter: SparseAdapter) -> dict[str, Any]:
+    weights = {
+        name: {"shape": list(change.shape), "dtype": change.dtype, "kind": change.kind, "count": len(change),
+               "base_checksum": change.base}
+        for name, change in adapter.changes.items()
+    }  # fmt: skip
+    return {"format_version": VERSION, "count": adapter.count, "info": adapter.info, "weights": weights}
+
+
+def _parsed(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if "finepoint" not in metadata:
+        raise FinepointError(f"{path} was not written by finepoint: its metadata has no 'finepoint' entry")
+    try:
+        config = json.loads(metadata["finepoint"])
+        version, weights = config["format_version"], config["weights"]
+        shaped = isinstance(weights, dict) and all(isinstance(facts, dict) for facts in weights.values())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FinepointError(f"{path}: its finepoint configuration is damaged ({error})") from error
+    if version != VERSION:
+        raise FinepointError(f"{path} has format version {version!r}; this finepoint reads version {VERSION}")
+    if not shaped or not isinstance(config.get("info", {}), dict):
+        raise FinepointError(f"{path}: its finepoint configuration is damaged (weights or info)")
+    return config
+
+
+def _change(path: Path, name: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
+    """One weight's change, checked; its tensors are taken out of `tensors`."""
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise FinepointError(f"{path}: {name}: {what}")
+
+    shape, dtype, kind = facts.get("shape"), facts.get("dtype"), facts.get("kind")
+    valid = isinstance(shape, list) and all(type(size) is int and 0 < size < 1 << 48 for size in shape)
+    need(valid, f"shape {shape!r} is not a list of sizes")
+    assert isinstance(shape, list)
+    need(kind in KINDS, f"kind {kind!r} is none of {', '.join(KINDS)}")
+    need(dtype in FLOATS, f"dtype {dtype!r} is none of {', '.join(FLOATS)}")
+    need(f"{name}.{kind}" in tensors, f"{name}.{kind} is missing from the file")
+    numbers = tensors.pop(f"{name}.{kind}")
+    need(bool(torch.isfinite(numbers).all()), "a number is not finite")
+    entries = _entries(tuple(shape))
+    if kind == "full":
+        need(list(numbers.shape) == shape and numbers.dtype == FLOATS[dtype], "the stored weight has another form")
+        return Change(tuple(shape), dtype, "full", torch.empty(0, dtype=torch.long), numbers)
+
+    need(f"{name}.indices" in tensors, f"{name}.indices is missing from the file")
+    indices = tensors.pop(f"{name}.indices")
+    need(indices.dtype in (torch.int32, torch.int64) and indices.ndim == 1, "indices are not a list of integers")
+    indices = indices.long()
+    need(numbers.shape == indices.shape, f"{len(indices)} indices, numbers of shape {tuple(numbers.shape)}")
+    need(facts.get("count") == len(indices), f"{facts.get('count')!r} entries announced, {len(indices)} in the file")
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    need(numbers.dtype == (FLOATS[dtype] if kind == "value" else wide), f"{kind} is stored as {numbers.dtype}")
+    need(bool((indices[1:] > indices[:-1]).all()), "indices are not ascending and unique")
+    need(not len(indices) or (int(indices[0]) >= 0 and int(indices[-1]) < entries), "an index lies outside the weight")
+    base = facts.get("base_checksum")
+    need(isinstance(base, str) and base != "", "the checksum of the base values is missing")
+    assert isinstance(base, str)
+    return Change(tuple(shape), dtype, kind, indices, numbers, base)
+
+
+FLOATS = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
+}  # fmt: skip
+
+
+def _entries(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _card(adapter: SparseAdapter) -> str:
+    """A model card with what is known of the adapter."""
+    info = adapter.info
+    base = info.get("base_model", "")
+    facts = "".join(f"| {key} | {value} |\n" for key, value in info.items() if isinstance(value, str | int | float))
+    header = f"---\nlibrary_name: finepoint\nbase_model: {json.dumps(base)}\nbase_model_relation: adapter\n"
+    return (
+        f"{header}tags:\n- finepoint\n- sparse-fine-tuning\n---\n\n# A sparse adapter\n\n"
+        f"{adapter.count:,} trained entries in {len(adapter)} weights of `{base}`; every other weight is the base's.\n\n"
+        f"| | |\n| --- | --- |\n{facts}\n"
+        "```python\nimport finepoint\n\nfinepoint.SparseAdapter.load('this folder').apply(model)\n```\n"
+    )

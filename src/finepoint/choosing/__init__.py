@@ -1,0 +1,1 @@
+"""Which entries? Target weights, rules, statistics, selection."""

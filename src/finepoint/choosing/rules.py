@@ -1,0 +1,146 @@
+"""The rules: each scores every entry of one weight, higher = train it.
+
+A rule is one function. Its parameters say what it needs, and it is given just that:
+
+    weight            the weight as it is, any shape and dtype
+    gradient          the weight's shape: the signed mean of the loss gradient over the scoring examples
+    squared_gradient  the weight's shape: the mean over the examples of the squared per-example gradient
+    generator         a `torch.Generator` that depends on the seed and on the weight's name alone
+
+Gradients are float32 (float64 over float64 weights). Every further parameter is an option with a default
+(`--rule-options epsilon=1e-6`).
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from finepoint.errors import FinepointError
+
+NEEDS = ("weight", "gradient", "squared_gradient", "generator")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule, by name, with its formula and where it comes from."""
+
+    name: str
+    score: Callable[..., Tensor]
+    formula: str
+    source: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Which of `NEEDS` the function asks for."""
+        return tuple(name for name in inspect.signature(self.score).parameters if name in NEEDS)
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The rule's options and their defaults."""
+        parameters = inspect.signature(self.score).parameters.values()
+        return {parameter.name: parameter.default for parameter in parameters if parameter.name not in NEEDS}
+
+    @property
+    def needs_data(self) -> bool:
+        return any("gradient" in need for need in self.needs)
+
+
+RULES: dict[str, Rule] = {}
+ALIASES = {"sparta": "random", "saft": "gradient"}
+
+
+def register(name: str, score: Callable[..., Tensor], formula: str = "", source: str = "") -> Rule:
+    """Make a function known as a rule: `finepoint.register("mine", my_function)`.
+
+    Raises:
+        FinepointError: an option of the function has no default.
+    """
+    rule = Rule(name, score, formula or (inspect.getdoc(score) or "").split("\n")[0], source)
+    for option, default in rule.options.items():
+        if default is inspect.Parameter.empty:
+            raise FinepointError(
+                f"rule {name!r} asks for {option!r}, which finepoint does not provide; it provides "
+                f"{', '.join(NEEDS)}, and every other parameter needs a default"
+            )
+    RULES[name] = rule
+    return rule
+
+
+def rule_named(name: str) -> Rule:
+    """The rule called `name`, one of its aliases, or the function at `module:function`.
+
+    Raises:
+        FinepointError: there is no such rule; the known ones are listed.
+    """
+    if ":" in name:
+        return _imported(name)
+    name = ALIASES.get(name, name)
+    if name in RULES:
+        return RULES[name]
+    known = [*RULES, *ALIASES]
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise FinepointError(f"unknown rule {name!r}; {hint}known rules: {', '.join(known)}, or module:function")
+
+
+def _imported(path: str) -> Rule:
+    module, _, function = path.partition(":")
+    try:
+        return register(path, getattr(import_module(module), function), source=module)
+    except (ImportError, AttributeError) as error:
+        raise FinepointError(f"cannot import rule {path!r}: {error}") from error
+
+
+def _rule(name: str, formula: str, source: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    def add(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        register(name, score, formula, source)
+        return score
+
+    return add
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is float64: the dtype every score is computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@_rule("random", "uniform in [0, 1), seeded by seed and weight name", "SpaRTA, arXiv:2502.15975")
+def random(weight: Tensor, generator: torch.Generator) -> Tensor:
+    # 53 random bits: with the 24 of float32 a weight of 2^24 entries would be full of ties.
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+
+
+@_rule("gradient", "|mean g|", "SAFT, arXiv:2407.03036")
+def gradient(gradient: Tensor) -> Tensor:
+    return gradient.abs()
+
+
+@_rule("gallop", "|mean g| / (|w| + epsilon)", "GaLLoP, arXiv:2510.19778")
+def gallop(weight: Tensor, gradient: Tensor, epsilon: float = 1e-8) -> Tensor:
+    # float32, since |w| + 1e-8 is |w| in bfloat16 and in float16.
+    return gradient.abs() / (wide(weight).abs() + epsilon)
+
+
+@_rule("magnitude-low", "-|w|", "PaFi, arXiv:2305.16742")
+def magnitude_low(weight: Tensor) -> Tensor:
+    return -wide(weight).abs()
+
+
+@_rule("magnitude-high", "|w|", "Super-Tuning, arXiv:2607.09287")
+def magnitude_high(weight: Tensor) -> Tensor:
+    return wide(weight).abs()
+
+
+@_rule("snip", "|mean g * w|", "SNIP, arXiv:1810.02340")
+def snip(weight: Tensor, gradient: Tensor) -> Tensor:
+    return (gradient * wide(weight)).abs()
+
+
+@_rule("fisher", "mean over examples of (d log p(y|x) / dw)^2", "FISH, arXiv:2111.09839")
+def fisher(squared_gradient: Tensor) -> Tensor:
+    return squared_gradient

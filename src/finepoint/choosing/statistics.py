@@ -1,0 +1,165 @@
+"""What rules are made of: gradients and squared gradients, streamed weight by weight in bounded memory."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finepoint.choosing.rules import wide
+from finepoint.errors import FinepointError
+
+Batch = Mapping[str, Any]
+"""What a model's forward takes, `labels` among it; ignored positions are labelled -100."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of one weight; what the rule did not ask for is None."""
+
+    gradient: Tensor | None = None
+    squared_gradient: Tensor | None = None
+
+
+def stream_statistics(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Sequence[Batch],
+    needs: Iterable[str],
+    memory: float = 1.0,
+) -> Iterator[tuple[str, Statistics]]:
+    """Yields every weight's statistics once, in order, holding those of at most `memory` x all entries at a time.
+
+    A smaller `memory` (in (0, 1]) makes more passes over the same batches and gives the same numbers bit for bit;
+    at least one weight is held at a time. Between two yields the model is exactly as it was found.
+
+    Raises:
+        FinepointError: a gradient is asked for and there is no batch, no label, or a loss that is not finite.
+    """
+    wanted = [need for need in ("gradient", "squared_gradient") if need in needs]
+    if not wanted:
+        yield from ((name, Statistics()) for name in weights)
+        return
+    if not batches:
+        raise FinepointError("this rule scores by gradients and needs data; give --data (in Python: batches)")
+    for chunk in _chunks(weights, memory):
+        sums = {need: {name: torch.zeros_like(wide(w.detach())) for name, w in chunk.items()} for need in wanted}
+        with undisturbed(model):
+            _accumulate_(sums, model, chunk, batches)
+        for name in chunk:
+            yield name, Statistics(**{need: sums[need].pop(name) for need in wanted})
+
+
+def _chunks(weights: Mapping[str, nn.Parameter], memory: float) -> Iterator[dict[str, nn.Parameter]]:
+    """Consecutive weights, as many as fit into `memory` x all entries, at least one."""
+    if not 0 < memory <= 1:
+        raise FinepointError(f"scoring_memory is {memory}; it is a share of the weights, in (0, 1]")
+    room = memory * sum(weight.numel() for weight in weights.values())
+    chunk: dict[str, nn.Parameter] = {}
+    held = 0
+    for name, weight in weights.items():
+        if chunk and held + weight.numel() > room:
+            yield chunk
+            chunk, held = {}, 0
+        chunk[name] = weight
+        held += weight.numel()
+    yield chunk
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is frozen, in eval mode and without gradients; afterwards it is exactly as before.
+
+    That covers requires_grad, gradients, the train/eval mode of every module and the random state of every device.
+    """
+    parameters = list(model.parameters())
+    flags = [parameter.requires_grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters]
+    modes = {module: module.training for module in model.modules()}
+    devices = {parameter.device for parameter in parameters if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            model.eval()
+            yield
+        finally:
+            for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):
+                parameter.requires_grad_(flag)
+                parameter.grad = gradient
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _accumulate_(
+    sums: dict[str, dict[str, Tensor]], model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Sequence[Batch]
+) -> None:
+    """Adds up the mean gradient and the mean squared per-example gradient of the weights over the batches.
+
+    The mean gradient is that of the loss summed over all labels of all batches and divided once by their number, so
+    it does not depend on how the examples were batched. The squared gradient is made from batches of one: the
+    gradient of the example's log-likelihood (the sum over its labels), squared, averaged over the examples.
+    """
+    per_example = "squared_gradient" in sums
+    if per_example:
+        batches = [example for batch in batches for example in split(batch)]
+    counts = [label_count(batch) for batch in batches]
+    total = sum(counts)
+    if not total:
+        raise FinepointError("every label of the scoring examples is ignored (-100): nothing to compute a gradient of")
+    device = next(model.parameters()).device
+
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch, count in zip(batches, counts, strict=True):
+        if not count:
+            continue
+        loss = model(**on_device(batch, device)).loss
+        if not torch.isfinite(loss):
+            raise FinepointError(f"the loss of a scoring batch is {loss.item()}; a lower precision than float32?")
+        loss.backward()
+        for name, weight in weights.items():
+            if weight.grad is None:
+                continue
+            # The model's loss is a mean over its labels: times their number, it is the sum.
+            gradient = wide(weight.grad)
+            if "gradient" in sums:
+                sums["gradient"][name].add_(gradient, alpha=count / total)
+            if per_example:
+                scaled = gradient * count
+                sums["squared_gradient"][name].addcmul_(scaled, scaled, value=1 / len(batches))
+            weight.grad = None
+
+
+def label_count(batch: Batch) -> int:
+    """How many labels the loss of this batch is a mean over."""
+    labels = batch["labels"]
+    if labels.ndim == 1:  # one label a sequence
+        return len(labels)
+    # A causal model predicts each token from those before it, so the first label is never scored.
+    return int((labels[:, 1:] != -100).sum())
+
+
+def split(batch: Batch) -> Iterator[dict[str, Any]]:
+    """The batch as batches of one example."""
+    size = len(batch["labels"])
+    for row in range(size):
+        yield {
+            key: value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+            for key, value in batch.items()
+        }
+
+
+def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one weight: equal seeds and names give equal numbers, equal shapes do not."""
+    digest = sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

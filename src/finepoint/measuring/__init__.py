@@ -1,0 +1,1 @@
+"""Tell the truth about them: scores, metrics, the demo."""

@@ -1,0 +1,1 @@
+"""Move them: deltas beside the weights, sampled gradients, a training run."""
