@@ -1,0 +1,199 @@
+"""Examples to batches: token ids, labels on what is learned, left padding.
+
+Padding is on the left so that what is learned ends every row: the logits of the last positions are all a loss needs
+(`logits_to_keep`), and generation continues where the prompt ends.
+"""
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
+from finepoint.errors import FinepointError
+
+logger = logging.getLogger(__name__)
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example in tokens: labels as long as the ids (-100: not learned), or one class."""
+
+    ids: list[int]
+    labels: list[int] | int
+
+
+def encode_all(
+    tokenizer: Any, examples: Sequence[Example], limit: int, labels: Sequence[str] = (), what: str = "example"
+) -> list[Row]:
+    """Tokenises the examples for training; those longer than `limit` tokens lose their beginning, with one warning.
+
+    Raises:
+        FinepointError: an unknown label, a chat without a chat template, nothing to learn in any example.
+    """
+    rows = []
+    truncated = 0
+    for example in examples:
+        row = encode(tokenizer, example, labels)
+        if len(row.ids) > limit:
+            truncated += 1
+            row = Row(row.ids[-limit:], row.labels[-limit:] if isinstance(row.labels, list) else row.labels)
+        rows.append(row)
+    if truncated:
+        logger.warning(
+            "%d of %d %ss are longer than %d tokens and lost their beginning", truncated, len(rows), what, limit
+        )
+    if not any(learned(row) for row in rows):
+        raise FinepointError(f"no {what} has a token to learn: every label is ignored; are the texts only one token long?")
+    return rows
+
+
+def learned(row: Row) -> int:
+    """How many labels a loss over this row counts."""
+    if isinstance(row.labels, int):
+        return 1
+    return sum(label != IGNORED for label in row.labels[1:])
+
+
+def encode(tokenizer: Any, example: Example, labels: Sequence[str] = ()) -> Row:
+    """Tokens and labels of one example: completions, right choices, assistant turns, whole texts or the class."""
+    match example:
+        case Completion(prompt, completion):
+            context, answer = encode_pair(tokenizer, prompt, completion)
+            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            return Row(context + answer + end, [IGNORED] * len(context) + answer + end)
+        case Choices(prompt, choices, right):
+            context, answer = encode_pair(tokenizer, prompt, choices[right])
+            return Row(context + answer, [IGNORED] * len(context) + answer)
+        case Chat():
+            return _encode_chat(tokenizer, example)
+        case Text(text):
+            ids = tokenizer(text)["input_ids"]
+            return Row(ids, [IGNORED, *ids[1:]])
+        case Labelled(text, label):
+            if label not in labels:
+                raise FinepointError(f"label {label!r} is not among the model's classes: {', '.join(labels)}")
+            return Row(tokenizer(text)["input_ids"], list(labels).index(label))
+
+
+def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt and of what follows it, cut from one tokenisation of both.
+
+    As lm-evaluation-harness does it: spaces that end the prompt move to the completion, and where the boundary falls
+    inside a token the prompt's own tokens set the cut.
+    """
+    spaces = len(prompt) - len(prompt.rstrip())
+    if spaces and spaces < len(prompt):
+        prompt, completion = prompt[:-spaces], prompt[-spaces:] + completion
+    context = tokenizer(prompt)["input_ids"]
+    whole = tokenizer(prompt + completion)["input_ids"]
+    answer = whole[len(context) :]
+    return (context, answer) if answer else (whole[:-1], whole[-1:])
+
+
+def _encode_chat(tokenizer: Any, chat: Chat) -> Row:
+    """The whole conversation through the tokenizer's chat template; the assistant's turns are learned."""
+    text = chat_text(tokenizer, chat.messages)
+    spans = []
+    for i, (role, _) in enumerate(chat.messages):
+        if role == "assistant":
+            before = chat_text(tokenizer, chat.messages[:i], prompting=True)
+            after = chat_text(tokenizer, chat.messages[: i + 1])
+            if not (after.startswith(before) and text.startswith(after.rstrip())):
+                raise FinepointError("the chat template rewrites earlier turns, so the assistant's cannot be located")
+            spans.append((len(before), len(after)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    inside = [any(start <= at < end for start, end in spans) for at, _ in offsets]
+    return Row(ids, [token if keep else IGNORED for token, keep in zip(ids, inside, strict=True)])
+
+
+def chat_text(tokenizer: Any, messages: Sequence[tuple[str, str]], prompting: bool = False) -> str:
+    """A conversation as the model sees it; `prompting` adds the beginning of the assistant's next turn.
+
+    Raises:
+        FinepointError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise FinepointError("the data are conversations and the tokenizer has no chat template; use an instruct model")
+    turns = [{"role": role, "content": content} for role, content in messages]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompting)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows to a batch the model's forward takes."""
+
+    padding: int
+    positions: bool
+    """the model takes `position_ids`"""
+    trims: bool
+    """the model takes `logits_to_keep`: logits are computed only where something is learned"""
+
+    @staticmethod
+    def of(model: nn.Module, tokenizer: Any) -> "Collator":
+        accepted = inspect.signature(model.forward).parameters
+        return Collator(padding_id(tokenizer), "position_ids" in accepted, "logits_to_keep" in accepted)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """`input_ids`, `attention_mask` (batch, tokens), `labels` (batch, kept tokens) or (batch,), all int64."""
+        batch = pad_left([row.ids for row in rows], self.padding, self.positions)
+        if isinstance(rows[0].labels, int):
+            return batch | {"labels": torch.tensor([row.labels for row in rows])}
+        width = batch["input_ids"].shape[1]
+        labels = torch.full((len(rows), width), IGNORED)
+        for row, target in zip(rows, labels, strict=True):
+            assert isinstance(row.labels, list)
+            target[width - len(row.labels) :] = torch.tensor(row.labels)
+        # The logits that predict the first learned token lie one position before it.
+        first = (labels != IGNORED).any(0).nonzero()
+        keep = width - int(first[0]) + 1 if len(first) else 1
+        if self.trims and keep < width:
+            return batch | {"labels": labels[:, -keep:], "logits_to_keep": keep}
+        return batch | {"labels": labels}
+
+
+def pad_left(rows: Sequence[Sequence[int]], padding: int, positions: bool) -> dict[str, Any]:
+    """Token ids padded on the left, with their mask and, where asked for, positions that start at the first token."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), padding)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if positions:
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return batch
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The padding token, or the end token where there is none; padding is masked, so any would do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def by_length(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Positions in batches of similar length, longest first, each of at most `budget` padded tokens (at least one)."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= budget:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+def context_length(model: Any, max_length: int | None) -> int:
+    """How many tokens a row may have: the model's context, or less where the user says so."""
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    return min(context, max_length or context)
+
+

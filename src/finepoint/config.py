@@ -1,0 +1,207 @@
+"""What each command takes: one frozen dataclass a command, its fields the flags and the YAML keys.
+
+This file imports nothing heavy, so that help is instant.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+TargetsOption = str | list[str] | dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Choose which entries to train and write them as an adapter that changes nothing yet.
+
+    Args:
+        model: a folder, a hub id, a .gguf file, or smollm2
+        data: training examples, a JSON Lines file; rules that look at no gradient need none
+        output: folder to write
+        rule: which entries; `finepoint rules` lists them; or module:function
+        rule_options: the rule's options, e.g. epsilon=1e-6
+        density: share of the target entries to train, in (0, 1]; 0.001 where no count is given
+        count: how many entries to train, instead of density
+        scope: what competes with each other: all target entries, or those of one weight or one layer
+        targets: linear (default), all, attention, mlp, short names (v,o), patterns, or a density for each pattern
+        exclude: adapter folders whose entries may not be chosen
+        scoring_examples: how many training examples gradients are taken over; a share where below 1
+        scoring_memory: share of the weights whose gradients are held at a time; less memory, more passes
+        threshold: exact (exactly so many entries) or sampled (about as many, lean SAFT)
+        max_length: longest example in tokens; the model's context where not given
+        batch_size: examples a batch
+        dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        seed: of everything random
+        overwrite: allow an output folder that holds something
+        json: print one JSON object on stdout
+    """
+
+    model: str
+    output: str
+    data: str | None = None
+    rule: str = "gallop"
+    rule_options: dict[str, float] = field(default_factory=dict)
+    density: float | None = None
+    count: int | None = None
+    scope: Literal["global", "weight", "layer"] = "global"
+    targets: TargetsOption = "linear"
+    exclude: list[str] = field(default_factory=list)
+    scoring_examples: float = 256
+    scoring_memory: float = 1.0
+    threshold: Literal["exact", "sampled"] = "exact"
+    max_length: int | None = None
+    batch_size: int = 16
+    dtype: DType = "auto"
+    seed: int = 0
+    overwrite: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(SelectConfig):
+    """Choose entries, train them in place, save them as an adapter.
+
+    Args:
+        data: training examples, a JSON Lines file
+        validation: examples to evaluate on while training, a JSON Lines file
+        indices: folder of a selection or an adapter whose entries to train, instead of choosing by a rule
+        lr: learning rate; 1e-3 for rules that look at gradients, 1e-2 for the others
+        steps: optimizer steps; epochs where not given
+        epochs: passes over the data, where steps is not given
+        accumulation: batches added up for one step
+        warmup: share of the steps over which the learning rate rises
+        schedule: how the learning rate falls afterwards
+        weight_decay: pulls the deltas to zero, i.e. towards the base model
+        clip: largest norm of the gradient of all deltas; 0 for none
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time
+        eval_every: steps between evaluations on the validation examples
+        save_every: steps between checkpoints that --resume can go on from
+        resume: go on from the last checkpoint in output
+        store: keep float32 deltas, or the exact trained values (smaller for half-precision weights)
+    """
+
+    validation: str | None = None
+    indices: str | None = None
+    lr: float | None = None
+    steps: int | None = None
+    epochs: float = 1.0
+    accumulation: int = 1
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    gradient_checkpointing: bool = False
+    eval_every: int | None = None
+    save_every: int | None = None
+    resume: bool = False
+    store: Literal["delta", "value"] = "delta"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure a model, and adapters on it: in distribution, out of distribution, and what was forgotten.
+
+    Args:
+        model: a folder, a hub id, a .gguf file, or smollm2
+        adapter: adapter folders, each measured on its own against the base
+        id: in-distribution sets, each NAME=FILE
+        ood: out-of-distribution sets, each NAME=FILE
+        probe: texts whose likelihood shows forgetting, each NAME=FILE
+        output: JSON file to write
+        limit: at most so many examples of each set, always the same
+        max_length: longest example in tokens; the model's context where not given
+        new_tokens: most tokens to generate where an answer is written
+        dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        overwrite: replace the output file
+        json: print one JSON object on stdout
+    """
+
+    model: str
+    adapter: list[str] = field(default_factory=list)
+    id: list[str] = field(default_factory=list)
+    ood: list[str] = field(default_factory=list)
+    probe: list[str] = field(default_factory=list)
+    output: str | None = None
+    limit: int | None = None
+    max_length: int | None = None
+    new_tokens: int = 64
+    dtype: DType = "auto"
+    overwrite: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Say what is in an adapter: facts, a table by layer and module, a map of where its entries lie.
+
+    Args:
+        folder: adapter folder
+        json: print one JSON object on stdout
+    """
+
+    folder: str
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Check that an adapter's file is sound and that it belongs to a model; revert is tried, bit for bit.
+
+    Args:
+        folder: adapter folder
+        model: a folder, a hub id, a .gguf file, or smollm2
+        dtype: of the weights; that of the adapter where not given
+        json: print one JSON object on stdout
+    """
+
+    folder: str
+    model: str
+    dtype: DType | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Fetch the data of a recipe by package name and write it as JSON Lines.
+
+    Args:
+        name: vader: sentiment of movie reviews, and of three other domains
+        output: folder to write
+        overwrite: allow an output folder that holds something
+        json: print one JSON object on stdout
+    """
+
+    name: Literal["vader"]
+    output: str
+    overwrite: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulesConfig:
+    """List the rules, each with its formula and source.
+
+    Args:
+        json: print one JSON object on stdout
+    """
+
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Fine-tune SmolLM2-135M on movie reviews with GaLLoP and at random, and compare both with the base.
+
+    Args:
+        output: folder to write
+        steps: optimizer steps of each run
+        limit: at most so many examples of each evaluation set
+        overwrite: allow an output folder that holds something
+        json: print one JSON object on stdout
+    """
+
+    output: str = "runs/demo"
+    steps: int = 60
+    limit: int = 300
+    overwrite: bool = False
+    json: bool = False

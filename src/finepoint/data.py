@@ -1,0 +1,161 @@
+"""Files to examples: JSON Lines, one object a line, in one of five forms."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finepoint.errors import FinepointError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and what should follow it; evaluated by exact match of greedy generation."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A prompt and its possible continuations, `answer` the right one; evaluated by likelihood."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation of (role, content) pairs; the assistant's turns are learned."""
+
+    messages: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text; evaluated by its mean negative log-likelihood."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its class, for models with a classification head."""
+
+    text: str
+    label: str
+
+
+Example = Completion | Choices | Chat | Text | Labelled
+
+FORMS = (
+    '{"prompt", "completion"}, {"prompt", "choices", "answer"}, {"messages"}, {"text", "label"} or {"text"}, '
+    'with "id" and "group" as optional extras'
+)
+EXTRAS = {"id", "group"}
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """The examples of a JSON Lines file, all of one form; empty lines are skipped.
+
+    Raises:
+        FinepointError: the file is missing, empty or mixed, or a line is malformed; file and line are named.
+    """
+    rows = [(number, _example(f"{path}, line {number}", line)) for number, line in _lines(Path(path))]
+    if not rows:
+        raise FinepointError(f"{path} holds no example; expected one JSON object a line: {FORMS}")
+    form = type(rows[0][1])
+    for number, example in rows:
+        if type(example) is not form:
+            raise FinepointError(
+                f"{path}, line {number}: a {type(example).__name__.lower()} example in a file that began with "
+                f"{form.__name__.lower()} examples; give each form its own file"
+            )
+    return [example for _, example in rows]
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FinepointError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FinepointError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    # Not splitlines: JSON strings may hold U+2028 and other separators unescaped.
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _example(where: str, line: str) -> Example:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FinepointError(f"{where}: not JSON ({error}); expected {FORMS}") from error
+    keys = set(row) - EXTRAS if isinstance(row, dict) else set()
+    for wanted, make in _MAKERS:
+        if keys == wanted:
+            return make(where, row)
+    found = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    raise FinepointError(f"{where}: {found}; expected {FORMS}")
+
+
+def _string(where: str, row: dict[str, Any], key: str) -> str:
+    if not isinstance(row[key], str) or not row[key]:
+        raise FinepointError(f"{where}: {key!r} must be a string that is not empty, got {row[key]!r}")
+    return row[key]
+
+
+def _completion(where: str, row: dict[str, Any]) -> Completion:
+    return Completion(_string(where, row, "prompt"), _string(where, row, "completion"))
+
+
+def _choices(where: str, row: dict[str, Any]) -> Choices:
+    choices, answer = row["choices"], row["answer"]
+    valid = isinstance(choices, list) and len(choices) >= 2 and all(isinstance(c, str) and c for c in choices)
+    if not valid or len(set(choices)) < len(choices):
+        raise FinepointError(f"{where}: 'choices' must be two or more different strings, got {choices!r}")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise FinepointError(f"{where}: 'answer' must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}")
+    return Choices(_string(where, row, "prompt"), tuple(choices), answer)
+
+
+def _chat(where: str, row: dict[str, Any]) -> Chat:
+    messages = row["messages"]
+    expected = 'expected [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}, ..]'
+    if not isinstance(messages, list) or not messages:
+        raise FinepointError(f"{where}: 'messages' is no list of turns; {expected}")
+    turns = []
+    for turn in messages:
+        if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+            raise FinepointError(f"{where}: a turn is {turn!r}; {expected}")
+        turns.append((_string(where, turn, "role"), _string(where, turn, "content")))
+    if turns[0][0] == "assistant" or turns[-1][0] != "assistant":
+        raise FinepointError(f"{where}: a conversation must begin with another role and end with the assistant")
+    return Chat(tuple(turns))
+
+
+def _text(where: str, row: dict[str, Any]) -> Text:
+    return Text(_string(where, row, "text"))
+
+
+def _labelled(where: str, row: dict[str, Any]) -> Labelled:
+    label = row["label"]
+    if type(label) not in (str, int) or label == "":
+        raise FinepointError(f"{where}: 'label' must be a string or an integer, got {label!r}")
+    return Labelled(_string(where, row, "text"), str(label))
+
+
+_MAKERS = (
+    ({"prompt", "completion"}, _completion),
+    ({"prompt", "choices", "answer"}, _choices),
+    ({"messages"}, _chat),
+    ({"text"}, _text),
+    ({"text", "label"}, _labelled),
+)
+
+
+def label_names(examples: Sequence[Example]) -> list[str]:
+    """The classes of labelled examples, sorted (numbers by value); empty for other forms."""
+    names = {example.label for example in examples if isinstance(example, Labelled)}
+    return sorted(names, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))

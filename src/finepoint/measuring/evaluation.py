@@ -1,0 +1,91 @@
+"""Evaluation of a model and of adapters on it: in distribution, out of distribution, and probes for forgetting."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.data import Example, Text, read_examples
+from finepoint.errors import FinepointError
+from finepoint.measuring.metrics import changes
+from finepoint.measuring.scoring import accuracy, mean_nll
+from finepoint.progress import progress
+
+Sets = Mapping[str, Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate on: example sets by name."""
+
+    id: Sets = field(default_factory=dict)
+    ood: Sets = field(default_factory=dict)
+    probe: Sets = field(default_factory=dict)
+    max_length: int | None = None
+    new_tokens: int = 64
+
+    def scores(self, model: Any, tokenizer: Any, what: str = "model") -> dict[str, Any]:
+        """{"id": {name: {"accuracy", ..}}, "ood": {..}, "probe": {name: {"nll", "tokens"}}} of the model as it is."""
+        found: dict[str, Any] = {}
+        for kind in ("id", "ood", "probe"):
+            found[kind] = {}
+            for name, examples in getattr(self, kind).items():
+                with progress(f"{what}: {kind} {name}", len(examples)) as advance:
+                    if kind == "probe":
+                        found[kind][name] = mean_nll(
+                            model, tokenizer, examples, max_length=self.max_length, advance=advance
+                        )
+                    else:
+                        found[kind][name] = accuracy(
+                            model, tokenizer, examples,
+                            max_length=self.max_length, new_tokens=self.new_tokens, advance=advance,
+                        )  # fmt: skip
+        return found
+
+    def compared(self, model: Any, tokenizer: Any, base: Mapping[str, Any], what: str) -> dict[str, Any]:
+        """The scores of the model as it is now, with the changes against the base's scores."""
+        scores = self.scores(model, tokenizer, what)
+        return scores | changes(base, scores)
+
+
+def read_sets(named_files: Sequence[str], kind: str, limit: int | None = None) -> dict[str, list[Example]]:
+    """Example sets from `NAME=FILE` strings, at most `limit` examples each (always the same random ones).
+
+    Raises:
+        FinepointError: a string of another form, a name given twice, a bad file, or a form that does not fit.
+    """
+    sets: dict[str, list[Example]] = {}
+    for text in named_files:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise FinepointError(f"--{kind} {text!r}: expected NAME=FILE, e.g. {kind}=test.jsonl")
+        if name in sets:
+            raise FinepointError(f"--{kind} names {name!r} twice; give every set its own name")
+        examples = some(read_examples(path), limit)
+        if isinstance(examples[0], Text) and kind != "probe":
+            raise FinepointError(f"--{kind} {text!r}: plain text has no accuracy; give it as --probe {text}")
+        sets[name] = examples
+    return sets
+
+
+def some(examples: list[Example], limit: int | None) -> list[Example]:
+    """At most `limit` of the examples, drawn with a fixed seed, in the file's order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
+
+
+def evaluate(
+    model: Any, tokenizer: Any, evaluation: Evaluation, adapters: Mapping[str, SparseAdapter]
+) -> dict[str, Any]:
+    """{"base": scores, "adapters": {name: scores and changes}}; the base is measured with every adapter off."""
+    for name, adapter in adapters.items():
+        if problems := adapter.problems(model):
+            raise FinepointError(f"adapter {name} does not fit this model: {problems[0]}")
+    base = evaluation.scores(model, tokenizer, "base")
+    found: dict[str, Any] = {"base": base, "adapters": {}}
+    for name, adapter in adapters.items():
+        with adapter.applied(model):
+            found["adapters"][name] = evaluation.compared(model, tokenizer, base, name)
+    return found

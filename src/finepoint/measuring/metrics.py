@@ -1,0 +1,36 @@
+"""What changed between a base model and an adapted one: plain functions of plain numbers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Scores = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""{"id": {name: {"accuracy", ..}}, "ood": {..}, "probe": {name: {"nll", ..}}}"""
+
+
+def forget_ratio(base: float, adapted: float) -> float | None:
+    """max(0, (base - adapted) / base), as GaLLoP (arXiv:2510.19778) defines it for accuracies; None if base is 0.
+
+    The max hides gains: read it beside the signed change.
+    """
+    return max(0.0, (base - adapted) / base) if base else None
+
+
+def changes(base: Scores, adapted: Scores) -> dict[str, Any]:
+    """Signed changes for every set, forget ratios for the OOD sets, and their means over the OOD sets."""
+    ood = {name: (base["ood"][name]["accuracy"], adapted["ood"][name]["accuracy"]) for name in adapted["ood"]}
+    found: dict[str, Any] = {
+        "id_change": {
+            name: adapted["id"][name]["accuracy"] - base["id"][name]["accuracy"] for name in adapted["id"]
+        },
+        "ood_change": {name: after - before for name, (before, after) in ood.items()},
+        "forget_ratio": {name: forget_ratio(before, after) for name, (before, after) in ood.items()},
+        "probe_change": {
+            name: adapted["probe"][name]["nll"] - base["probe"][name]["nll"] for name in adapted["probe"]
+        },
+    }  # fmt: skip
+    if ood:
+        before = sum(pair[0] for pair in ood.values()) / len(ood)
+        after = sum(pair[1] for pair in ood.values()) / len(ood)
+        found["ood_mean"] = {"base": before, "adapted": after, "change": after - before,
+                             "forget_ratio": forget_ratio(before, after)}  # fmt: skip
+    return found

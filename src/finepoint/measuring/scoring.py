@@ -1,0 +1,203 @@
+"""Scores of one model: multiple choice by likelihood, exact match by generation, likelihood of text, classes."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finepoint.batches import Collator, by_length, chat_text, context_length, encode, encode_pair, pad_left
+from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
+
+Tokens = tuple[int, ...]
+Advance = Callable[[int], None]
+"""Called with the number of examples or rows done, for a progress bar."""
+
+BATCH_TOKENS = 4096
+
+
+def _ignore(done: int) -> None:
+    pass
+
+
+def accuracy(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_length: int | None = None,
+    new_tokens: int = 64,
+    advance: Advance = _ignore,
+) -> dict[str, Any]:
+    """How many examples the model gets right, by the measure that suits their form.
+
+    Choices: the likeliest continuation, by summed log-likelihood (`accuracy`) and by that divided by the choice's
+    length in characters without surrounding spaces (`accuracy_normalised`), as lm-evaluation-harness does. Completions
+    and chats: greedy generation equals the reference, both stripped. Labelled texts: the likeliest class. Plain text has
+    no accuracy: the share of tokens predicted right is given.
+
+    Returns:
+        `accuracy`, `accuracy_normalised` (equal where there is nothing to normalise), `stderr`, `n`.
+    """
+    limit = context_length(model, max_length)
+    match examples[0]:
+        case Choices():
+            return choice_accuracy(model, tokenizer, examples, limit, advance)  # type: ignore[arg-type]
+        case Labelled():
+            right = [float(ok) for ok in class_hits(model, tokenizer, examples, limit, advance)]
+        case Completion() | Chat():
+            right = [float(ok) for ok in generation_hits(model, tokenizer, examples, limit, new_tokens, advance)]
+        case _:
+            raise AssertionError("text has no accuracy")
+    return summary(right, right)
+
+
+def choice_accuracy(
+    model: Any, tokenizer: Any, examples: Sequence[Choices], limit: int, advance: Advance = _ignore
+) -> dict[str, Any]:
+    """Accuracy of the likeliest choice, raw and normalised by length, and the share of the most frequent answer."""
+    requests = [encode_pair(tokenizer, e.prompt, choice) for e in examples for choice in e.choices]
+    likelihoods = [float(values.sum()) for values in token_log_likelihoods(model, tokenizer, requests, limit, advance)]
+    raw, normalised, answers = [], [], []
+    start = 0
+    for example in examples:
+        scores = likelihoods[start : start + len(example.choices)]
+        start += len(example.choices)
+        per_character = [s / len(c.strip() or c) for s, c in zip(scores, example.choices, strict=True)]
+        answers.append(scores.index(max(scores)))
+        raw.append(float(answers[-1] == example.answer))
+        normalised.append(float(per_character.index(max(per_character)) == example.answer))
+    most_frequent = max(answers.count(answer) for answer in set(answers)) / len(answers)
+    return summary(raw, normalised) | {"most_frequent_answer": most_frequent}
+
+
+def summary(raw: Sequence[float], normalised: Sequence[float]) -> dict[str, Any]:
+    """Means of hits with the standard error of the raw one, sqrt(p (1 - p) / n)."""
+    share = sum(raw) / len(raw)
+    return {
+        "accuracy": share,
+        "accuracy_normalised": sum(normalised) / len(normalised),
+        "stderr": sqrt(share * (1 - share) / len(raw)),
+        "n": len(raw),
+    }
+
+
+def token_log_likelihoods(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[tuple[list[int], list[int]]],
+    limit: int,
+    advance: Advance = _ignore,
+) -> list[Tensor]:
+    """Log-likelihood of every token of each continuation after its context: (tokens of the continuation,) float32.
+
+    Requests whose model input is the same, as those of one-token choices of one prompt, share one forward pass. An
+    input longer than `limit` loses its beginning.
+    """
+    shared: dict[Tokens, list[int]] = defaultdict(list)
+    for i, (context, continuation) in enumerate(requests):
+        shared[tuple((context + continuation)[:-1][-limit:])].append(i)
+    inputs = list(shared)
+    found: list[Tensor] = [torch.empty(0)] * len(requests)
+    collator = Collator.of(model, tokenizer)
+    for places in by_length([len(row) for row in inputs], BATCH_TOKENS):
+        wanted = [(row, i) for row, place in enumerate(places) for i in shared[inputs[place]]]
+        keep = max(len(requests[i][1]) for _, i in wanted)
+        logits = last_logits(model, [inputs[place] for place in places], keep, collator)
+        for row, i in wanted:
+            continuation = torch.tensor(requests[i][1], device=logits.device)
+            # A continuation longer than the context keeps what fits.
+            continuation = continuation[-min(len(inputs[places[row]]), len(continuation)) :]
+            log_probs = logits[row, -len(continuation) :].float().log_softmax(-1)
+            found[i] = log_probs.gather(1, continuation[:, None])[:, 0].cpu()
+        advance(len(places))
+    return found
+
+
+@torch.no_grad()
+def last_logits(model: Any, rows: Sequence[Sequence[int]], keep: int, collator: Collator) -> Tensor:
+    """The logits at the last `keep` positions of every row: (rows, keep, vocabulary), the model's dtype."""
+    batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, collator.positions).items()}
+    if collator.trims:
+        batch["logits_to_keep"] = keep
+    model.eval()
+    return model(**batch).logits[:, -keep:]
+
+
+def mean_nll(
+    model: Any, tokenizer: Any, examples: Sequence[Example], *, max_length: int | None = None, advance: Advance = _ignore
+) -> dict[str, Any]:
+    """Mean negative log-likelihood, in nats a token, of texts (or of what follows the prompt), and the tokens counted.
+
+    A text longer than the context is cut into windows; the first token of each has nothing before it and is not
+    counted.
+    """
+    limit = context_length(model, max_length)
+    requests = []
+    for example in examples:
+        if isinstance(example, Text):
+            ids = tokenizer(example.text)["input_ids"]
+            requests += [(ids[at : at + 1], ids[at + 1 : at + limit]) for at in range(0, len(ids), limit)]
+        else:
+            row = encode(tokenizer, example)
+            assert isinstance(row.labels, list)
+            first = next(i for i, label in enumerate(row.labels) if label >= 0)
+            requests.append((row.ids[:first], row.ids[first:]))
+    requests = [(context, continuation) for context, continuation in requests if context and continuation]
+    values = torch.cat(token_log_likelihoods(model, tokenizer, requests, limit, advance))
+    return {"nll": -values.double().mean().item(), "tokens": len(values)}
+
+
+def class_hits(
+    model: Any, tokenizer: Any, examples: Sequence[Example], limit: int, advance: Advance = _ignore
+) -> list[bool]:
+    """Whether a classifier's likeliest class is the right one, example by example."""
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    rows = [encode(tokenizer, example, labels) for example in examples]
+    collator = Collator.of(model, tokenizer)
+    hits = [False] * len(rows)
+    for places in by_length([len(row.ids) for row in rows], BATCH_TOKENS):
+        logits = last_logits(model, [rows[place].ids[-limit:] for place in places], 0, collator)
+        for place, answer in zip(places, logits.argmax(-1).tolist(), strict=True):
+            hits[place] = answer == rows[place].labels
+        advance(len(places))
+    return hits
+
+
+def generation_hits(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    limit: int,
+    new_tokens: int,
+    advance: Advance = _ignore,
+) -> list[bool]:
+    """Whether what the model writes, greedily, equals the reference; surrounding spaces do not count."""
+    prompts, references = [], []
+    for example in examples:
+        if isinstance(example, Chat):
+            text = chat_text(tokenizer, example.messages[:-1], prompting=True)
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            references.append(example.messages[-1][1])
+        else:
+            assert isinstance(example, Completion)
+            prompts.append(encode_pair(tokenizer, example.prompt, example.completion)[0])
+            references.append(example.completion)
+    collator = Collator.of(model, tokenizer)
+    hits = [False] * len(prompts)
+    room = max(1, limit - new_tokens)
+    for places in by_length([len(prompt) for prompt in prompts], BATCH_TOKENS):
+        rows = [prompts[place][-room:] for place in places]
+        batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, False).items()}
+        model.eval()
+        written = model.generate(
+            **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=collator.padding,
+            temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+        answers = tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for place, answer in zip(places, answers, strict=True):
+            hits[place] = answer.strip() == references[place].strip()
+        advance(len(places))
+    return hits

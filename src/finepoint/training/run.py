@@ -1,0 +1,344 @@
+"""A training run: data, selection, tuner, transformers.Trainer, adapter; and `select` alone."""
+
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+import finepoint
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.batches import Collator, Row, context_length, encode_all, learned
+from finepoint.choosing.rules import rule_named
+from finepoint.choosing.selection import Selection, select
+from finepoint.config import SelectConfig, TrainConfig
+from finepoint.data import Example, label_names, read_examples
+from finepoint.errors import FinepointError
+from finepoint.files import claim_folder, write_json
+from finepoint.models import load_model, load_tokenizer, new_head
+from finepoint.progress import progress
+from finepoint.training.memory import peak_bytes, reset_peak
+from finepoint.training.trainer import NotFinite, SparseTrainer, Watch
+from finepoint.training.tuner import SparseTuner
+
+logger = logging.getLogger(__name__)
+LOG = "log.jsonl"
+RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a run works on: the model, its tokenizer, and the examples in tokens."""
+
+    model: Any
+    tokenizer: Any
+    labels: list[str]
+    rows: list[Row]
+    collator: Collator
+
+
+def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, Any]:
+    """Runs the whole of `finepoint train`; the adapter, the log and the record of the run are in `config.output`.
+
+    Args:
+        workplace: a loaded model and data to train on instead of loading them; its model is left at the base.
+
+    Returns:
+        The record: `trained`, `changed`, `adapter_bytes`, `seconds`, `selection_seconds`, `peak_bytes`, `loss`, ..
+
+    Raises:
+        FinepointError: whatever the user can mend: bad input, nothing trained, a loss that is not finite (then the
+            adapter of the last good step has been saved).
+    """
+    folder = claim_folder(config.output, config.overwrite or config.resume)
+    if config.data is None:
+        raise FinepointError("training needs examples; give --data FILE.jsonl")
+    checkpoint = _checkpoint(folder) if config.resume else None
+    place = workplace or prepare(config)
+    validation = _validation(config, place)
+    reset_peak()
+    started = time.perf_counter()
+    indices, statistics = _indices(config, place, folder if checkpoint else None)
+    selection_seconds = time.perf_counter() - started
+    chosen = sum(len(positions) for positions in indices.values())
+    logger.info("%d entries chosen in %.1f s", chosen, selection_seconds)
+
+    head = new_head(place.model) if place.labels else []
+    indices = dict(indices) | {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
+    tuner = SparseTuner(place.model, indices)
+    try:
+        describe = _description(config, place, statistics)
+        if config.save_every and not checkpoint:
+            tuner.adapter(config.store, head, describe | {"steps_done": 0}).save(folder, overwrite=True)
+        losses = _run_trainer(config, place, tuner, validation, folder, checkpoint, head, describe)
+        changed = tuner.changed()
+        if not changed:
+            raise FinepointError(
+                f"training changed none of the {tuner.count} chosen weights: every update was lost to rounding in "
+                f"{place.model.dtype}; give a larger --lr than {learning_rate(config)}"
+            )
+        adapter = tuner.adapter(config.store, head, describe)
+        adapter.save(folder, overwrite=True)
+        record = {
+            "trained": tuner.count,
+            "changed": changed,
+            "adapter_bytes": (folder / "finepoint.safetensors").stat().st_size,
+            "seconds": round(time.perf_counter() - started, 2),
+            "selection_seconds": round(selection_seconds, 2),
+            "peak_bytes": peak_bytes(),
+            "lr": learning_rate(config),
+            "update_norm": _norm(adapter),
+            **losses,
+            "selection": statistics,
+            "config": asdict(config),
+            "versions": versions(),
+        }
+        write_json(folder / RECORD, record)
+        tuner.revert_()
+        return record
+    finally:
+        tuner.close()
+
+
+def choose(config: SelectConfig) -> Selection:
+    """Runs the whole of `finepoint select`: the output is an adapter whose deltas are zero.
+
+    Raises:
+        FinepointError: whatever the user can mend.
+    """
+    folder = claim_folder(config.output, config.overwrite)
+    place = prepare(config)
+    selection = select_for(config, place)
+    with SparseTuner(place.model, selection) as tuner:
+        tuner.adapter(info=_description(config, place, selection.statistics)).save(folder, overwrite=True)
+    write_json(folder / "selection.json", {"statistics": selection.statistics, "config": asdict(config)})
+    return selection
+
+
+def prepare(config: SelectConfig) -> Workplace:
+    """Reads the data and loads the model they call for."""
+    rule_named(config.rule)  # a misspelt rule should not wait for the model to load
+    examples = read_examples(config.data) if config.data else []
+    labels = label_names(examples)
+    if len(labels) == 1:
+        raise FinepointError(f"{config.data} knows only the label {labels[0]!r}; a classifier needs two")
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, config.dtype, labels, config.seed)
+    if labels:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return workplace(config, model, tokenizer, examples, labels)
+
+
+def workplace(
+    config: SelectConfig, model: Any, tokenizer: Any, examples: Sequence[Example], labels: Sequence[str] = ()
+) -> Workplace:
+    """A workplace around a model that is loaded already."""
+    limit = context_length(model, config.max_length)
+    rows = encode_all(tokenizer, examples, limit, labels, "training example") if examples else []
+    return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer))
+
+
+def select_for(config: SelectConfig, place: Workplace) -> Selection:
+    """Chooses entries as the configuration says, scoring on a random sample of the training examples."""
+    rule = rule_named(config.rule)
+    batches: list[dict[str, Any]] = []
+    if rule.needs_data:
+        if not place.rows:
+            raise FinepointError(f"rule {rule.name!r} scores by gradients and needs examples; give --data FILE.jsonl")
+        rows = scoring_rows(place.rows, config.scoring_examples, config.seed)
+        batches = [place.collator(rows[at : at + config.batch_size]) for at in range(0, len(rows), config.batch_size)]
+    return select(
+        place.model,
+        batches,
+        rule=config.rule,
+        density=config.density,
+        count=config.count,
+        scope=config.scope,
+        targets=config.targets,
+        exclude=[SparseAdapter.load(folder) for folder in config.exclude],
+        seed=config.seed,
+        scoring_memory=config.scoring_memory,
+        threshold=config.threshold,
+        rule_options=config.rule_options,
+    )
+
+
+def scoring_rows(rows: Sequence[Row], amount: float, seed: int) -> list[Row]:
+    """A random sample of the rows that have something to learn: so many, or a share of them where below 1."""
+    rows = [row for row in rows if learned(row)]
+    if amount <= 0 or (amount > 1 and amount != int(amount)):
+        raise FinepointError(f"scoring_examples is {amount}; give a number of examples or a share in (0, 1)")
+    size = round(amount * len(rows)) if amount < 1 else int(amount)
+    size = min(max(1, size), len(rows))
+    # By length, so that batches waste little on padding.
+    return sorted(random.Random(seed).sample(rows, size), key=lambda row: len(row.ids))
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """The learning rate, by default that of the kind of rule: entries chosen by gradient need smaller steps."""
+    if config.lr is not None:
+        return config.lr
+    return 1e-3 if rule_named(config.rule).needs_data else 1e-2
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with."""
+    packages = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+    return {"finepoint": finepoint.__version__} | {package: version(package) for package in packages}
+
+
+def _indices(
+    config: TrainConfig, place: Workplace, resumed: Path | None
+) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    source = resumed or (Path(config.indices) if config.indices else None)
+    if source is None:
+        selection = select_for(config, place)
+        return selection, selection.statistics
+    adapter = SparseAdapter.load(source)
+    if problems := adapter.problems(place.model):
+        raise FinepointError(f"the indices in {source} do not fit this model: {problems[0]}")
+    return {name: adapter[name] for name in adapter}, adapter.info.get("selection", {})
+
+
+def _run_trainer(
+    config: TrainConfig,
+    place: Workplace,
+    tuner: SparseTuner,
+    validation: list[Row] | None,
+    folder: Path,
+    checkpoint: str | None,
+    head: Sequence[str],
+    describe: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Trains; returns the first and last loss, the steps and the tokens a second."""
+    set_seed(config.seed)
+    arguments = _arguments(config, folder)
+    trainer = SparseTrainer(
+        tuner,
+        args=arguments,
+        train_dataset=[row for row in place.rows if learned(row)],
+        eval_dataset=validation,
+        data_collator=place.collator,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if not checkpoint:
+        (folder / LOG).unlink(missing_ok=True)
+    steps = arguments.max_steps if arguments.max_steps > 0 else _steps(config, len(place.rows))
+    with progress("training", steps) as advance:
+        watch = Watch(tuner, folder / LOG, advance)
+        trainer.add_callback(watch)
+        try:
+            output = trainer.train(resume_from_checkpoint=checkpoint)
+        except NotFinite as error:
+            saved = ""
+            if trainer.state.global_step:
+                tuner.adapter(config.store, head, dict(describe)).save(folder, overwrite=True)
+                saved = f"; the adapter of step {trainer.state.global_step} is in {folder}"
+            raise FinepointError(f"{error}{saved}; try a smaller --lr than {learning_rate(config)}") from error
+    place.model.eval()
+    logged = [record["loss"] for record in watch.records if "loss" in record]
+    validated = [record["eval_loss"] for record in watch.records if "eval_loss" in record]
+    return {
+        "steps": output.global_step,
+        "first_loss": float(logged[0]) if logged else None,
+        "loss": output.training_loss,
+        "last_loss": float(logged[-1]) if logged else None,
+        "validation_loss": validated[-1] if validated else None,
+        "train_seconds": round(output.metrics["train_runtime"], 2),
+    }
+
+
+def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
+    for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),
+                               ("accumulation", config.accumulation, 1), ("eval_every", config.eval_every, 1),
+                               ("save_every", config.save_every, 1)):  # fmt: skip
+        if value is not None and value < least:
+            raise FinepointError(f"{name} is {value}; give at least {least}")
+    if not 0 <= config.warmup <= 1:
+        raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
+    if learning_rate(config) <= 0:
+        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        learning_rate=learning_rate(config),
+        lr_scheduler_type={"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule],
+        warmup_steps=config.warmup if config.warmup < 1 else 0.999999,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if config.validation else "no",
+        eval_steps=config.eval_every,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        save_total_limit=2,
+        seed=config.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+    )
+
+
+def _steps(config: TrainConfig, rows: int) -> int:
+    batches = -(-rows // config.batch_size)
+    return max(1, round(config.epochs * -(-batches // config.accumulation)))
+
+
+def _validation(config: TrainConfig, place: Workplace) -> list[Row] | None:
+    if config.validation is None:
+        if config.eval_every:
+            raise FinepointError("eval_every is given without examples; give --validation FILE.jsonl")
+        return None
+    examples = read_examples(config.validation)
+    limit = context_length(place.model, config.max_length)
+    return encode_all(place.tokenizer, examples, limit, place.labels, "validation example")
+
+
+def _checkpoint(folder: Path) -> str:
+    checkpoint = get_last_checkpoint(str(folder / "checkpoints")) if (folder / "checkpoints").is_dir() else None
+    if checkpoint is None:
+        raise FinepointError(f"{folder} has no checkpoint to go on from; train with --save-every N to get them")
+    return checkpoint
+
+
+def _description(config: SelectConfig, place: Workplace, statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter says of itself."""
+    facts: dict[str, Any] = {
+        "base_model": config.model,
+        "task": "classification" if place.labels else "causal",
+        "labels": place.labels,
+        "rule": rule_named(config.rule).name,
+        "density": statistics.get("density"),
+        "scope": config.scope,
+        "targets": config.targets,
+        "seed": config.seed,
+        "data": config.data,
+        "finepoint_version": finepoint.__version__,
+        "selection": {key: value for key, value in statistics.items() if key != "weights"},
+    }
+    if isinstance(config, TrainConfig):
+        facts |= {"lr": learning_rate(config), "steps": config.steps, "batch_size": config.batch_size}
+    return facts
+
+
+def _norm(adapter: SparseAdapter) -> float | None:
+    """The Euclidean norm of all deltas; None where values are stored instead."""
+    deltas = [change.numbers.double() for change in adapter.changes.values() if change.kind == "delta"]
+    return torch.cat(deltas).norm().item() if deltas else None

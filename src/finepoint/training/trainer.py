@@ -1,0 +1,89 @@
+"""transformers.Trainer for a SparseTuner: refuses steps that are not finite, logs as JSON Lines, sparse checkpoints."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finepoint.errors import FinepointError
+from finepoint.files import write_atomic
+from finepoint.training.tuner import SparseTuner
+
+logger = logging.getLogger(__name__)
+DELTAS = "deltas.safetensors"
+
+
+class NotFinite(FinepointError):
+    """The loss or a gradient became NaN or infinite; the deltas are those of the last good step."""
+
+
+class SparseTrainer(Trainer):
+    """A stock Trainer but for its checkpoints, which hold the deltas instead of the whole model."""
+
+    def __init__(self, tuner: SparseTuner, **kwargs: Any) -> None:
+        self.tuner = tuner
+        super().__init__(model=tuner.model, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NotFinite(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        deltas = {name: entries.delta.detach().cpu() for name, entries in self.tuner.entries.items()}
+        write_atomic(folder / DELTAS, lambda path: save_file(deltas, path))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        deltas = load_file(Path(resume_from_checkpoint) / DELTAS)
+        with torch.no_grad():
+            for name, entries in self.tuner.entries.items():
+                if name not in deltas or deltas[name].shape != entries.delta.shape:
+                    raise FinepointError(f"{resume_from_checkpoint} was trained on other entries; start afresh")
+                entries.delta.copy_(deltas[name])
+        self.tuner.follow_()
+
+
+class Watch(TrainerCallback):
+    """Stops before a gradient that is not finite reaches the weights; writes the log; moves the progress bar."""
+
+    def __init__(self, tuner: SparseTuner, log: Path, advance: Any) -> None:
+        self.tuner = tuner
+        self.log = log
+        self.advance = advance
+        self.records: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started = time.perf_counter()
+        self.advance(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        for name, entries in self.tuner.entries.items():
+            gradient = entries.delta.grad
+            if gradient is not None and not torch.isfinite(gradient).all():
+                raise NotFinite(f"the gradient of {name} is not finite at step {state.global_step + 1}")
+        if all(entries.delta.grad is None for entries in self.tuner.entries.values()):
+            raise FinepointError("no chosen entry received a gradient: the loss does not depend on the target weights")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.advance(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        record = {"step": state.global_step, "seconds": round(time.perf_counter() - self.started, 3), **(logs or {})}
+        self.records.append(record)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if "eval_loss" in record:
+            logger.info("step %d: validation loss %.4f", state.global_step, record["eval_loss"])
+        elif "loss" in record and (state.global_step % 10 == 0 or state.global_step == state.max_steps):
+            logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, float(record["loss"]))
