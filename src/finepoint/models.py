@@ -155,7 +155,9 @@ def _cpu_has_bf16() -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps transformers from chatting while it loads; its errors are reported by us."""
-    level = transformers.utils.logging.get_verbosity()
+    hub = logging.getLogger("huggingface_hub")
+    level, hub_level = transformers.utils.logging.get_verbosity(), hub.level
+    hub.setLevel(logging.CRITICAL)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -164,3 +166,4 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers.utils.logging.set_verbosity(level)
+        hub.setLevel(hub_level)

@@ -35,7 +35,7 @@ def save(adapter: SparseAdapter, folder: str | Path, overwrite: bool = False) ->
             narrow = torch.int32 if _entries(change.shape) <= INT32_ENTRIES else torch.int64
             tensors[f"{name}.indices"] = change.indices.to("cpu", narrow)
         tensors[f"{name}.{change.kind}"] = change.numbers.detach().cpu().contiguous()
-    metadata = {"format": "pt", "finepoint": json.dumps(config, sort_keys=True)}
+    metadata = {"finepoint": json.dumps(config)}  # one key: their order in the file is not defined
     write_atomic(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
     write_json(folder / CONFIG, config)
     write_text(folder / "README.md", _card(adapter))

@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.data import Example, Text, read_examples
+from finepoint.batches import padding_id
+from finepoint.config import EvalConfig
+from finepoint.data import Example, Labelled, Text, read_examples
 from finepoint.errors import FinepointError
+from finepoint.files import claim_file
 from finepoint.measuring.metrics import changes
 from finepoint.measuring.scoring import accuracy, mean_nll
+from finepoint.models import load_model, load_tokenizer
 from finepoint.progress import progress
 
 Sets = Mapping[str, Sequence[Example]]
@@ -89,3 +93,29 @@ def evaluate(
         with adapter.applied(model):
             found["adapters"][name] = evaluation.compared(model, tokenizer, base, name)
     return found
+
+
+def evaluate_config(config: EvalConfig) -> dict[str, Any]:
+    """Runs the whole of `finepoint eval`.
+
+    Raises:
+        FinepointError: whatever the user can mend.
+    """
+    if config.output:
+        claim_file(config.output, config.overwrite)
+    sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
+    if not any(sets.values()):
+        raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE")
+    adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter}
+    tasks = {(adapter.info.get("task", "causal"), tuple(adapter.info.get("labels", ()))) for adapter in adapters.values()}
+    if len(tasks) > 1:
+        raise FinepointError("the adapters are for different tasks or classes; evaluate them one at a time")
+    labels = next(iter(tasks))[1] if tasks else ()
+    if not labels and any(isinstance(s[0], Labelled) for kind in sets.values() for s in kind.values()):
+        raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, config.dtype, labels)
+    if labels:
+        model.config.pad_token_id = padding_id(tokenizer)
+    evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens)
+    return evaluate(model, tokenizer, evaluation, adapters)

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import finepoint
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import Collator, Row, context_length, encode_all, learned
+from finepoint.batches import Collator, Row, context_length, encode_all, learned, padding_id
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Selection, select
 from finepoint.config import SelectConfig, TrainConfig
@@ -33,6 +33,10 @@ from finepoint.training.tuner import SparseTuner
 logger = logging.getLogger(__name__)
 LOG = "log.jsonl"
 RECORD = "run.json"
+# transformers renamed it in 5.x and warns about the old name.
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def prepare(config: SelectConfig) -> Workplace:
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, labels, config.seed)
     if labels:
-        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        model.config.pad_token_id = padding_id(tokenizer)
     return workplace(config, model, tokenizer, examples, labels)
 
 
@@ -274,7 +278,7 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        gradient_checkpointing=config.gradient_checkpointing,
+        **({CHECKPOINTING: True} if config.gradient_checkpointing else {}),
         learning_rate=learning_rate(config),
         lr_scheduler_type={"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule],
         warmup_steps=config.warmup if config.warmup < 1 else 0.999999,

@@ -2,12 +2,16 @@
 
 import json
 import logging
+import random
 import time
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finepoint.errors import FinepointError
@@ -16,10 +20,43 @@ from finepoint.training.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
 DELTAS = "deltas.safetensors"
+BATCHES_SORTED = 50  # batches made from one sorted stretch of the random order
 
 
 class NotFinite(FinepointError):
     """The loss or a gradient became NaN or infinite; the deltas are those of the last good step."""
+
+
+class LengthBuckets(Sampler[int]):
+    """A random order in which each batch holds examples of about the same length, so that little is padding.
+
+    A function of seed and epoch alone, so that a resumed run sees the order it would have seen.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed}:{self.epoch}")
+        order = list(range(len(self.lengths)))
+        draw.shuffle(order)
+        pool = self.batch_size * BATCHES_SORTED
+        batches = []
+        for start in range(0, len(order), pool):
+            part = sorted(order[start : start + pool], key=lambda place: self.lengths[place])
+            batches += [part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size)]
+        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # must stay last, or it would shift the rest
+        draw.shuffle(batches)
+        return chain.from_iterable(batches + short)
 
 
 class SparseTrainer(Trainer):
@@ -28,6 +65,9 @@ class SparseTrainer(Trainer):
     def __init__(self, tuner: SparseTuner, **kwargs: Any) -> None:
         self.tuner = tuner
         super().__init__(model=tuner.model, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
+        return LengthBuckets([len(row.ids) for row in self.train_dataset], self.args.train_batch_size, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

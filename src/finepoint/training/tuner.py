@@ -14,6 +14,7 @@ is frozen, keeps its layers and their forward, and always holds base + delta. Tw
 
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
@@ -65,7 +66,9 @@ class SparseTuner:
         model.requires_grad_(False)
         container = nn.ModuleDict({name.replace(".", "/"): entries for name, entries in self.entries.items()})
         setattr(model, CONTAINER, container)
-        self._handles = [_follow_after_steps(container)]
+        _LIVE.add(container)
+        _follow_after_steps()
+        self._handles: list[RemovableHandle] = []
         for entries in self.entries.values():
             self._handles += _attach(model, entries)
 
@@ -125,6 +128,7 @@ class SparseTuner:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _LIVE.discard(getattr(self.model, CONTAINER))
         delattr(self.model, CONTAINER)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags[name])
@@ -311,20 +315,22 @@ def _is_plain(embedding: nn.Module) -> bool:
     return embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
 
 
-def _follow_after_steps(container: nn.ModuleDict) -> RemovableHandle:
-    """Has the weights follow after every optimizer step, for as long as the container lives."""
-    alive = weakref.ref(container)
+_LIVE: "weakref.WeakSet[nn.ModuleDict]" = weakref.WeakSet()
+
+
+@lru_cache(maxsize=1)
+def _follow_after_steps() -> None:
+    """Has the weights of all live tuners follow after every optimizer step: one hook, registered once.
+
+    It is never taken away again: a hook that goes while torch walks through them would break the walk.
+    """
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        entries = alive()
-        if entries is None:
-            handle.remove()
-        else:
-            for part in entries.values():
-                part.follow_()  # type: ignore[operator]
+        for container in list(_LIVE):
+            for entries in container.values():
+                entries.follow_()  # type: ignore[operator]
 
-    handle = register_optimizer_step_post_hook(after_step)
-    return handle
+    register_optimizer_step_post_hook(after_step)
 
 
 def _check(name: str, weight: Tensor, indices: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The sampled weight gradient: dL/dW of a linear layer at k entries only, never a stored dense gradient.
+"""The sampled weight gradient in plain PyTorch: dL/dW of a linear layer at k entries only, on any device.
 
 For y = x W^T, dL/dW[i, j] = sum over tokens t of dy[t, i] x[t, j]. All kernels take
 
@@ -12,16 +12,8 @@ and return (k,), in float32 (float64 where an operand is float64).
 import torch
 from torch import Tensor
 
-DENSE_ABOVE = 0.03  # density from which the dense product in row blocks beats gathering (measured, 2 cores, 512 tokens)
 GATHERED = 1 << 18  # products in flight while gathering: 1 MB of float32 for each operand stays in the cache
 BLOCK = 1 << 22  # entries of the dense gradient held at a time
-
-
-def sampled_gradient(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """The sampled weight gradient by the kernel that suits the density."""
-    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    density = len(indices) / (dy.shape[1] * x.shape[1])
-    return by_blocks(dy, x, indices) if density > DENSE_ABOVE else by_gather(dy, x, indices)
 
 
 def reference(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""What an adapter holds: facts, a table by weight, and a map of where its entries lie."""
+
+import re
+from collections import defaultdict
+from typing import Any
+
+from finepoint.adapters.adapter import SparseAdapter
+
+SHADES = " .:-=+*#%@"
+
+
+def by_module(adapter: SparseAdapter) -> list[dict[str, Any]]:
+    """One row for each kind of module over all layers: weights, entries, share, mean and largest |delta|."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, weight in facts(adapter)["weights"].items():
+        layer, module = place(name)
+        key = module if module != "-" else layer
+        row = rows.setdefault(key, {"module": key, "weights": 0, "entries": 0, "size": 0, "total": 0.0, "largest": None})
+        row["weights"] += 1
+        row["entries"] += weight["entries"]
+        row["size"] += round(weight["entries"] / weight["share"])
+        if weight["mean_abs_delta"] is not None:
+            row["total"] += weight["mean_abs_delta"] * weight["entries"]
+            row["largest"] = max(row["largest"] or 0.0, weight["max_abs_delta"])
+    for row in rows.values():
+        row["share"] = row["entries"] / row.pop("size")
+        row["mean_abs_delta"] = row.pop("total") / row["entries"] if row["largest"] is not None else None
+    return list(rows.values())
+
+
+def facts(adapter: SparseAdapter) -> dict[str, Any]:
+    """Everything known of an adapter, JSON-ready; `weights` has a row for each weight."""
+    weights = {}
+    for name, change in adapter.changes.items():
+        size = 1
+        for extent in change.shape:
+            size *= extent
+        moved = change.numbers.double().abs() if change.kind == "delta" and len(change) else None
+        weights[name] = {
+            "shape": list(change.shape),
+            "dtype": change.dtype,
+            "kind": change.kind,
+            "entries": len(change),
+            "share": len(change) / size,
+            "mean_abs_delta": None if moved is None else moved.mean().item(),
+            "max_abs_delta": None if moved is None else moved.max().item(),
+        }
+    return {"entries": adapter.count, "changed_weights": len(adapter), **adapter.info, "weights": weights}
+
+
+def heat_map(adapter: SparseAdapter) -> str:
+    """The chosen share by layer (down) and module (across): blank is none, @ the largest share of any weight."""
+    shares: dict[str, dict[str, float]] = defaultdict(dict)
+    columns: dict[str, None] = {}
+    for name, weight in facts(adapter)["weights"].items():
+        layer, module = place(name)
+        shares[layer][module] = weight["share"]
+        columns[module] = None
+    if not shares:
+        return "no entries"
+    top = max(share for row in shares.values() for share in row.values())
+    width = max(len(layer) for layer in shares)
+    lines = [f"share of entries, {SHADES[1]} to {SHADES[-1]} = up to {top:.2e}"]
+    for layer, row in shares.items():
+        cells = "  ".join(f"{_shade(row.get(module, 0), top) * 3:^{len(module)}}" for module in columns)
+        lines.append(f"{layer:>{width}}  {cells}")
+    lines.append(" " * width + "  " + "  ".join(columns))
+    return "\n".join(lines)
+
+
+def place(name: str) -> tuple[str, str]:
+    """The layer number (or the name, outside the layers) and the module a weight belongs to."""
+    found = re.search(r"\.(\d+)\.(.+?)(\.weight)?$", name)
+    if not found:
+        return name.removesuffix(".weight"), "-"
+    return found[1], found[2].split(".", 1)[-1]
+
+
+def _shade(share: float, top: float) -> str:
+    if share == 0:
+        return SHADES[0]
+    # By the square root: shares differ by orders of magnitude, and the small ones should be told apart too.
+    return SHADES[1 + round((len(SHADES) - 2) * (share / top) ** 0.5)]

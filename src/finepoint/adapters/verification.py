@@ -1,0 +1,38 @@
+"""Whether an adapter belongs to a model, and whether it goes in and out of it without a trace."""
+
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import nn
+
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.errors import FinepointError
+
+
+def verify(adapter: SparseAdapter, model: nn.Module) -> dict[str, Any]:
+    """Applies and reverts the adapter, comparing all bits of the weights it touches.
+
+    Raises:
+        FinepointError: it does not fit the model.
+    """
+    before = _digests(adapter, model)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    with adapter.applied(model):
+        changed = sum(
+            int((weights[name].detach().reshape(-1)[adapter[name]] != original).sum())
+            for name, original in model._finepoint_applied[-1][1].items()  # type: ignore[index, union-attr]
+        )
+    if _digests(adapter, model) != before:
+        raise AssertionError("revert did not restore every bit")
+    return {"entries": adapter.count, "weights": len(adapter), "changed": changed, "reverted": True}
+
+
+def _digests(adapter: SparseAdapter, model: nn.Module) -> dict[str, str]:
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for name in adapter:
+        if name in weights:
+            raw = weights[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
+            found[name] = sha256(raw.numpy().tobytes()).hexdigest()
+    return found

@@ -1,0 +1,72 @@
+"""The command line: `finepoint COMMAND --flag value`, every command also from YAML with `--config FILE`.
+
+Exit status: 0 done; 2 the user's mistake, one line on stderr; 1 our fault.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "demo": "fine-tune a small real model and compare: the quickest look",
+    "train": "choose entries, train them in place, save an adapter",
+    "select": "choose entries only",
+    "eval": "measure a model and adapters: ID, OOD, forgetting",
+    "inspect": "say what is in an adapter",
+    "verify": "check an adapter, alone and against its model",
+    "data": "fetch the data of a recipe",
+    "rules": "list the rules with formula and source",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from finepoint import __version__
+
+        print(f"finepoint {__version__}")
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        from difflib import get_close_matches
+
+        close = get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        print(f"finepoint: no command {command!r}; {hint}commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return _run(command, arguments[1:])
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    from finepoint.cli.options import parse
+    from finepoint.errors import FinepointError
+
+    module = import_module(f"finepoint.cli.{command}")
+    try:
+        config = parse(module.CONFIG, command, arguments)
+        from finepoint.progress import log_to_stderr
+
+        log_to_stderr()
+        module.run(config)
+    except FinepointError as error:
+        line = " ".join(str(error).split())
+        print(f"finepoint {command}: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"finepoint {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overview() -> str:
+    lines = [f"  {name:<9} {what}" for name, what in COMMANDS.items()]
+    return (
+        "usage: finepoint COMMAND [--config FILE.yaml] [--flag value ..]\n\n"
+        "Sparse fine-tuning: train a chosen handful of a model's own weights, in place.\n\n"
+        + "\n".join(lines)
+        + "\n\n`finepoint COMMAND --help` lists the flags of a command."
+    )

@@ -1,0 +1,34 @@
+"""finepoint inspect DIR"""
+
+from finepoint.cli.output import console, print_json, print_table
+from finepoint.config import InspectConfig
+
+CONFIG = InspectConfig
+
+
+def run(config: InspectConfig) -> None:
+    from finepoint.adapters.adapter import SparseAdapter
+    from finepoint.adapters.inspection import by_module, facts, heat_map
+
+    adapter = SparseAdapter.load(config.folder)
+    found = facts(adapter)
+    if config.json:
+        print_json(found)
+        return
+    simple = {key: value for key, value in found.items() if isinstance(value, str | int | float)}
+    print_table(["fact", "value"], [[key, str(value)] for key, value in simple.items()], title=config.folder)
+    print()
+    print_table(
+        ["module", "weights", "entries", "share", "mean |delta|", "max |delta|"],
+        [
+            [row["module"], row["weights"], row["entries"], scientific(row["share"]),
+             scientific(row["mean_abs_delta"]), scientific(row["largest"])]
+            for row in by_module(adapter)
+        ],
+    )  # fmt: skip
+    print()
+    console().print(heat_map(adapter), highlight=False, markup=False)
+
+
+def scientific(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"

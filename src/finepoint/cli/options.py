@@ -1,0 +1,148 @@
+"""Flags and YAML from a configuration's fields, by jsonargparse.
+
+What we add to it is spelling: dashes for underscores, lists given one after the other or by repeating the flag
+(`--id a=x --id b=y`), bare switches (`--overwrite`), `name=value` pairs for mappings, one folder without its flag.
+"""
+
+import argparse
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar, get_args, get_origin
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from finepoint.errors import FinepointError
+
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], command: str, arguments: Sequence[str]) -> Config:
+    """The configuration that the arguments, and the file after `--config`, describe; a flag overrides the file.
+
+    Raises:
+        FinepointError: unknown flag or key, a value of the wrong type, a missing flag.
+        SystemExit: after `--help`.
+    """
+    set_parsing_settings(docstring_parse_style=None, docstring_parse_attribute_docstrings=False)
+    parser = ArgumentParser(prog=f"finepoint {command}", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the flags below; a flag overrides it")
+    parser.add_class_arguments(config)
+    spelled = spell(arguments, {field.name: field for field in fields(config)})  # type: ignore[arg-type]
+    if any(word in ("-h", "--help") for word in arguments):
+        print(help_text(config, command))
+        raise SystemExit(0)
+    try:
+        values = parser.parse_args(spelled).as_dict()
+    except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
+        raise FinepointError(_plain(str(error))) from error
+    values.pop("config", None)
+    return config(**values)
+
+
+def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
+    """The arguments as jsonargparse wants them: one `--name=value` each, lists and mappings as JSON."""
+    given: dict[str, list[str]] = {}
+    name = None
+    for word in arguments:
+        if word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            name = flag.replace("-", "_")
+            given.setdefault(name, [])
+            if equals:
+                given[name].append(value)
+        elif name is None or (name in known and known[name].type is bool and word not in ("true", "false")):
+            given.setdefault(_positional(word, known), []).append(word)
+        else:
+            given[name].append(word)
+    return [f"--{name}={_value(name, values, known.get(name))}" for name, values in given.items()]
+
+
+def _positional(word: str, known: dict[str, Field[Any]]) -> str:
+    for name in ("folder", "name"):
+        if name in known:
+            return name
+    raise FinepointError(f"{word!r} stands without a flag; flags: {', '.join(_flag(field) for field in known)}")
+
+
+def _value(name: str, values: list[str], field: Field[Any] | None) -> str:
+    if field is None:  # unknown, or --config: the parser will say
+        return " ".join(values)
+    if field.type is bool:
+        return values[-1] if values else "true"
+    if not values:
+        raise FinepointError(f"{_flag(name)} needs a value")
+    kinds = {get_origin(kind) or kind for kind in (field.type, *get_args(field.type))}
+    if dict in kinds and all("=" in value for value in values):
+        pairs = [pair.rpartition("=") for value in values for pair in value.split(",")]
+        return json.dumps({key: _number(value) for key, _, value in pairs})
+    if list in kinds and not (len(values) == 1 and values[0].startswith(("[", "{"))):
+        return json.dumps(values) if str not in kinds or len(values) > 1 else values[0]
+    if len(values) > 1:
+        raise FinepointError(f"{_flag(name)} takes one value, got {' '.join(values)}")
+    return values[0]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's message in our words: the flag as the user wrote it, no Python types."""
+    text = " ".join(message.replace("NoneType", "nothing").split())
+    if "Union subtypes" in text:
+        kinds = re.search(r"Subtypes: \[(.*?)\] Errors", text)
+        given = text.rpartition("Given value: ")[2]
+        option = re.search(r'"(\w+)"', text)
+        if kinds and option:
+            return f"option {_flag(option[1])}: expected {kinds[1].replace(', nothing', '')}, got {given}"
+    for before, after in (
+        ('Parser key "', 'option "'), ("<class '", ""), ("'>", ""), ("typing.", ""),
+        ("Key ", "option "), ("is required but not included in config object or its value is None", "is required"),
+    ):  # fmt: skip
+        text = text.replace(before, after)
+    return text
+
+
+def help_text(config: type, command: str) -> str:
+    """Usage, what the command does, and every flag with its meaning and default."""
+    summary = (inspect.getdoc(config) or "").split("\n")[0]
+    meanings = descriptions(config)
+    lines = [f"usage: finepoint {command} [--config FILE.yaml] [--flag value ..]", "", summary, ""]
+    for field in fields(config):
+        default = "required" if _is_required(field) else f"default: {_default(field)}"
+        lines.append(f"  {_flag(field.name):<24} {meanings.get(field.name, '')} ({default})")
+    return "\n".join(lines)
+
+
+def descriptions(config: type) -> dict[str, str]:
+    """What each field means, from the `Args:` of the class and of those it extends."""
+    found: dict[str, str] = {}
+    for owner in reversed(config.__mro__):
+        _, _, listed = inspect.cleandoc(owner.__doc__ or "").partition("Args:\n")
+        for line in listed.splitlines():
+            name, colon, meaning = line.strip().partition(": ")
+            if colon:
+                found[name] = meaning
+    return found
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _default(field: Field[Any]) -> str:
+    value = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    if value is None or value in ([], {}):
+        return "none"
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+

@@ -1,0 +1,42 @@
+"""What commands print: one JSON object with --json, else tables for people; both on stdout."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
+    """A table on stdout; text on the left, numbers on the right."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for i, name in enumerate(header):
+        numeric = bool(rows) and all(isinstance(row[i], int | float) or row[i] in ("", "-") for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(plain(cell) for cell in row))
+    console().print(table)
+
+
+def plain(cell: Any) -> str:
+    """A cell as text: whole numbers with separators, others with three decimals."""
+    if isinstance(cell, bool) or not isinstance(cell, int | float):
+        return str(cell)
+    return f"{cell:,}" if isinstance(cell, int) else f"{cell:.3f}"
+
+
+def console() -> Console:
+    """stdout; wide enough for a table when it is not a terminal."""
+    found = Console()
+    return found if found.is_terminal else Console(width=140)
+
+
+def signed(value: float) -> str:
+    """A change with its sign."""
+    return f"{value:+.3f}"

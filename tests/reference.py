@@ -1,0 +1,115 @@
+"""Dense masked training and dense selection: slow, obvious, written without finepoint's core. What it is tested against."""
+
+import torch
+from torch import nn
+
+
+def dense_masked_training(model, indices, batches, make_optimizer, delta_decay=False):
+    """Trains `model` (changed in place) with dense gradients, all but the chosen entries zeroed, and puts every other
+    entry back after each step. `batches` is a list of steps, each a list of batches whose losses add up."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen = {name: parameters[name] for name in indices}
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    masks = {}
+    for name, parameter in chosen.items():
+        mask = torch.zeros(parameter.numel(), dtype=torch.bool)
+        mask[indices[name]] = True
+        masks[name] = mask.view(parameter.shape)
+    model.requires_grad_(True)
+    optimizer = make_optimizer(list(chosen.values()))
+    for step in batches:
+        for batch in step:
+            model(**batch).loss.backward()
+        for name, parameter in chosen.items():
+            parameter.grad.mul_(masks[name])
+        optimizer.step()
+        model.zero_grad()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if name in masks:
+                    parameter.copy_(torch.where(masks[name], parameter, start[name]))
+                elif not any(parameter is other for other in chosen.values()):
+                    assert torch.equal(parameter, start[name])
+    return model
+
+
+def dense_top_k(scores, k):
+    """The k largest of a dict of score tensors, by one sort of all of them; ties to the earlier weight and position."""
+    rows = [
+        (-value, order, position)
+        for order, tensor in enumerate(scores.values())
+        for position, value in enumerate(tensor.reshape(-1).tolist())
+        if value > float("-inf")
+    ]
+    rows = sorted(rows)[:k]
+    names = list(scores)
+    chosen = {name: [] for name in names}
+    for _, order, position in rows:
+        chosen[names[order]].append(position)
+    return {name: torch.tensor(sorted(found), dtype=torch.long) for name, found in chosen.items() if found}
+
+
+def mean_gradient(model, batches):
+    """The gradient of the loss over all labels of all batches together, by one dense backward pass on their sum."""
+    total = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    model.zero_grad()
+    for batch in batches:
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        (model(**batch).loss * count / total).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return gradients
+
+
+def mean_squared_gradient(model, batches):
+    """The mean over examples of the squared gradient of each example's log-likelihood, one example at a time."""
+    sums = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    examples = 0
+    for batch in batches:
+        for row in range(len(batch["input_ids"])):
+            one = {key: value[row : row + 1] for key, value in batch.items()}
+            log_probs = model(**{**one, "labels": None}).logits.log_softmax(-1)
+            likelihood = torch.zeros((), dtype=log_probs.dtype)
+            for position in range(1, one["labels"].shape[1]):
+                label = int(one["labels"][0, position])
+                if label != -100:
+                    likelihood = likelihood + log_probs[0, position - 1, label]
+            model.zero_grad()
+            likelihood.backward()
+            for name, parameter in model.named_parameters():
+                sums[name] += parameter.grad**2
+            examples += 1
+    model.zero_grad()
+    return {name: total / examples for name, total in sums.items()}
+
+
+class TiedToy(nn.Module):
+    """Every kind of weight at once: tied embedding and head, norm, bias, 3-D experts, a reused linear layer."""
+
+    def __init__(self, vocabulary=11, width=6, experts=3, dtype=torch.float64):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width, padding_idx=0)
+        self.first = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.experts = nn.Parameter(torch.randn(experts, width, width) * 0.3)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+        self.to(dtype)
+
+    def forward(self, input_ids, labels=None):
+        hidden = self.embed(input_ids)
+        hidden = hidden + self.first(input=self.first(hidden).relu())
+        hidden = self.norm(hidden)
+        hidden = hidden + torch.einsum("btw,evw->btv", hidden, self.experts).tanh()
+        logits = self.head(hidden)
+        loss = None
+        if labels is not None:
+            flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+            loss = nn.functional.cross_entropy(flat, labels[:, 1:].reshape(-1), ignore_index=-100)
+        return Output(loss, logits)
+
+
+class Output:
+    def __init__(self, loss, logits):
+        self.loss = loss
+        self.logits = logits

@@ -1,0 +1,313 @@
+import json
+import struct
+
+import pytest
+import torch
+from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import finepoint
+from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.entries import checksum, moved
+from finepoint.adapters.inspection import facts, heat_map, place
+from finepoint.adapters.verification import verify
+from finepoint.errors import FinepointError
+
+
+def trained(model, store="delta", density=0.1, seed=0, full=(), targets="all"):
+    """An adapter of a few real steps, and the bits of the trained model; the model is left at the base."""
+    indices = finepoint.select(model, rule="random", density=density, targets=targets, seed=seed)
+    tuner = finepoint.SparseTuner(model, indices)
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=3e-2)
+    for batch in random_batches():
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter = tuner.adapter(store, full, {"rule": "random"})
+    weights = {name: value for name, value in snapshot(model).items() if not name.startswith("finepoint")}
+    tuner.revert_()
+    tuner.close()
+    return adapter, weights
+
+
+@pytest.mark.parametrize("store", ["delta", "value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_apply_gives_the_trained_bits_and_revert_the_base(store, dtype):
+    model = tiny_llama(dtype)
+    base = snapshot(model)
+    adapter, expected = trained(model, store)
+    assert_same_bits(base, snapshot(model))
+    adapter.apply(model)
+    assert_same_bits(expected, snapshot(model))
+    assert any(not torch.equal(value, base[name]) for name, value in snapshot(model).items())
+    adapter.revert(model)
+    assert_same_bits(base, snapshot(model))
+
+
+def test_a_thousand_swaps_leave_no_trace():
+    model = tiny_llama(torch.bfloat16)
+    base = snapshot(model)
+    first, second = trained(model)[0], trained(model, "value", seed=1)[0]
+    for i in range(1000):
+        with (first if i % 2 else second).applied(model):
+            pass
+    assert_same_bits(base, snapshot(model))
+
+
+def test_an_exception_inside_applied_reverts():
+    model = tiny_llama(torch.bfloat16)
+    base = snapshot(model)
+    adapter, _ = trained(model)
+    with pytest.raises(KeyError), adapter.applied(model):
+        raise KeyError
+    assert_same_bits(base, snapshot(model))
+
+
+def test_disjoint_adapters_stack_and_come_off_in_any_order():
+    model = tiny_llama()
+    base = snapshot(model)
+    a, _ = trained(model)
+    chosen = finepoint.select(model, rule="random", density=0.1, targets="all", exclude=[a], seed=4)
+    with finepoint.SparseTuner(model, chosen) as tuner:
+        for delta in tuner.parameters():
+            delta.data.fill_(0.25)
+        b = tuner.adapter()
+        tuner.revert_()
+    a.apply(model)
+    b.apply(model)
+    a.revert(model)
+    with_b = snapshot(model)
+    b.revert(model)
+    assert_same_bits(base, snapshot(model))
+    b.apply(model)
+    assert_same_bits(with_b, snapshot(model))
+
+
+def test_overlapping_adapters_are_refused(llama):
+    a, b = trained(llama)[0], trained(llama, seed=0)[0]
+    a.apply(llama)
+    with pytest.raises(FinepointError, match="not those of the base model"):
+        b.apply(llama)
+    a.revert(llama)
+    with pytest.raises(FinepointError, match="nothing to revert"):
+        a.revert(llama)
+
+
+@pytest.mark.parametrize("store", ["delta", "value"])
+def test_load_of_save_is_the_same_bit_for_bit(tmp_path, store):
+    adapter, _ = trained(tiny_llama(torch.bfloat16), store, full=["model.norm.weight"], density=0.5)
+    adapter.save(tmp_path / "a")
+    again = SparseAdapter.load(tmp_path / "a")
+    assert_same_adapter(adapter, again)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "finepoint.safetensors", "finepoint_config.json", "README.md",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "a" / "finepoint_config.json").read_text())
+    assert config["format_version"] == 1
+    assert config["info"]["rule"] == "random"
+    again.save(tmp_path / "b")
+    assert (tmp_path / "a" / "finepoint.safetensors").read_bytes() == (
+        tmp_path / "b" / "finepoint.safetensors"
+    ).read_bytes()
+
+
+def assert_same_adapter(a, b):
+    assert a.info == b.info
+    assert list(a.changes) == list(b.changes)
+    for name, change in a.changes.items():
+        other = b.changes[name]
+        assert (change.shape, change.dtype, change.kind, change.base) == (
+            other.shape, other.dtype, other.kind, other.base,
+        )  # fmt: skip
+        assert torch.equal(change.indices, other.indices)
+        assert other.indices.dtype == torch.int64
+        assert change.numbers.dtype == other.numbers.dtype
+        assert torch.equal(change.numbers, other.numbers)
+
+
+@st.composite
+def adapters(draw):
+    changes = {}
+    for i in range(draw(st.integers(1, 3))):
+        shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+        size = torch.Size(shape).numel()
+        chosen = draw(st.sets(st.integers(0, size - 1), min_size=1))
+        dtype = draw(st.sampled_from(["float32", "bfloat16", "float64"]))
+        kind = draw(st.sampled_from(["delta", "value", "full"]))
+        indices = torch.tensor(sorted(chosen)) if kind != "full" else torch.empty(0, dtype=torch.long)
+        numbers = torch.randn(shape if kind == "full" else (len(indices),), dtype=torch.float64)
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        numbers = numbers.to(wide if kind == "delta" else getattr(torch, dtype))
+        changes[f"layer.{i}.weight"] = Change(shape, dtype, kind, indices, numbers, "" if kind == "full" else "abc")
+    return SparseAdapter(changes, {"note": draw(st.text())})
+
+
+@settings(max_examples=50, deadline=None)
+@given(adapters())
+def test_any_adapter_survives_the_file(tmp_path_factory, adapter):
+    folder = adapter.save(tmp_path_factory.mktemp("adapter") / "a")
+    assert_same_adapter(adapter, SparseAdapter.load(folder))
+
+
+def test_a_file_costs_eight_or_six_bytes_an_entry(tmp_path):
+    for store, each in (("delta", 8), ("value", 6)):
+        adapter, _ = trained(tiny_llama(torch.bfloat16), store, density=0.9)
+        folder = adapter.save(tmp_path / store)
+        header = struct.unpack("<Q", (folder / "finepoint.safetensors").read_bytes()[:8])[0]
+        size = (folder / "finepoint.safetensors").stat().st_size - 8 - header
+        assert size == adapter.count * each
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, llama):
+    adapter, _ = trained(llama)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(FinepointError, match="not empty; choose another --output or give --overwrite"):
+        adapter.save(folder)
+    adapter.save(folder, overwrite=True)
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+# A wrong base, and damaged files: an error that names the weight, and a model left alone.
+
+
+def changed_model(change):
+    model = tiny_llama()
+    change(model)
+    return model
+
+
+def nudge(model):
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(1e-3)
+
+
+WRONG_MODELS = {
+    "values": (lambda: changed_model(nudge), "up_proj.weight: its values are not those of the base"),
+    "seed": (lambda: tiny_llama(seed=5), "its values are not those of the base"),
+    "dtype": (lambda: tiny_llama(torch.bfloat16), "bfloat16 in the model, float32 in the adapter; load it as float32"),
+    "names": (lambda: changed_model(lambda m: m.model.layers.pop(1)), "model.layers.1.*: the model has no such weight"),
+    "shape": (lambda: changed_model(lambda m: setattr(m.model.norm, "weight", torch.nn.Parameter(torch.ones(8)))),
+              r"model.norm.weight: shape \(8,\) in the model, \(16,\) in the adapter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_MODELS)
+def test_a_wrong_base_is_refused_and_left_alone(wrong):
+    make, message = WRONG_MODELS[wrong]
+    adapter, _ = trained(tiny_llama(), density=0.9)
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(FinepointError, match=message):
+        adapter.apply(model)
+    assert_same_bits(before, snapshot(model))
+    assert "_finepoint_applied" not in model.__dict__ or not model._finepoint_applied
+
+
+def rewrite(folder, change_tensors=None, change_config=None):
+    path = folder / "finepoint.safetensors"
+    tensors = load_file(path)
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+    config = json.loads(header["__metadata__"]["finepoint"])
+    if change_tensors:
+        change_tensors(tensors)
+    if change_config:
+        change_config(config)
+    save_file(tensors, path, {"finepoint": json.dumps(config)})
+
+
+NAME = "model.embed_tokens.weight"
+DAMAGE = {
+    "descending": (lambda t: t.update({f"{NAME}.indices": t[f"{NAME}.indices"].flip(0)}), None, "ascending and unique"),
+    "negative": (lambda t: t[f"{NAME}.indices"].__setitem__(0, -1), None, "outside the weight"),
+    "too large": (lambda t: t[f"{NAME}.indices"].__setitem__(-1, 2**30), None, "outside the weight"),
+    "nan": (lambda t: t[f"{NAME}.delta"].__setitem__(0, float("nan")), None, "not finite"),
+    "short": (lambda t: t.update({f"{NAME}.delta": t[f"{NAME}.delta"][1:].clone()}), None, "indices, numbers of shape"),
+    "dtype": (lambda t: t.update({f"{NAME}.delta": t[f"{NAME}.delta"].half()}), None, "delta is stored as"),
+    "no indices": (lambda t: t.pop(f"{NAME}.indices"), None, "indices is missing"),
+    "no delta": (lambda t: t.pop(f"{NAME}.delta"), None, "delta is missing"),
+    "stranger": (lambda t: t.update({"stranger": torch.ones(1)}), None, "holds 'stranger'"),
+    "count": (None, lambda c: c["weights"][NAME].update(count=1), "entries announced"),
+    "kind": (None, lambda c: c["weights"][NAME].update(kind="pickle"), "kind 'pickle'"),
+    "shape": (None, lambda c: c["weights"][NAME].update(shape=[2**60, 2**60]), "not a list of sizes"),
+    "type": (None, lambda c: c["weights"][NAME].update(dtype="complex64"), "dtype 'complex64'"),
+    "checksum": (None, lambda c: c["weights"][NAME].update(base_checksum=None), "checksum of the base values is missing"),
+    "version": (None, lambda c: c.update(format_version=2), "format version 2; this finepoint reads version 1"),
+    "weights": (None, lambda c: c.update(weights=[1]), "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_refused_by_name(tmp_path, damage):
+    change_tensors, change_config, message = DAMAGE[damage]
+    adapter, _ = trained(tiny_llama(), density=0.5)
+    folder = adapter.save(tmp_path / "a")
+    rewrite(folder, change_tensors, change_config)
+    with pytest.raises(FinepointError, match=message):
+        SparseAdapter.load(folder)
+
+
+def test_truncated_or_foreign_files_are_refused(tmp_path):
+    folder = trained(tiny_llama())[0].save(tmp_path / "a")
+    path = folder / "finepoint.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(FinepointError, match="cannot read"):
+            SparseAdapter.load(folder)
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(FinepointError, match="was not written by finepoint"):
+        SparseAdapter.load(folder)
+    with pytest.raises(FinepointError, match="not an adapter folder"):
+        SparseAdapter.load(tmp_path / "nowhere")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    model = tiny_llama()
+    old, new = trained(model)[0], trained(model, seed=3)[0]
+    folder = old.save(tmp_path / "a")
+    import finepoint.adapters.format as format_
+
+    def break_off(tensors, path, metadata):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(format_, "save_file", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        new.save(folder, overwrite=True)
+    assert_same_adapter(old, SparseAdapter.load(folder))
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_verify_inspect_and_map():
+    model = tiny_llama()
+    base = snapshot(model)
+    adapter, _ = trained(model, density=0.2)
+    found = verify(adapter, model)
+    assert found["entries"] == adapter.count == facts(adapter)["entries"]
+    assert 0 < found["changed"] <= found["entries"]
+    assert_same_bits(base, snapshot(model))
+    drawing = heat_map(adapter)
+    assert "down_proj" in drawing
+    assert "@" in drawing
+    assert place("model.layers.12.mlp.up_proj.weight") == ("12", "up_proj")
+    assert place("lm_head.weight") == ("lm_head", "-")
+
+
+def test_moved_rounds_once_in_the_deltas_precision():
+    base = torch.tensor([1.0, -0.0, 3.0]).bfloat16()
+    delta = torch.tensor([2**-9, 0.0, 1e-9])
+    found = moved(base, delta)
+    assert found.dtype == torch.bfloat16
+    assert torch.signbit(found[1])
+    assert found[0] == (torch.tensor(1.0) + 2**-9).bfloat16()
+
+
+def test_the_checksum_is_the_same_in_every_dtype_that_holds_the_values():
+    values = torch.randn(10).bfloat16()
+    assert checksum(values) == checksum(values.float()) == checksum(values.double())
+    assert checksum(values) != checksum(values.flip(0))

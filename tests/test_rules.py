@@ -1,0 +1,245 @@
+"""One suite over all rules: a rule is tested the day it is added."""
+
+import copy
+import random
+
+import numpy
+import pytest
+import torch
+from conftest import random_batches, snapshot, tiny_gemma, tiny_llama
+from reference import TiedToy, mean_gradient, mean_squared_gradient
+
+import finepoint
+from finepoint.choosing.rules import ALIASES, RULES, rule_named
+from finepoint.choosing.selection import score
+from finepoint.choosing.statistics import stream_statistics
+from finepoint.choosing.weights import target_weights
+from finepoint.errors import FinepointError
+
+EVERY_RULE = sorted(RULES)
+
+
+def toy(dtype):
+    torch.manual_seed(0)
+    return TiedToy(dtype=dtype)
+
+
+def small_batches(**kwargs):
+    """Batches whose tokens every model here knows."""
+    return [{key: value.clamp(max=10) for key, value in batch.items()} for batch in random_batches(**kwargs)]
+
+
+def all_scores(model, rule, batches, seed=0, memory=1.0, **options):
+    rule = rule_named(rule)
+    weights = target_weights(model, "all")
+    return {
+        name: score(rule, name, weights[name], statistics, seed, options)
+        for name, statistics in stream_statistics(model, weights, batches, rule.needs, memory)
+    }
+
+
+def dense_formula(rule, model, batches):
+    """Each rule once more, from dense gradients in the model's precision."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    mean, squared = mean_gradient(model, batches), mean_squared_gradient(model, batches)
+    formulas = {
+        "gradient": lambda n: mean[n].abs(),
+        "gallop": lambda n: mean[n].abs() / (weights[n].abs() + 1e-8),
+        "magnitude-low": lambda n: -weights[n].abs(),
+        "magnitude-high": lambda n: weights[n].abs(),
+        "snip": lambda n: (weights[n] * mean[n]).abs(),
+        "fisher": lambda n: squared[n],
+    }
+    return {name: formulas[rule](name) for name in weights}
+
+
+@pytest.mark.parametrize("rule", [rule for rule in EVERY_RULE if rule != "random"])
+@pytest.mark.parametrize("make", [toy, tiny_llama, tiny_gemma])
+def test_the_formula_equals_plain_autograd_in_float64(rule, make):
+    model, batches = make(torch.float64), small_batches()
+    found = all_scores(model, rule, batches)
+    expected = dense_formula(rule, model, batches)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        # The norms and losses of transformers compute in float32 whatever the model's dtype; the toy does not.
+        rtol, atol = (1e-10, 1e-14) if make is toy else (1e-3, 1e-6)
+        torch.testing.assert_close(found[name], values, rtol=rtol, atol=atol * values.abs().max().item())
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_have_the_right_form_and_depend_on_the_seed_alone(rule, dtype):
+    model, batches = tiny_llama(dtype), random_batches()
+    first, again = all_scores(model, rule, batches, seed=3), all_scores(model, rule, batches, seed=3)
+    for name, weight in model.named_parameters():
+        assert first[name].shape == weight.shape
+        assert first[name].dtype in (torch.float32, torch.float64)
+        assert torch.isfinite(first[name]).all()
+        assert torch.equal(first[name], again[name])
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE)
+def test_less_scoring_memory_gives_the_same_bits(rule):
+    model, batches = tiny_llama(), random_batches()
+    whole, pieces = all_scores(model, rule, batches), all_scores(model, rule, batches, memory=1e-6)
+    assert list(whole) == list(pieces)
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE)
+def test_scoring_leaves_the_model_exactly_as_found(rule):
+    model, batches = tiny_llama(), random_batches()
+    model.train()
+    model.model.layers[0].eval()
+    model.config._attn_implementation = "eager"
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+        if i % 3 == 0:
+            parameter.grad = torch.full_like(parameter, 7.0)
+    hook_calls = []
+    model.register_forward_hook(lambda *_: hook_calls.append(1))
+    before = snapshot(model)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    grads = [parameter.grad for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+
+    finepoint.select(model, batches, rule=rule, density=0.1, targets="all")
+
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert all(old is new.grad for old, new in zip(grads, model.parameters(), strict=True))
+    assert all(grad is None or bool((grad == 7).all()) for grad in grads)
+    assert modes == [module.training for module in model.modules()]
+    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert (states[2] == numpy.random.get_state()[1]).all()
+
+
+def test_an_exception_while_scoring_leaves_the_model_as_found(llama):
+    flags = [parameter.requires_grad for parameter in llama.parameters()]
+    llama.train()
+    with pytest.raises(FinepointError, match="every label of the scoring examples is ignored"):
+        finepoint.select(llama, [{"input_ids": torch.ones(1, 3).long(), "labels": torch.full((1, 3), -100)}])
+    with pytest.raises(ValueError, match="input_ids"):
+        finepoint.select(llama, [{"nonsense": 1, "labels": torch.ones(1, 3).long()}])
+    assert flags == [parameter.requires_grad for parameter in llama.parameters()]
+    assert llama.training
+    assert all(parameter.grad is None for parameter in llama.parameters())
+
+
+def test_the_mean_is_signed_and_over_labels_not_batches():
+    # Opposite gradients cancel before the absolute value: with equal batches of opposite loss the score is zero.
+    model = torch.nn.Linear(2, 1, bias=False)
+
+    class Opposed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = model
+
+        def forward(self, x, labels):
+            out = type("Out", (), {})()
+            out.loss = (self.layer(x)[:, 0] * labels[:, 1]).mean()
+            return out
+
+    x = torch.tensor([[1.0, 3.0]])
+    opposed = [{"x": x, "labels": torch.tensor([[0, 1]])}, {"x": x, "labels": torch.tensor([[0, -1]])}]
+    scores = all_scores(Opposed(), "gradient", opposed)
+    assert torch.equal(scores["layer.weight"], torch.zeros(1, 2))
+    assert all_scores(Opposed(), "fisher", opposed)["layer.weight"].tolist() == [[1.0, 9.0]]  # negative control
+
+
+def test_batching_does_not_change_the_mean_gradient():
+    model = toy(torch.float64)
+    batch = small_batches(count=1, rows=6)[0]
+    parts = [{key: value[:1] for key, value in batch.items()}, {key: value[1:] for key, value in batch.items()}]
+    whole, split = all_scores(model, "gradient", [batch]), all_scores(model, "gradient", parts)
+    for name in whole:
+        torch.testing.assert_close(whole[name], split[name], rtol=1e-10, atol=1e-15)
+
+
+def test_gallop_is_computed_in_float32_whatever_the_weights_dtype():
+    model = tiny_llama(torch.bfloat16)
+    weight = model.model.layers[0].mlp.up_proj.weight.detach()
+    with torch.no_grad():
+        weight.view(-1)[:2] = torch.tensor([0.0, 1e-9])
+    gradient = torch.ones(weight.shape)
+    scores = RULES["gallop"].score(weight, gradient)
+    assert scores.dtype == torch.float32
+    assert scores.view(-1)[0] == pytest.approx(1e8)
+    assert scores.view(-1)[1] == pytest.approx(1 / 1.1e-8, rel=1e-2)
+    coarser = RULES["gallop"].score(weight, gradient, epsilon=1e-4)
+    assert coarser.view(-1)[0] == pytest.approx(1e4)
+
+
+def test_same_shape_layers_do_not_share_random_indices():
+    model = tiny_llama(layers=2)
+    chosen = finepoint.select(model, rule="random", density=0.3, scope="weight")
+    a, b = (chosen[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(2))
+    assert len(a) == len(b)
+    assert not torch.equal(a, b)
+    other_seed = finepoint.select(model, rule="random", density=0.3, scope="weight", seed=1)
+    assert not torch.equal(a, other_seed["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_random_is_reproducible_from_the_seed_alone():
+    torch.manual_seed(5)
+    first = finepoint.select(tiny_llama(seed=0), rule="random", count=101)
+    torch.manual_seed(6)
+    second = finepoint.select(copy.deepcopy(tiny_llama(seed=9)), rule="random", count=101)
+    assert first.count == second.count == 101
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_aliases_name_the_rule_itself():
+    assert {alias: rule_named(alias).name for alias in ALIASES} == {"sparta": "random", "saft": "gradient"}
+    assert all(rule.formula and rule.source for rule in RULES.values())
+
+
+def test_an_unknown_rule_or_option_is_refused_by_name(llama):
+    with pytest.raises(FinepointError, match=r"unknown rule 'galop'; did you mean 'gallop'\?"):
+        rule_named("galop")
+    with pytest.raises(FinepointError, match="cannot import rule 'nowhere:f'"):
+        rule_named("nowhere:f")
+    with pytest.raises(FinepointError, match=r"rule 'gallop' has no option 'epsilom'; its options: epsilon=1e-08"):
+        finepoint.select(llama, random_batches(), rule="gallop", rule_options={"epsilom": 1})
+    with pytest.raises(FinepointError, match="needs data"):
+        finepoint.select(llama, rule="gallop")
+
+
+def cubic(weight, gradient, power=3.0):
+    """|g|^power"""
+    return gradient.abs() ** power
+
+
+def shapeless(weight):
+    return torch.zeros(3)
+
+
+def infinite(weight):
+    return torch.full(weight.shape, float("inf"))
+
+
+def test_a_users_own_rule_is_one_line_or_an_import_path(llama, batches, monkeypatch):
+    finepoint.register("cubic", cubic)
+    monkeypatch.setitem(RULES, "cubic", RULES["cubic"])
+    named = finepoint.select(llama, batches, rule="cubic", density=0.01)
+    imported = finepoint.select(llama, batches, rule="test_rules:cubic", density=0.01)
+    saft = finepoint.select(llama, batches, rule="saft", density=0.01)
+    for other in (imported, saft):
+        assert all(torch.equal(named[name], other[name]) for name in saft)
+    assert RULES["cubic"].options == {"power": 3.0}
+    RULES.pop("test_rules:cubic")
+
+
+def test_a_rule_that_breaks_its_contract_is_refused(llama):
+    with pytest.raises(FinepointError, match=r"gave scores of shape \(3,\)"):
+        finepoint.select(llama, rule="test_rules:shapeless")
+    with pytest.raises(FinepointError, match="not finite"):
+        finepoint.select(llama, rule="test_rules:infinite")
+    with pytest.raises(FinepointError, match="asks for 'temperature'"):
+        finepoint.register("bad", lambda weight, temperature: weight)
+    for name in ("test_rules:shapeless", "test_rules:infinite"):
+        RULES.pop(name)

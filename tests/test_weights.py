@@ -1,0 +1,83 @@
+import pytest
+import torch
+from conftest import tiny_gemma, tiny_llama
+from torch import nn
+
+from finepoint.choosing.weights import block_of, target_weights
+from finepoint.errors import FinepointError
+
+
+def test_linear_is_every_linear_layer_of_the_blocks_and_nothing_else(model):
+    names = set(target_weights(model))
+    expected = {
+        f"{module_name}.weight"
+        for module_name, module in model.named_modules()
+        if type(module) is nn.Linear and ".layers." in module_name
+    }
+    assert names == expected
+    assert len(names) == 14
+
+
+def test_attention_and_mlp_split_linear(model):
+    attention, mlp = set(target_weights(model, "attention")), set(target_weights(model, "mlp"))
+    assert not attention & mlp
+    assert attention | mlp == set(target_weights(model, "linear"))
+    assert len(attention) == 8
+
+
+def test_all_names_a_tied_weight_once():
+    tied, untied = tiny_llama(tied=True), tiny_llama(tied=False)
+    assert "lm_head.weight" not in target_weights(tied, "all")
+    assert "lm_head.weight" in target_weights(untied, "all")
+    assert len({id(w) for w in target_weights(tied, "all").values()}) == len(target_weights(tied, "all"))
+
+
+@pytest.mark.parametrize("targets", ["v,o", "v_proj,o_proj", ["*.v_proj", "*.o_proj"], ["*.v_proj.weight", "o"]])
+def test_short_names_and_globs_agree(llama, targets):
+    expected = [f"model.layers.{i}.self_attn.{m}_proj.weight" for i in range(2) for m in "vo"]
+    assert list(target_weights(llama, targets)) == expected
+
+
+def test_a_short_name_does_not_pick_up_biases():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleDict({"v_proj": nn.Linear(2, 2)})])
+
+    model = Attention()
+    assert list(target_weights(model, "v")) == ["layers.0.v_proj.weight"]
+    assert list(target_weights(model, "*.bias")) == ["layers.0.v_proj.bias"]
+
+
+def test_expert_weights_in_blocks_are_linear():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Module()])
+            self.layers[0].experts = nn.Module()
+            self.layers[0].experts.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 3))
+            self.layers[0].conv = nn.Conv1d(2, 2, 3)
+
+    assert list(target_weights(Experts())) == ["layers.0.experts.gate_up_proj"]
+
+
+def test_block_of():
+    model = tiny_gemma()
+    assert block_of(model, "model.layers.1.mlp.up_proj.weight") == "model.layers.1"
+    assert block_of(model, "model.embed_tokens.weight") is None
+
+
+def test_no_match_offers_close_names(llama):
+    with pytest.raises(FinepointError, match=r"no weight matches 'vproj'; close names: .*v_proj"):
+        target_weights(llama, "vproj")
+    with pytest.raises(FinepointError, match="presets are linear"):
+        target_weights(llama, "zzzzzzzz*")
+    with pytest.raises(FinepointError, match="targets is empty"):
+        target_weights(llama, " , ")
+
+
+def test_quantised_weights_are_refused(llama):
+    layer = llama.model.layers[0].mlp
+    layer.up_proj.weight = nn.Parameter(torch.zeros(24, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(FinepointError, match="int8, not floating point"):
+        target_weights(llama, "model.layers.0.mlp.up_proj")
