@@ -1,4 +1,4 @@
-"""Dense masked training and dense selection: slow, obvious, written without finepoint's core. What it is tested against."""
+"""Dense masked training and dense selection: slow, obvious, written without finepoint's core."""
 
 import torch
 from torch import nn

@@ -3,12 +3,12 @@ import struct
 
 import pytest
 import torch
-from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import finepoint
+from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.entries import checksum, moved
 from finepoint.adapters.inspection import facts, heat_map, place
@@ -235,7 +235,7 @@ DAMAGE = {
     "kind": (None, lambda c: c["weights"][NAME].update(kind="pickle"), "kind 'pickle'"),
     "shape": (None, lambda c: c["weights"][NAME].update(shape=[2**60, 2**60]), "not a list of sizes"),
     "type": (None, lambda c: c["weights"][NAME].update(dtype="complex64"), "dtype 'complex64'"),
-    "checksum": (None, lambda c: c["weights"][NAME].update(base_checksum=None), "checksum of the base values is missing"),
+    "checksum": (None, lambda c: c["weights"][NAME].update(base_checksum=None), "checksum of the base"),
     "version": (None, lambda c: c.update(format_version=2), "format version 2; this finepoint reads version 1"),
     "weights": (None, lambda c: c.update(weights=[1]), "damaged"),
 }  # fmt: skip

@@ -6,15 +6,15 @@ import random
 import numpy
 import pytest
 import torch
-from conftest import random_batches, snapshot, tiny_gemma, tiny_llama
-from reference import TiedToy, mean_gradient, mean_squared_gradient
 
 import finepoint
+from conftest import random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.choosing.rules import ALIASES, RULES, rule_named
 from finepoint.choosing.selection import score
 from finepoint.choosing.statistics import stream_statistics
 from finepoint.choosing.weights import target_weights
 from finepoint.errors import FinepointError
+from reference import TiedToy, mean_gradient, mean_squared_gradient
 
 EVERY_RULE = sorted(RULES)
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from conftest import random_batches, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import dense_top_k
 
 import finepoint
+from conftest import random_batches, tiny_llama
 from finepoint.choosing.selection import Budget, TopK, allocate, exact, largest
 from finepoint.errors import FinepointError
+from reference import dense_top_k
 
 
 @st.composite
@@ -183,7 +183,7 @@ def test_statistics_describe_the_chosen_against_all(llama, batches):
 def test_flat_positions_beyond_int32_survive():
     pool = TopK(2)
     pool.add(0, torch.tensor([1.0, 3.0]), None)
-    sources, positions, _ = pool.result()
+    _, positions, _ = pool.result()
     assert positions.dtype == torch.int64
     assert allocate([1 << 34], [1 << 34], (1 << 33) + 1) == [(1 << 33) + 1]
 

@@ -4,12 +4,12 @@ import weakref
 
 import pytest
 import torch
-from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_gemma, tiny_llama
-from reference import TiedToy, dense_masked_training
 
 import finepoint
+from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.errors import FinepointError
 from finepoint.training.tuner import SparseTuner
+from reference import TiedToy, dense_masked_training
 
 
 def random_choice(model, density=0.05, targets="all", seed=0):

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import tiny_gemma, tiny_llama
 from torch import nn
 
+from conftest import tiny_gemma, tiny_llama
 from finepoint.choosing.weights import block_of, target_weights
 from finepoint.errors import FinepointError
 

@@ -49,7 +49,9 @@ def encode_all(
             "%d of %d %ss are longer than %d tokens and lost their beginning", truncated, len(rows), what, limit
         )
     if not any(learned(row) for row in rows):
-        raise FinepointError(f"no {what} has a token to learn: every label is ignored; are the texts only one token long?")
+        raise FinepointError(
+            f"no {what} has a token to learn: every label is ignored; are the texts only one token long?"
+        )
     return rows
 
 
@@ -195,5 +197,3 @@ def context_length(model: Any, max_length: int | None) -> int:
     """How many tokens a row may have: the model's context, or less where the user says so."""
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     return min(context, max_length or context)
-
-

@@ -116,7 +116,9 @@ def _choices(where: str, row: dict[str, Any]) -> Choices:
     if not valid or len(set(choices)) < len(choices):
         raise FinepointError(f"{where}: 'choices' must be two or more different strings, got {choices!r}")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise FinepointError(f"{where}: 'answer' must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}")
+        raise FinepointError(
+            f"{where}: 'answer' must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}"
+        )
     return Choices(_string(where, row, "prompt"), tuple(choices), answer)
 
 

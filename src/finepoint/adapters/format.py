@@ -93,10 +93,11 @@ def _change(path: Path, name: str, facts: dict[str, Any], tensors: dict[str, Ten
         if not condition:
             raise FinepointError(f"{path}: {name}: {what}")
 
-    shape, dtype, kind = facts.get("shape"), facts.get("dtype"), facts.get("kind")
+    shape: Any = facts.get("shape")
+    dtype: Any = facts.get("dtype")
+    kind: Any = facts.get("kind")
     valid = isinstance(shape, list) and all(type(size) is int and 0 < size < 1 << 48 for size in shape)
     need(valid, f"shape {shape!r} is not a list of sizes")
-    assert isinstance(shape, list)
     need(kind in KINDS, f"kind {kind!r} is none of {', '.join(KINDS)}")
     need(dtype in FLOATS, f"dtype {dtype!r} is none of {', '.join(FLOATS)}")
     need(f"{name}.{kind}" in tensors, f"{name}.{kind} is missing from the file")
@@ -143,7 +144,7 @@ def _card(adapter: SparseAdapter) -> str:
     header = f"---\nlibrary_name: finepoint\nbase_model: {json.dumps(base)}\nbase_model_relation: adapter\n"
     return (
         f"{header}tags:\n- finepoint\n- sparse-fine-tuning\n---\n\n# A sparse adapter\n\n"
-        f"{adapter.count:,} trained entries in {len(adapter)} weights of `{base}`; every other weight is the base's.\n\n"
+        f"{adapter.count:,} trained entries in {len(adapter)} weights of `{base}`; the rest is the base's.\n\n"
         f"| | |\n| --- | --- |\n{facts}\n"
         "```python\nimport finepoint\n\nfinepoint.SparseAdapter.load('this folder').apply(model)\n```\n"
     )

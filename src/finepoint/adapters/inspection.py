@@ -15,7 +15,9 @@ def by_module(adapter: SparseAdapter) -> list[dict[str, Any]]:
     for name, weight in facts(adapter)["weights"].items():
         layer, module = place(name)
         key = module if module != "-" else layer
-        row = rows.setdefault(key, {"module": key, "weights": 0, "entries": 0, "size": 0, "total": 0.0, "largest": None})
+        row = rows.setdefault(
+            key, {"module": key, "weights": 0, "entries": 0, "size": 0, "total": 0.0, "largest": None}
+        )
         row["weights"] += 1
         row["entries"] += weight["entries"]
         row["size"] += round(weight["entries"] / weight["share"])

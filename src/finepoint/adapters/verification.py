@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.errors import FinepointError
+from finepoint.adapters.entries import gather
 
 
 def verify(adapter: SparseAdapter, model: nn.Module) -> dict[str, Any]:
@@ -18,11 +18,9 @@ def verify(adapter: SparseAdapter, model: nn.Module) -> dict[str, Any]:
     """
     before = _digests(adapter, model)
     weights = dict(model.named_parameters(remove_duplicate=False))
+    originals = {name: gather(weights[name], adapter[name]) for name in adapter if name in weights}
     with adapter.applied(model):
-        changed = sum(
-            int((weights[name].detach().reshape(-1)[adapter[name]] != original).sum())
-            for name, original in model._finepoint_applied[-1][1].items()  # type: ignore[index, union-attr]
-        )
+        changed = sum(int((gather(weights[name], adapter[name]) != originals[name]).sum()) for name in adapter)
     if _digests(adapter, model) != before:
         raise AssertionError("revert did not restore every bit")
     return {"entries": adapter.count, "weights": len(adapter), "changed": changed, "reverted": True}

@@ -162,10 +162,11 @@ def budgets(
     targets: Targets,
 ) -> list[Budget]:
     """How many entries to choose out of which weights; the counts add up to exactly round(density x entries)."""
+    parts: list[tuple[list[str], float, int | None]]
     if isinstance(targets, Mapping):
         if density is not None or count is not None:
             raise FinepointError("targets give a density for each pattern; leave out density and count")
-        parts = _pattern_parts(model, weights, targets)
+        parts = [(names, share, None) for names, share in _pattern_parts(model, weights, targets)]
     else:
         if density is not None and count is not None:
             raise FinepointError(f"both density {density} and count {count} are given; give one of them")
@@ -198,16 +199,16 @@ def _count(density: float, total: int) -> int:
 
 def _pattern_parts(
     model: nn.Module, weights: Mapping[str, Tensor], targets: Mapping[str, float]
-) -> list[tuple[list[str], float, None]]:
+) -> list[tuple[list[str], float]]:
     """The weights of every pattern with its density; a weight that several match belongs to the first."""
     free = dict.fromkeys(weights)
-    parts: list[tuple[list[str], float, None]] = []
+    parts = []
     for pattern, density in targets.items():
         names = [name for name in match(model, pattern.strip()) if name in free]
         for name in names:
             del free[name]
         if names:
-            parts.append((names, density, None))
+            parts.append((names, density))
     return parts
 
 
@@ -267,7 +268,12 @@ class TopK:
                 continue
             values = values[positions]
             positions += start
-            columns = (values.cpu(), torch.full_like(positions, source).cpu(), positions.cpu(), carried[positions].cpu())
+            columns = (
+                values.cpu(),
+                torch.full_like(positions, source).cpu(),
+                positions.cpu(),
+                carried[positions].cpu(),
+            )
             self.columns.append(columns)
             self.held += len(positions)
             if self.held >= 2 * self.k:

@@ -39,7 +39,9 @@ def pattern_list(targets: Targets) -> list[str]:
     patterns = targets.split(",") if isinstance(targets, str) else list(targets)
     patterns = [pattern.strip() for pattern in patterns if pattern.strip()]
     if not patterns:
-        raise FinepointError("targets is empty; give a preset (linear, attention, mlp, all) or patterns like '*.v_proj'")
+        raise FinepointError(
+            "targets is empty; give a preset (linear, attention, mlp, all) or patterns like '*.v_proj'"
+        )
     return patterns
 
 

@@ -35,8 +35,9 @@ def print_demo(found: dict[str, Any]) -> None:
             row = [f"{name} ({kind.upper() if kind != 'probe' else kind}), {what}", f"{scores[measure]:.3f}{error}"]
             row += [f"{r[kind][name][measure]:.3f} ({signed(r[f'{kind}_change'][name])})" for r in runs.values()]
             rows.append(row)
-    rows.append(["mean OOD accuracy", f"{next(iter(runs.values()))['ood_mean']['base']:.3f}",
-                 *(f"{r['ood_mean']['adapted']:.3f} ({signed(r['ood_mean']['change'])})" for r in runs.values())])  # fmt: skip
+    means = [r["ood_mean"] for r in runs.values()]
+    row = ["mean OOD accuracy", f"{means[0]['base']:.3f}"]
+    rows.append(row + [f"{mean['adapted']:.3f} ({signed(mean['change'])})" for mean in means])
     rows.append(["trained weights", "-", *(f"{r['trained']:,}" for r in runs.values())])
     rows.append(["adapter", "-", *(f"{r['adapter_bytes'] / 1e6:.2f} MB" for r in runs.values())])
     rows.append(["time, selection + training", "-",

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -53,18 +54,28 @@ def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
             given.setdefault(name, [])
             if equals:
                 given[name].append(value)
-        elif name is None or (name in known and known[name].type is bool and word not in ("true", "false")):
-            given.setdefault(_positional(word, known), []).append(word)
+        elif name is None or _is_full(given[name], word, known.get(name)):
+            name = _positional(word, known)
+            given.setdefault(name, []).append(word)
         else:
             given[name].append(word)
     return [f"--{name}={_value(name, values, known.get(name))}" for name, values in given.items()]
+
+
+def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:
+    """Whether a flag can take no further word, so that this one must be the folder or name that needs no flag."""
+    if field is None:
+        return bool(values)
+    if field.type is bool:
+        return bool(values) or word not in ("true", "false")
+    return bool(values) and not _kinds(field) & {list, dict}
 
 
 def _positional(word: str, known: dict[str, Field[Any]]) -> str:
     for name in ("folder", "name"):
         if name in known:
             return name
-    raise FinepointError(f"{word!r} stands without a flag; flags: {', '.join(_flag(field) for field in known)}")
+    raise FinepointError(f"{word!r} belongs to no flag; `--help` lists the flags and what they take")
 
 
 def _value(name: str, values: list[str], field: Field[Any] | None) -> str:
@@ -74,7 +85,7 @@ def _value(name: str, values: list[str], field: Field[Any] | None) -> str:
         return values[-1] if values else "true"
     if not values:
         raise FinepointError(f"{_flag(name)} needs a value")
-    kinds = {get_origin(kind) or kind for kind in (field.type, *get_args(field.type))}
+    kinds = _kinds(field)
     if dict in kinds and all("=" in value for value in values):
         pairs = [pair.rpartition("=") for value in values for pair in value.split(",")]
         return json.dumps({key: _number(value) for key, _, value in pairs})
@@ -83,6 +94,12 @@ def _value(name: str, values: list[str], field: Field[Any] | None) -> str:
     if len(values) > 1:
         raise FinepointError(f"{_flag(name)} takes one value, got {' '.join(values)}")
     return values[0]
+
+
+def _kinds(field: Field[Any]) -> set[Any]:
+    """The types a field may have, without their parameters: {str, list, dict} for `str | list[str] | dict[..]`."""
+    members = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+    return {get_origin(member) or member for member in members}
 
 
 def _number(text: str) -> float | str:
@@ -98,7 +115,7 @@ def _flag(name: str) -> str:
 
 def _plain(message: str) -> str:
     """jsonargparse's message in our words: the flag as the user wrote it, no Python types."""
-    text = " ".join(message.replace("NoneType", "nothing").split())
+    text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.replace("NoneType", "nothing").split()))
     if "Union subtypes" in text:
         kinds = re.search(r"Subtypes: \[(.*?)\] Errors", text)
         given = text.rpartition("Given value: ")[2]
@@ -106,7 +123,7 @@ def _plain(message: str) -> str:
         if kinds and option:
             return f"option {_flag(option[1])}: expected {kinds[1].replace(', nothing', '')}, got {given}"
     for before, after in (
-        ('Parser key "', 'option "'), ("<class '", ""), ("'>", ""), ("typing.", ""),
+        ('Parser key "', 'option "'), ("typing.", ""),
         ("Key ", "option "), ("is required but not included in config object or its value is None", "is required"),
     ):  # fmt: skip
         text = text.replace(before, after)
@@ -141,8 +158,8 @@ def _is_required(field: Field[Any]) -> bool:
 
 
 def _default(field: Field[Any]) -> str:
-    value = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    make = field.default_factory
+    value = field.default if make is MISSING else make()
     if value is None or value in ([], {}):
         return "none"
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-

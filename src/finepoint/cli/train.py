@@ -14,8 +14,9 @@ def run(config: TrainConfig) -> None:
         print_json({"output": config.output, **record})
         return
     print(
-        f"trained {record['trained']:,} entries for {record['steps']} steps in {record['seconds']:.0f} s "
-        f"(selection {record['selection_seconds']:.0f} s); loss {record['first_loss']:.3f} -> {record['last_loss']:.3f}; "
+        f"trained {record['trained']:,} entries for {record['steps']} steps in {record['seconds']:.0f} s (selection "
+        f"{record['selection_seconds']:.0f} s); loss {record['first_loss']:.3f} -> {record['last_loss']:.3f}; "
         f"{record['changed']:,} stored weights changed\n"
-        f"adapter: {config.output} ({record['adapter_bytes']:,} bytes); peak memory {record['peak_bytes'] / 2**30:.2f} GiB"
+        f"adapter: {config.output} ({record['adapter_bytes']:,} bytes); "
+        f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB"
     )

@@ -1,7 +1,9 @@
 """finepoint verify --model M DIR"""
 
+from typing import cast
+
 from finepoint.cli.output import print_json
-from finepoint.config import VerifyConfig
+from finepoint.config import DType, VerifyConfig
 
 CONFIG = VerifyConfig
 
@@ -14,12 +16,12 @@ def run(config: VerifyConfig) -> None:
     adapter = SparseAdapter.load(config.folder)
     dtypes = {change.dtype for change in adapter.changes.values()}
     dtype = config.dtype or (dtypes.pop() if len(dtypes) == 1 else "auto")
-    model = load_model(config.model, dtype, adapter.info.get("labels", ()))
+    model = load_model(config.model, cast(DType, dtype), adapter.info.get("labels", ()))
     found = verify(adapter, model)
     if config.json:
         print_json({"adapter": config.folder, "model": config.model, **found})
     else:
         print(
-            f"{config.folder} fits {config.model}: {found['entries']:,} entries in {found['weights']} weights lie on the "
-            f"base it was trained on; apply changed {found['changed']:,} stored values, revert restored every bit"
+            f"{config.folder} fits {config.model}: {found['entries']:,} entries in {found['weights']} weights lie on "
+            f"the base it was trained on; apply changed {found['changed']:,} stored values, revert restored every bit"
         )

@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 # The best of three rates (a third of it, it, three times it) for each rule, on the validation set, seed 0.
 LEARNING_RATES = {"random": 1e-2, "gallop": 1e-3}
 DENSITY = 1e-3
-PROBE_TEXTS = 24
+SCORING_EXAMPLES = 64
+PROBE_TEXTS = 16
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -32,14 +33,20 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     write_vader(data, overwrite=True)
     evaluation = Evaluation(
         id=read_sets([f"movies={data / 'movies-test.jsonl'}"], "id", config.limit),
-        ood=read_sets([f"{name}={data / name}.jsonl" for name in ("amazon", "tweets", "nyt")], "ood", config.limit // 2),
+        ood=read_sets(
+            [f"{name}={data / name}.jsonl" for name in ("amazon", "tweets", "nyt")], "ood", config.limit // 2
+        ),
         probe=read_sets([f"news={data / 'news.jsonl'}"], "probe", PROBE_TEXTS),
     )
     configs = {rule: train_config(rule, config, folder) for rule in LEARNING_RATES}
     place = prepare(configs["gallop"])
     logger.info("model: SmolLM2-135M-Instruct in %s; training examples: %d", place.model.dtype, len(place.rows))
     base = evaluation.scores(place.model, place.tokenizer, "base")
-    found: dict[str, Any] = {"base": base, "runs": {}, "train_examples": len(read_examples(data / "movies-train.jsonl"))}
+    found: dict[str, Any] = {
+        "base": base,
+        "runs": {},
+        "train_examples": len(read_examples(data / "movies-train.jsonl")),
+    }
     for rule, run in configs.items():
         logger.info("%s: %d steps at learning rate %g", rule, run.steps, run.lr)
         record = train(run, place)
@@ -64,6 +71,6 @@ def train_config(rule: str, config: DemoConfig, folder: Path) -> TrainConfig:
         density=DENSITY,
         lr=LEARNING_RATES[rule],
         steps=config.steps,
-        scoring_examples=128,
+        scoring_examples=SCORING_EXAMPLES,
         overwrite=config.overwrite,
     )

@@ -107,7 +107,9 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     if not any(sets.values()):
         raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE")
     adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter}
-    tasks = {(adapter.info.get("task", "causal"), tuple(adapter.info.get("labels", ()))) for adapter in adapters.values()}
+    tasks = {
+        (adapter.info.get("task", "causal"), tuple(adapter.info.get("labels", ()))) for adapter in adapters.values()
+    }
     if len(tasks) > 1:
         raise FinepointError("the adapters are for different tasks or classes; evaluate them one at a time")
     labels = next(iter(tasks))[1] if tasks else ()

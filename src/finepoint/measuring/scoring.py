@@ -35,8 +35,8 @@ def accuracy(
 
     Choices: the likeliest continuation, by summed log-likelihood (`accuracy`) and by that divided by the choice's
     length in characters without surrounding spaces (`accuracy_normalised`), as lm-evaluation-harness does. Completions
-    and chats: greedy generation equals the reference, both stripped. Labelled texts: the likeliest class. Plain text has
-    no accuracy: the share of tokens predicted right is given.
+    and chats: greedy generation equals the reference, both stripped. Labelled texts: the likeliest class. Plain
+    text has no accuracy.
 
     Returns:
         `accuracy`, `accuracy_normalised` (equal where there is nothing to normalise), `stderr`, `n`.
@@ -107,11 +107,11 @@ def token_log_likelihoods(
         keep = max(len(requests[i][1]) for _, i in wanted)
         logits = last_logits(model, [inputs[place] for place in places], keep, collator)
         for row, i in wanted:
-            continuation = torch.tensor(requests[i][1], device=logits.device)
             # A continuation longer than the context keeps what fits.
-            continuation = continuation[-min(len(inputs[places[row]]), len(continuation)) :]
-            log_probs = logits[row, -len(continuation) :].float().log_softmax(-1)
-            found[i] = log_probs.gather(1, continuation[:, None])[:, 0].cpu()
+            fits = min(len(inputs[places[row]]), len(requests[i][1]))
+            targets = torch.tensor(requests[i][1][-fits:], device=logits.device)
+            log_probs = logits[row, -fits:].float().log_softmax(-1)
+            found[i] = log_probs.gather(1, targets[:, None])[:, 0].cpu()
         advance(len(places))
     return found
 
@@ -127,7 +127,12 @@ def last_logits(model: Any, rows: Sequence[Sequence[int]], keep: int, collator: 
 
 
 def mean_nll(
-    model: Any, tokenizer: Any, examples: Sequence[Example], *, max_length: int | None = None, advance: Advance = _ignore
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_length: int | None = None,
+    advance: Advance = _ignore,
 ) -> dict[str, Any]:
     """Mean negative log-likelihood, in nats a token, of texts (or of what follows the prompt), and the tokens counted.
 

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,10 +12,8 @@ def reset_peak() -> None:
     """Starts a new measurement, where the system can (CUDA, Linux); elsewhere the peak is the process's so far."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-    except OSError:
-        pass
 
 
 def peak_bytes() -> int:

@@ -27,7 +27,7 @@ from finepoint.files import claim_folder, write_json
 from finepoint.models import load_model, load_tokenizer, new_head
 from finepoint.progress import progress
 from finepoint.training.memory import peak_bytes, reset_peak
-from finepoint.training.trainer import NotFinite, SparseTrainer, Watch
+from finepoint.training.trainer import NotFiniteError, SparseTrainer, Watch
 from finepoint.training.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
@@ -63,9 +63,8 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
         FinepointError: whatever the user can mend: bad input, nothing trained, a loss that is not finite (then the
             adapter of the last good step has been saved).
     """
+    _check(config)
     folder = claim_folder(config.output, config.overwrite or config.resume)
-    if config.data is None:
-        raise FinepointError("training needs examples; give --data FILE.jsonl")
     checkpoint = _checkpoint(folder) if config.resume else None
     place = workplace or prepare(config)
     validation = _validation(config, place)
@@ -242,7 +241,7 @@ def _run_trainer(
         trainer.add_callback(watch)
         try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
-        except NotFinite as error:
+        except NotFiniteError as error:
             saved = ""
             if trainer.state.global_step:
                 tuner.adapter(config.store, head, dict(describe)).save(folder, overwrite=True)
@@ -262,15 +261,6 @@ def _run_trainer(
 
 
 def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
-    for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),
-                               ("accumulation", config.accumulation, 1), ("eval_every", config.eval_every, 1),
-                               ("save_every", config.save_every, 1)):  # fmt: skip
-        if value is not None and value < least:
-            raise FinepointError(f"{name} is {value}; give at least {least}")
-    if not 0 <= config.warmup <= 1:
-        raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
-    if learning_rate(config) <= 0:
-        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=config.steps or -1,
@@ -300,6 +290,23 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     )
 
 
+def _check(config: TrainConfig) -> None:
+    """Refuses what can be refused before any work."""
+    if config.data is None:
+        raise FinepointError("training needs examples; give --data FILE.jsonl")
+    for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),
+                               ("accumulation", config.accumulation, 1), ("eval_every", config.eval_every, 1),
+                               ("save_every", config.save_every, 1)):  # fmt: skip
+        if value is not None and value < least:
+            raise FinepointError(f"{name} is {value}; give at least {least}")
+    if not 0 <= config.warmup <= 1:
+        raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
+    if learning_rate(config) <= 0:
+        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    if config.eval_every and config.validation is None:
+        raise FinepointError("eval_every is given without examples; give --validation FILE.jsonl")
+
+
 def _steps(config: TrainConfig, rows: int) -> int:
     batches = -(-rows // config.batch_size)
     return max(1, round(config.epochs * -(-batches // config.accumulation)))
@@ -307,8 +314,6 @@ def _steps(config: TrainConfig, rows: int) -> int:
 
 def _validation(config: TrainConfig, place: Workplace) -> list[Row] | None:
     if config.validation is None:
-        if config.eval_every:
-            raise FinepointError("eval_every is given without examples; give --validation FILE.jsonl")
         return None
     examples = read_examples(config.validation)
     limit = context_length(place.model, config.max_length)

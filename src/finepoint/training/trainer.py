@@ -23,7 +23,7 @@ DELTAS = "deltas.safetensors"
 BATCHES_SORTED = 50  # batches made from one sorted stretch of the random order
 
 
-class NotFinite(FinepointError):
+class NotFiniteError(FinepointError):
     """The loss or a gradient became NaN or infinite; the deltas are those of the last good step."""
 
 
@@ -54,7 +54,9 @@ class LengthBuckets(Sampler[int]):
         for start in range(0, len(order), pool):
             part = sorted(order[start : start + pool], key=lambda place: self.lengths[place])
             batches += [part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size)]
-        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # must stay last, or it would shift the rest
+        short = (
+            [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        )  # must stay last, or it would shift the rest
         draw.shuffle(batches)
         return chain.from_iterable(batches + short)
 
@@ -72,7 +74,7 @@ class SparseTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise NotFinite(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+            raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -109,7 +111,7 @@ class Watch(TrainerCallback):
         for name, entries in self.tuner.entries.items():
             gradient = entries.delta.grad
             if gradient is not None and not torch.isfinite(gradient).all():
-                raise NotFinite(f"the gradient of {name} is not finite at step {state.global_step + 1}")
+                raise NotFiniteError(f"the gradient of {name} is not finite at step {state.global_step + 1}")
         if all(entries.delta.grad is None for entries in self.tuner.entries.values()):
             raise FinepointError("no chosen entry received a gradient: the loss does not depend on the target weights")
 

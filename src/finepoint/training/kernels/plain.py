@@ -9,6 +9,8 @@ For y = x W^T, dL/dW[i, j] = sum over tokens t of dy[t, i] x[t, j]. All kernels 
 and return (k,), in float32 (float64 where an operand is float64).
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def by_blocks(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     rows = max(1, BLOCK // width)
     edges = torch.arange(0, height + rows, rows, device=indices.device) * width
     bounds = torch.searchsorted(indices, edges).tolist()
-    for block, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for block, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
         first = block * rows

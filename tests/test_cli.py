@@ -1,0 +1,188 @@
+"""Every command in a process of its own, on real files: what a user sees, and the exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from conftest import write_lines
+from finepoint import config as configs
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.cli import COMMANDS
+from finepoint.cli.options import parse
+from finepoint.config import EvalConfig, TrainConfig
+from finepoint.errors import FinepointError
+
+
+def finepoint(*arguments, status=0, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "finepoint", *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    if status:
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert done.stdout == ""
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, tmp_path_factory):
+    """An adapter made through the command line, with its data."""
+    folder = tmp_path_factory.mktemp("cli")
+    rows = [{"prompt": f"{a}{b}:", "choices": [" x", " yy"], "answer": int(a > "d")} for a in "abcdefgh" for b in "ab"]
+    data = write_lines(folder / "data.jsonl", rows)
+    text = write_lines(folder / "text.jsonl", [{"text": "hello you"}, {"text": "abc"}])
+    done = finepoint("train", "--model", model_folder, "--data", data, "--output", folder / "a", "--density", "0.1",
+                     "--steps", "4", "--lr", "0.01", "--json")  # fmt: skip
+    return {"folder": folder, "data": data, "text": text, "adapter": folder / "a", "record": json.loads(done.stdout)}
+
+
+def test_help_of_every_command_lists_every_flag():
+    overview = finepoint("--help").stdout
+    for command in COMMANDS:
+        assert command in overview
+        shown = finepoint(command, "--help").stdout
+        config = getattr(configs, f"{command.capitalize()}Config")
+        for field in fields(config):
+            line = next(line for line in shown.splitlines() if f"--{field.name.replace('_', '-')} " in line)
+            assert len(line.split("(")[0].split(maxsplit=1)) == 2, f"{command}: {field.name} is not explained"
+
+
+def test_the_number_of_flags_stays_bounded():
+    for name in dir(configs):
+        if name.endswith("Config"):
+            assert len(fields(getattr(configs, name))) <= 36, name
+
+
+def test_train_prints_one_json_object_and_logs_elsewhere(trained):
+    record = trained["record"]
+    assert record["trained"] == SparseAdapter.load(trained["adapter"]).count
+    for key in ("trained", "adapter_bytes", "seconds", "peak_bytes", "changed", "steps", "last_loss"):
+        assert record[key] > 0
+
+
+def test_train_for_people(trained, model_folder):
+    done = finepoint("train", "--model", model_folder, "--data", trained["data"], "--output", trained["folder"] / "b",
+                     "--count", "50", "--steps", "2", "--rule", "sparta")  # fmt: skip
+    assert "trained 50 entries for 2 steps" in done.stdout
+    assert "entries chosen in" in done.stderr
+
+
+def test_eval_has_the_promised_keys(trained, model_folder):
+    output = trained["folder"] / "scores.json"
+    done = finepoint("eval", "--model", model_folder, "--adapter", trained["adapter"], "--id", f"own={trained['data']}",
+                     "--ood", f"other={trained['data']}", "--ood", f"third={trained['data']}",
+                     "--probe", f"text={trained['text']}", "--output", output, "--json")  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found == json.loads(output.read_text())
+    assert {"accuracy", "accuracy_normalised", "stderr", "n"} <= set(found["base"]["id"]["own"])
+    assert set(found["base"]["ood"]) == {"other", "third"}
+    assert set(found["base"]["probe"]["text"]) == {"nll", "tokens"}
+    adapted = found["adapters"][str(trained["adapter"])]
+    assert set(adapted["ood_change"]) == set(adapted["forget_ratio"]) == {"other", "third"}
+    assert set(adapted["probe_change"]) == {"text"}
+    table = finepoint(
+        "eval", "--model", model_folder, "--adapter", trained["adapter"], "--id", f"own={trained['data']}"
+    )
+    assert "id own" in table.stdout
+    finepoint("eval", "--model", model_folder, "--id", f"a={trained['data']}", "--output", output, status=2)
+
+
+def test_select_inspect_verify_rules(trained, model_folder):
+    folder = trained["folder"] / "s"
+    arguments = ["--model", model_folder, "--rule", "magnitude-low", "--targets", "v,o", "--density", "0.2"]
+    chosen = json.loads(finepoint("select", *arguments, "--output", folder, "--json").stdout)
+    assert chosen["chosen"] == SparseAdapter.load(folder).count
+    facts = json.loads(finepoint("inspect", trained["adapter"], "--json").stdout)
+    assert facts["entries"] == trained["record"]["trained"]
+    assert "down_proj" in finepoint("inspect", trained["adapter"]).stdout
+    verified = json.loads(finepoint("verify", "--model", model_folder, trained["adapter"], "--json").stdout)
+    assert verified["reverted"] is True
+    rules = json.loads(finepoint("rules", "--json").stdout)
+    assert rules["gallop"]["source"] == "GaLLoP, arXiv:2510.19778"
+    assert rules["random"]["also"] == ["sparta"]
+    assert "|mean g|" in finepoint("rules").stdout
+
+
+def test_a_yaml_file_gives_the_flags_and_a_flag_overrides_it(trained, model_folder, tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        f"model: {model_folder}\ndata: {trained['data']}\noutput: {tmp_path / 'y'}\ndensity: 0.2\nsteps: 3\nlr: 1e-2\n"
+        "targets:\n  '*.v_proj': 0.5\n  '*.o_proj': 0.25\nrule_options: {epsilon: 1e-4}\n"
+    )
+    config = parse(TrainConfig, "train", ["--config", str(path), "--steps", "5", "--overwrite"])
+    assert (config.steps, config.lr, config.density, config.overwrite) == (5, 0.01, 0.2, True)
+    assert config.targets == {"*.v_proj": 0.5, "*.o_proj": 0.25}
+    assert config.rule_options == {"epsilon": 1e-4}
+    path.write_text("model: m\noutput: o\nlearning_rate: 3\n")
+    done = finepoint("train", "--config", path, status=2)
+    assert "learning_rate" in done.stderr
+
+
+def test_spellings():
+    config = parse(
+        EvalConfig, "eval", ["--model", "m", "--id", "a=x", "b=y", "--id", "c=z", "--adapter", "p", "--json"]
+    )
+    assert config.id == ["a=x", "b=y", "c=z"]
+    assert config.adapter == ["p"]
+    assert config.json is True
+    train = ["--model", "m", "--output", "o"]
+    assert parse(TrainConfig, "train", [*train, "--targets", "v,o"]).targets == "v,o"
+    assert parse(TrainConfig, "train", [*train, "--targets", "*.v_proj", "*.o_proj"]).targets == [
+        "*.v_proj",
+        "*.o_proj",
+    ]
+    assert parse(TrainConfig, "train", [*train, "--targets", "*.v_proj=0.1,*.o_proj=0.2"]).targets == {
+        "*.v_proj": 0.1, "*.o_proj": 0.2,
+    }  # fmt: skip
+    assert parse(TrainConfig, "train", [*train, "--targets", '{"*.v_proj": 0.01}']).targets == {"*.v_proj": 0.01}
+    assert parse(TrainConfig, "train", [*train, "--rule-options", "epsilon=1e-6"]).rule_options == {"epsilon": 1e-6}
+    assert parse(TrainConfig, "train", [*train, "--scoring-examples", "0.1"]).scoring_examples == 0.1
+    assert parse(TrainConfig, "train", [*train, "--overwrite", "false", "--resume"]).overwrite is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--density", "x"], "--density: expected float, got x"),
+        (["--scope", "galaxy"], "'global', 'weight', 'layer'"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "3", "4"], "'4' belongs to no flag"),
+        (["stray"], ""),
+    ],
+)
+def test_flags_that_cannot_be_read(arguments, message):
+    with pytest.raises(FinepointError) as error:
+        parse(
+            TrainConfig, "train", ["--model", "m", "--output", "o", *arguments] if arguments != ["stray"] else ["stray"]
+        )
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_users_mistakes_are_one_line_and_exit_status_2(trained, model_folder, tmp_path):
+    train = ["train", "--model", model_folder, "--data", trained["data"], "--output", tmp_path / "o"]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": }\n')
+    for arguments, message in (
+        (["trainn"], "did you mean 'train'"),
+        ([*train, "--rule", "galop"], "did you mean 'gallop'"),
+        ([*train, "--density", "7"], "density is 7.0"),
+        ([*train, "--targets", "q_prj"], "close names: "),
+        ([*train[:4], bad, *train[5:]], "bad.jsonl, line 2: not JSON"),
+        (["train", "--data", trained["data"], "--output", tmp_path / "o"], "model"),
+        (["train", "--model", "no/such-model", *train[3:]], "cannot load model 'no/such-model'"),
+        (["train", "--model", tmp_path, *train[3:]], "is not a model folder"),
+        ([*train[:-1], trained["adapter"]], "is not empty; choose another --output or give --overwrite"),
+        (["inspect", tmp_path / "nowhere"], "is not an adapter folder"),
+        (["eval", "--model", model_folder], "nothing to evaluate on"),
+        (["data", "nonesuch", "--output", tmp_path / "d"], "vader"),
+    ):  # fmt: skip
+        done = finepoint(*arguments, status=2)
+        assert message in done.stderr, done.stderr

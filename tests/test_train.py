@@ -1,0 +1,297 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import assert_same_bits, snapshot, tiny_llama, write_lines
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.config import SelectConfig, TrainConfig
+from finepoint.data import Chat, Completion, Text, read_examples
+from finepoint.errors import FinepointError
+from finepoint.measuring.evaluation import evaluate_config
+from finepoint.models import load_model, load_tokenizer
+from finepoint.training.run import choose, prepare, scoring_rows, train
+from finepoint.training.trainer import LengthBuckets
+from test_adapter import assert_same_adapter
+
+
+@pytest.fixture
+def config(model_folder, choice_file, tmp_path):
+    return TrainConfig(model=str(model_folder), data=choice_file, output=str(tmp_path / "run"), density=0.05, lr=1e-2,
+                       steps=6, batch_size=8)  # fmt: skip
+
+
+def run(config, **changes):
+    config = replace(config, **changes)
+    return train(config), SparseAdapter.load(config.output)
+
+
+def test_same_configuration_and_seed_give_the_same_adapter(config, tmp_path):
+    first, a = run(config)
+    torch.manual_seed(99)
+    _, b = run(config, output=str(tmp_path / "again"))
+    a.info.pop("selection"), b.info.pop("selection")
+    assert_same_adapter(a, b)
+    _, other = run(config, output=str(tmp_path / "other"), seed=1)
+    assert any(
+        not torch.equal(change.numbers, other.changes[name].numbers)
+        for name, change in a.changes.items()
+        if name in other
+    )
+    assert first["trained"] == a.count == round(0.05 * 2 * (16 * 16 * 2 + 16 * 8 * 2 + 16 * 24 * 3))
+    assert first["changed"] > 0
+
+
+def test_it_learns_and_evaluation_says_so(config, choice_file):
+    record, _ = run(config, steps=120, density=0.5, rule="saft", lr=2e-2)
+    assert record["last_loss"] < record["first_loss"]
+    from finepoint.config import EvalConfig
+
+    found = evaluate_config(EvalConfig(model=config.model, adapter=[config.output], id=[f"x={choice_file}"]))
+    adapted = found["adapters"][config.output]
+    assert adapted["id_change"]["x"] == adapted["id"]["x"]["accuracy"] - found["base"]["id"]["x"]["accuracy"]
+    assert adapted["id_change"]["x"] > 0.15
+
+
+def test_the_log_and_the_record_are_written(config):
+    run(config)
+    from pathlib import Path
+
+    folder = Path(config.output)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "grad_norm", "learning_rate", "seconds"} <= set(log[0])
+    record = json.loads((folder / "run.json").read_text())
+    assert record["config"]["density"] == 0.05
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["selection"]["chosen"] == record["trained"]
+    assert record["peak_bytes"] > 0
+
+
+def test_accumulation_equals_the_larger_batch(config, tmp_path):
+    _, whole = run(config, batch_size=16, steps=4, warmup=0.0)
+    # The same four batches of 16, each in two halves: the sampler's order must not differ for this comparison.
+    import finepoint.training.trainer as trainer_module
+
+    class InOrder(LengthBuckets):
+        def __iter__(self):
+            return iter(range(len(self)))
+
+    original = trainer_module.LengthBuckets
+    trainer_module.LengthBuckets = InOrder
+    try:
+        _, whole = run(
+            config, batch_size=16, steps=4, output=str(tmp_path / "a"), dtype="float64", rule="magnitude-low"
+        )
+        _, halves = run(config, batch_size=8, accumulation=2, steps=4, output=str(tmp_path / "b"), dtype="float64",
+                        rule="magnitude-low")  # fmt: skip
+    finally:
+        trainer_module.LengthBuckets = original
+    for name, change in whole.changes.items():
+        torch.testing.assert_close(change.numbers, halves.changes[name].numbers, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_gives_the_same_adapter(config, tmp_path):
+    _, a = run(config, dtype="float64")
+    _, b = run(config, gradient_checkpointing=True, output=str(tmp_path / "b"), dtype="float64")
+    for name, change in a.changes.items():
+        torch.testing.assert_close(change.numbers, b.changes[name].numbers, rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_weights_train_with_float32_deltas(config):
+    record, adapter = run(config, dtype="bfloat16", store="value")
+    assert {change.dtype for change in adapter.changes.values()} == {"bfloat16"}
+    assert record["adapter_bytes"] > 6 * record["trained"]
+    model = load_model(config.model, "bfloat16")
+    before = snapshot(model)
+    with adapter.applied(model):
+        changed = sum(
+            int((value != before[name]).sum()) for name, value in snapshot(model).items() if name != "lm_head.weight"
+        )
+    assert 0 < changed <= adapter.count
+    assert_same_bits(before, snapshot(model))
+
+
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(config, tmp_path, monkeypatch):
+    _, whole = run(config, steps=9, save_every=3, output=str(tmp_path / "whole"))
+    from finepoint.training.trainer import SparseTrainer
+
+    steps = []
+    step = SparseTrainer.training_step
+
+    def breaking(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SparseTrainer, "training_step", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, steps=9, save_every=3)
+    monkeypatch.undo()
+    _, resumed = run(config, steps=9, save_every=3, resume=True)
+    for name, change in whole.changes.items():
+        assert torch.equal(change.indices, resumed.changes[name].indices)
+        assert torch.equal(change.numbers, resumed.changes[name].numbers)
+
+
+def test_checkpoints_are_sparse(config, tmp_path):
+    run(config, steps=4, save_every=2)
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    assert (checkpoint / "deltas.safetensors").is_file()
+    assert not list(checkpoint.glob("model*"))
+    model_bytes = sum(parameter.numel() * 4 for parameter in tiny_llama().parameters())
+    assert (checkpoint / "deltas.safetensors").stat().st_size < model_bytes
+
+
+def test_resume_without_a_checkpoint_says_so(config):
+    with pytest.raises(FinepointError, match="has no checkpoint to go on from; train with --save-every"):
+        run(config, resume=True)
+
+
+def test_a_selection_can_be_trained_later(config, tmp_path):
+    selection = choose(SelectConfig(model=config.model, data=config.data, output=str(tmp_path / "s"), density=0.05))
+    record, adapter = run(config, indices=str(tmp_path / "s"))
+    assert record["trained"] == selection.count
+    assert all(torch.equal(adapter[name], selection[name]) for name in selection)
+    untouched = SparseAdapter.load(tmp_path / "s")
+    assert all(not change.numbers.any() for change in untouched.changes.values())
+
+
+def test_exclude_keeps_adapters_apart(config, tmp_path):
+    _, a = run(config)
+    _, b = run(config, output=str(tmp_path / "b"), exclude=[config.output])
+    assert not any(torch.isin(a[name], b[name]).any() for name in set(a) & set(b))
+
+
+def test_validation_is_evaluated_while_training(config, choice_file, tmp_path):
+    record, _ = run(config, validation=choice_file, eval_every=2)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if "eval_loss" in row] == [2, 4, 6]
+    assert record["validation_loss"] == [row["eval_loss"] for row in log if "eval_loss" in row][-1]
+
+
+@pytest.mark.parametrize("form", [Completion, Chat, Text])
+def test_every_causal_form_trains(config, tmp_path, form):
+    rows = {
+        Completion: {"prompt": "ab:", "completion": " cd"},
+        Chat: {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+        Text: {"text": "hello you"},
+    }
+    path = write_lines(tmp_path / "f.jsonl", [rows[form]] * 8)
+    assert isinstance(read_examples(path)[0], form)
+    record, _ = run(config, data=path, steps=10, rule="random", density=0.3)
+    assert record["last_loss"] < record["first_loss"]
+
+
+def test_classification_trains_the_head_whole_and_stores_it(config, tmp_path):
+    rows = [{"text": f"{a}{b} is {'good' if a < 'e' else 'bad'}", "label": "pos" if a < "e" else "neg"}
+            for a in "abcdefgh" for b in "abcdefgh"]  # fmt: skip
+    path = write_lines(tmp_path / "labels.jsonl", rows)
+    record, adapter = run(config, data=path, steps=60, density=0.1, lr=2e-2)
+    assert adapter.changes["score.weight"].kind == "full"
+    assert adapter.changes["score.weight"].shape == (2, 16)
+    assert adapter.info["labels"] == ["neg", "pos"]
+    from finepoint.config import EvalConfig
+
+    found = evaluate_config(EvalConfig(model=config.model, adapter=[config.output], id=[f"x={path}"]))
+    assert found["adapters"][config.output]["id"]["x"]["accuracy"] > 0.9
+    assert record["trained"] == adapter.count
+    with pytest.raises(FinepointError, match="labelled texts need a classifier"):
+        evaluate_config(EvalConfig(model=config.model, id=[f"x={path}"]))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_adapter(config, monkeypatch):
+    from finepoint.training.trainer import SparseTrainer
+
+    compute = SparseTrainer.compute_loss
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = compute(self, model, inputs, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(SparseTrainer, "compute_loss", poisoned)
+    with pytest.raises(FinepointError, match=r"became nan at step 4; the adapter of step 3 is in .*try a smaller --lr"):
+        run(config)
+    monkeypatch.undo()
+    adapter = SparseAdapter.load(config.output)
+    assert all(torch.isfinite(change.numbers).all() for change in adapter.changes.values())
+    assert any(change.numbers.any() for change in adapter.changes.values())
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, monkeypatch):
+    import finepoint.training.tuner as tuner_module
+
+    monkeypatch.setattr(
+        tuner_module, "sampled_gradient", lambda dy, x, indices: torch.full((len(indices),), float("inf"))
+    )
+    with pytest.raises(FinepointError, match="the gradient of .* is not finite at step 1"):
+        run(config)
+
+
+def test_a_run_that_changes_nothing_is_an_error(config):
+    with pytest.raises(FinepointError, match="training changed none of the .* give a larger --lr than 1e-12"):
+        run(config, lr=1e-12, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, "give --data"),
+        ({"density": 2.0}, "density is 2.0"),
+        ({"targets": "nothing_like_it"}, "no weight matches 'nothing_like_it'"),
+        ({"rule": "galop"}, "did you mean 'gallop'"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"warmup": 2.0}, "warmup is 2.0"),
+        ({"scoring_examples": -3}, "scoring_examples is -3"),
+        ({"eval_every": 3}, "give --validation"),
+        ({"model": "/no/such/folder"}, "there is no folder /no/such/folder"),
+        ({"exclude": ["/no/such/adapter"]}, "not an adapter folder"),
+    ],
+)
+def test_bad_configurations_are_refused(config, changes, message):
+    with pytest.raises(FinepointError, match=message):
+        run(config, **changes)
+
+
+def test_an_occupied_output_folder_is_refused_before_any_work(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("x")
+    with pytest.raises(FinepointError, match="not empty"):
+        run(config)
+    run(config, overwrite=True)
+    assert (tmp_path / "run" / "precious.txt").read_text() == "x"
+
+
+def test_scoring_rows_are_a_seeded_sample(config):
+    place = prepare(config)
+    some = scoring_rows(place.rows, 10, 0)
+    assert len(some) == 10
+    assert some == scoring_rows(place.rows, 10, 0)
+    assert some != scoring_rows(place.rows, 10, 1)
+    assert len(scoring_rows(place.rows, 0.25, 0)) == len(place.rows) // 4
+    assert len(scoring_rows(place.rows, 10**6, 0)) == len(place.rows)
+
+
+def test_length_buckets_are_a_permutation_in_batches_of_one_length():
+    lengths = [(i * 7919) % 50 for i in range(1003)]
+    buckets = LengthBuckets(lengths, 8, seed=0)
+    order = list(buckets)
+    assert sorted(order) == list(range(1003))
+    assert order == list(buckets)
+    spread = [
+        max(lengths[i] for i in order[at : at + 8]) - min(lengths[i] for i in order[at : at + 8])
+        for at in range(0, 1000, 8)
+    ]
+    assert sum(spread) / len(spread) < 5
+    buckets.set_epoch(1)
+    assert list(buckets) != order
+
+
+def test_a_base_model_and_its_tokenizer_load_without_noise(model_folder, capfd):
+    load_model(str(model_folder))
+    load_tokenizer(str(model_folder))
+    assert capfd.readouterr() == ("", "")
