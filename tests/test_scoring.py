@@ -119,6 +119,16 @@ def test_generation_counts_exact_matches(model, tokenizer):
     assert accuracy(model, tokenizer, chats, new_tokens=6)["accuracy"] == 0.5
 
 
+def test_long_prompts_lose_their_beginning_with_one_warning_that_counts(model, tokenizer, caplog):
+    examples = [Choices("abcdefghij:", (" a", " b"), 0), Choices("ab:", (" a", " b"), 0)]
+    short = accuracy(model, tokenizer, [Choices("hij:", (" a", " b"), 0), examples[1]], max_length=5)
+    assert caplog.records == []
+    assert accuracy(model, tokenizer, examples, max_length=5) == short
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 4 prompts are longer than 5 tokens and lost their beginning"
+    ]
+
+
 def test_forget_ratio_is_gallops():
     assert forget_ratio(0.8, 0.6) == pytest.approx(0.25)
     assert forget_ratio(0.8, 0.9) == 0.0

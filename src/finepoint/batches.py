@@ -36,23 +36,23 @@ def encode_all(
     Raises:
         FinepointError: an unknown label, a chat without a chat template, nothing to learn in any example.
     """
-    rows = []
-    truncated = 0
-    for example in examples:
-        row = encode(tokenizer, example, labels)
-        if len(row.ids) > limit:
-            truncated += 1
-            row = Row(row.ids[-limit:], row.labels[-limit:] if isinstance(row.labels, list) else row.labels)
-        rows.append(row)
-    if truncated:
-        logger.warning(
-            "%d of %d %ss are longer than %d tokens and lost their beginning", truncated, len(rows), what, limit
-        )
+    rows = [encode(tokenizer, example, labels) for example in examples]
+    warn_of_truncation([len(row.ids) for row in rows], limit, what)
+    rows = [Row(row.ids[-limit:], row.labels[-limit:] if isinstance(row.labels, list) else row.labels) for row in rows]
     if not any(learned(row) for row in rows):
         raise FinepointError(
             f"no {what} has a token to learn: every label is ignored; are the texts only one token long?"
         )
     return rows
+
+
+def warn_of_truncation(lengths: Sequence[int], limit: int, what: str) -> None:
+    """Says once how many rows will lose their beginning to the limit."""
+    truncated = sum(length > limit for length in lengths)
+    if truncated:
+        logger.warning(
+            "%d of %d %ss are longer than %d tokens and lost their beginning", truncated, len(lengths), what, limit
+        )
 
 
 def learned(row: Row) -> int:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finepoint.batches import Collator, by_length, chat_text, context_length, encode, encode_pair, pad_left
+from finepoint.batches import (
+    Collator,
+    by_length,
+    chat_text,
+    context_length,
+    encode,
+    encode_pair,
+    pad_left,
+    warn_of_truncation,
+)
 from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
 
 Tokens = tuple[int, ...]
@@ -96,6 +105,7 @@ def token_log_likelihoods(
     Requests whose model input is the same, as those of one-token choices of one prompt, share one forward pass. An
     input longer than `limit` loses its beginning.
     """
+    warn_of_truncation([len(context) + len(continuation) - 1 for context, continuation in requests], limit, "prompt")
     shared: dict[Tokens, list[int]] = defaultdict(list)
     for i, (context, continuation) in enumerate(requests):
         shared[tuple((context + continuation)[:-1][-limit:])].append(i)
@@ -161,6 +171,7 @@ def class_hits(
     """Whether a classifier's likeliest class is the right one, example by example."""
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     rows = [encode(tokenizer, example, labels) for example in examples]
+    warn_of_truncation([len(row.ids) for row in rows], limit, "text")
     collator = Collator.of(model, tokenizer)
     hits = [False] * len(rows)
     for places in by_length([len(row.ids) for row in rows], BATCH_TOKENS):
@@ -193,6 +204,7 @@ def generation_hits(
     collator = Collator.of(model, tokenizer)
     hits = [False] * len(prompts)
     room = max(1, limit - new_tokens)
+    warn_of_truncation([len(prompt) for prompt in prompts], room, "prompt")
     for places in by_length([len(prompt) for prompt in prompts], BATCH_TOKENS):
         rows = [prompts[place][-room:] for place in places]
         batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, False).items()}
