@@ -51,22 +51,20 @@ def facts(adapter: SparseAdapter) -> dict[str, Any]:
 
 
 def heat_map(adapter: SparseAdapter) -> str:
-    """The chosen share by layer (down) and module (across): blank is none, @ the largest share of any weight."""
-    shares: dict[str, dict[str, float]] = defaultdict(dict)
-    columns: dict[str, None] = {}
+    """Entries by layer (down) and module (across), each with a shade for its share: blank none, @ the largest."""
+    cells: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
+    modules: dict[str, None] = {}
     for name, weight in facts(adapter)["weights"].items():
         layer, module = place(name)
-        shares[layer][module] = weight["share"]
-        columns[module] = None
-    if not shares:
-        return "no entries"
-    top = max(share for row in shares.values() for share in row.values())
-    width = max(len(layer) for layer in shares)
-    lines = [f"share of entries, {SHADES[1]} to {SHADES[-1]} = up to {top:.2e}"]
-    for layer, row in shares.items():
-        cells = "  ".join(f"{_shade(row.get(module, 0), top) * 3:^{len(module)}}" for module in columns)
-        lines.append(f"{layer:>{width}}  {cells}")
-    lines.append(" " * width + "  " + "  ".join(columns))
+        cells[layer][module] = (weight["entries"], weight["share"])
+        modules[module] = None
+    top = max(share for row in cells.values() for _, share in row.values())
+    left = max(len(layer) for layer in cells)
+    lines = [f"entries by layer and module; shade {SHADES[1]} to {SHADES[-1]}: share of the weight, up to {top:.2e}"]
+    lines.append(" " * left + "".join(f"  {module:>12}" for module in modules))
+    for layer, row in cells.items():
+        shown = [row.get(module, (0, 0.0)) for module in modules]
+        lines.append(f"{layer:>{left}}" + "".join(f"  {count:>8,} {_shade(share, top) * 3}" for count, share in shown))
     return "\n".join(lines)
 
 
