@@ -65,6 +65,16 @@ def test_an_exception_inside_applied_reverts():
     assert_same_bits(base, snapshot(model))
 
 
+def test_a_model_in_training_takes_no_adapter(llama):
+    adapter, _ = trained(llama)
+    chosen = finepoint.select(llama, rule="random", density=0.1, targets="all", seed=3)
+    with finepoint.SparseTuner(llama, chosen):
+        assert set(finepoint.target_weights(llama, "all")) == set(dict(tiny_llama().named_parameters()))
+        with pytest.raises(FinepointError, match="close its SparseTuner"):
+            adapter.apply(llama)
+    adapter.apply(llama)
+
+
 def test_disjoint_adapters_stack_and_come_off_in_any_order():
     model = tiny_llama()
     base = snapshot(model)

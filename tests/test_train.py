@@ -172,6 +172,13 @@ def test_validation_is_evaluated_while_training(config, choice_file, tmp_path):
     assert record["validation_loss"] == [row["eval_loss"] for row in log if "eval_loss" in row][-1]
 
 
+def test_epochs_and_default_evaluations(config, choice_file, tmp_path):
+    record, _ = run(config, steps=None, epochs=0.5, batch_size=16, accumulation=2, validation=choice_file)
+    assert record["steps"] == 256 / 16 / 2 * 0.5
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if "eval_loss" in row] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("form", [Completion, Chat, Text])
 def test_every_causal_form_trains(config, tmp_path, form):
     rows = {

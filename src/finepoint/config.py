@@ -74,7 +74,7 @@ class TrainConfig(SelectConfig):
         weight_decay: pulls the deltas to zero, i.e. towards the base model
         clip: largest norm of the gradient of all deltas; 0 for none
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time
-        eval_every: steps between evaluations on the validation examples
+        eval_every: steps between evaluations on the validation examples; a fifth of the run where not given
         save_every: steps between checkpoints that --resume can go on from
         resume: go on from the last checkpoint in output
         store: keep float32 deltas, or the exact trained values (smaller for half-precision weights)

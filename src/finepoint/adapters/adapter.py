@@ -115,6 +115,8 @@ class SparseAdapter(Mapping[str, Tensor]):
         Raises:
             FinepointError: the model is not the one the adapter was trained on; nothing is changed then.
         """
+        if hasattr(model, "finepoint"):
+            raise FinepointError("the model is being trained; close its SparseTuner before applying an adapter")
         if problems := self.problems(model):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise FinepointError(f"the adapter does not fit this model: {problems[0]}{more}")

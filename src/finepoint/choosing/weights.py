@@ -13,6 +13,7 @@ Targets = str | Sequence[str] | Mapping[str, float]
 """`"linear"`, `"v,o"`, `["*.v_proj", "*.o_proj"]`, or a density for each pattern: `{"*.v_proj": 0.01}`."""
 
 LINEAR_LAYERS = (nn.Linear, Conv1D)
+DELTAS = "finepoint."  # prefix of what a SparseTuner hangs on a model: no weights of the model's own
 
 
 def target_weights(model: nn.Module, targets: Targets = "linear") -> dict[str, nn.Parameter]:
@@ -52,7 +53,7 @@ def match(model: nn.Module, pattern: str) -> list[str]:
         FinepointError: nothing matches.
     """
     matches = PRESETS.get(pattern) or _matcher(pattern)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith(DELTAS)}
     names = [name for name in parameters if matches(model, name)]
     if not names:
         raise FinepointError(f"no weight matches {pattern!r}; {_suggestion(pattern, list(parameters))}")

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from finepoint.training.tuner import SparseTuner
 logger = logging.getLogger(__name__)
 LOG = "log.jsonl"
 RECORD = "run.json"
+EVALUATIONS = 5  # over a run with validation examples and no --eval-every
 # transformers renamed it in 5.x and warns about the old name.
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
@@ -224,7 +226,7 @@ def _run_trainer(
 ) -> dict[str, Any]:
     """Trains; returns the first and last loss, the steps and the tokens a second."""
     set_seed(config.seed)
-    arguments = _arguments(config, folder)
+    arguments = _arguments(config, folder, sum(1 for row in place.rows if learned(row)))
     trainer = SparseTrainer(
         tuner,
         args=arguments,
@@ -235,8 +237,8 @@ def _run_trainer(
     trainer.remove_callback(PrinterCallback)
     if not checkpoint:
         (folder / LOG).unlink(missing_ok=True)
-    steps = arguments.max_steps if arguments.max_steps > 0 else _steps(config, len(place.rows))
-    with progress("training", steps) as advance:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of an earlier run: --resume must not find them
+    with progress("training", arguments.max_steps) as advance:
         watch = Watch(tuner, folder / LOG, advance)
         trainer.add_callback(watch)
         try:
@@ -260,11 +262,11 @@ def _run_trainer(
     }
 
 
-def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
+def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArguments:
+    steps = config.steps or _steps(config, examples)
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
-        max_steps=config.steps or -1,
-        num_train_epochs=config.epochs,
+        max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
@@ -277,7 +279,7 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if config.validation else "no",
-        eval_steps=config.eval_every,
+        eval_steps=config.eval_every or max(1, steps // EVALUATIONS),
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
         save_total_limit=2,
@@ -307,8 +309,8 @@ def _check(config: TrainConfig) -> None:
         raise FinepointError("eval_every is given without examples; give --validation FILE.jsonl")
 
 
-def _steps(config: TrainConfig, rows: int) -> int:
-    batches = -(-rows // config.batch_size)
+def _steps(config: TrainConfig, examples: int) -> int:
+    batches = -(-examples // config.batch_size)
     return max(1, round(config.epochs * -(-batches // config.accumulation)))
 
 
