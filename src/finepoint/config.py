@@ -65,7 +65,7 @@ class TrainConfig(SelectConfig):
         data: training examples, a JSON Lines file
         validation: examples to evaluate on while training, a JSON Lines file
         indices: folder of a selection or an adapter whose entries to train, instead of choosing by a rule
-        lr: learning rate; 1e-3 for rules that look at gradients, 1e-2 for the others
+        lr: learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others
         steps: optimizer steps; epochs where not given
         epochs: passes over the data, where steps is not given
         accumulation: batches added up for one step
@@ -195,13 +195,13 @@ class DemoConfig:
     Args:
         output: folder to write
         steps: optimizer steps of each run
-        limit: at most so many examples of each evaluation set
+        limit: at most so many examples of the ID set, half as many of each OOD set
         overwrite: allow an output folder that holds something
         json: print one JSON object on stdout
     """
 
     output: str = "runs/demo"
-    steps: int = 60
-    limit: int = 300
+    steps: int = 40
+    limit: int = 200
     overwrite: bool = False
     json: bool = False

@@ -14,8 +14,8 @@ from finepoint.training.run import prepare, train
 
 logger = logging.getLogger(__name__)
 
-# The best of three rates (a third of it, it, three times it) for each rule, on the validation set, seed 0.
-LEARNING_RATES = {"random": 1e-2, "gallop": 1e-3}
+# Tuned alike (docs/methods.md): of four rates, the smallest whose validation accuracy is within an error of the best.
+LEARNING_RATES = {"random": 3e-2, "gallop": 3e-4}
 DENSITY = 1e-3
 SCORING_EXAMPLES = 64
 PROBE_TEXTS = 16

@@ -192,7 +192,7 @@ def learning_rate(config: TrainConfig) -> float:
     """The learning rate, by default that of the kind of rule: entries chosen by gradient need smaller steps."""
     if config.lr is not None:
         return config.lr
-    return 1e-3 if rule_named(config.rule).needs_data else 1e-2
+    return 3e-4 if rule_named(config.rule).needs_data else 1e-2
 
 
 def versions() -> dict[str, str]:
