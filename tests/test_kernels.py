@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 from finepoint.training import kernels
 from finepoint.training.kernels import plain, sampled_gradient
 
-KERNELS = {"by_gather": plain.by_gather, "by_blocks": plain.by_blocks}
-if kernels.by_dots is not None:
-    KERNELS["by_dots"] = kernels.by_dots
+KERNELS = {kernel.__name__: kernel for _, kernel in [*kernels.CPU, *kernels.PLAIN, (1.0, plain.by_blocks)]}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -49,6 +47,10 @@ def test_the_reference_is_what_autograd_gives():
         torch.testing.assert_close(kernel(dy, x, indices), layer.weight.grad.reshape(-1)[indices], rtol=1e-12, atol=0)
 
 
+def test_the_compiled_kernels_are_installed_for_the_tests():
+    assert set(KERNELS) == {"by_tiles", "by_dots", "by_gather", "by_blocks"}
+
+
 @pytest.mark.parametrize("density", [0.001, 0.01, 0.04, 0.5, 1.0])
 def test_every_density_has_a_kernel(density):
     dy, x = torch.randn(2, 8, 32), torch.randn(2, 8, 64)
@@ -64,7 +66,8 @@ def test_blocks_hold_a_bounded_piece_of_the_dense_gradient(monkeypatch):
 
 
 def test_without_the_compiled_kernel_everything_works(monkeypatch):
-    monkeypatch.setattr(kernels, "by_dots", None)
+    monkeypatch.setattr(kernels, "CPU", kernels.PLAIN)
+    assert kernels.kernel_for("cpu", 0.001) is plain.by_gather
     dy, x, indices = torch.randn(9, 20), torch.randn(9, 30), torch.tensor([1, 599])
     torch.testing.assert_close(sampled_gradient(dy, x, indices), plain.reference(dy, x, indices), rtol=1e-4, atol=1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import finepoint
-from conftest import random_batches, snapshot, tiny_gemma, tiny_llama
+from conftest import assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.choosing.rules import ALIASES, RULES, rule_named
 from finepoint.choosing.selection import score
 from finepoint.choosing.statistics import stream_statistics
@@ -232,6 +232,24 @@ def test_a_users_own_rule_is_one_line_or_an_import_path(llama, batches, monkeypa
         assert all(torch.equal(named[name], other[name]) for name in saft)
     assert RULES["cubic"].options == {"power": 3.0}
     RULES.pop("test_rules:cubic")
+
+
+def itself(weight):
+    return weight
+
+
+def test_excluding_entries_never_writes_into_the_model(llama):
+    before = snapshot(llama)
+    first = finepoint.select(llama, rule="test_rules:itself", density=0.1)
+    finepoint.select(llama, rule="test_rules:itself", density=0.1, exclude=[first])
+    assert_same_bits(before, snapshot(llama))
+    RULES.pop("test_rules:itself")
+
+
+def test_batches_without_labels_are_refused(llama):
+    for rule in ("gallop", "fisher"):
+        with pytest.raises(FinepointError, match="has no 'labels', only input_ids"):
+            finepoint.select(llama, [{"input_ids": torch.ones(1, 3).long()}], rule=rule)
 
 
 def test_a_rule_that_breaks_its_contract_is_refused(llama):

@@ -108,8 +108,8 @@ def select(
             values = score(chosen_rule, name, weights[name], statistics, seed, options)
             gradient = None if statistics.gradient is None else statistics.gradient.abs()
             summary.see(name, weights[name], gradient)
-            if name in taken:
-                values.view(-1)[taken[name].to(values.device)] = -torch.inf
+            if name in taken:  # on a copy: a rule may have returned the weight itself
+                values = values.view(-1).index_fill(0, taken[name].to(values.device), -torch.inf)
             yield name, values, gradient
 
     choose = sampled if threshold == "sampled" else exact
@@ -146,8 +146,8 @@ def score(rule: Rule, name: str, weight: Tensor, statistics: Any, seed: int, opt
     if scores.shape != weight.shape:
         raise FinepointError(f"rule {rule.name!r} gave scores of shape {tuple(scores.shape)} for {name}, "
                              f"which has shape {tuple(weight.shape)}")  # fmt: skip
-    if not torch.isfinite(scores).all():
-        raise FinepointError(f"rule {rule.name!r} gave scores that are not finite for {name}")
+    if not scores.is_floating_point() or not torch.isfinite(scores).all():
+        raise FinepointError(f"rule {rule.name!r} gave scores that are not finite numbers for {name}")
     return scores.contiguous()
 
 

@@ -105,7 +105,7 @@ def _accumulate_(
     gradient of the example's log-likelihood (the sum over its labels), squared, averaged over the examples.
     """
     per_example = "squared_gradient" in sums
-    if per_example:
+    if per_example and all("labels" in batch for batch in batches):
         batches = [example for batch in batches for example in split(batch)]
     counts = [label_count(batch) for batch in batches]
     total = sum(counts)
@@ -137,6 +137,8 @@ def _accumulate_(
 
 def label_count(batch: Batch) -> int:
     """How many labels the loss of this batch is a mean over."""
+    if "labels" not in batch:
+        raise FinepointError(f"a scoring batch has no 'labels', only {', '.join(batch)}; they are needed for the loss")
     labels = batch["labels"]
     if labels.ndim == 1:  # one label a sequence
         return len(labels)

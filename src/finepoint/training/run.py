@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import finepoint
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.format import TENSORS
 from finepoint.batches import Collator, Row, context_length, encode_all, learned, padding_id
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Selection, select
@@ -93,25 +94,25 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
             )
         adapter = tuner.adapter(config.store, head, describe)
         adapter.save(folder, overwrite=True)
-        record = {
-            "trained": tuner.count,
-            "changed": changed,
-            "adapter_bytes": (folder / "finepoint.safetensors").stat().st_size,
-            "seconds": round(time.perf_counter() - started, 2),
-            "selection_seconds": round(selection_seconds, 2),
-            "peak_bytes": peak_bytes(),
-            "lr": learning_rate(config),
-            "update_norm": _norm(adapter),
-            **losses,
-            "selection": statistics,
-            "config": asdict(config),
-            "versions": versions(),
-        }
-        write_json(folder / RECORD, record)
-        tuner.revert_()
-        return record
     finally:
+        tuner.revert_()
         tuner.close()
+    record = {
+        "trained": adapter.count,
+        "changed": changed,
+        "adapter_bytes": (folder / TENSORS).stat().st_size,
+        "seconds": round(time.perf_counter() - started, 2),
+        "selection_seconds": round(selection_seconds, 2),
+        "peak_bytes": peak_bytes(),
+        "lr": learning_rate(config),
+        "update_norm": _norm(adapter),
+        **losses,
+        "selection": statistics,
+        "config": asdict(config),
+        "versions": versions(),
+    }
+    write_json(folder / RECORD, record)
+    return record
 
 
 def choose(config: SelectConfig) -> Selection:
