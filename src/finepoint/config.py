@@ -195,7 +195,7 @@ class DemoConfig:
     Args:
         output: folder to write
         steps: optimizer steps of each run
-        limit: at most so many examples of the ID set, half as many of each OOD set
+        limit: at most so many examples of the ID set, three eighths as many of each OOD set
         overwrite: allow an output folder that holds something
         json: print one JSON object on stdout
     """

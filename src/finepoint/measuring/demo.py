@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 LEARNING_RATES = {"random": 3e-2, "gallop": 3e-4}
 DENSITY = 1e-3
 SCORING_EXAMPLES = 64
-PROBE_TEXTS = 16
+OOD = ("amazon", "tweets", "nyt")
+PROBE_TEXTS = 8
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
@@ -33,9 +34,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     write_vader(data, overwrite=True)
     evaluation = Evaluation(
         id=read_sets([f"movies={data / 'movies-test.jsonl'}"], "id", config.limit),
-        ood=read_sets(
-            [f"{name}={data / name}.jsonl" for name in ("amazon", "tweets", "nyt")], "ood", config.limit // 2
-        ),
+        ood=read_sets([f"{name}={data / name}.jsonl" for name in OOD], "ood", config.limit * 3 // 8),
         probe=read_sets([f"news={data / 'news.jsonl'}"], "probe", PROBE_TEXTS),
     )
     configs = {rule: train_config(rule, config, folder) for rule in LEARNING_RATES}

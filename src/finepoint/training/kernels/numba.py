@@ -2,8 +2,8 @@
 
 An entry's gradient is a dot product over the tokens of one column of dy and one of x. Both kernels bring the tokens
 together in memory first, since gathered loads are slow: `by_dots` transposes the operands once, which pays where many
-entries share them; `by_tiles` transposes eight tokens at a time into a buffer that stays in the second cache, which pays
-where there are few entries.
+entries share them; `by_tiles` transposes eight tokens at a time into a buffer that stays in the second cache, which
+pays where there are few entries.
 """
 
 import numba
@@ -18,7 +18,7 @@ def by_dots(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """dy: (tokens, out), x: (tokens, in), any float dtype, on the CPU; indices: (k,); returns (k,)."""
     rows, columns, out = _places(dy, x, indices)
     operands = [operand.detach().T.to(out.dtype).contiguous().numpy() for operand in (dy, x)]
-    _dots(*operands, rows, columns, out.numpy())
+    _dots(operands[0], operands[1], rows, columns, out.numpy())
     return out
 
 
@@ -27,7 +27,7 @@ def by_tiles(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     rows, columns, out = _places(dy, x, indices)
     operands = [operand.detach().to(out.dtype).contiguous().numpy() for operand in (dy, x)]
     tiles = [np.empty(operand.shape[1] * TILE, dtype=operand.dtype) for operand in operands]
-    _tiled_dots(*operands, rows, columns, out.numpy(), *tiles)
+    _tiled_dots(operands[0], operands[1], rows, columns, out.numpy(), tiles[0], tiles[1])
     return out
 
 
