@@ -2,14 +2,16 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
+Step = TypeVar("Step")
 
 
 @contextmanager
@@ -19,6 +21,14 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+def tracked(what: str, steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps, one by one, under a bar."""
+    with progress(what, len(steps)) as advance:
+        for step in steps:
+            yield step
+            advance(1)
 
 
 def log_to_stderr(quiet: bool = False) -> None:

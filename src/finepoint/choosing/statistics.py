@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finepoint.choosing.rules import wide
 from finepoint.errors import FinepointError
+from finepoint.progress import tracked
 
 Batch = Mapping[str, Any]
 """What a model's forward takes, `labels` among it; ignored positions are labelled -100."""
@@ -115,7 +116,7 @@ def _accumulate_(
 
     for weight in weights.values():
         weight.requires_grad_(True)
-    for batch, count in zip(batches, counts, strict=True):
+    for batch, count in zip(tracked("scoring examples", batches), counts, strict=True):
         if not count:
             continue
         loss = model(**on_device(batch, device)).loss

@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 
 from finepoint.errors import FinepointError
 
@@ -27,7 +27,6 @@ def parse(config: type[Config], command: str, arguments: Sequence[str]) -> Confi
         FinepointError: unknown flag or key, a value of the wrong type, a missing flag.
         SystemExit: after `--help`.
     """
-    set_parsing_settings(docstring_parse_style=None, docstring_parse_attribute_docstrings=False)
     parser = ArgumentParser(prog=f"finepoint {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below; a flag overrides it")
     parser.add_class_arguments(config)

@@ -62,9 +62,10 @@ def _tiled_dots(
     x_tile: np.ndarray,
 ) -> None:
     """dy: (tokens, out), x: (tokens, in); the tiles are flat buffers of `TILE` tokens a column."""
+    dy_needed, x_needed = _distinct(rows, dy.shape[1]), _distinct(columns, x.shape[1])
     for start in range(0, dy.shape[0], TILE):
-        _fill_tile(dy, start, dy_tile)
-        _fill_tile(x, start, x_tile)
+        _fill_tile(dy, start, dy_needed, dy_tile)
+        _fill_tile(x, start, x_needed, x_tile)
         for entry in range(rows.shape[0]):
             dy_at = rows[entry] * TILE
             x_at = columns[entry] * TILE
@@ -75,9 +76,18 @@ def _tiled_dots(
 
 
 @numba.njit(nogil=True, fastmath=True, cache=True)
-def _fill_tile(operand: np.ndarray, start: int, tile: np.ndarray) -> None:
-    """The tokens from `start`, token last; beyond the end zeros."""
+def _distinct(places: np.ndarray, size: int) -> np.ndarray:
+    """The distinct values among `places`, ascending; all below `size`. At low density many columns hold no entry."""
+    seen = np.zeros(size, dtype=np.bool_)
+    for place in places:
+        seen[place] = True
+    return np.flatnonzero(seen)
+
+
+@numba.njit(nogil=True, fastmath=True, cache=True)
+def _fill_tile(operand: np.ndarray, start: int, needed: np.ndarray, tile: np.ndarray) -> None:
+    """The tokens from `start` of the needed columns, token last; beyond the end zeros."""
     left = operand.shape[0] - start
-    for column in range(operand.shape[1]):
+    for column in needed:
         for token in range(TILE):
             tile[column * TILE + token] = operand[start + token, column] if token < left else 0
