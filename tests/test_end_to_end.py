@@ -36,8 +36,8 @@ def test_the_recipe_gives_the_counted_rows(vader):
 def test_train_verify_and_evaluate_smollm2(vader, tmp_path):
     adapter = tmp_path / "adapter"
     done = finepoint("train", "--model", "smollm2", "--data", vader / "movies-train.jsonl", "--output", adapter,
-                     "--rule", "gallop", "--density", "0.001", "--steps", "6", "--batch-size", "8",
-                     "--scoring-examples", "16", "--lr", "1e-3", "--json")  # fmt: skip
+                     "--rule", "gallop", "--density", "0.001", "--steps", "10", "--batch-size", "8",
+                     "--scoring-examples", "16", "--json")  # fmt: skip
     record = json.loads(done.stdout)
     assert record["trained"] == round(0.001 * 106_168_320)
     assert record["changed"] > 0.5 * record["trained"]
@@ -45,11 +45,11 @@ def test_train_verify_and_evaluate_smollm2(vader, tmp_path):
     verified = json.loads(finepoint("verify", "--model", "smollm2", adapter, "--json").stdout)
     assert verified["changed"] == record["changed"]
 
-    few = write_lines(tmp_path / "few.jsonl", [json.loads(line) for line in
-                                              (vader / "movies-test.jsonl").read_text().splitlines()[:40]])  # fmt: skip
+    rows = (vader / "movies-test.jsonl").read_text().splitlines()[::20]  # the file is ordered by label
+    few = write_lines(tmp_path / "few.jsonl", map(json.loads, rows))
     done = finepoint("eval", "--model", "smollm2", "--adapter", adapter, "--id", f"movies={few}", "--json")
     found = json.loads(done.stdout)
     assert found["base"]["id"]["movies"]["accuracy"] > 0.6
     adapted = found["adapters"][str(adapter)]["id"]["movies"]
     assert adapted != found["base"]["id"]["movies"]
-    assert adapted["accuracy"] > 0.6
+    assert adapted["accuracy"] > 0.6  # chance is 0.5
