@@ -113,6 +113,7 @@ def test_scoring_leaves_the_model_exactly_as_found(rule):
     assert all(grad is None or bool((grad == 7).all()) for grad in grads)
     assert modes == [module.training for module in model.modules()]
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert (states[2] == numpy.random.get_state()[1]).all()

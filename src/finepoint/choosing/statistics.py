@@ -1,8 +1,9 @@
 """What rules are made of: gradients and squared gradients, streamed weight by weight in bounded memory."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -113,27 +114,31 @@ def _accumulate_(
     if not total:
         raise FinepointError("every label of the scoring examples is ignored (-100): nothing to compute a gradient of")
     device = next(model.parameters()).device
+    count = 0
 
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    for batch, count in zip(tracked("scoring examples", batches), counts, strict=True):
-        if not count:
-            continue
-        loss = model(**on_device(batch, device)).loss
-        if not torch.isfinite(loss):
-            raise FinepointError(f"the loss of a scoring batch is {loss.item()}; a lower precision than float32?")
-        loss.backward()
+    def collect(name: str, weight: Tensor) -> None:
+        assert weight.grad is not None
+        # The model's loss is a mean over its labels: times their number, it is the sum.
+        gradient = wide(weight.grad)
+        if "gradient" in sums:
+            sums["gradient"][name].add_(gradient, alpha=count / total)
+        if per_example:
+            scaled = gradient * count
+            sums["squared_gradient"][name].addcmul_(scaled, scaled, value=1 / len(batches))
+        weight.grad = None
+
+    with ExitStack() as stack:
         for name, weight in weights.items():
-            if weight.grad is None:
+            weight.requires_grad_(True)
+            # Collected as soon as it is made, so that one dense gradient exists at a time beside the sums.
+            stack.callback(weight.register_post_accumulate_grad_hook(partial(collect, name)).remove)
+        for batch, count in zip(tracked("scoring examples", batches), counts, strict=True):
+            if not count:
                 continue
-            # The model's loss is a mean over its labels: times their number, it is the sum.
-            gradient = wide(weight.grad)
-            if "gradient" in sums:
-                sums["gradient"][name].add_(gradient, alpha=count / total)
-            if per_example:
-                scaled = gradient * count
-                sums["squared_gradient"][name].addcmul_(scaled, scaled, value=1 / len(batches))
-            weight.grad = None
+            loss = model(**on_device(batch, device)).loss
+            if not torch.isfinite(loss):
+                raise FinepointError(f"the loss of a scoring batch is {loss.item()}; is --dtype too narrow?")
+            loss.backward()
 
 
 def label_count(batch: Batch) -> int:
