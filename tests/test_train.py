@@ -145,6 +145,14 @@ def test_checkpoints_are_sparse(config, tmp_path):
     assert (checkpoint / "deltas.safetensors").stat().st_size < model_bytes
 
 
+def test_a_finished_run_is_not_resumed_unless_it_gets_more_steps(config):
+    run(config, steps=4, save_every=2)
+    with pytest.raises(FinepointError, match="has done its 4 steps; give more --steps"):
+        run(config, steps=4, resume=True)
+    record, _ = run(config, steps=6, resume=True)
+    assert record["steps"] == 6
+
+
 def test_resume_without_a_checkpoint_says_so(config):
     with pytest.raises(FinepointError, match="has no checkpoint to go on from; train with --save-every"):
         run(config, resume=True)

@@ -75,7 +75,7 @@ def _loaded(factory: Any, name: str, **kwargs: Any) -> Any:
     try:
         return factory.from_pretrained(place, **kwargs)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())[:300]
         raise FinepointError(f"cannot load model {name!r}: {reason}") from error
 
 

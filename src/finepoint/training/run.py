@@ -228,6 +228,8 @@ def _run_trainer(
     """Trains; returns the first and last loss, the steps and the tokens a second."""
     set_seed(config.seed)
     arguments = _arguments(config, folder, sum(1 for row in place.rows if learned(row)))
+    if checkpoint and (done := int(checkpoint.rpartition("-")[2])) >= arguments.max_steps:
+        raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
     trainer = SparseTrainer(
         tuner,
         args=arguments,
