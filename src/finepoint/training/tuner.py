@@ -167,12 +167,13 @@ class TrainedEntries(nn.Module):
 
     def follow_(self) -> None:
         """weight[indices] = base + delta, rounded once to the weight's dtype."""
-        if self.weight.dtype != self.base.dtype or self.delta.dtype != torch.promote_types(
-            self.base.dtype, torch.float32
-        ):
+        self._write_(self.weight)
+
+    def _write_(self, weight: Tensor) -> None:
+        wide = torch.promote_types(self.base.dtype, torch.float32)
+        if weight.dtype != self.base.dtype or self.delta.dtype != wide:
             raise FinepointError(f"{self.name} was cast after SparseTuner; cast the model first, then make the tuner")
-        with torch.no_grad():
-            scatter_(self.weight, self.indices, moved(self.base, self.delta))
+        scatter_(weight, self.indices, moved(self.base, self.delta.detach()))
         self.stale = False
 
     def changed(self) -> int:
@@ -197,10 +198,7 @@ class TrainedEntries(nn.Module):
     def before_forward(self, module: nn.Module, args: Any) -> None:
         if self.stale:
             # Through .data: if the deltas did not change after all, graphs that saved the weight stay valid.
-            version_free = self.weight.data
-            with torch.no_grad():
-                scatter_(version_free, self.indices, moved(self.base, self.delta))
-            self.stale = False
+            self._write_(self.weight.data)
 
     def after_linear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.delta.requires_grad):
