@@ -6,6 +6,7 @@ atomic. `finepoint_config.json` repeats the configuration for people and hubs; `
 """
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def save(adapter: SparseAdapter, folder: str | Path, overwrite: bool = False) ->
     tensors: dict[str, Tensor] = {}
     for name, change in adapter.changes.items():
         if change.kind != "full":
-            narrow = torch.int32 if _entries(change.shape) <= INT32_ENTRIES else torch.int64
+            narrow = torch.int32 if prod(change.shape) <= INT32_ENTRIES else torch.int64
             tensors[f"{name}.indices"] = change.indices.to("cpu", narrow)
         tensors[f"{name}.{change.kind}"] = change.numbers.detach().cpu().contiguous()
     metadata = {"finepoint": json.dumps(config)}  # one key: their order in the file is not defined
@@ -103,7 +104,7 @@ def _change(path: Path, name: str, facts: dict[str, Any], tensors: dict[str, Ten
     need(f"{name}.{kind}" in tensors, f"{name}.{kind} is missing from the file")
     numbers = tensors.pop(f"{name}.{kind}")
     need(bool(torch.isfinite(numbers).all()), "a number is not finite")
-    entries = _entries(tuple(shape))
+    entries = prod(shape)
     if kind == "full":
         need(list(numbers.shape) == shape and numbers.dtype == FLOATS[dtype], "the stored weight has another form")
         return Change(tuple(shape), dtype, "full", torch.empty(0, dtype=torch.long), numbers)
@@ -127,13 +128,6 @@ def _change(path: Path, name: str, facts: dict[str, Any], tensors: dict[str, Ten
 FLOATS = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
-
-
-def _entries(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _card(adapter: SparseAdapter) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from math import prod
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
@@ -20,7 +21,7 @@ def by_module(adapter: SparseAdapter) -> list[dict[str, Any]]:
         )
         row["weights"] += 1
         row["entries"] += weight["entries"]
-        row["size"] += round(weight["entries"] / weight["share"])
+        row["size"] += prod(weight["shape"])
         if weight["mean_abs_delta"] is not None:
             row["total"] += weight["mean_abs_delta"] * weight["entries"]
             row["largest"] = max(row["largest"] or 0.0, weight["max_abs_delta"])
@@ -34,16 +35,13 @@ def facts(adapter: SparseAdapter) -> dict[str, Any]:
     """Everything known of an adapter, JSON-ready; `weights` has a row for each weight."""
     weights = {}
     for name, change in adapter.changes.items():
-        size = 1
-        for extent in change.shape:
-            size *= extent
         moved = change.numbers.double().abs() if change.kind == "delta" and len(change) else None
         weights[name] = {
             "shape": list(change.shape),
             "dtype": change.dtype,
             "kind": change.kind,
             "entries": len(change),
-            "share": len(change) / size,
+            "share": len(change) / prod(change.shape),
             "mean_abs_delta": None if moved is None else moved.mean().item(),
             "max_abs_delta": None if moved is None else moved.max().item(),
         }

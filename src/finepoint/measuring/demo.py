@@ -6,7 +6,6 @@ from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.config import DemoConfig, TrainConfig
-from finepoint.data import read_examples
 from finepoint.files import claim_folder, write_json
 from finepoint.measuring.evaluation import Evaluation, read_sets
 from finepoint.recipes.vader import write_vader
@@ -41,11 +40,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     place = prepare(configs["gallop"])
     logger.info("model: SmolLM2-135M-Instruct in %s; training examples: %d", place.model.dtype, len(place.rows))
     base = evaluation.scores(place.model, place.tokenizer, "base")
-    found: dict[str, Any] = {
-        "base": base,
-        "runs": {},
-        "train_examples": len(read_examples(data / "movies-train.jsonl")),
-    }
+    found: dict[str, Any] = {"base": base, "runs": {}, "train_examples": len(place.rows)}
     for rule, run in configs.items():
         logger.info("%s: %d steps at learning rate %g", rule, run.steps, run.lr)
         record = train(run, place)

@@ -84,7 +84,7 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
     try:
         describe = _description(config, place, statistics)
         if config.save_every and not checkpoint:
-            tuner.adapter(config.store, head, describe | {"steps_done": 0}).save(folder, overwrite=True)
+            tuner.adapter(config.store, head, describe).save(folder, overwrite=True)
         losses = _run_trainer(config, place, tuner, validation, folder, checkpoint, head, describe)
         changed = tuner.changed()
         if not changed:
@@ -225,15 +225,16 @@ def _run_trainer(
     head: Sequence[str],
     describe: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Trains; returns the first and last loss, the steps and the tokens a second."""
+    """Trains; returns the steps, their losses and the seconds they took."""
     set_seed(config.seed)
-    arguments = _arguments(config, folder, sum(1 for row in place.rows if learned(row)))
+    rows = [row for row in place.rows if learned(row)]
+    arguments = _arguments(config, folder, len(rows))
     if checkpoint and (done := int(checkpoint.rpartition("-")[2])) >= arguments.max_steps:
         raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
     trainer = SparseTrainer(
         tuner,
         args=arguments,
-        train_dataset=[row for row in place.rows if learned(row)],
+        train_dataset=rows,
         eval_dataset=validation,
         data_collator=place.collator,
     )
