@@ -8,16 +8,16 @@ from torch import Tensor
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
     """The entries at flat positions: (k,), the weight's dtype and device, a copy."""
-    return weight.detach().reshape(-1)[indices.to(weight.device)]
+    return weight.detach().reshape(-1).index_select(0, indices.to(weight.device))
 
 
 def scatter_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """Writes (k,) values to flat positions of a weight of any layout; no autograd, no other entry touched."""
-    indices = indices.to(weight.device)
+    indices = indices.to(weight.device, torch.long)
     values = values.to(weight.device, weight.dtype)
     with torch.no_grad():
         if weight.is_contiguous():
-            weight.view(-1).index_copy_(0, indices, values)
+            weight.view(-1).scatter_(0, indices, values)
         else:
             weight.index_put_(torch.unravel_index(indices, weight.shape), values)
 

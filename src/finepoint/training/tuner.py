@@ -25,9 +25,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from finepoint.adapters.adapter import Change, SparseAdapter
-from finepoint.adapters.entries import checksum, gather, moved, scatter_
+from finepoint.adapters.entries import checksum, gather
 from finepoint.errors import FinepointError
-from finepoint.training.kernels import sampled_embedding_gradient, sampled_gradient
+from finepoint.training.kernels import follow_, sampled_embedding_gradient, sampled_gradient
 
 CONTAINER = "finepoint"  # the name under which the deltas hang on the model
 
@@ -153,7 +153,8 @@ class TrainedEntries(nn.Module):
         _check(name, weight, indices)
         self.name = name
         self._weight = (weight,)  # in a tuple: the weight belongs to the model, not to this module
-        indices = indices.to(weight.device, torch.long)
+        # In four bytes where they fit: they stay in memory as long as the training lasts.
+        indices = indices.to(weight.device, torch.int32 if weight.numel() <= 1 << 31 else torch.long)
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("base", gather(weight, indices), persistent=False)
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -173,7 +174,7 @@ class TrainedEntries(nn.Module):
         wide = torch.promote_types(self.base.dtype, torch.float32)
         if weight.dtype != self.base.dtype or self.delta.dtype != wide:
             raise FinepointError(f"{self.name} was cast after SparseTuner; cast the model first, then make the tuner")
-        scatter_(weight, self.indices, moved(self.base, self.delta.detach()))
+        follow_(weight, self.indices, self.base, self.delta)
         self.stale = False
 
     def changed(self) -> int:
@@ -184,7 +185,7 @@ class TrainedEntries(nn.Module):
         numbers = self.delta.detach() if store == "delta" else gather(self.weight, self.indices)
         shape, dtype = self._form()
         kind = "delta" if store == "delta" else "value"
-        return Change(shape, dtype, kind, self.indices.cpu(), numbers.cpu().clone(), checksum(self.base))  # type: ignore[arg-type]
+        return Change(shape, dtype, kind, self.indices.cpu().long(), numbers.cpu().clone(), checksum(self.base))  # type: ignore[arg-type]
 
     def whole(self) -> Change:
         shape, dtype = self._form()
@@ -204,7 +205,7 @@ class TrainedEntries(nn.Module):
         if not (torch.is_grad_enabled() and self.delta.requires_grad):
             return output
         x = args[0] if args else kwargs["input"]
-        return _SampledLinear.apply(output, self.delta, x.detach(), self)
+        return _SampledLinear.apply(output, self.delta, x, self)
 
     def after_embedding(
         self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -231,8 +232,7 @@ class _SampledLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         ctx.entries.stale = True
-        gradient = sampled_gradient(dy, x, ctx.entries.indices).to(ctx.entries.delta.dtype)
-        return dy, gradient, None, None
+        return dy, sampled_gradient(dy, x, ctx.entries.indices), None, None
 
 
 class _SampledEmbedding(torch.autograd.Function):

@@ -4,7 +4,7 @@ For y = x W^T, dL/dW[i, j] = sum over tokens t of dy[t, i] x[t, j]. All kernels 
 
     dy       (.., out)  gradient of the layer's output, any float dtype
     x        (.., in)   the layer's input, same leading shape
-    indices  (k,)       ascending flat positions i * in + j, int64
+    indices  (k,)       ascending flat positions i * in + j, int32 or int64
 
 and return (k,), in float32 (float64 where an operand is float64).
 """
@@ -26,7 +26,8 @@ def reference(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 
 def by_gather(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """A dot product over the tokens for each entry; work k x tokens. dy: (tokens, out), x: (tokens, in)."""
+    """A dot product over the tokens for each entry; work k x tokens."""
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     tokens, width = x.shape
     dtype = accumulator(dy, x)
     # Token-last, so that every gathered operand is one contiguous row.
@@ -42,9 +43,11 @@ def by_gather(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 
 def by_blocks(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """The dense product in blocks of rows, gathered and freed; memory one block. dy: (tokens, out), x: (tokens, in)."""
+    """The dense product in blocks of rows, gathered and freed; memory one block."""
+    dy, x, indices = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), indices.long()
     width, height = x.shape[1], dy.shape[1]
     out = torch.empty(len(indices), dtype=accumulator(dy, x), device=dy.device)
+    x = x.to(out.dtype)
     rows = max(1, BLOCK // width)
     edges = torch.arange(0, height + rows, rows, device=indices.device) * width
     bounds = torch.searchsorted(indices, edges).tolist()
@@ -52,7 +55,7 @@ def by_blocks(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
         if start == end:
             continue
         first = block * rows
-        dense = dy[:, first : first + rows].T @ x.to(dy.dtype)
+        dense = dy[:, first : first + rows].T.to(out.dtype) @ x
         out[start:end] = dense.reshape(-1)[indices[start:end] - first * width]
     return out
 
@@ -71,7 +74,7 @@ def sampled_embedding_gradient(dy: Tensor, tokens: Tensor, indices: Tensor, padd
         dy = dy.masked_fill((flat == padding)[:, None], 0)
     distinct, row = flat.unique(return_inverse=True)
     sums = torch.zeros(len(distinct), width, dtype=dtype, device=dy.device).index_add_(0, row, dy)
-    wanted = indices // width
+    wanted = (indices // width).long()
     place = torch.searchsorted(distinct, wanted).clamp(max=len(distinct) - 1)
     return torch.where(distinct[place] == wanted, sums[place, indices % width], 0)
 

@@ -1,0 +1,38 @@
+"""The weights follow their deltas: in one pass on the CPU where Numba is there, else in plain PyTorch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finepoint.adapters.entries import moved, scatter_
+
+try:
+    from finepoint.training.kernels.numba import add_at, add_at_half
+except ImportError:  # the extra finepoint[cpu] is not installed
+    ONE_PASS: dict[torch.dtype, tuple[Any, torch.dtype]] = {}
+else:
+    # By the weight's dtype: the loop, and what NumPy is to take the weight's bits for.
+    ONE_PASS = {
+        torch.float32: (add_at, torch.float32),
+        torch.float64: (add_at, torch.float64),
+        torch.bfloat16: (add_at_half, torch.uint16),
+    }
+
+
+def follow_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> None:
+    """weight[indices] = base + delta, added in the delta's precision and rounded once to the weight's dtype.
+
+    weight: any shape and float dtype; indices (int32 or int64), base, delta: (k,). Where delta is 0 the base's bits
+    are kept.
+    """
+    if weight.dtype in ONE_PASS and weight.device.type == "cpu" and weight.is_contiguous():
+        loop, bits = ONE_PASS[weight.dtype]
+        loop(
+            weight.detach().view(-1).view(bits).numpy(),
+            indices.numpy(),
+            base.view(bits).numpy(),
+            delta.detach().numpy(),
+        )
+    else:
+        scatter_(weight, indices, moved(base, delta))
