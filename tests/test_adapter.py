@@ -5,12 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.entries import checksum, moved
+from finepoint.adapters.format import TENSORS
+from finepoint.adapters.gaps import from_gaps, to_gaps
 from finepoint.adapters.inspection import facts, heat_map, place
 from finepoint.adapters.verification import verify
 from finepoint.errors import FinepointError
@@ -246,7 +249,7 @@ DAMAGE = {
     "shape": (None, lambda c: c["weights"][NAME].update(shape=[2**60, 2**60]), "not a list of sizes"),
     "type": (None, lambda c: c["weights"][NAME].update(dtype="complex64"), "dtype 'complex64'"),
     "checksum": (None, lambda c: c["weights"][NAME].update(base_checksum=None), "checksum of the base"),
-    "version": (None, lambda c: c.update(format_version=2), "format version 2; this finepoint reads version 1"),
+    "version": (None, lambda c: c.update(format_version=3), "format version 3; this finepoint reads (1, 2)"),
     "weights": (None, lambda c: c.update(weights=[1]), "damaged"),
 }  # fmt: skip
 
@@ -321,3 +324,60 @@ def test_the_checksum_is_the_same_in_every_dtype_that_holds_the_values():
     values = torch.randn(10).bfloat16()
     assert checksum(values) == checksum(values.float()) == checksum(values.double())
     assert checksum(values) != checksum(values.flip(0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 300), st.integers(0, 70_000), st.integers(0, 2**40)), unique=True))
+def test_gaps_give_back_the_indices(positions):
+    indices = torch.tensor(sorted(positions), dtype=torch.int64)
+    gaps = to_gaps(indices)
+    assert gaps.dtype in (torch.uint8, torch.uint16)
+    assert torch.equal(from_gaps(gaps), indices)
+
+
+@pytest.mark.parametrize("indices", [[0], [254], [255], [256], [0, 255], [0, 510, 511], [65534, 65535, 131070], []])
+def test_gaps_at_the_edges_of_their_width(indices):
+    indices = torch.tensor(indices, dtype=torch.int64)
+    assert torch.equal(from_gaps(to_gaps(indices)), indices)
+
+
+def test_gaps_take_one_byte_at_one_per_cent_and_two_at_one_per_mille():
+    for density, width in ((1e-2, torch.uint8), (1e-3, torch.uint16)):
+        indices = (torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) < density).nonzero()[:, 0]
+        gaps = to_gaps(indices)
+        assert gaps.dtype == width
+        assert gaps.nbytes <= 1.1 * width.itemsize * len(indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compact_file_loads_bit_for_bit_and_is_smaller(tmp_path, dtype):
+    adapter, _ = trained(tiny_llama(dtype), "auto")
+    adapter.save(tmp_path / "plain")
+    adapter.save(tmp_path / "compact", compact=True)
+    back = SparseAdapter.load(tmp_path / "compact")
+    for name, change in adapter.changes.items():
+        assert change.kind == ("value" if dtype == torch.bfloat16 else "delta")
+        assert torch.equal(back.changes[name].indices, change.indices)
+        assert_same_bits({name: back.changes[name].numbers}, {name: change.numbers})
+        assert back.changes[name].base == change.base
+    sizes = [
+        sum(tensor.nbytes for tensor in load_file(tmp_path / at / TENSORS).values()) for at in ("plain", "compact")
+    ]
+    entry = torch.finfo(dtype).bits // 8
+    assert sizes[0] == adapter.count * (4 + entry)
+    assert sizes[1] <= adapter.count * (1.1 + entry)
+
+
+def test_damaged_gaps_are_refused(tmp_path):
+    adapter, _ = trained(tiny_llama())
+    adapter.save(tmp_path / "a", compact=True)
+    path = tmp_path / "a" / TENSORS
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    name = next(iter(adapter))
+    gaps = tensors[f"{name}.gaps"]
+    for damaged in (gaps[:-1], torch.zeros_like(gaps), torch.full_like(gaps, 254), gaps.to(torch.int32)):
+        save_file(tensors | {f"{name}.gaps": damaged.contiguous()}, path, metadata)
+        with pytest.raises(FinepointError, match=name):
+            SparseAdapter.load(tmp_path / "a")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finepoint.adapters.adapter import SparseAdapter
+    from finepoint.adapters.switching import AdapterSet
     from finepoint.choosing.rules import RULES, register
     from finepoint.choosing.selection import Selection, select
     from finepoint.choosing.weights import target_weights
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterSet": "finepoint.adapters.switching",
     "FinepointError": "finepoint.errors",
     "RULES": "finepoint.choosing.rules",
     "Selection": "finepoint.choosing.selection",
@@ -33,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "RULES",
+    "AdapterSet",
     "FinepointError",
     "Selection",
     "SparseAdapter",

@@ -77,7 +77,8 @@ class TrainConfig(SelectConfig):
         eval_every: steps between evaluations on the validation examples; a fifth of the run where not given
         save_every: steps between checkpoints that --resume can go on from
         resume: go on from the last checkpoint in output
-        store: keep float32 deltas, or the exact trained values (smaller for half-precision weights)
+        store: float32 deltas, the exact trained values, or (auto) values of half-precision weights, which are smaller
+        compact: write positions as gaps, in one or two bytes each instead of four; as exact
     """
 
     validation: str | None = None
@@ -94,7 +95,8 @@ class TrainConfig(SelectConfig):
     eval_every: int | None = None
     save_every: int | None = None
     resume: bool = False
-    store: Literal["delta", "value"] = "delta"
+    store: Literal["auto", "delta", "value"] = "auto"
+    compact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,15 +68,18 @@ class SparseAdapter(Mapping[str, Tensor]):
         """Trained entries in all."""
         return sum(len(change) for change in self.changes.values())
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+    def save(self, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
         """Writes `finepoint.safetensors`, `finepoint_config.json` and a README; returns the folder.
+
+        Args:
+            compact: write the gaps between the indices, in one or two bytes each instead of four; as exact.
 
         Raises:
             FinepointError: the folder holds something and `overwrite` is not given, or cannot be written.
         """
         from finepoint.adapters.format import save
 
-        return save(self, folder, overwrite)
+        return save(self, folder, overwrite, compact)
 
     @staticmethod
     def load(folder: str | Path) -> "SparseAdapter":
@@ -107,6 +110,18 @@ class SparseAdapter(Mapping[str, Tensor]):
                 found.append(f"{name}: its values are not those of the base model the adapter was trained on")
         return found
 
+    def check(self, model: nn.Module) -> None:
+        """Refuses a model that this adapter does not belong to as it is now.
+
+        Raises:
+            FinepointError: the first of its `problems`, or the model is being trained.
+        """
+        if hasattr(model, "finepoint"):
+            raise FinepointError("the model is being trained; close its SparseTuner before applying an adapter")
+        if problems := self.problems(model):
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise FinepointError(f"the adapter does not fit this model: {problems[0]}{more}")
+
     def apply(self, model: nn.Module) -> None:
         """Writes the adapter into the model's weights, exactly as they were at the end of training.
 
@@ -115,11 +130,7 @@ class SparseAdapter(Mapping[str, Tensor]):
         Raises:
             FinepointError: the model is not the one the adapter was trained on; nothing is changed then.
         """
-        if hasattr(model, "finepoint"):
-            raise FinepointError("the model is being trained; close its SparseTuner before applying an adapter")
-        if problems := self.problems(model):
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise FinepointError(f"the adapter does not fit this model: {problems[0]}{more}")
+        self.check(model)
         weights = dict(model.named_parameters(remove_duplicate=False))
         originals = {name: gather(weights[name], self[name]) for name in self}
         _applied(model).append((self, originals))

@@ -17,7 +17,9 @@ def scatter_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     values = values.to(weight.device, weight.dtype)
     with torch.no_grad():
         if weight.is_contiguous():
-            weight.view(-1).scatter_(0, indices, values)
+            # As integers where they have two bytes: torch scatters half-precision numbers ten times slower.
+            bits = torch.int16 if weight.itemsize == 2 else weight.dtype
+            weight.view(-1).view(bits).scatter_(0, indices, values.view(bits))
         else:
             weight.index_put_(torch.unravel_index(indices, weight.shape), values)
 

@@ -1,8 +1,9 @@
 """The adapter folder: one safetensors file that says everything, and a readable copy of its configuration.
 
-`finepoint.safetensors` holds for each weight `<name>.indices` (int32 where they fit, else int64) with `<name>.delta`
-or `<name>.value`, or `<name>.full`; its metadata holds the configuration. Since that is all one file, replacing it is
-atomic. `finepoint_config.json` repeats the configuration for people and hubs; `load` does not read it.
+`finepoint.safetensors` holds for each weight `<name>.indices` (int32 where they fit, else int64), or the `<name>.gaps`
+between them (format version 2), with `<name>.delta` or `<name>.value`; or `<name>.full`. Its metadata holds the
+configuration. Since that is all one file, replacing it is atomic. `finepoint_config.json` repeats the configuration for
+people and hubs; `load` does not read it.
 """
 
 import json
@@ -16,23 +17,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.gaps import from_gaps, to_gaps
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_atomic, write_json, write_text
 
-VERSION = 1
+VERSIONS = (1, 2)  # 2: some indices are written as gaps
 TENSORS = "finepoint.safetensors"
 CONFIG = "finepoint_config.json"
 KINDS = ("delta", "value", "full")
 INT32_ENTRIES = 1 << 31
 
 
-def save(adapter: SparseAdapter, folder: str | Path, overwrite: bool = False) -> Path:
+def save(adapter: SparseAdapter, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
     """See `SparseAdapter.save`."""
     folder = claim_folder(folder, overwrite)
-    config = _config(adapter)
+    config = {"format_version": 2 if compact else 1} | _config(adapter)
     tensors: dict[str, Tensor] = {}
     for name, change in adapter.changes.items():
-        if change.kind != "full":
+        if change.kind != "full" and compact:
+            tensors[f"{name}.gaps"] = to_gaps(change.indices.cpu())
+        elif change.kind != "full":
             narrow = torch.int32 if prod(change.shape) <= INT32_ENTRIES else torch.int64
             tensors[f"{name}.indices"] = change.indices.to("cpu", narrow)
         tensors[f"{name}.{change.kind}"] = change.numbers.detach().cpu().contiguous()
@@ -68,7 +72,7 @@ def _config(adapter: SparseAdapter) -> dict[str, Any]:
                "base_checksum": change.base}
         for name, change in adapter.changes.items()
     }  # fmt: skip
-    return {"format_version": VERSION, "count": adapter.count, "info": adapter.info, "weights": weights}
+    return {"count": adapter.count, "info": adapter.info, "weights": weights}
 
 
 def _parsed(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -80,8 +84,8 @@ def _parsed(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         shaped = isinstance(weights, dict) and all(isinstance(facts, dict) for facts in weights.values())
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FinepointError(f"{path}: its finepoint configuration is damaged ({error})") from error
-    if version != VERSION:
-        raise FinepointError(f"{path} has format version {version!r}; this finepoint reads version {VERSION}")
+    if version not in VERSIONS:
+        raise FinepointError(f"{path} has format version {version!r}; this finepoint reads {VERSIONS}")
     if not shaped or not isinstance(config.get("info", {}), dict):
         raise FinepointError(f"{path}: its finepoint configuration is damaged (weights or info)")
     return config
@@ -109,10 +113,15 @@ def _change(path: Path, name: str, facts: dict[str, Any], tensors: dict[str, Ten
         need(list(numbers.shape) == shape and numbers.dtype == FLOATS[dtype], "the stored weight has another form")
         return Change(tuple(shape), dtype, "full", torch.empty(0, dtype=torch.long), numbers)
 
-    need(f"{name}.indices" in tensors, f"{name}.indices is missing from the file")
-    indices = tensors.pop(f"{name}.indices")
-    need(indices.dtype in (torch.int32, torch.int64) and indices.ndim == 1, "indices are not a list of integers")
-    indices = indices.long()
+    if f"{name}.gaps" in tensors:
+        gaps = tensors.pop(f"{name}.gaps")
+        need(gaps.dtype in (torch.uint8, torch.uint16) and gaps.ndim == 1, "gaps are not a list of small integers")
+        indices = from_gaps(gaps)
+    else:
+        need(f"{name}.indices" in tensors, f"{name}.indices is missing from the file")
+        indices = tensors.pop(f"{name}.indices")
+        need(indices.dtype in (torch.int32, torch.int64) and indices.ndim == 1, "indices are not a list of integers")
+        indices = indices.long()
     need(numbers.shape == indices.shape, f"{len(indices)} indices, numbers of shape {tuple(numbers.shape)}")
     need(facts.get("count") == len(indices), f"{facts.get('count')!r} entries announced, {len(indices)} in the file")
     wide = torch.float64 if dtype == "float64" else torch.float32

@@ -84,7 +84,7 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
     try:
         describe = _description(config, place, statistics)
         if config.save_every and not checkpoint:
-            tuner.adapter(config.store, head, describe).save(folder, overwrite=True)
+            _save(config, tuner, head, describe, folder)
         losses = _run_trainer(config, place, tuner, validation, folder, checkpoint, head, describe)
         changed = tuner.changed()
         if not changed:
@@ -92,8 +92,8 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
                 f"training changed none of the {tuner.count} chosen weights: every update was lost to rounding in "
                 f"{place.model.dtype}; give a larger --lr than {learning_rate(config)}"
             )
-        adapter = tuner.adapter(config.store, head, describe)
-        adapter.save(folder, overwrite=True)
+        adapter = _save(config, tuner, head, describe, folder)
+        norm = _norm(tuner, head)
     finally:
         tuner.revert_()
         tuner.close()
@@ -105,7 +105,7 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
         "selection_seconds": round(selection_seconds, 2),
         "peak_bytes": peak_bytes(),
         "lr": learning_rate(config),
-        "update_norm": _norm(adapter),
+        "update_norm": norm,
         **losses,
         "selection": statistics,
         "config": asdict(config),
@@ -250,7 +250,7 @@ def _run_trainer(
         except NotFiniteError as error:
             saved = ""
             if trainer.state.global_step:
-                tuner.adapter(config.store, head, dict(describe)).save(folder, overwrite=True)
+                _save(config, tuner, head, describe, folder)
                 saved = f"; the adapter of step {trainer.state.global_step} is in {folder}"
             raise FinepointError(f"{error}{saved}; try a smaller --lr than {learning_rate(config)}") from error
     place.model.eval()
@@ -353,7 +353,15 @@ def _description(config: SelectConfig, place: Workplace, statistics: Mapping[str
     return facts
 
 
-def _norm(adapter: SparseAdapter) -> float | None:
-    """The Euclidean norm of all deltas; None where values are stored instead."""
-    deltas = [change.numbers.double() for change in adapter.changes.values() if change.kind == "delta"]
-    return torch.cat(deltas).norm().item() if deltas else None
+def _save(
+    config: TrainConfig, tuner: SparseTuner, head: Sequence[str], describe: Mapping[str, Any], folder: Path
+) -> SparseAdapter:
+    adapter = tuner.adapter(config.store, head, describe)
+    adapter.save(folder, overwrite=True, compact=config.compact)
+    return adapter
+
+
+def _norm(tuner: SparseTuner, head: Sequence[str]) -> float:
+    """The Euclidean norm of all deltas but those of a new head, which has no base to be compared with."""
+    deltas = [entries.delta.detach().double() for name, entries in tuner.entries.items() if name not in head]
+    return torch.cat(deltas).norm().item()

@@ -98,18 +98,18 @@ class SparseTuner:
         return sum(entries.changed() for entries in self.entries.values())
 
     def adapter(
-        self, store: str = "delta", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
+        self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
     ) -> SparseAdapter:
         """The change so far, as an adapter on the CPU.
 
         Args:
-            store: `delta` keeps float32 deltas (for merging and scaling), `value` the exact trained values in the
-                weight's dtype (smaller). Both reproduce the trained weights bit for bit.
+            store: `delta` keeps float32 deltas, `value` the exact trained values in the weight's dtype, `auto` values
+                of half-precision weights and deltas of others. All reproduce the trained weights bit for bit.
             full: weights to store whole, without a base to compare with (a new classification head).
             info: where it comes from; JSON-ready.
         """
-        if store not in ("delta", "value"):
-            raise FinepointError(f"store is {store!r}; give 'delta' or 'value'")
+        if store not in ("auto", "delta", "value"):
+            raise FinepointError(f"store is {store!r}; give 'auto', 'delta' or 'value'")
         self.follow_()
         whole = set(full)
         changes = {
@@ -182,10 +182,11 @@ class TrainedEntries(nn.Module):
         return int((gather(self.weight, self.indices) != self.base).sum())
 
     def change(self, store: str) -> Change:
-        numbers = self.delta.detach() if store == "delta" else gather(self.weight, self.indices)
         shape, dtype = self._form()
-        kind = "delta" if store == "delta" else "value"
-        return Change(shape, dtype, kind, self.indices.cpu().long(), numbers.cpu().clone(), checksum(self.base))  # type: ignore[arg-type]
+        indices, base = self.indices.cpu().long(), checksum(self.base)
+        if store == "value" or (store == "auto" and self.weight.itemsize == 2):
+            return Change(shape, dtype, "value", indices, gather(self.weight, self.indices).cpu(), base)
+        return Change(shape, dtype, "delta", indices, self.delta.detach().cpu().clone(), base)
 
     def whole(self) -> Change:
         shape, dtype = self._form()

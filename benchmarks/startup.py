@@ -1,0 +1,34 @@
+"""How long the command line takes to answer, and that it answers without torch.
+
+python benchmarks/startup.py
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+
+from common import options, report
+
+COMMANDS = (["--help"], ["train", "--help"], ["compare-nothing"], ["rules"])
+
+
+def main() -> None:
+    given = options(__doc__, repeats=11)
+    rows = []
+    for command in COMMANDS:
+        times = []
+        for _ in range(3 if given.quick else given.repeats):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "finepoint", *command], capture_output=True)
+            times.append(time.perf_counter() - started)
+        code = f"import sys; sys.argv[1:] = {command}\nimport finepoint.cli\ntry: finepoint.cli.main()\nexcept SystemExit: pass\n"
+        code += "print('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        rows.append({"command": "finepoint " + " ".join(command), "seconds": statistics.median(times),
+                     "imports torch": done.stdout.strip().endswith("True")})  # fmt: skip
+    report("startup", given.output, ["command", "seconds", "imports torch"], rows)
+
+
+if __name__ == "__main__":
+    main()

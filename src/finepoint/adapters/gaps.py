@@ -1,0 +1,33 @@
+"""Ascending indices as the gaps between them, in one or two bytes each.
+
+A gap of the largest number that the width holds, or more, is written as so many skips of that number and the rest:
+every element but a skip ends one index.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WIDTHS = (np.uint8, np.uint16)
+
+
+def to_gaps(indices: Tensor) -> Tensor:
+    """(k,) ascending, unique, not negative -> uint8 or uint16, whichever takes fewer bytes; at least k elements."""
+    gaps = np.diff(indices.numpy(), prepend=0)
+    encoded = [_encoded(gaps, width) for width in WIDTHS]
+    return torch.from_numpy(min(encoded, key=lambda array: array.nbytes))
+
+
+def from_gaps(gaps: Tensor) -> Tensor:
+    """The indices, (k,) int64. Whether they make sense is for the caller to check."""
+    array = gaps.numpy()
+    skip = np.iinfo(array.dtype).max
+    return torch.from_numpy(np.cumsum(array, dtype=np.int64)[array != skip])
+
+
+def _encoded(gaps: np.ndarray, width: type) -> np.ndarray:
+    skip = np.iinfo(width).max
+    skips, rest = np.divmod(gaps, skip)
+    encoded: np.ndarray = np.full(len(gaps) + int(skips.sum()), skip, dtype=width)
+    encoded[np.cumsum(skips + 1) - 1] = rest
+    return encoded
