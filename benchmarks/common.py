@@ -172,8 +172,7 @@ def sparta(density: float) -> Callable[[Any], Step]:
 
         adapted = SpaRTA(model, sparsity=1 - density, frozen_modules=["embed_tokens", "norm"])
         adapted.train()
-        step = stepper(model, list(adapted.parameters()))
-        return step
+        return stepper(model, list(adapted.parameters()))
 
     return make
 

@@ -59,8 +59,9 @@ def written(model, dtype: str, density: float, compact: bool) -> dict[str, objec
     exact = all(torch.equal(back[name], adapter[name]) and torch.equal(back.changes[name].numbers, change.numbers)
                 for name, change in adapter.changes.items())  # fmt: skip
     return {"dtype": dtype, "density": density, "file": "compact" if compact else "default", "trained": adapter.count,
-            "bytes a weight": size / adapter.count, "of them header": header / adapter.count,
-            "save MB/s": size / 1e6 / (saved - started), "load MB/s": size / 1e6 / (loaded - saved), "exact": exact}  # fmt: skip
+            "bytes a weight": size / adapter.count, "header": header / adapter.count,
+            "save MB/s": size / 1e6 / (saved - started), "load MB/s": size / 1e6 / (loaded - saved),
+            "exact": exact}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Scoring multiple choice on SmolLM2-135M beside lm-evaluation-harness (`HFLM`): same items, same model, same answers.
+"""Scoring multiple choice on SmolLM2-135M beside lm-evaluation-harness (`HFLM`): same items and model, same answers.
 
-Items are real text: sentiment of movie reviews in one word (one token a choice), and which of four continuations follows
-a news paragraph (many tokens a choice). Both sides take turns; HFLM runs with the best of three batch sizes.
+Items are real text: sentiment of movie reviews in one word (one token a choice), and which of four continuations
+follows a news paragraph (many tokens a choice). Both sides take turns; HFLM runs with the best of three batch sizes.
 
     python benchmarks/scoring.py
 """

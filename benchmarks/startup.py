@@ -22,8 +22,8 @@ def main() -> None:
             started = time.perf_counter()
             subprocess.run([sys.executable, "-m", "finepoint", *command], capture_output=True)
             times.append(time.perf_counter() - started)
-        code = f"import sys; sys.argv[1:] = {command}\nimport finepoint.cli\ntry: finepoint.cli.main()\nexcept SystemExit: pass\n"
-        code += "print('torch' in sys.modules)"
+        code = f"import sys; sys.argv[1:] = {command}\nimport finepoint.cli\ntry: finepoint.cli.main()\n"
+        code += "except SystemExit: pass\nprint('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         rows.append({"command": "finepoint " + " ".join(command), "seconds": statistics.median(times),
                      "imports torch": done.stdout.strip().endswith("True")})  # fmt: skip

@@ -46,8 +46,9 @@ def main() -> None:
         print(f"{name}: {reason}")
     settings = {key: getattr(given, key) for key in ("dtype", "logits", "rows", "tokens")}
     name = "step" if given.dtype == "float32" else f"step-{given.dtype}"
-    report(name + ("-all-logits" if given.logits == "all" else ""), given.output,
-           ["arm", "trained", "seconds", "x bound", "x LoRA"], rows, settings=settings, times=times, failed=failed)  # fmt: skip
+    name += "-all-logits" if given.logits == "all" else ""
+    columns = ["arm", "trained", "seconds", "x bound", "x LoRA"]
+    report(name, given.output, columns, rows, settings=settings, times=times, failed=failed)
 
 
 if __name__ == "__main__":

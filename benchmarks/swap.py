@@ -35,8 +35,8 @@ def timed(dtype: str, repeats: int) -> dict[str, object]:
         reverts.append(milliseconds(lambda: adapters[0].revert(model)))
     exact = all(torch.equal(value, base[name]) for name, value in model.state_dict().items())
     median = statistics.median
-    return {"dtype": dtype, "entries": adapters[0].count, "switch ms": median(switches[2:]), "apply ms": median(applies),
-            "revert ms": median(reverts), "exact": exact}  # fmt: skip
+    return {"dtype": dtype, "entries": adapters[0].count, "switch ms": median(switches[2:]),
+            "apply ms": median(applies), "revert ms": median(reverts), "exact": exact}  # fmt: skip
 
 
 def made(model, seed: int):

@@ -1,4 +1,4 @@
-"""The exact top-k of 100 million scores that come a weight at a time: seconds, and the memory beyond one weight's scores.
+"""The exact top-k of 100 million scores that come a weight at a time: seconds, and memory beyond one weight's scores.
 
 Beside it torch.topk over all scores in one tensor, which has to hold them.
 

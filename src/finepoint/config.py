@@ -69,6 +69,7 @@ class TrainConfig(SelectConfig):
         steps: optimizer steps; epochs where not given
         epochs: passes over the data, where steps is not given
         accumulation: batches added up for one step
+        packing: several examples in a row, each as if it were alone, in random batches instead of ones of one length
         warmup: share of the steps over which the learning rate rises
         schedule: how the learning rate falls afterwards
         weight_decay: pulls the deltas to zero, i.e. towards the base model
@@ -87,6 +88,7 @@ class TrainConfig(SelectConfig):
     steps: int | None = None
     epochs: float = 1.0
     accumulation: int = 1
+    packing: bool = False
     warmup: float = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.0

@@ -19,6 +19,7 @@ from finepoint.batches import (
     warn_of_truncation,
 )
 from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
+from finepoint.training.loss import log_likelihoods
 
 Tokens = tuple[int, ...]
 Advance = Callable[[int], None]
@@ -114,26 +115,29 @@ def token_log_likelihoods(
     collator = Collator.of(model, tokenizer)
     for places in by_length([len(row) for row in inputs], BATCH_TOKENS):
         wanted = [(row, i) for row, place in enumerate(places) for i in shared[inputs[place]]]
-        keep = max(len(requests[i][1]) for _, i in wanted)
-        logits = last_logits(model, [inputs[place] for place in places], keep, collator)
-        for row, i in wanted:
-            # A continuation longer than the context keeps what fits.
-            fits = min(len(inputs[places[row]]), len(requests[i][1]))
-            targets = torch.tensor(requests[i][1][-fits:], device=logits.device)
-            log_probs = logits[row, -fits:].float().log_softmax(-1)
-            found[i] = log_probs.gather(1, targets[:, None])[:, 0].cpu()
+        # A continuation longer than the context keeps what fits.
+        fits = [min(len(inputs[places[row]]), len(requests[i][1])) for row, i in wanted]
+        batch = last_positions(model, [inputs[place] for place in places], max(fits), collator)
+        spots = [(row, column, token) for (row, i), fit in zip(wanted, fits, strict=True)
+                 for column, token in zip(range(-fit, 0), requests[i][1][-fit:], strict=True)]  # fmt: skip
+        values = log_likelihoods(model, batch, *torch.tensor(spots, device=model.device).unbind(1)).float().cpu()
+        for (_, i), part in zip(wanted, values.split(fits), strict=True):
+            found[i] = part.clone()
         advance(len(places))
     return found
 
 
-@torch.no_grad()
-def last_logits(model: Any, rows: Sequence[Sequence[int]], keep: int, collator: Collator) -> Tensor:
-    """The logits at the last `keep` positions of every row: (rows, keep, vocabulary), the model's dtype."""
+def last_positions(model: Any, rows: Sequence[Sequence[int]], keep: int, collator: Collator) -> dict[str, Any]:
+    """A batch of the rows, to compute at their last `keep` positions only where the model can be told so."""
     batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, collator.positions).items()}
-    if collator.trims:
-        batch["logits_to_keep"] = keep
     model.eval()
-    return model(**batch).logits[:, -keep:]
+    return batch | ({"logits_to_keep": keep} if collator.trims else {})
+
+
+@torch.no_grad()
+def class_logits(model: Any, rows: Sequence[Sequence[int]], collator: Collator) -> Tensor:
+    """A classifier's logits: (rows, classes), the model's dtype."""
+    return model(**last_positions(model, rows, 0, collator)).logits
 
 
 def mean_nll(
@@ -175,7 +179,7 @@ def class_hits(
     collator = Collator.of(model, tokenizer)
     hits = [False] * len(rows)
     for places in by_length([len(row.ids) for row in rows], BATCH_TOKENS):
-        logits = last_logits(model, [rows[place].ids[-limit:] for place in places], 0, collator)
+        logits = class_logits(model, [rows[place].ids[-limit:] for place in places], collator)
         for place, answer in zip(places, logits.argmax(-1).tolist(), strict=True):
             hits[place] = answer == rows[place].labels
         advance(len(places))

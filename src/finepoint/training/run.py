@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import finepoint
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
-from finepoint.batches import Collator, Row, context_length, encode_all, learned, padding_id
+from finepoint.batches import Collator, Packer, Row, context_length, encode_all, learned, padding_id
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Selection, select
 from finepoint.config import SelectConfig, TrainConfig
@@ -28,6 +28,7 @@ from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_json
 from finepoint.models import load_model, load_tokenizer, new_head
 from finepoint.progress import progress
+from finepoint.training.boundaries import PACKABLE, keeps_apart
 from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.trainer import NotFiniteError, SparseTrainer, Watch
 from finepoint.training.tuner import SparseTuner
@@ -71,6 +72,7 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
     checkpoint = _checkpoint(folder) if config.resume else None
     place = workplace or prepare(config)
     validation = _validation(config, place)
+    packer = packer_for(place) if config.packing else None
     reset_peak()
     started = time.perf_counter()
     indices, statistics = _indices(config, place, folder if checkpoint else None)
@@ -85,7 +87,7 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
         describe = _description(config, place, statistics)
         if config.save_every and not checkpoint:
             _save(config, tuner, head, describe, folder)
-        losses = _run_trainer(config, place, tuner, validation, folder, checkpoint, head, describe)
+        losses = _run_trainer(config, place, tuner, validation, packer, folder, checkpoint, head, describe)
         changed = tuner.changed()
         if not changed:
             raise FinepointError(
@@ -220,6 +222,7 @@ def _run_trainer(
     place: Workplace,
     tuner: SparseTuner,
     validation: list[Row] | None,
+    packer: Packer | None,
     folder: Path,
     checkpoint: str | None,
     head: Sequence[str],
@@ -233,6 +236,7 @@ def _run_trainer(
         raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
     trainer = SparseTrainer(
         tuner,
+        packer,
         args=arguments,
         train_dataset=rows,
         eval_dataset=validation,
@@ -243,7 +247,7 @@ def _run_trainer(
         (folder / LOG).unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of an earlier run: --resume must not find them
     with progress("training", arguments.max_steps) as advance:
-        watch = Watch(tuner, folder / LOG, advance)
+        watch = Watch(trainer, folder / LOG, advance)
         trainer.add_callback(watch)
         try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
@@ -263,7 +267,28 @@ def _run_trainer(
         "last_loss": float(logged[-1]) if logged else None,
         "validation_loss": validated[-1] if validated else None,
         "train_seconds": round(output.metrics["train_runtime"], 2),
+        **trainer.tokens.rates(),
     }
+
+
+def packer_for(place: Workplace) -> Packer:
+    """The packer for a model that is known to keep the examples of a row apart.
+
+    Raises:
+        FinepointError: a classifier, or a model that takes no `position_ids` or sees through the boundaries.
+    """
+    if place.labels:
+        raise FinepointError("packing is for examples that are learned token by token, and these have class labels; "
+                             "train without --packing")  # fmt: skip
+    name = type(place.model).__name__
+    if not place.collator.positions:
+        raise FinepointError(f"packing tells examples apart by position_ids, which {name} does not take; "
+                             "train without --packing")  # fmt: skip
+    attention = place.model.config._attn_implementation
+    if attention not in PACKABLE or not keeps_apart(place.model):
+        raise FinepointError(f"in {name} with {attention} attention the examples packed in a row are not kept apart; "
+                             f"train without --packing, or load it with {' or '.join(PACKABLE)} attention")  # fmt: skip
+    return Packer(place.collator, place.model.get_input_embeddings().embedding_dim)
 
 
 def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArguments:

@@ -5,22 +5,48 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finepoint.batches import Packer, real_tokens
 from finepoint.errors import FinepointError
 from finepoint.files import write_atomic
+from finepoint.training.loss import completion_loss
 from finepoint.training.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
 DELTAS = "deltas.safetensors"
 BATCHES_SORTED = 50  # batches made from one sorted stretch of the random order
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What has been trained on so far, and how long it took."""
+
+    real: int = 0
+    places: int = 0
+    """tokens and padding"""
+    seconds: float = 0.0
+
+    def __add__(self, other: "Tokens") -> "Tokens":
+        return Tokens(self.real + other.real, self.places + other.places, self.seconds + other.seconds)
+
+    def __sub__(self, other: "Tokens") -> "Tokens":
+        return Tokens(self.real - other.real, self.places - other.places, self.seconds - other.seconds)
+
+    def rates(self) -> dict[str, float]:
+        """Real tokens a second, and the share of all places that is padding."""
+        return {
+            "tokens_per_second": round(self.real / self.seconds, 1),
+            "padding": round(1 - self.real / self.places, 4),
+        }
 
 
 class NotFiniteError(FinepointError):
@@ -31,12 +57,16 @@ class LengthBuckets(Sampler[int]):
     """A random order in which each batch holds examples of about the same length, so that little is padding.
 
     A function of seed and epoch alone, so that a resumed run sees the order it would have seen.
+
+    Args:
+        stretch: batches made from one sorted stretch of the random order; with 1, batches are random examples.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, stretch: int = BATCHES_SORTED) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
+        self.stretch = stretch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -49,7 +79,7 @@ class LengthBuckets(Sampler[int]):
         draw = random.Random(f"{self.seed}:{self.epoch}")
         order = list(range(len(self.lengths)))
         draw.shuffle(order)
-        pool = self.batch_size * BATCHES_SORTED
+        pool = self.batch_size * self.stretch
         batches = []
         for start in range(0, len(order), pool):
             part = sorted(order[start : start + pool], key=lambda place: self.lengths[place])
@@ -62,17 +92,42 @@ class LengthBuckets(Sampler[int]):
 
 
 class SparseTrainer(Trainer):
-    """A stock Trainer but for its checkpoints, which hold the deltas instead of the whole model."""
+    """A stock Trainer but for its loss, which costs less memory, and its checkpoints, which hold the deltas alone.
 
-    def __init__(self, tuner: SparseTuner, **kwargs: Any) -> None:
+    Args:
+        packer: makes the training batches, of several examples in a row; validation batches are never packed, so that
+            their loss can be compared.
+    """
+
+    def __init__(self, tuner: SparseTuner, packer: Packer | None = None, **kwargs: Any) -> None:
         self.tuner = tuner
+        self.packer = packer
+        self.tokens = Tokens()
         super().__init__(model=tuner.model, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
-        return LengthBuckets([len(row.ids) for row in self.train_dataset], self.args.train_batch_size, self.args.seed)
+    def get_train_dataloader(self) -> DataLoader:
+        collator: Any = self.data_collator
+        self.data_collator: Any = self.packer or collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
+        lengths = [len(row.ids) for row in self.train_dataset]
+        # Examples of one length leave a packer nothing to do.
+        stretch = 1 if self.packer else BATCHES_SORTED
+        return LengthBuckets(lengths, self.args.train_batch_size, self.args.seed, stretch)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = completion_loss(model, inputs, num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.tokens += Tokens(real_tokens(inputs), inputs["input_ids"].numel())
+        loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
@@ -95,10 +150,11 @@ class SparseTrainer(Trainer):
 class Watch(TrainerCallback):
     """Stops before a gradient that is not finite reaches the weights; writes the log; moves the progress bar."""
 
-    def __init__(self, tuner: SparseTuner, log: Path, advance: Any) -> None:
-        self.tuner = tuner
+    def __init__(self, trainer: SparseTrainer, log: Path, advance: Any) -> None:
+        self.trainer = trainer
         self.log = log
         self.advance = advance
+        self.logged = Tokens()
         self.records: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -108,20 +164,27 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        for name, entries in self.tuner.entries.items():
+        for name, entries in self.trainer.tuner.entries.items():
             gradient = entries.delta.grad
             if gradient is not None and not torch.isfinite(gradient).all():
                 raise NotFiniteError(f"the gradient of {name} is not finite at step {state.global_step + 1}")
-        if all(entries.delta.grad is None for entries in self.tuner.entries.values()):
+        if all(entries.delta.grad is None for entries in self.trainer.tuner.entries.values()):
             raise FinepointError("no chosen entry received a gradient: the loss does not depend on the target weights")
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.step_started = time.perf_counter()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.tokens += Tokens(seconds=time.perf_counter() - self.step_started)
         self.advance(1)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         record = {"step": state.global_step, "seconds": round(time.perf_counter() - self.started, 3), **(logs or {})}
+        if "loss" in record:
+            record |= (self.trainer.tokens - self.logged).rates()
+            self.logged = self.trainer.tokens
         self.records.append(record)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
