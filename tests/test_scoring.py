@@ -42,16 +42,15 @@ def test_likelihoods_equal_one_plain_pass_each(model, tokenizer, monkeypatch, bu
         torch.testing.assert_close(values, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_one_token_choices_share_one_forward_pass(model, tokenizer):
+def test_choices_of_one_prompt_share_one_row(model, tokenizer):
     requests = [scoring.encode_pair(tokenizer, "ab", choice) for choice in "cdefg"]
     rows = []
     token_log_likelihoods(model, tokenizer, requests, 64, rows.append)
     assert sum(rows) == 1
     rows.clear()
-    token_log_likelihoods(
-        model, tokenizer, [scoring.encode_pair(tokenizer, "ab", c) for c in ("cd", "ce", "d")], 64, rows.append
-    )
-    assert sum(rows) == 2  # negative control: "cd" and "ce" share, "d" does not
+    pairs = [("ab", "cd"), ("ab", "ce"), ("ab", "d"), ("abc", "d")]
+    token_log_likelihoods(model, tokenizer, [scoring.encode_pair(tokenizer, *pair) for pair in pairs], 64, rows.append)
+    assert sum(rows) == 2  # the last has a prompt of its own
 
 
 def test_choice_accuracy_raw_and_normalised(model, tokenizer):

@@ -1,6 +1,5 @@
 """Scores of one model: multiple choice by likelihood, exact match by generation, likelihood of text, classes."""
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import Any
@@ -19,9 +18,9 @@ from finepoint.batches import (
     warn_of_truncation,
 )
 from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
+from finepoint.measuring.prompts import branches_apart, by_request, shared_batch, shared_rows, spots
 from finepoint.training.loss import log_likelihoods
 
-Tokens = tuple[int, ...]
 Advance = Callable[[int], None]
 """Called with the number of examples or rows done, for a progress bar."""
 
@@ -68,19 +67,23 @@ def choice_accuracy(
     model: Any, tokenizer: Any, examples: Sequence[Choices], limit: int, advance: Advance = _ignore
 ) -> dict[str, Any]:
     """Accuracy of the likeliest choice, raw and normalised by length, and the share of the most frequent answer."""
-    requests = [encode_pair(tokenizer, e.prompt, choice) for e in examples for choice in e.choices]
-    likelihoods = [float(values.sum()) for values in token_log_likelihoods(model, tokenizer, requests, limit, advance)]
     raw, normalised, answers = [], [], []
-    start = 0
-    for example in examples:
-        scores = likelihoods[start : start + len(example.choices)]
-        start += len(example.choices)
+    for example, scores in zip(examples, choice_likelihoods(model, tokenizer, examples, limit, advance), strict=True):
         per_character = [s / len(c.strip() or c) for s, c in zip(scores, example.choices, strict=True)]
         answers.append(scores.index(max(scores)))
         raw.append(float(answers[-1] == example.answer))
         normalised.append(float(per_character.index(max(per_character)) == example.answer))
     most_frequent = max(answers.count(answer) for answer in set(answers)) / len(answers)
     return summary(raw, normalised) | {"most_frequent_answer": most_frequent}
+
+
+def choice_likelihoods(
+    model: Any, tokenizer: Any, examples: Sequence[Choices], limit: int, advance: Advance = _ignore
+) -> list[list[float]]:
+    """The log-likelihood of each choice of each example."""
+    requests = [encode_pair(tokenizer, e.prompt, choice) for e in examples for choice in e.choices]
+    sums = iter([float(values.sum()) for values in token_log_likelihoods(model, tokenizer, requests, limit, advance)])
+    return [[next(sums) for _ in example.choices] for example in examples]
 
 
 def summary(raw: Sequence[float], normalised: Sequence[float]) -> dict[str, Any]:
@@ -103,28 +106,26 @@ def token_log_likelihoods(
 ) -> list[Tensor]:
     """Log-likelihood of every token of each continuation after its context: (tokens of the continuation,) float32.
 
-    Requests whose model input is the same, as those of one-token choices of one prompt, share one forward pass. An
+    Continuations of one prompt share a row where the model can keep them apart, so that no token is computed twice. An
     input longer than `limit` loses its beginning.
     """
     warn_of_truncation([len(context) + len(continuation) - 1 for context, continuation in requests], limit, "prompt")
-    shared: dict[Tokens, list[int]] = defaultdict(list)
-    for i, (context, continuation) in enumerate(requests):
-        shared[tuple((context + continuation)[:-1][-limit:])].append(i)
-    inputs = list(shared)
-    found: list[Tensor] = [torch.empty(0)] * len(requests)
     collator = Collator.of(model, tokenizer)
-    for places in by_length([len(row) for row in inputs], BATCH_TOKENS):
-        wanted = [(row, i) for row, place in enumerate(places) for i in shared[inputs[place]]]
-        # A continuation longer than the context keeps what fits.
-        fits = [min(len(inputs[places[row]]), len(requests[i][1])) for row, i in wanted]
-        batch = last_positions(model, [inputs[place] for place in places], max(fits), collator)
-        spots = [(row, column, token) for (row, i), fit in zip(wanted, fits, strict=True)
-                 for column, token in zip(range(-fit, 0), requests[i][1][-fit:], strict=True)]  # fmt: skip
-        values = log_likelihoods(model, batch, *torch.tensor(spots, device=model.device).unbind(1)).float().cpu()
-        for (_, i), part in zip(wanted, values.split(fits), strict=True):
-            found[i] = part.clone()
-        advance(len(places))
-    return found
+    model.eval()
+    rows = shared_rows(requests, limit, branches_apart(model, collator))
+    found: dict[int, Tensor] = {}
+    for places in by_length([len(row) for row in rows], BATCH_TOKENS):
+        part = [rows[place] for place in places]
+        batch = {
+            key: value.to(model.device) if isinstance(value, Tensor) else value
+            for key, value in shared_batch(part, collator, model.dtype).items()
+        }
+        scored = spots(part)
+        at = torch.tensor([spot[1:] for spot in scored], device=model.device).unbind(1)
+        values = log_likelihoods(model, batch, *at).float().cpu()
+        found |= by_request(values, [spot[0] for spot in scored])
+        advance(len(part))
+    return [found.get(i, torch.empty(0)) for i in range(len(requests))]
 
 
 def last_positions(model: Any, rows: Sequence[Sequence[int]], keep: int, collator: Collator) -> dict[str, Any]:
