@@ -61,12 +61,14 @@ def test_the_log_and_the_record_are_written(config):
     folder = Path(config.output)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "grad_norm", "learning_rate", "seconds"} <= set(log[0])
+    assert {"loss", "grad_norm", "learning_rate", "seconds", "tokens_per_second", "padding"} <= set(log[0])
     record = json.loads((folder / "run.json").read_text())
     assert record["config"]["density"] == 0.05
     assert record["versions"]["torch"] == torch.__version__
     assert record["selection"]["chosen"] == record["trained"]
     assert record["peak_bytes"] > 0
+    assert record["tokens_per_second"] > 0
+    assert record["padding"] == 0  # all examples have one length
 
 
 def test_accumulation_equals_the_larger_batch(config, tmp_path):

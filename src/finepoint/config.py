@@ -69,7 +69,7 @@ class TrainConfig(SelectConfig):
         steps: optimizer steps; epochs where not given
         epochs: passes over the data, where steps is not given
         accumulation: batches added up for one step
-        packing: several examples in a row, each as if it were alone, in random batches instead of ones of one length
+        packing: several examples in a row, each as if it were alone: the same batches with less padding
         warmup: share of the steps over which the learning rate rises
         schedule: how the learning rate falls afterwards
         weight_decay: pulls the deltas to zero, i.e. towards the base model

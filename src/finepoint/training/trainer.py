@@ -57,16 +57,12 @@ class LengthBuckets(Sampler[int]):
     """A random order in which each batch holds examples of about the same length, so that little is padding.
 
     A function of seed and epoch alone, so that a resumed run sees the order it would have seen.
-
-    Args:
-        stretch: batches made from one sorted stretch of the random order; with 1, batches are random examples.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, stretch: int = BATCHES_SORTED) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
-        self.stretch = stretch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -79,7 +75,7 @@ class LengthBuckets(Sampler[int]):
         draw = random.Random(f"{self.seed}:{self.epoch}")
         order = list(range(len(self.lengths)))
         draw.shuffle(order)
-        pool = self.batch_size * self.stretch
+        pool = self.batch_size * BATCHES_SORTED
         batches = []
         for start in range(0, len(order), pool):
             part = sorted(order[start : start + pool], key=lambda place: self.lengths[place])
@@ -114,10 +110,7 @@ class SparseTrainer(Trainer):
             self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
-        lengths = [len(row.ids) for row in self.train_dataset]
-        # Examples of one length leave a packer nothing to do.
-        stretch = 1 if self.packer else BATCHES_SORTED
-        return LengthBuckets(lengths, self.args.train_batch_size, self.args.seed, stretch)
+        return LengthBuckets([len(row.ids) for row in self.train_dataset], self.args.train_batch_size, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
