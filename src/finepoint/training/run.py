@@ -54,6 +54,32 @@ class Workplace:
     collator: Collator
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run under way: what its adapter is made of and where it goes."""
+
+    config: TrainConfig
+    place: Workplace
+    folder: Path
+    tuner: SparseTuner
+    head: list[str]
+    """weights of a new classification head, which are stored whole"""
+    facts: dict[str, Any]
+    """what the adapter says of itself"""
+
+    def save(self) -> SparseAdapter:
+        """Writes the adapter as it stands into the run's folder."""
+        adapter = self.tuner.adapter(self.config.store, self.head, self.facts)
+        adapter.save(self.folder, overwrite=True, compact=self.config.compact)
+        return adapter
+
+    def norm(self) -> float:
+        """The Euclidean norm of all deltas but those of a new head, which has no base to be compared with."""
+        deltas = [entries.delta.detach().double() for name, entries in self.tuner.entries.items()
+                  if name not in self.head]  # fmt: skip
+        return torch.cat(deltas).norm().item()
+
+
 def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, Any]:
     """Runs the whole of `finepoint train`; the adapter, the log and the record of the run are in `config.output`.
 
@@ -84,18 +110,17 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
     indices = dict(indices) | {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
     tuner = SparseTuner(place.model, indices)
     try:
-        describe = _description(config, place, statistics)
+        run = Run(config, place, folder, tuner, head, _description(config, place, statistics))
         if config.save_every and not checkpoint:
-            _save(config, tuner, head, describe, folder)
-        losses = _run_trainer(config, place, tuner, validation, packer, folder, checkpoint, head, describe)
+            run.save()
+        losses = _run_trainer(run, validation, packer, checkpoint)
         changed = tuner.changed()
         if not changed:
             raise FinepointError(
                 f"training changed none of the {tuner.count} chosen weights: every update was lost to rounding in "
                 f"{place.model.dtype}; give a larger --lr than {learning_rate(config)}"
             )
-        adapter = _save(config, tuner, head, describe, folder)
-        norm = _norm(tuner, head)
+        adapter, norm = run.save(), run.norm()
     finally:
         tuner.revert_()
         tuner.close()
@@ -218,24 +243,17 @@ def _indices(
 
 
 def _run_trainer(
-    config: TrainConfig,
-    place: Workplace,
-    tuner: SparseTuner,
-    validation: list[Row] | None,
-    packer: Packer | None,
-    folder: Path,
-    checkpoint: str | None,
-    head: Sequence[str],
-    describe: Mapping[str, Any],
+    run: Run, validation: list[Row] | None, packer: Packer | None, checkpoint: str | None
 ) -> dict[str, Any]:
     """Trains; returns the steps, their losses and the seconds they took."""
+    config, place, folder = run.config, run.place, run.folder
     set_seed(config.seed)
     rows = [row for row in place.rows if learned(row)]
     arguments = _arguments(config, folder, len(rows))
     if checkpoint and (done := int(checkpoint.rpartition("-")[2])) >= arguments.max_steps:
         raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
     trainer = SparseTrainer(
-        tuner,
+        run.tuner,
         packer,
         args=arguments,
         train_dataset=rows,
@@ -254,7 +272,7 @@ def _run_trainer(
         except NotFiniteError as error:
             saved = ""
             if trainer.state.global_step:
-                _save(config, tuner, head, describe, folder)
+                run.save()
                 saved = f"; the adapter of step {trainer.state.global_step} is in {folder}"
             raise FinepointError(f"{error}{saved}; try a smaller --lr than {learning_rate(config)}") from error
     place.model.eval()
@@ -376,17 +394,3 @@ def _description(config: SelectConfig, place: Workplace, statistics: Mapping[str
     if isinstance(config, TrainConfig):
         facts |= {"lr": learning_rate(config), "steps": config.steps, "batch_size": config.batch_size}
     return facts
-
-
-def _save(
-    config: TrainConfig, tuner: SparseTuner, head: Sequence[str], describe: Mapping[str, Any], folder: Path
-) -> SparseAdapter:
-    adapter = tuner.adapter(config.store, head, describe)
-    adapter.save(folder, overwrite=True, compact=config.compact)
-    return adapter
-
-
-def _norm(tuner: SparseTuner, head: Sequence[str]) -> float:
-    """The Euclidean norm of all deltas but those of a new head, which has no base to be compared with."""
-    deltas = [entries.delta.detach().double() for name, entries in tuner.entries.items() if name not in head]
-    return torch.cat(deltas).norm().item()
