@@ -27,6 +27,8 @@ from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.run import versions
 
 ROWS, TOKENS = 4, 512
+Turn = tuple[float, float, int, float]
+"""Seconds, processor seconds, extra bytes at the peak, loss."""
 LABELS = {"all": TOKENS - 1, "last 8": 8}
 
 
@@ -34,7 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="runs/demo/data/news.jsonl", help="texts; `make demo` makes them")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[chunked.CHUNK], help="chunk sizes to try, in logits")
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[chunked.CHUNK], help="chunk sizes to try, in positions"
+    )
     parser.add_argument("--output", default="benchmarks/results/loss.json")
     options = parser.parse_args()
     model = load_model("smollm2", "float32")
@@ -43,33 +47,32 @@ def main() -> None:
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=0)  # a rate of 0: every turn sees the same model
     rows = []
     print(
-        f"{'work':<6} {'labels':<7} {'loss':<18} {'seconds':>8} {'cpu s':>8} {'x whole':>8} {'extra MB':>9} {'value':>9}"
+        f"{'work':<6} {'labels':<7} {'loss':<14} {'seconds':>8} {'cpu s':>7} {'x whole':>8} {'extra MB':>9} {'loss':>8}"
     )
     for work in ("train", "eval"):
         for labels, batch in batches.items():
-            turns: dict[int, list[tuple[float, float, int, float]]] = {size: [] for size in (0, *options.sizes)}
+            turns: dict[int, list[Turn]] = {size: [] for size in (0, *options.sizes)}
             for _ in range(options.repeats + 1):
                 for size, found in turns.items():
                     found.append(turn(model, batch, optimizer if work == "train" else None, size))
             for size, found in turns.items():
                 seconds, processor, extra, values = zip(*found[1:], strict=True)  # the first warms up
                 ratio = statistics.median(a[1] / b[1] for a, b in zip(found[1:], turns[0][1:], strict=True))
+                name = f"chunks of {size}" if size else "whole logits"
+                print(f"{work:<6} {labels:<7} {name:<14} {statistics.median(seconds):8.2f}"
+                      f" {statistics.median(processor):7.2f} {ratio:8.2f} {max(extra) / 1e6:9.0f} {values[0]:8.5f}",
+                      flush=True)  # fmt: skip
                 rows.append({"work": work, "labels": labels, "chunk": size, "seconds": seconds,
                              "processor": processor, "extra": extra, "ratio": ratio, "loss": values[0]})  # fmt: skip
-                name = f"chunks of {size / (1 << 20):g} M" if size else "whole logits"
-                print(f"{work:<6} {labels:<7} {name:<18} {statistics.median(seconds):8.2f} "
-                      f"{statistics.median(processor):8.2f} {ratio:8.2f} {max(extra) / 1e6:9.0f} {values[0]:9.5f}", flush=True)  # fmt: skip
     facts = {"date": str(date.today()), "threads": torch.get_num_threads(), "versions": versions()}
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
 
 
-def turn(
-    model: Any, batch: dict[str, Any], optimizer: torch.optim.Optimizer | None, size: int
-) -> tuple[float, float, int, float]:
-    """Seconds, processor seconds, extra peak memory and the loss of one turn; a chunk size of 0 stands for the model's own loss."""
-    chunked.CHUNK = size
+def turn(model: Any, batch: dict[str, Any], optimizer: torch.optim.Optimizer | None, size: int) -> Turn:
+    """One turn; a size of 0 stands for the model's own loss."""
+    chunked.CHUNK = size or chunked.CHUNK
     ctypes.CDLL(None).malloc_trim(0)  # what earlier turns freed counts as extra memory when it is used again (Linux)
     reset_peak()
     before = peak_bytes()

@@ -14,7 +14,7 @@ MODELS = {"llama": tiny_llama, "llama-untied": lambda dtype: tiny_llama(dtype, t
 
 @pytest.fixture(params=[1, 3, 10**6], ids=["one position", "three positions", "one chunk"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", request.param * VOCABULARY)
+    monkeypatch.setattr(module, "CHUNK", request.param)
     return request.param
 
 
@@ -77,7 +77,7 @@ def test_the_head_sees_labelled_positions_only_and_one_chunk_at_a_time(monkeypat
     model, batch = tiny_llama(), random_batches(rows=4, tokens=9)[0]
     sizes = []
     model.lm_head.register_forward_hook(lambda m, args, output: sizes.append(output.numel() // VOCABULARY))
-    monkeypatch.setattr(module, "CHUNK", 3 * VOCABULARY)
+    monkeypatch.setattr(module, "CHUNK", 3)
     labelled = int((batch["labels"][:, 1:] != -100).sum())
     completion_loss(model, batch)
     sizes.clear()

@@ -1,8 +1,8 @@
 """The loss of a causal model from the states its head sees: the head runs only where a label is, a chunk at a time.
 
 Logits are positions x vocabulary, and a loss needs them with a float32 copy and a gradient: with a large vocabulary
-they outweigh everything else in memory. Here never more than `CHUNK` of them are alive: a chunk's gradient is taken as
-soon as its loss is known, within the forward pass, so that nothing is computed twice.
+they outweigh everything else in memory. Here those of at most `CHUNK` positions are alive: a chunk's gradient is taken
+as soon as its loss is known, within the forward pass, so that nothing is computed twice.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from finepoint.batches import IGNORED, accepted
 from finepoint.choosing.statistics import undisturbed
 
-CHUNK = 1 << 25  # logits alive at a time: 128 MiB in float32
+CHUNK = 256  # positions whose logits are alive at a time: fewer cost time, more only memory
 # What makes logits more than their head's output, by the names it has in configurations.
 CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_scale", "lm_head_multiplier")
 
@@ -39,13 +39,12 @@ def completion_loss(model: Any, batch: Mapping[str, Any], items: Tensor | int | 
     states = head_states(model, head, batch)[:, -labels.shape[1] : -1]
     wanted = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][wanted]
-    size = _positions(model)
-    if len(targets) <= size:
+    if len(targets) <= CHUNK:
         total = _losses(head, states[wanted], targets).sum()
     elif torch.is_grad_enabled():
-        total = _ChunkedLoss.apply(head, size, targets, states[wanted], *_leaves(head, states))
+        total = _ChunkedLoss.apply(head, targets, states[wanted], *_leaves(head, states))
     else:
-        total = torch.stack([_losses(head, *part).sum() for part in _chunks(size, states[wanted], targets)]).sum()
+        total = torch.stack([_losses(head, *part).sum() for part in _chunks(states[wanted], targets)]).sum()
     return total / (len(targets) if items is None else items)
 
 
@@ -62,7 +61,7 @@ def log_likelihoods(model: Any, inputs: Mapping[str, Any], rows: Tensor, columns
     head = plain_head(model)
     # A model that changes its head's output is scored on its own logits.
     states = model(**inputs).logits if head is None else head_states(model, head, inputs)
-    parts = _chunks(_positions(model), states[rows, columns], tokens)
+    parts = _chunks(states[rows, columns], tokens)
     return torch.cat([-_losses(head or nn.Identity(), *part) for part in parts])
 
 
@@ -115,13 +114,8 @@ def _puts_out_logits(model: Any, head: nn.Module) -> bool:
     return len(found) == 1 and found[0].shape == logits.shape and torch.equal(found[0].to(logits.dtype), logits)
 
 
-def _positions(model: Any) -> int:
-    """How many positions a chunk holds."""
-    return max(1, CHUNK // model.config.get_text_config().vocab_size)
-
-
-def _chunks(size: int, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(states.split(size), targets.split(size), strict=True)
+def _chunks(states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
 
 
 def _losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
@@ -135,12 +129,12 @@ class _ChunkedLoss(torch.autograd.Function):
     """The summed loss of all chunks; the gradients are made in the forward, a chunk at a time."""
 
     @staticmethod
-    def forward(ctx: Any, head: nn.Module, size: int, targets: Tensor, states: Tensor, *leaves: Tensor) -> Tensor:
-        ctx.states = torch.empty_like(states) if ctx.needs_input_grad[3] else None
+    def forward(ctx: Any, head: nn.Module, targets: Tensor, states: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.states = torch.empty_like(states) if ctx.needs_input_grad[2] else None
         gradients: list[Tensor] = []
         sums = []
         start = 0
-        for part, wanted in _chunks(size, states.detach(), targets):
+        for part, wanted in _chunks(states.detach(), targets):
             with torch.enable_grad():
                 part = part.requires_grad_() if ctx.states is not None else part
                 loss = _losses(head, part, wanted).sum()
@@ -159,7 +153,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         states = None if ctx.states is None else ctx.states * scale.to(ctx.states.dtype)
-        return None, None, None, states, *(gradient * scale.to(gradient.dtype) for gradient in ctx.leaves)
+        return None, None, states, *(gradient * scale.to(gradient.dtype) for gradient in ctx.leaves)
 
 
 def _leaves(head: nn.Module, states: Tensor) -> list[Tensor]:
