@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+
 from common import RESULTS, print_table
 
 DOCS = Path(__file__).parent.parent / "docs"
