@@ -41,7 +41,7 @@ def written(model, dtype: str, density: float, compact: bool) -> dict[str, objec
     import finepoint
     from finepoint.adapters.format import TENSORS
 
-    tuner = finepoint.SparseTuner(model, finepoint.select(model, rule="magnitude", density=density))
+    tuner = finepoint.SparseTuner(model, finepoint.select(model, rule="magnitude-high", density=density))
     for delta in tuner.parameters():
         delta.data.normal_(std=1e-2)
     adapter = tuner.adapter()

@@ -18,6 +18,8 @@ from finepoint.errors import FinepointError
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
+SIMILAR = 0.8  # of the longest row's length
+WORTH_A_PASS = 512  # tokens: fewer leave the arithmetic of a pass waiting for the weights
 
 
 @dataclass(frozen=True)
@@ -259,13 +261,19 @@ def padding_id(tokenizer: Any) -> int:
 
 
 def by_length(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Positions in batches of similar length, longest first, each of at most `budget` padded tokens (at least one)."""
+    """Positions in batches of similar length, longest first, each of at most `budget` padded tokens (at least one).
+
+    A row much shorter than the longest of a batch opens the next one, if the batch is large enough to be worth a pass.
+    """
     batches: list[list[int]] = []
     for place in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= budget:
-            batches[-1].append(place)
-        else:
-            batches.append([place])
+        if batches:
+            longest, padded = sizes[batches[-1][0]], len(batches[-1]) * sizes[batches[-1][0]]
+            similar = sizes[place] >= SIMILAR * longest or padded < WORTH_A_PASS
+            if padded + longest <= budget and similar:
+                batches[-1].append(place)
+                continue
+        batches.append([place])
     return batches
 
 
