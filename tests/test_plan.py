@@ -29,7 +29,7 @@ def run(*arguments):
 
 def planned(model, **settings):
     """By the command line, in a process of its own."""
-    flags = [f"--{name.replace('_', '-')}={json.dumps(value)}" for name, value in settings.items()]
+    flags = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in settings.items()]
     return json.loads(
         run("-m", "finepoint", "plan", "--model", model, "--dtype=float32", "--device=cpu", "--json", *flags)
     )
@@ -40,13 +40,14 @@ def measured(model, phase, **settings):
 
 
 def assert_close(parts, peak):
-    """Within 15 %, with the process and without; and not so without any part that is large."""
+    """Within 15 %, with the process and without; and it would not be, were a large part forgotten."""
     process, total = parts["process"], sum(parts.values())
+    print(f"planned {total / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB, process {process / 1e6:.0f} MB")
     assert total == pytest.approx(peak, rel=0.15)
     assert total - process == pytest.approx(peak - process, rel=0.15)
     for part, size in parts.items():
-        if size > 0.2 * peak:
-            assert total - size != pytest.approx(peak, rel=0.15), f"{part} could have been forgotten"
+        if part != "process" and size > 0.3 * (total - process):
+            assert total - process - size < 0.85 * (peak - process), part
 
 
 @pytest.fixture(scope="session")
@@ -63,16 +64,16 @@ def long_llama(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")
 def test_the_plan_holds_where_activations_dominate(long_llama):
-    settings = {"density": 0.01, "batch_size": 2, "tokens": 768}
+    settings = {"density": 0.01, "batch_size": 2, "tokens": 512}
     found = planned(long_llama, **settings)
-    assert found["training"]["activations"] > 5 * found["training"]["weights"]
+    assert found["training"]["activations"] > 4 * found["training"]["weights"]
     assert_close(found["training"], measured(long_llama, "training", **settings))
     assert_close(found["selection"], measured(long_llama, "selection", **settings))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")
 def test_the_plan_holds_with_checkpointing(long_llama):
-    settings = {"density": 0.01, "batch_size": 2, "tokens": 768, "gradient_checkpointing": True}
+    settings = {"density": 0.01, "batch_size": 2, "tokens": 512, "gradient_checkpointing": True}
     found = planned(long_llama, rule="random", **settings)
     assert found["selection"] is None
     assert_close(found["training"], measured(long_llama, "training", **settings))
@@ -81,7 +82,7 @@ def test_the_plan_holds_with_checkpointing(long_llama):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")
 def test_the_plan_holds_for_smollm2():
-    settings = {"batch_size": 1, "tokens": 192}
+    settings = {"batch_size": 1, "tokens": 128}
     for density in (0.001, 0.01):
         found = planned("smollm2", density=density, **settings)
         assert_close(found["training"], measured("smollm2", "training", density=density, **settings))
@@ -89,7 +90,9 @@ def test_the_plan_holds_for_smollm2():
 
 
 def peaks(folder, **settings):
-    found = plan(PlanConfig(model=str(folder), device="cuda", **{"batch_size": 2, "tokens": 16} | settings))
+    found = plan(
+        PlanConfig(model=str(folder), device="cuda", dtype="bfloat16", **{"batch_size": 2, "tokens": 16} | settings)
+    )
     return sum(found.training.values()), found.selection and sum(found.selection.values())
 
 
