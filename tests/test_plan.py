@@ -16,7 +16,7 @@ from finepoint.training.ledger import Ledger
 from finepoint.training.plan import plan
 
 # Freed blocks of a few megabytes go back to the system, as on a GPU they go back to the pool. By default glibc keeps
-# what fragmentation costs, which depends on the order of all allocations: up to 40 % on top of what tensors hold.
+# them, and what fragmentation costs depends on the order of all allocations: it is not in the plan.
 ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
