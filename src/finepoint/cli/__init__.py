@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "fine-tune a small real model and compare: the quickest look",
     "train": "choose entries, train them in place, save an adapter",
     "select": "choose entries only",
+    "plan": "predict the peak memory of both",
     "eval": "measure a model and adapters: ID, OOD, forgetting",
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",

@@ -20,11 +20,19 @@ def peak_bytes() -> int:
     """The most memory held since `reset_peak`: on the GPU where one is used, else resident in RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
+    return _of_process("VmHWM")
+
+
+def resident_bytes() -> int:
+    """The memory this process has in RAM now; its peak where the system does not tell."""
+    return _of_process("VmRSS")
+
+
+def _of_process(quantity: str) -> int:
+    """VmRSS or VmHWM, see proc(5)."""
+    with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{quantity}:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -17,7 +17,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Kernels by device, each with the density up to which it is the fastest; beyond all of them, the dense product in
 # blocks. Measured on two AVX2 cores, 512 tokens, weights of 192 x 576 to 1536 x 576 (docs/benchmarks.md).
-KERNELS: dict[str, list[tuple[float, Kernel]]] = {"cpu": [(0.02, plain.by_gather)]}
+KERNELS: dict[str, list[tuple[float, Kernel]]] = {"cpu": [(0.02, plain.by_gather)], "meta": [(1.0, plain.by_shape)]}
 
 try:
     from finepoint.training.kernels.numba import by_tiles

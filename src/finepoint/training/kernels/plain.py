@@ -60,6 +60,11 @@ def by_blocks(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return out
 
 
+def by_shape(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """The result without its numbers, for tensors on the meta device, which have none."""
+    return torch.empty(len(indices), dtype=accumulator(dy, x), device=dy.device)
+
+
 def sampled_embedding_gradient(dy: Tensor, tokens: Tensor, indices: Tensor, padding: int | None) -> Tensor:
     """The same for an embedding, whose input are token ids: dL/dE[i, j] = sum of dy[t, j] over all t with token i.
 

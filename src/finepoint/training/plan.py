@@ -1,0 +1,315 @@
+"""Peak memory of selection and training, predicted from shapes: the real code on a model without numbers.
+
+The model, its SparseTuner, the loss, the backward pass, the optimizer and the scoring of the gradients run on torch's
+meta device, where tensors have shapes and no memory, and a ledger counts what would be held. Three things cannot run
+there and have a stand-in of the same shapes: fused attention (the fused operator itself, which torch does not choose
+on the meta device), the sampled gradient, and the top-k, whose sizes depend on the scores.
+
+Not counted: memory inside single operators, an allocator's fragmentation, the data and the tokenizer.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
+
+from finepoint.batches import IGNORED, Collator, Row, context_length
+from finepoint.choosing.rules import Rule, rule_named
+from finepoint.choosing.selection import SLICE, budgets, score
+from finepoint.choosing.statistics import on_device, stream_statistics
+from finepoint.choosing.weights import target_weights
+from finepoint.config import PlanConfig
+from finepoint.errors import FinepointError
+from finepoint.models import shape_of
+from finepoint.training.ledger import Ledger
+from finepoint.training.memory import resident_bytes
+from finepoint.training.run import CHECKPOINTING  # the process that trains has it in memory, and this one stands for it
+from finepoint.training.tuner import SparseTuner
+
+PARTS = {
+    "process": "interpreter and libraries",
+    "weights": "weights",
+    "scoring_gradients": "gradients held for scoring",
+    "top_k": "scores and candidates of the top-k",
+    "trained_entries": "trained entries: indices, base, delta, gradient",
+    "optimizer": "optimizer state (AdamW)",
+    "activations": "saved activations",
+    "logits_and_loss": "logits and loss",
+    "backward": "backward pass: gradients, recomputed activations",
+}
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What selection and training hold at the moment of their peaks: bytes by part (see `PARTS`), adding up to them."""
+
+    parameters: int
+    entries: int
+    """Those that may be chosen."""
+    trained: int
+    dtype: str
+    device: str
+    selection: dict[str, int] | None
+    """None where the rule looks at no gradient."""
+    training: dict[str, int]
+
+
+def plan(config: PlanConfig) -> Plan:
+    """Predicts the peaks of selection and of training.
+
+    On the CPU the memory this process has now stands for that of the process that will train: call it in a fresh one.
+
+    Raises:
+        FinepointError: an unknown model, rule or target; a number out of range.
+    """
+    rule = rule_named(config.rule)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = shape_of(config.model, config.dtype, device)
+    _check(config, context_length(model, None))
+    weights = target_weights(model, config.targets)
+    # Spread by size: where the rule would put them does not change the sum.
+    spread = budgets(
+        model, weights, {}, density=config.density, count=config.count, scope="weight", targets=config.targets
+    )
+    counts = {budget.names[0]: budget.k for budget in spread}
+    scoring, stepping = process_bytes() if device == "cpu" else (0, 0)
+    selection = None
+    if rule.needs_data:
+        selection = {"process": scoring} | _selection(config, rule, model, weights, counts, device)
+    return Plan(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        entries=sum(weight.numel() for weight in weights.values()),
+        trained=sum(counts.values()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device,
+        selection=selection,
+        training={"process": stepping} | _training(config, model, counts, device),
+    )
+
+
+def process_bytes() -> tuple[int, int]:
+    """Resident memory of this process once it has scored a toy, and once it has trained one.
+
+    Libraries, threads and compiled kernels are then in place.
+    """
+    layer = nn.Linear(64, 64)
+
+    def backward() -> None:
+        query, key, value = layer(torch.ones(3, 1, 1, 256, 64))
+        scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+
+    backward()
+    scoring = resident_bytes()
+    with SparseTuner(layer, {"weight": torch.arange(64)}) as tuner:
+        optimizer = torch.optim.AdamW(tuner.parameters(), fused=True)
+        backward()
+        optimizer.step()
+    return scoring, resident_bytes()
+
+
+def _check(config: PlanConfig, context: int) -> None:
+    if not 2 <= config.tokens <= context:
+        raise FinepointError(f"tokens is {config.tokens}; give 2 to {context}, the model's context")
+    if config.learned is not None and not 1 <= config.learned <= config.tokens:
+        raise FinepointError(f"learned is {config.learned}; give 1 to {config.tokens}, the tokens of an example")
+    if config.batch_size < 1:
+        raise FinepointError(f"batch_size is {config.batch_size}; give at least 1")
+
+
+def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device: str) -> dict[str, int]:
+    """The peak of a training step with the optimizer's state in place, by part."""
+    with Ledger() as ledger, _fused_attention(device), _parts(model, ledger):
+        ledger.hold([*model.parameters(), *model.buffers()], "weights")
+        ledger.enter("trained_entries")
+        # The selection stays in RAM for the adapter's description.
+        chosen = torch.empty(sum(counts.values()), dtype=torch.long, device="meta") if device == "cpu" else None
+        with SparseTuner(model, _FirstEntries(counts)) as tuner:
+            model.config.use_cache = False  # as transformers.Trainer does
+            model.train()
+            if config.gradient_checkpointing:
+                getattr(model, f"{CHECKPOINTING}_enable")()
+            for delta in tuner.parameters():
+                delta.register_post_accumulate_grad_hook(lambda d: ledger.hold([d.grad], "trained_entries"))
+            optimizer = torch.optim.AdamW(tuner.parameters())
+            for _ in range(2):  # the first has no state yet
+                ledger.reset_peak()
+                batch = on_device(_batch(config, model, config.batch_size), model.device)
+                model(**batch).loss.backward()
+                ledger.enter("optimizer")
+                optimizer.step()
+                optimizer.zero_grad()
+        del chosen
+        return _by_part(ledger)
+
+
+def _selection(
+    config: PlanConfig,
+    rule: Rule,
+    model: Any,
+    weights: Mapping[str, nn.Parameter],
+    counts: Mapping[str, int],
+    device: str,
+) -> dict[str, int]:
+    """The peak of scoring all weights by gradient, by part."""
+    # Squared gradients are made from batches of one.
+    batch = _batch(config, model, 1 if "squared_gradient" in rule.needs else config.batch_size)
+    with Ledger() as ledger, _fused_attention(device), _parts(model, ledger):
+        ledger.hold([*model.parameters(), *model.buffers()], "weights")
+        ledger.enter("scoring_gradients")
+        top = _TopK(sum(counts.values()), in_memory=device == "cpu")
+        for name, statistics in stream_statistics(model, weights, [batch], rule.needs, config.scoring_memory):
+            ledger.enter("top_k")
+            values = score(rule, name, weights[name], statistics, 0, {})
+            gradient = None if statistics.gradient is None else statistics.gradient.abs()
+            top.add(values)
+            del values, gradient
+            ledger.enter("scoring_gradients")
+        return _by_part(ledger)
+
+
+def _by_part(ledger: Ledger) -> dict[str, int]:
+    return {part: ledger.peak[part] for part in PARTS if ledger.peak[part]}
+
+
+def _batch(config: PlanConfig, model: Any, rows: int) -> dict[str, Any]:
+    """A batch as training makes it."""
+    learned = config.learned or config.tokens
+    row = Row([1] * config.tokens, [IGNORED] * (config.tokens - learned) + [1] * learned)
+    batch = Collator.of(model, SimpleNamespace(pad_token_id=0, eos_token_id=None))([row] * rows)
+    if config.padded and config.batch_size > 1:
+        # The mask the model makes where something is padded; without numbers it would find nothing padded.
+        batch["attention_mask"] = torch.ones(rows, 1, config.tokens, config.tokens, dtype=torch.bool, device="meta")
+    return batch
+
+
+@dataclass(frozen=True)
+class _FirstEntries(Mapping[str, Tensor]):
+    """The first so many indices of every weight, made when asked for: together they may not fit."""
+
+    counts: Mapping[str, int]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.arange(self.counts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.counts)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+@contextmanager
+def _parts(model: Any, ledger: Ledger) -> Iterator[None]:
+    """Tells the ledger, while the model runs, which part its tensors belong to."""
+
+    def enter_head(head: nn.Module, args: tuple[Any, ...]) -> None:
+        ledger.enter("logits_and_loss")
+        if args[0].requires_grad:  # its gradient is there once the backward pass has left loss and logits behind
+            args[0].register_hook(lambda gradient: ledger.enter("backward"))
+
+    handles = [
+        model.register_forward_pre_hook(lambda module, args: ledger.enter("activations")),
+        model.get_output_embeddings().register_forward_pre_hook(enter_head),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _fused_attention(device: str) -> Iterator[None]:
+    """Has attention run by the fused operator that the device would use: on the meta device torch chooses none."""
+    # Replaced by name: a TorchFunctionMode is off in a backward pass, where checkpointing calls it once more.
+    functional.scaled_dot_product_attention = partial(fused_attention, device)
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = scaled_dot_product_attention
+
+
+def fused_attention(
+    device: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` by the operator it dispatches to; all (batch, heads, tokens, width) on meta."""
+    aten = torch.ops.aten
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # as torch does, for each layer anew
+    if device == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+    if attn_mask is None and query.dtype in HALF:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if query.shape[1] == key.shape[1]:
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+        )[0]
+    # No fused operator takes float32 with fewer key heads: the attention matrix is made.
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+class _TopK:
+    """The memory of `choosing.selection.TopK`, as if the scores came in random order.
+
+    Args:
+        in_memory: the candidates are kept where the model is; otherwise only a slice's temporaries count.
+    """
+
+    def __init__(self, k: int, in_memory: bool) -> None:
+        self.k = k
+        self.in_memory = in_memory
+        self.columns: list[Tensor] = []
+        self.held = 0
+        self.seen = 0
+        self.share = 1.0  # of the scores that pass the floor
+
+    def add(self, scores: Tensor) -> None:
+        for start in range(0, scores.numel(), SLICE):
+            size = min(SLICE, scores.numel() - start)
+            self.seen += size
+            passing = math.ceil(size * self.share)
+            columns = _columns(passing, scores.dtype)
+            if self.in_memory:
+                self.columns += columns
+            self.held += passing
+            if self.held >= 2 * self.k:
+                self._prune(scores.dtype)
+
+    def _prune(self, dtype: torch.dtype) -> None:
+        if self.in_memory:
+            whole = _columns(self.held, dtype)
+            # torch.topk on the CPU sorts pairs of value and position in memory of its own.
+            pairs = torch.empty(self.held, 2, dtype=torch.long, device="meta")
+            del pairs
+            self.columns = _columns(self.k, dtype)
+            del whole
+        self.held = self.k
+        self.share = self.k / self.seen
+
+
+def _columns(size: int, dtype: torch.dtype) -> list[Tensor]:
+    """Value, source, position and carried gradient of so many candidates."""
+    return [torch.empty(size, dtype=kind, device="meta") for kind in (dtype, torch.long, torch.long, dtype)]
