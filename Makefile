@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-quick clean
 
 demo: $(INSTALLED)
 	$(BIN)/finepoint demo --output runs/demo --overwrite
@@ -16,6 +16,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.benchmarks
+	$(BIN)/python benchmarks/run.py && $(BIN)/python benchmarks/page.py
+
+bench-quick: $(VENV)/.benchmarks
+	$(BIN)/python benchmarks/run.py --quick
+
+$(VENV)/.benchmarks: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'finepoint needs Python 3.11 or newer'"

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-QUICK = ("startup", "sampled_gradient", "swap", "file_size", "top_k", "step", "memory", "scoring")
+QUICK = ("startup", "sampled_gradient", "swap", "file_size", "top_k", "step", "profile_step", "memory", "scoring")
 ALL = (*QUICK, "selection", "loss", "scaling")
 
 

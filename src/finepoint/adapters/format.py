@@ -85,7 +85,9 @@ def _parsed(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FinepointError(f"{path}: its finepoint configuration is damaged ({error})") from error
     if version not in VERSIONS:
-        raise FinepointError(f"{path} has format version {version!r}; this finepoint reads {VERSIONS}")
+        raise FinepointError(
+            f"{path} has format version {version!r}; this finepoint reads {' and '.join(map(str, VERSIONS))}"
+        )
     if not shaped or not isinstance(config.get("info", {}), dict):
         raise FinepointError(f"{path}: its finepoint configuration is damaged (weights or info)")
     return config

@@ -14,8 +14,8 @@ WIDTHS = (np.uint8, np.uint16)
 def to_gaps(indices: Tensor) -> Tensor:
     """(k,) ascending, unique, not negative -> uint8 or uint16, whichever takes fewer bytes; at least k elements."""
     gaps = np.diff(indices.numpy(), prepend=0)
-    encoded = [_encoded(gaps, width) for width in WIDTHS]
-    return torch.from_numpy(min(encoded, key=lambda array: array.nbytes))
+    # Counted before it is written: a wide gap takes many skips of one byte.
+    return torch.from_numpy(_encoded(gaps, min(WIDTHS, key=lambda width: _bytes(gaps, width))))
 
 
 def from_gaps(gaps: Tensor) -> Tensor:
@@ -23,6 +23,10 @@ def from_gaps(gaps: Tensor) -> Tensor:
     array = gaps.numpy()
     skip = np.iinfo(array.dtype).max
     return torch.from_numpy(np.cumsum(array, dtype=np.int64)[array != skip])
+
+
+def _bytes(gaps: np.ndarray, width: type) -> int:
+    return (len(gaps) + int((gaps // np.iinfo(width).max).sum())) * np.dtype(width).itemsize
 
 
 def _encoded(gaps: np.ndarray, width: type) -> np.ndarray:
