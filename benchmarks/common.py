@@ -76,8 +76,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> No
 def shown(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 10 else f"{value:,.0f}"
+        size = abs(value)
+        return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 \
+            else f"{value:.3g}"  # fmt: skip
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -170,9 +174,13 @@ def sparta(density: float) -> Callable[[Any], Step]:
     def make(model: Any) -> Step:
         from peft_sparta import SpaRTA
 
-        adapted = SpaRTA(model, sparsity=1 - density, frozen_modules=["embed_tokens", "norm"])
-        adapted.train()
-        return stepper(model, list(adapted.parameters()))
+        import finepoint
+
+        # Its sparsity counts all parameters; ours the linear weights.
+        linear = sum(weight.numel() for weight in finepoint.target_weights(model).values())
+        share = density * linear / sum(parameter.numel() for parameter in model.parameters())
+        adapted = SpaRTA(model, sparsity=1 - share, frozen_modules=["embed_tokens", "norm"])
+        return stepper(adapted, list(adapted.parameters()))
 
     return make
 

@@ -29,7 +29,7 @@ def main() -> None:
         "file",
         "trained",
         "bytes a weight",
-        "of them header",
+        "header",
         "save MB/s",
         "load MB/s",
         "exact",

@@ -1,6 +1,6 @@
 """A sparse step over the bound, and LoRA's, over three model sizes and four sequence lengths.
 
-Random Llamas of three sizes, so that nothing has to be fetched, 1 % of the linear weights at random; about 1,024 tokens
+Random Llamas of three sizes, so that nothing has to be fetched, 1 % of the linear weights at random; 512 tokens
 a batch; logits at the last 8 positions. Arms take turns in one process.
 
     python benchmarks/scaling.py
@@ -14,9 +14,9 @@ import torch
 from common import bound, median_ratios, options, report, sparse, through_peft
 
 # hidden size, intermediate size, layers, heads
-SIZES = {"10M": (256, 768, 8, 4), "70M": (640, 1792, 12, 10), "190M": (896, 2432, 18, 14)}
-LENGTHS = (64, 256, 512, 1024)
-TOKENS = 1024
+SIZES = {"10M": (256, 768, 8, 4), "40M": (512, 1536, 11, 8), "110M": (768, 2048, 15, 12)}
+LENGTHS = (64, 128, 256, 512)
+TOKENS = 512
 ARMS = {"bound": bound, "sparse 1 %": sparse(1e-2), "LoRA r8": through_peft("LoraConfig", r=8)}
 
 

@@ -380,3 +380,53 @@ def test_models_may_add_to_a_layers_output_in_place():
     model(x).sum().backward()
     torch.testing.assert_close(tuner.parameters()[0].grad.view(3, 3), x.sum(0).expand(3, 3))
     torch.testing.assert_close(tuner.parameters()[1].grad, torch.full((3,), 2.0))
+
+
+def test_nothing_runs_backward_below_the_lowest_layer_with_entries():
+    model = tiny_llama(layers=3)
+    name = "model.layers.1.mlp.down_proj.weight"
+    with finepoint.SparseTuner(model, {name: torch.tensor([0, 5])}):
+        needed = []
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda module, args, output: needed.append(output.requires_grad))
+        loss = model(**random_batches()[0]).loss
+        assert needed == [False, True, True]
+        loss.backward()
+
+
+def test_training_keeps_no_copy_of_a_weight_or_an_input():
+    """What autograd saves beyond the frozen bound: the layers' inputs by reference, so no storage of its own."""
+
+    def saved(model):
+        found = {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**batch).loss
+        return loss, found
+
+    batch = random_batches()[0]
+    model = tiny_llama()
+    inputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":  # the head is no target
+            module.register_forward_pre_hook(
+                lambda module, args: inputs.setdefault(args[0].untyped_storage().data_ptr(), args[0])
+            )
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    _, bound = saved(model)
+    bound_bytes = sum(storage.nbytes() for storage in bound.values())
+    inputs.clear()
+    with finepoint.SparseTuner(model, finepoint.select(model, rule="random", density=0.05)):
+        _, sparse = saved(model)
+        sparse_bytes = sum(storage.nbytes() for storage in sparse.values())
+        assert set(inputs) <= set(sparse), "the layers' inputs are what a sampled gradient needs"
+        input_bytes = sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
+        assert sparse_bytes <= bound_bytes + input_bytes

@@ -15,13 +15,13 @@ def scatter_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """Writes (k,) values to flat positions of a weight of any layout; no autograd, no other entry touched."""
     indices = indices.to(weight.device, torch.long)
     values = values.to(weight.device, weight.dtype)
-    with torch.no_grad():
-        if weight.is_contiguous():
-            # As integers where they have two bytes: torch scatters half-precision numbers ten times slower.
-            bits = torch.int16 if weight.itemsize == 2 else weight.dtype
-            weight.view(-1).view(bits).scatter_(0, indices, values.view(bits))
-        else:
-            weight.index_put_(torch.unravel_index(indices, weight.shape), values)
+    weight = weight.detach()
+    if weight.is_contiguous():
+        # As integers where they have two bytes: torch scatters half-precision numbers ten times slower.
+        bits = torch.int16 if weight.itemsize == 2 else weight.dtype
+        weight.view(-1).view(bits).scatter_(0, indices, values.view(bits))
+    else:
+        weight.index_put_(torch.unravel_index(indices, weight.shape), values)
 
 
 def moved(base: Tensor, delta: Tensor) -> Tensor:
