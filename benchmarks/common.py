@@ -79,9 +79,10 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        size = abs(value)
-        return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 \
-            else f"{value:.3g}"  # fmt: skip
+        digits = next(
+            (spec for least, spec in ((100, ",.0f"), (10, ".1f"), (0.1, ".2f")) if abs(value) >= least), ".3g"
+        )
+        return format(value, digits)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-QUICK = ("startup", "sampled_gradient", "swap", "file_size", "top_k", "step", "profile_step", "memory", "scoring")
-ALL = (*QUICK, "selection", "loss", "scaling")
+QUICK = ("startup", "sampled_gradient", "swap", "file_size", "top_k", "step", "memory", "scoring")
+ALL = (*QUICK, "profile_step", "selection", "loss", "scaling")
 
 
 def main() -> int:
