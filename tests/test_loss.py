@@ -64,7 +64,8 @@ def test_a_sparse_tuner_of_a_tied_head_has_the_same_loss_and_gradients(chunk):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft 0.21 asks for it
 def test_lora_has_the_same_loss_and_gradients_also_on_the_head(chunk):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(tiny_llama(torch.float64, tied=False), config).double().eval()
     assert plain_head(model) is not None
