@@ -5,6 +5,7 @@ meta device, where tensors have shapes and no memory, and a ledger counts what w
 there and have a stand-in of the same shapes: fused attention (the fused operator itself, which torch does not choose
 on the meta device), the sampled gradient, and the top-k, whose sizes depend on the scores.
 
+The loss is the model's own, over whole logits: more than `finepoint train` holds, which takes them in chunks.
 Not counted: memory inside single operators, an allocator's fragmentation, the data and the tokenizer.
 """
 
