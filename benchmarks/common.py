@@ -202,3 +202,4 @@ ARMS: dict[str, Callable[[Any], Step]] = {
     "peft-sparta 1 %": sparta(1e-2),
     "full": full,
 }
+QUICK_ARMS = ("bound", "sparse 1 %", "LoRA r8")

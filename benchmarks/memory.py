@@ -10,10 +10,9 @@ import json
 import subprocess
 import sys
 
-from common import ARMS, options, report, text_batches
+from common import ARMS, QUICK_ARMS, options, report, text_batches
 
 BYTES_AN_ENTRY = 24
-QUICK = ("bound", "sparse 1 %", "LoRA r8")
 
 
 def one(name: str, rows: int, tokens: int, dtype: str, logits: str) -> dict[str, float]:
@@ -38,7 +37,7 @@ def main() -> None:
         print(json.dumps(one(given.arm, given.rows, tokens, given.dtype, given.logits)))
         return
     found, failed = {}, {}
-    for name in QUICK if given.quick else ARMS:
+    for name in QUICK_ARMS if given.quick else ARMS:
         command = [sys.executable, __file__, "--arm", name, "--rows", str(given.rows), "--tokens", str(tokens),
                    "--dtype", given.dtype, "--logits", given.logits]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)

@@ -10,7 +10,7 @@ only. `--logits learned` computes logits at the last 8 positions of a row for ev
 import statistics
 import time
 
-from common import ARMS, median_ratios, options, report, text_batches
+from common import ARMS, QUICK_ARMS, median_ratios, options, report, text_batches
 
 WARM_UP = 2  # turns: caches, allocators, compiled kernels
 
@@ -21,7 +21,7 @@ def main() -> None:
 
     batches = text_batches(given.rows, given.tokens, 8 if given.logits == "learned" else None)
     steps, failed = {}, {}
-    for name in given.arms.split(",") if given.arms else ARMS:
+    for name in given.arms.split(",") if given.arms else QUICK_ARMS if given.quick else ARMS:
         try:
             steps[name] = ARMS[name](load_model("smollm2", given.dtype))
             steps[name](batches[0])
