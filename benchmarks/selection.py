@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from common import options, report, text_file
 
@@ -32,7 +31,7 @@ def one(variant: str, examples: int) -> dict[str, float]:
     from finepoint.batches import Collator, encode_all
     from finepoint.data import read_examples
     from finepoint.models import load_model, load_tokenizer
-    from finepoint.training.memory import peak_bytes, reset_peak
+    from finepoint.training.memory import peak_bytes, reset_peak, resident_bytes
 
     model, tokenizer = load_model("smollm2", "float32"), load_tokenizer("smollm2")
     rows = encode_all(tokenizer, read_examples(text_file("movies-train"))[:examples], 8192)
@@ -40,7 +39,7 @@ def one(variant: str, examples: int) -> dict[str, float]:
     batches = [collator(rows[at : at + 8]) for at in range(0, len(rows), 8)]
     with torch.no_grad():
         model(**batches[0])  # warm-up
-    before = resident()
+    before = resident_bytes()
     reset_peak()
     started = time.perf_counter()
     settings = VARIANTS[variant]
@@ -55,12 +54,6 @@ def one(variant: str, examples: int) -> dict[str, float]:
     else:
         chosen = finepoint.select(model, batches, rule="saft", density=1e-3, **settings).count
     return {"seconds": time.perf_counter() - started, "extra_bytes": peak_bytes() - before, "chosen": chosen}
-
-
-def resident() -> int:
-    """Resident memory now, in bytes (Linux)."""
-    fields = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()
-    return int(fields[0]) * 1024
 
 
 def main() -> None:

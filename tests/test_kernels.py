@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from finepoint.adapters.entries import moved
 from finepoint.training import kernels
 from finepoint.training.kernels import following, plain, sampled_gradient
+from finepoint.training.kernels import numba as compiled
 from finepoint.training.kernels.numba import by_tiles
 
 KERNELS = {kernel.__name__: kernel for kernel in (plain.by_gather, plain.by_blocks, by_tiles)}
@@ -76,6 +77,13 @@ def test_the_number_of_threads_changes_no_more_than_the_order_of_sums():
         torch.testing.assert_close(by_tiles(dy, x, indices), alone, rtol=1e-5, atol=1e-4)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_nothing_is_lost_where_fewer_threads_come_than_were_asked_for(monkeypatch):
+    dy, x, indices = torch.randn(300, 40), torch.randn(300, 50), torch.arange(0, 2000, 3)
+    monkeypatch.setattr(compiled, "thread_count", lambda: 4)
+    monkeypatch.setattr(compiled, "in_torch_threads", lambda work, pointers, shares: work.ctypes(pointers))  # one
+    torch.testing.assert_close(by_tiles(dy, x, indices), plain.reference(dy, x, indices), rtol=1e-5, atol=1e-4)
 
 
 def test_the_triton_kernel_equals_the_reference_in_its_interpreter():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config
 
 from conftest import VOCABULARY, tiny_gemma, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import IGNORED, Collator, Packer, Row, learned, real_tokens, shared_rows
+from finepoint.batches import IGNORED, Collator, Packer, Row, learned, packed_rows, real_tokens
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.training.boundaries import keeps_apart
@@ -77,7 +77,7 @@ def test_packed_examples_have_the_loss_and_gradients_they_have_alone(name):
 def test_no_token_sees_another_example(name):
     model, rows = MODELS[name](torch.float64), random_rows()
     batch = packer(model)(rows)
-    first, *others = shared_rows([len(row.ids) for row in rows], model.config.hidden_size)[0]
+    first, *others = packed_rows([len(row.ids) for row in rows], model.config.hidden_size)[0]
     assert others
     start = batch["input_ids"].shape[1] - sum(len(rows[i].ids) for i in (first, *others))
     changed = batch["input_ids"].clone()
@@ -94,7 +94,7 @@ def test_no_token_sees_another_example(name):
 def test_rows_are_shared_so_that_least_is_computed():
     sizes = [(i * 7919) % 60 + 2 for i in range(16)]
     for width in (4, 576, 10**6):
-        rows = shared_rows(sizes, width)
+        rows = packed_rows(sizes, width)
         assert sorted(place for row in rows for place in row) == list(range(16))
 
         def cost(rows, width=width):
@@ -105,8 +105,8 @@ def test_rows_are_shared_so_that_least_is_computed():
         assert cost(rows) <= cost([list(range(16))])
     # Where attention costs nothing beside the linear layers, padding is all there is to save; examples of one length
     # leave nothing to save.
-    assert len(shared_rows(sizes, 10**6)) == 1
-    assert len(shared_rows([9] * 16, 576)) == 16
+    assert len(packed_rows(sizes, 10**6)) == 1
+    assert len(packed_rows([9] * 16, 576)) == 16
 
 
 def test_real_tokens_are_counted_with_and_without_packing():

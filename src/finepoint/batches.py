@@ -178,7 +178,7 @@ class Packer:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """`input_ids`, `position_ids` (rows, tokens), `labels` (rows, kept tokens), int64; no `attention_mask`."""
-        packed = [[rows[i] for i in places] for places in shared_rows([len(row.ids) for row in rows], self.width)]
+        packed = [[rows[i] for i in places] for places in packed_rows([len(row.ids) for row in rows], self.width)]
         batch = {
             "input_ids": left([[token for row in rows for token in row.ids] for rows in packed], self.collator.padding),
             "position_ids": left([[i for row in rows for i in range(len(row.ids))] for rows in packed], 0),
@@ -190,7 +190,7 @@ class Packer:
         )
 
 
-def shared_rows(sizes: Sequence[int], width: int) -> list[list[int]]:
+def packed_rows(sizes: Sequence[int], width: int) -> list[list[int]]:
     """Positions of examples that share a row: the longest first, each into the row that is shortest so far.
 
     Of all numbers of rows the cheapest is taken. In a decoder of `width` a token costs about 24 width^2 operations in

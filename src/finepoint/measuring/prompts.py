@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from finepoint.batches import Collator, pad_left
-from finepoint.choosing.statistics import undisturbed
+from finepoint.choosing.statistics import on_device, undisturbed
+from finepoint.training.boundaries import agrees
 
 WIDEST = 2048  # tokens of a row with several continuations: its mask has the square of that
 
@@ -142,8 +143,7 @@ def _probe(model: Any, collator: Collator) -> bool:
     last = len(second) - 1
 
     def states(batch: dict[str, Any]) -> Tensor:
-        moved = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        return model(**moved).logits[:, -last:].double()
+        return model(**on_device(batch, model.device)).logits[:, -last:]
 
     with undisturbed(model), torch.no_grad():
         try:
@@ -152,8 +152,7 @@ def _probe(model: Any, collator: Collator) -> bool:
             return False
         expected = states(shared_batch([alone], collator, model.dtype))
         joined = states(pad_left([prompt + first[:-1] + second[:-1]], collator.padding, False))
-    # Rounding is of the dtype's size; what leaks is of the size of what joining them changes.
-    return float((shared - expected).abs().max()) <= 0.05 * float((joined - expected).abs().max())
+    return agrees(shared, expected, joined)
 
 
 def by_request(values: Tensor, requests: Sequence[int]) -> dict[int, Tensor]:

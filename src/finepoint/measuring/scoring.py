@@ -17,6 +17,7 @@ from finepoint.batches import (
     pad_left,
     warn_of_truncation,
 )
+from finepoint.choosing.statistics import on_device
 from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
 from finepoint.measuring.prompts import branches_apart, by_request, shared_batch, shared_rows, spots
 from finepoint.training.loss import log_likelihoods
@@ -116,10 +117,7 @@ def token_log_likelihoods(
     found: dict[int, Tensor] = {}
     for places in by_length([len(row) for row in rows], BATCH_TOKENS):
         part = [rows[place] for place in places]
-        batch = {
-            key: value.to(model.device) if isinstance(value, Tensor) else value
-            for key, value in shared_batch(part, collator, model.dtype).items()
-        }
+        batch = on_device(shared_batch(part, collator, model.dtype), model.device)
         scored = spots(part)
         at = torch.tensor([spot[1:] for spot in scored], device=model.device).unbind(1)
         values = log_likelihoods(model, batch, *at).float().cpu()
@@ -130,7 +128,7 @@ def token_log_likelihoods(
 
 def last_positions(model: Any, rows: Sequence[Sequence[int]], keep: int, collator: Collator) -> dict[str, Any]:
     """A batch of the rows, to compute at their last `keep` positions only where the model can be told so."""
-    batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, collator.positions).items()}
+    batch = on_device(pad_left(rows, collator.padding, collator.positions), model.device)
     model.eval()
     return batch | ({"logits_to_keep": keep} if collator.trims else {})
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finepoint.choosing.statistics import undisturbed
 
@@ -19,8 +20,13 @@ def keeps_apart(model: Any) -> bool:
     ids = torch.arange(10, device=model.device)[None] % count
     positions = torch.arange(5, device=model.device)[None]
     with undisturbed(model), torch.no_grad():
-        alone = model(input_ids=ids[:, 5:], use_cache=False).logits.double()
-        packed = model(input_ids=ids, position_ids=positions.repeat(1, 2), use_cache=False).logits[:, 5:].double()
-        joined = model(input_ids=ids, use_cache=False).logits[:, 5:].double()
-    # Rounding is of the dtype's size; what leaks is of the size of what joining them changes.
-    return float((packed - alone).abs().max()) <= 0.05 * float((joined - alone).abs().max())
+        alone = model(input_ids=ids[:, 5:], use_cache=False).logits
+        packed = model(input_ids=ids, position_ids=positions.repeat(1, 2), use_cache=False).logits[:, 5:]
+        joined = model(input_ids=ids, use_cache=False).logits[:, 5:]
+    return agrees(packed, alone, joined)
+
+
+def agrees(found: Tensor, expected: Tensor, control: Tensor) -> bool:
+    """Whether `found` is `expected` up to rounding: far closer than `control`, where the examples do see each other."""
+    error, leak = ((tensor.double() - expected.double()).abs().max() for tensor in (found, control))
+    return bool(error <= 0.05 * leak)

@@ -54,9 +54,9 @@ def _dense(operand: Tensor, dtype: torch.dtype) -> Tensor:
 
 @njit(cache=True)
 def _share(pointers: Any, operand: Any, wide: Any, shift: Any) -> None:
-    """One thread's share of the tokens."""
+    """Shares of the tokens, until none is left: there may be fewer threads than were asked for."""
     sizes = carray(pointers[0], (8,), np.int64)
-    thread: int = next_ticket(sizes)  # type: ignore[call-arg]  # Numba passes the first argument
+    ticket: int = next_ticket(sizes)  # type: ignore[call-arg]  # Numba passes the first argument
     threads, share, tokens, height, width, count, index_bytes = sizes[1:]
     dy = carray(pointers[1], (tokens, height), operand)
     x = carray(pointers[2], (tokens, width), operand)
@@ -64,8 +64,11 @@ def _share(pointers: Any, operand: Any, wide: Any, shift: Any) -> None:
         rows, columns = _places(carray(pointers[3], (count,), np.int32), width)
     else:
         rows, columns = _places(carray(pointers[3], (count,), np.int64), width)
-    out = carray(pointers[4], (threads, count), wide)[thread]
-    _tiled_dots(dy, x, thread * share, min((thread + 1) * share, tokens), rows, columns, out, shift)
+    out = carray(pointers[4], (threads, count), wide)
+    while ticket < threads:
+        start = ticket * share
+        _tiled_dots(dy, x, start, min(start + share, tokens), rows, columns, out[ticket], shift)
+        ticket = next_ticket(sizes)
 
 
 @njit(cache=True)

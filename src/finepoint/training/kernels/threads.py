@@ -31,7 +31,7 @@ def thread_count() -> int:
 
 
 def in_torch_threads(work: Any, pointers: Any, shares: int) -> None:
-    """Calls the compiled `work(pointers)` so many times, side by side.
+    """Calls the compiled `work(pointers)` side by side, at most so many times; `work` takes shares until none is left.
 
     Args:
         work: a Numba cfunc of signature void(voidptr*).
@@ -45,7 +45,7 @@ def in_torch_threads(work: Any, pointers: Any, shares: int) -> None:
 
 @intrinsic
 def next_ticket(typing: Any, counter: Any) -> Any:
-    """Adds one to the first of an int64 array and returns what it was; each thread gets a number of its own."""
+    """Adds one to the first of an int64 array and returns what it was; each call gets a number of its own."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = cgutils.create_struct_proxy(counter)(context, builder, value=arguments[0])
