@@ -4,7 +4,7 @@ This file imports nothing heavy, so that help is instant.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 TargetsOption = str | list[str] | dict[str, float]
@@ -226,6 +226,57 @@ class RulesConfig:
         json: print one JSON object on stdout
     """
 
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Run a study: arms x learning rates x seeds x tasks, every arm tuned on validation, all measured alike.
+
+    The same command goes on where it stopped; finished cells are never run again, failed ones are tried once more.
+
+    Args:
+        model: a folder, a hub id, a .gguf file, or smollm2
+        tasks: files by task, e.g. {movies: {train: F, validation: F, test: F}, tweets: {test: F}}
+        arms: what is compared, e.g. [{rule: gallop, density: [0.001, 0.01]}, {baseline: lora, options: {rank: 8}}]
+        output: folder of the study
+        probes: files of text by name, whose likelihood shows forgetting
+        train_on: tasks to train on, one after the other; all that have train, validation and test where not given
+        seeds: the first tunes the learning rates, all measure the best one
+        train: settings of finepoint train that all arms share, e.g. {steps: 40, eval_every: 10}
+        validation_limit: at most so many examples of each validation set
+        test_limit: at most so many examples of each test set
+        probe_limit: at most so many texts of each probe
+        generate: at most so many examples of each test set are answered by generation too; 0 for none
+        new_tokens: most tokens to generate
+        keep_adapters: keep every cell's adapter in the folder of the study
+        dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        workers: processes that run cells side by side; 1 runs them in this process
+        executor: local (this machine) or ray
+        address: of a running Ray cluster; one on this machine is started where not given
+        dry_run: print the cells and an estimate of the time, and run none
+        json: print one JSON object on stdout
+    """
+
+    model: str
+    tasks: dict[str, dict[str, str]]
+    arms: list[dict[str, Any]]
+    output: str
+    probes: dict[str, str] = field(default_factory=dict)
+    train_on: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    train: dict[str, Any] = field(default_factory=dict)
+    validation_limit: int | None = None
+    test_limit: int | None = None
+    probe_limit: int | None = None
+    generate: int = 64
+    new_tokens: int = 8
+    keep_adapters: bool = False
+    dtype: DType = "auto"
+    workers: int = 1
+    executor: Literal["local", "ray"] = "local"
+    address: str | None = None
+    dry_run: bool = False
     json: bool = False
 
 

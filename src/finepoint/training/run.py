@@ -4,7 +4,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from finepoint.adapters.format import TENSORS
 from finepoint.batches import Collator, Packer, Row, context_length, encode_all, learned, padding_id
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Selection, select
+from finepoint.choosing.statistics import stream_statistics
 from finepoint.config import SelectConfig, TrainConfig
 from finepoint.data import Example, label_names, read_examples
 from finepoint.errors import FinepointError
@@ -180,8 +181,12 @@ def workplace(
     return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer))
 
 
-def select_for(config: SelectConfig, place: Workplace) -> Selection:
-    """Chooses entries as the configuration says, scoring on a random sample of the training examples."""
+def select_for(config: SelectConfig, place: Workplace, stream: Callable[..., Any] = stream_statistics) -> Selection:
+    """Chooses entries as the configuration says, scoring on a random sample of the training examples.
+
+    Args:
+        stream: where the rule's statistics come from, as for `finepoint.select`.
+    """
     rule = rule_named(config.rule)
     batches: list[dict[str, Any]] = []
     if rule.needs_data:
@@ -202,6 +207,7 @@ def select_for(config: SelectConfig, place: Workplace) -> Selection:
         scoring_memory=config.scoring_memory,
         threshold=config.threshold,
         rule_options=config.rule_options,
+        stream=stream,
     )
 
 
