@@ -64,6 +64,7 @@ class TrainConfig(SelectConfig):
     Args:
         data: training examples, a JSON Lines file
         validation: examples to evaluate on while training, a JSON Lines file
+        validation_limit: at most so many of them, always the same
         indices: folder of a selection or an adapter whose entries to train, instead of choosing by a rule
         lr: learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others
         steps: optimizer steps; epochs where not given
@@ -83,6 +84,7 @@ class TrainConfig(SelectConfig):
     """
 
     validation: str | None = None
+    validation_limit: int | None = None
     indices: str | None = None
     lr: float | None = None
     steps: int | None = None

@@ -13,6 +13,7 @@ COMMANDS = {
     "select": "choose entries only",
     "plan": "predict the peak memory of both",
     "eval": "measure a model and adapters: ID, OOD, forgetting",
+    "compare": "run a study: methods x rates x seeds x tasks, resumable",
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",
     "data": "fetch the data of a recipe",
@@ -52,7 +53,7 @@ def _run(command: str, arguments: list[str]) -> int:
         from finepoint.progress import log_to_stderr
 
         log_to_stderr()
-        module.run(config)
+        status = module.run(config)
     except FinepointError as error:
         line = " ".join(str(error).split())
         print(f"finepoint {command}: {line}", file=sys.stderr)
@@ -60,7 +61,7 @@ def _run(command: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"finepoint {command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _overview() -> str:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import Collator, by_length, pad_left
+from finepoint.batches import Collator, by_length, encode, pad_left
 from finepoint.choosing.statistics import on_device
-from finepoint.data import Text
+from finepoint.data import Example
 
 TOKENS = 1024  # of a pass: both models' logits are held for all of them
 
@@ -18,13 +18,13 @@ TOKENS = 1024  # of a pass: both models' logits are held for all of them
 def mean_kl(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[Text],
+    examples: Sequence[Example],
     adapter: SparseAdapter,
     *,
     window: int = 256,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """KL(base || adapted) of the next token, in nats, averaged over the positions of the texts' first `window` tokens.
+    """KL(base || adapted) of the next token, in nats, averaged over the first `window` tokens of each example.
 
     It is 0 where the adapted model predicts what the base did, and unlike a change of likelihood it cannot cancel out.
 
@@ -34,7 +34,7 @@ def mean_kl(
     Returns:
         `kl`, and `tokens`: how many positions it is a mean over.
     """
-    rows = [tokenizer(text.text)["input_ids"][:window] for text in texts]
+    rows = [encode(tokenizer, example).ids[:window] for example in examples]
     collator = Collator.of(model, tokenizer)
     model.eval()
     total, count = 0.0, 0

@@ -1,6 +1,5 @@
 """Evaluation of a model and of adapters on it: in distribution, out of distribution, and probes for forgetting."""
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.batches import padding_id
 from finepoint.config import EvalConfig
-from finepoint.data import Example, Labelled, Text, read_examples
+from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_file
 from finepoint.measuring.metrics import changes
@@ -71,13 +70,6 @@ def read_sets(named_files: Sequence[str], kind: str, limit: int | None = None) -
             raise FinepointError(f"--{kind} {text!r}: plain text has no accuracy; give it as --probe {text}")
         sets[name] = examples
     return sets
-
-
-def some(examples: list[Example], limit: int | None) -> list[Example]:
-    """At most `limit` of the examples, drawn with a fixed seed, in the file's order."""
-    if limit is None or limit >= len(examples):
-        return examples
-    return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
 
 
 def evaluate(

@@ -88,4 +88,3 @@ def alone(place: Path) -> Iterator[None]:
     with (place / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-

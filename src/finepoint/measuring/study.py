@@ -22,8 +22,10 @@ BASELINE_RATES = {
     "head": (1e-5, 3e-5, 1e-4, 3e-4),
 }
 # What a study sets by itself for every cell.
-TAKEN = {"model", "data", "validation", "output", "rule", "rule_options", "baseline", "baseline_options", "density",
-         "lr", "seed", "indices", "overwrite", "resume", "save_every", "json", "dtype"}  # fmt: skip
+TAKEN = {
+    "model", "data", "validation", "validation_limit", "output", "rule", "rule_options", "baseline", "baseline_options",
+    "density", "lr", "seed", "indices", "keep", "overwrite", "resume", "save_every", "json", "dtype",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def train_config(study: Study, cell: Cell, output: str) -> TrainConfig:
     arm, config = study.arm(cell.arm), study.config
     files = config.tasks[cell.task]
     common = TrainConfig(
-        model=config.model, data=files["train"], validation=files["validation"], output=output, dtype=config.dtype,
+        model=config.model, data=files["train"], validation=files["validation"],
+        validation_limit=config.validation_limit, output=output, dtype=config.dtype,
         lr=cell.lr, seed=cell.seed, keep="best", overwrite=True,
     )  # fmt: skip
     settings = {**config.train, **arm.train}

@@ -24,7 +24,7 @@ from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Selection, select
 from finepoint.choosing.statistics import stream_statistics
 from finepoint.config import SelectConfig, TrainConfig
-from finepoint.data import Example, label_names, read_examples
+from finepoint.data import Example, label_names, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_json
 from finepoint.models import load_model, load_tokenizer, new_head
@@ -370,7 +370,7 @@ def _steps(config: TrainConfig, examples: int) -> int:
 def _validation(config: TrainConfig, place: Workplace) -> list[Row] | None:
     if config.validation is None:
         return None
-    examples = read_examples(config.validation)
+    examples = some(read_examples(config.validation), config.validation_limit)
     limit = context_length(place.model, config.max_length)
     return encode_all(place.tokenizer, examples, limit, place.labels, "validation example")
 
