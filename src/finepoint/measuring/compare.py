@@ -86,7 +86,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     check_sets(config)
     folder = Path(config.output)
     manifest = manifest_of(study)
-    _check_manifest(folder, manifest)
+    manifest["arms"] += _arms_before(folder, manifest)
     if config.dry_run:
         return _outlook(study, Ledger.of(folder))
     with _alone(folder):
@@ -207,8 +207,10 @@ def manifest_of(study: Study) -> dict[str, Any]:
     return {"format": FORMAT, **described(study), "data": {path: digest(Path(path)) for path in sorted(set(files))}}
 
 
-def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses to go on with a study under settings that its finished cells were not made with.
+def _arms_before(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arms of the study in the folder that it has no longer: their cells are still there.
+
+    Refuses to go on under settings that the finished cells were not made with.
 
     Raises:
         FinepointError: naming what differs; or the folder holds something else.
@@ -217,14 +219,15 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     if not path.is_file():
         if folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock", "cells"}:
             raise FinepointError(f"{folder} is not empty and holds no study; choose another --output")
-        return
+        return []
     before = json.loads(path.read_text(encoding="utf-8"))
     if before.get("format") != FORMAT:
         raise FinepointError(
             f"{path} has format {before.get('format')}, this finepoint writes {FORMAT}; choose another --output"
         )
+    manifest = json.loads(json.dumps(manifest))  # as it would be read: tuples are lists there
     arms, known = ({arm["name"]: {**arm, "lrs": None} for arm in found["arms"]} for found in (manifest, before))
-    pairs = [(f"arm {name}", known[name], arm) for name, arm in json.loads(json.dumps(arms)).items() if name in known]
+    pairs = [(f"arm {name}", known[name], arm) for name, arm in arms.items() if name in known]
     pairs += [
         (name, before["config"].get(name), value) for name, value in manifest["config"].items() if name not in GROWS
     ]
@@ -233,6 +236,7 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         if was != now:
             raise FinepointError(f"the study in {folder} was begun with another {what}: {was} then, {now} now; "
                                  "choose another --output, or go back to the old setting")  # fmt: skip
+    return [arm for arm in before["arms"] if arm["name"] not in arms]
 
 
 @contextmanager

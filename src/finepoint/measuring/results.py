@@ -47,8 +47,7 @@ class Results:
     @property
     def tasks(self) -> list[str]:
         """The tasks trained on, in the study's order."""
-        config = self.study["config"]
-        return list(config.get("train_on") or config["tasks"])
+        return list(self.study["tasks"])
 
     def arm(self, name: str) -> dict[str, Any]:
         """What the study says about an arm."""
@@ -74,7 +73,7 @@ def read_results(folder: str | Path) -> Results:
             f"{place / 'study.json'} has format {study.get('format')!r}, this finepoint reads {FORMAT};"
             " run `finepoint compare` again with another --output"
         )
-    for key in ("config", "arms"):
+    for key in ("config", "arms", "tasks"):
         if key not in study:
             raise FinepointError(f"{place / 'study.json'} lacks {key!r}; run `finepoint compare` again")
     cells, failures = _read_cells(place / "cells")
