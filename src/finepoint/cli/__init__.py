@@ -15,7 +15,7 @@ COMMANDS = {
     "eval": "measure a model and adapters: ID, OOD, forgetting",
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",
-    "data": "fetch the data of a recipe",
+    "data": "list the data recipes, write one as JSON Lines",
     "rules": "list the rules with formula and source",
 }
 
@@ -48,7 +48,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
     module = import_module(f"finepoint.cli.{command}")
     try:
-        config = parse(module.CONFIG, command, arguments)
+        config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
         from finepoint.progress import log_to_stderr
 
         log_to_stderr()
