@@ -5,18 +5,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finepoint.recipes.vader import (
-    NEAR_DUPLICATE,
-    Snippet,
-    as_row,
-    documents,
-    jaccard,
-    parse,
-    rated,
-    split_by_group,
-    without_near_duplicates,
-    words,
-)  # fmt: skip
+from finepoint.recipes.splits import NEAR_DUPLICATE, jaccard, split_by_group, without_near_duplicates, words
+from finepoint.recipes.vader import TEST_SHARE, Snippet, as_row, documents, parse, rated
 
 LINES = "7_2\t2.5\tSecond &amp; best\r\n7_1\t-0.2\tMeh\r\n9_1\t-1.0\tAwful\ttabbed\r\n9_2\t3\tSECOND &amp; BEST\r\n\r\n"
 
@@ -38,8 +28,8 @@ def test_only_clear_ratings_stay_and_repeats_go():
 
 def test_groups_never_cross_splits_and_the_split_is_fixed():
     snippets = [Snippet(f"t{i}", 2.0, f"g{i // 3}", i) for i in range(600)]
-    parts = split_by_group(snippets, 0)
-    assert parts == split_by_group(snippets, 0)
+    parts = split_by_group(snippets, lambda s: s.group, (TEST_SHARE, TEST_SHARE), 0)
+    assert parts == split_by_group(snippets, lambda s: s.group, (TEST_SHARE, TEST_SHARE), 0)
     assert sum(map(len, parts)) == 600
     groups = [{s.group for s in part} for part in parts]
     assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]  # noqa: PT018
@@ -51,7 +41,7 @@ def test_groups_never_cross_splits_and_the_split_is_fixed():
 def test_near_duplicates_are_found_as_by_comparing_all_pairs(texts):
     snippets = [Snippet(" ".join(text), 2.0, str(i), i) for i, text in enumerate(texts)]
     rows, held_out = snippets[::2], snippets[1::2]
-    kept = without_near_duplicates(rows, held_out)
+    kept = without_near_duplicates(rows, held_out, lambda s: s.text)
     expected = [
         row for row in rows if all(jaccard(words(row.text), words(other.text)) < NEAR_DUPLICATE for other in held_out)
     ]

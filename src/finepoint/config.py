@@ -205,17 +205,17 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Fetch the data of a recipe by package name and write it as JSON Lines.
+    """Fetch the data of a recipe and write it as JSON Lines; without a name, list the recipes.
 
     Args:
-        name: vader: sentiment of movie reviews, and of three other domains
-        output: folder to write
+        name: the recipe, also without its flag: `finepoint data vader`
+        output: folder to write; required with a name
         overwrite: allow an output folder that holds something
         json: print one JSON object on stdout
     """
 
-    name: Literal["vader"]
-    output: str
+    name: str | None = None
+    output: str | None = None
     overwrite: bool = False
     json: bool = False
 

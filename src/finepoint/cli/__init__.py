@@ -16,7 +16,7 @@ COMMANDS = {
     "compare": "run a study: methods x rates x seeds x tasks, resumable",
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",
-    "data": "fetch the data of a recipe",
+    "data": "list the data recipes, write one as JSON Lines",
     "rules": "list the rules with formula and source",
 }
 
@@ -49,7 +49,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
     module = import_module(f"finepoint.cli.{command}")
     try:
-        config = parse(module.CONFIG, command, arguments)
+        config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
         from finepoint.progress import log_to_stderr
 
         log_to_stderr()

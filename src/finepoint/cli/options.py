@@ -8,7 +8,7 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -20,8 +20,16 @@ from finepoint.errors import FinepointError
 Config = TypeVar("Config")
 
 
-def parse(config: type[Config], command: str, arguments: Sequence[str]) -> Config:
+def parse(
+    config: type[Config], command: str, arguments: Sequence[str], after_help: Callable[[], str] | None = None
+) -> Config:
     """The configuration that the arguments, and the file after `--config`, describe; a flag overrides the file.
+
+    Args:
+        config: dataclass of the command.
+        command: its name.
+        arguments: what stands after it.
+        after_help: makes what `--help` shows beyond the flags.
 
     Raises:
         FinepointError: unknown flag or key, a value of the wrong type, a missing flag.
@@ -33,6 +41,8 @@ def parse(config: type[Config], command: str, arguments: Sequence[str]) -> Confi
     spelled = spell(arguments, {field.name: field for field in fields(config)})  # type: ignore[arg-type]
     if any(word in ("-h", "--help") for word in arguments):
         print(help_text(config, command))
+        if after_help:
+            print(f"\n{after_help()}")
         raise SystemExit(0)
     try:
         values = parser.parse_args(spelled).as_dict()

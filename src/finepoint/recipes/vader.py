@@ -6,9 +6,6 @@ is fetched, not shipped.
 
 import html
 import io
-import math
-import random
-import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,6 +14,7 @@ from pathlib import Path
 
 from finepoint.files import claim_folder, write_json_lines
 from finepoint.packages import fetch
+from finepoint.recipes.splits import split_by_group, without_near_duplicates
 
 PACKAGE = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -29,8 +27,7 @@ DOMAINS = {
 }
 GROUPED = ("amazon", "nyt")  # several snippets come from one document; elsewhere each row stands alone
 CHOICES = [" positive", " negative"]
-NEAR_DUPLICATE = 0.6
-TEST_SHARE = VALIDATION_SHARE = 1000 / 9171
+TEST_SHARE = 1000 / 9171  # and that of the validation rows
 SEED = 0
 
 
@@ -56,8 +53,8 @@ def write_vader(output: str | Path, overwrite: bool = False) -> dict[str, int]:
     folder = claim_folder(output, overwrite)
     snippets = {domain: read_domain(domain) for domain in DOMAINS}
     files = {domain: rated(snippets[domain]) for domain in DOMAINS}
-    train, validation, test = split_by_group(files.pop("movies"), SEED)
-    kept = without_near_duplicates(train, [*validation, *test])
+    train, validation, test = split_by_group(files.pop("movies"), lambda s: s.group, (TEST_SHARE, TEST_SHARE), SEED)
+    kept = without_near_duplicates(train, [*validation, *test], lambda s: s.text)
     files = {"movies-train": kept, "movies-validation": validation, "movies-test": test, **files}
     for name, rows in files.items():
         write_json_lines(folder / f"{name}.jsonl", [as_row(snippet) for snippet in rows])
@@ -98,46 +95,6 @@ def rated(snippets: Sequence[Snippet]) -> list[Snippet]:
         if abs(snippet.rating) >= 1:
             seen.setdefault(snippet.text.lower(), snippet)
     return list(seen.values())
-
-
-def split_by_group(snippets: Sequence[Snippet], seed: int) -> tuple[list[Snippet], list[Snippet], list[Snippet]]:
-    """Train, validation and test; all snippets of a group go to the same one."""
-    groups = sorted({snippet.group for snippet in snippets})
-    random.Random(seed).shuffle(groups)
-    test_end = round(len(groups) * TEST_SHARE)
-    validation_end = test_end + round(len(groups) * VALIDATION_SHARE)
-    place = {group: 2 if i < test_end else 1 if i < validation_end else 0 for i, group in enumerate(groups)}
-    parts: tuple[list[Snippet], list[Snippet], list[Snippet]] = ([], [], [])
-    for snippet in snippets:
-        parts[place[snippet.group]].append(snippet)
-    return parts
-
-
-def without_near_duplicates(rows: Sequence[Snippet], held_out: Sequence[Snippet]) -> list[Snippet]:
-    """The rows whose words have a Jaccard similarity below 0.6 with every held-out row."""
-    held_out_words = [words(snippet.text) for snippet in held_out]
-    containing = defaultdict(list)
-    for i, bag in enumerate(held_out_words):
-        for word in bag:
-            containing[word].append(i)
-    kept = []
-    for snippet in rows:
-        bag = words(snippet.text)
-        # Two sets that share 60 % share one of the rarest 40 % + 1 words of either.
-        rare = sorted(bag, key=lambda word: len(containing.get(word, ())))
-        rare = rare[: len(bag) - math.ceil(NEAR_DUPLICATE * len(bag)) + 1]
-        candidates = {i for word in rare for i in containing.get(word, ())}
-        if all(jaccard(bag, held_out_words[i]) < NEAR_DUPLICATE for i in candidates):
-            kept.append(snippet)
-    return kept
-
-
-def words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", text.lower()))
-
-
-def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
-    return len(a & b) / len(a | b) if a or b else 1.0
 
 
 def as_row(snippet: Snippet) -> dict[str, object]:
