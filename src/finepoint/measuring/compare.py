@@ -99,6 +99,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         crew = _crew(study)
         try:
             _run(study, ledger, crew)
+        except KeyboardInterrupt:
+            done = len(_done(study, ledger))
+            logger.warning("interrupted: %d of %d cells are done; the same command goes on", done, study.size)
+            raise
         finally:
             crew.close()
     return {
