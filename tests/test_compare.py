@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -117,7 +118,7 @@ def test_arms_are_named_by_what_they_are(config):
 def test_a_bad_study_is_refused_by_name(config, changes, message):
     with pytest.raises(FinepointError, match=message):
         compare(replace(config, **changes))
-    assert not list(__import__("pathlib").Path(config.output).glob("cells/*"))
+    assert not list(Path(config.output).glob("cells/*"))
 
 
 def test_a_bad_file_is_found_before_hours_of_work(config, tmp_path):
@@ -172,8 +173,8 @@ def test_a_cell_holds_what_the_report_needs(config, tmp_path):
 
 def test_a_cell_is_what_train_and_eval_would_give(config, tmp_path):
     """The same run through the public functions, without anything shared."""
-    from finepoint.measuring.evaluation import evaluate_config
     from finepoint.config import EvalConfig
+    from finepoint.measuring.evaluation import evaluate_config
     from finepoint.training.run import train
 
     compare(config)
@@ -229,16 +230,17 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(config, tmp_path, monke
 
 def test_other_settings_are_refused_and_more_arms_are_not(config, tmp_path):
     compare(replace(config, arms=config.arms[:1], seeds=[0]))
-    for changes, what in (({"train": config.train | {"steps": 9}}, "another train"), ({"test_limit": 3}, "test_limit"),
-                          ({"arms": [{"rule": "gallop", "density": 0.05, "train": {"clip": 2.0}}]}, "arm gallop-0.05")):  # fmt: skip
+    clipped = {"rule": "gallop", "density": 0.05, "train": {"clip": 2.0}}
+    for changes, what in (({"train": config.train | {"steps": 9}}, "another train"),
+                          ({"test_limit": 3}, "test_limit"), ({"arms": [clipped]}, "arm gallop-0.05")):  # fmt: skip
         with pytest.raises(FinepointError, match=what):
             compare(replace(config, **changes))
     path = config.tasks["letters"]["test"]
-    lines = open(path).read()
+    lines = Path(path).read_text()
     write_lines(tmp_path / "other.jsonl", [{"prompt": "x?", "choices": [" f", " g"], "answer": 0}])
     with pytest.raises(FinepointError, match=r"another .*other\.jsonl"):
         compare(config)
-    open(path, "w").write(lines)
+    Path(path).write_text(lines)
     assert compare(replace(config, arms=config.arms[1:], seeds=[0]))["done"] == 2
     names = [arm["name"] for arm in json.loads((tmp_path / "study" / "study.json").read_text())["arms"]]
     assert names == ["full", "gallop-0.05"]  # whose cells are still there
