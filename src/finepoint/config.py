@@ -66,15 +66,20 @@ class TrainConfig(SelectConfig):
         validation: examples to evaluate on while training, a JSON Lines file
         validation_limit: at most so many of them, always the same
         indices: folder of a selection or an adapter whose entries to train, instead of choosing by a rule
-        lr: learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others
+        baseline: instead of chosen entries: full, lora, dora, head, bitfit, random-half, ewc or mofo
+        baseline_options: the baseline's options, e.g. rank=8 alpha=16
+        fisher_data: for ewc: examples of what is not to be forgotten, a JSON Lines file
+        keep: the parameters of the last step, or the best: of the evaluation with the lowest validation loss
+        patience: stop after so many evaluations without a lower validation loss
+        lr: learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others; a baseline has its own
         steps: optimizer steps; epochs where not given
         epochs: passes over the data, where steps is not given
         accumulation: batches added up for one step
         packing: several examples in a row, each as if it were alone: the same batches with less padding
         warmup: share of the steps over which the learning rate rises
         schedule: how the learning rate falls afterwards
-        weight_decay: pulls the deltas to zero, i.e. towards the base model
-        clip: largest norm of the gradient of all deltas; 0 for none
+        weight_decay: pulls the deltas to zero, i.e. towards the base model; a baseline's weights or factors to zero
+        clip: largest norm of the gradient of all that is trained; 0 for none
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time
         eval_every: steps between evaluations on the validation examples; a fifth of the run where not given
         save_every: steps between checkpoints that --resume can go on from
@@ -86,6 +91,11 @@ class TrainConfig(SelectConfig):
     validation: str | None = None
     validation_limit: int | None = None
     indices: str | None = None
+    baseline: str | None = None
+    baseline_options: dict[str, float] = field(default_factory=dict)
+    fisher_data: str | None = None
+    keep: Literal["last", "best"] = "last"
+    patience: int | None = None
     lr: float | None = None
     steps: int | None = None
     epochs: float = 1.0
@@ -222,7 +232,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RulesConfig:
-    """List the rules, each with its formula and source.
+    """List the rules and the baselines, each with its formula and source.
 
     Args:
         json: print one JSON object on stdout

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finepoint.batches import learned
 from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
@@ -58,7 +59,7 @@ def train_auto(config: TrainConfig) -> dict[str, Any]:
     if not config.resume:
         shutil.rmtree(folder / "search", ignore_errors=True)
     place = prepare(config)
-    steps = steps_of(config, place.rows)
+    steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
     lrs = (config.lr,) if config.lr else GRADIENT_RATES if rule_named(config.rule).needs_data else BLIND_RATES
     pairs = [(density, lr) for density in DENSITIES for lr in lrs]
     found: list[dict[str, Any]] = []
