@@ -200,7 +200,7 @@ def test_scoring_is_done_once_for_cells_that_share_it(config, tmp_path, monkeypa
     monkeypatch.setattr(sharing, "stream_statistics", lambda *a: passes.append(a[3]) or stream(*a))
     arms = [{"rule": rule, "density": [0.02, 0.05], "lrs": [1e-3, 1e-2]} for rule in ("gallop", "gradient", "snip")]
     compare(replace(config, arms=[*arms, {"rule": "random", "lrs": [1e-2]}], seeds=[0, 1]))
-    assert len(passes) == 2  # one a seed
+    assert len([needs for needs in passes if "gradient" in needs]) == 2  # one a seed
     cell = results(tmp_path / "study")["ends.snip-0.05.lr0.01.s1"]
     mine = choose(SelectConfig(model=config.model, data=config.tasks["ends"]["train"], output=str(tmp_path / "mine"),
                                rule="snip", density=0.05, batch_size=8, scoring_examples=16, seed=1))  # fmt: skip

@@ -145,7 +145,8 @@ def _todo(study: Study, ledger: Ledger) -> list[Cell]:
 
 def _done(study: Study, ledger: Ledger) -> list[str]:
     """The finished cells that belong to the study as it is configured now."""
-    return [cell.id for cell in planned(study, list(ledger.cells.values()), []) if cell.id in ledger.cells]
+    cells = planned(study, list(ledger.cells.values()), list(ledger.failures.values()))
+    return [cell.id for cell in cells if cell.id in ledger.cells]
 
 
 @dataclass

@@ -4,6 +4,7 @@ A crew has `size` places. `start` gives a job to a free place; `wait` hands back
 outcome: a result, a `Failure`, or `LOST` where the process that had it is gone. Each process keeps its model.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -168,7 +169,7 @@ class Ray:
         self.study = study
         try:
             ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False,
-                     logging_level="error")  # fmt: skip
+                     logging_level=logging.ERROR)  # fmt: skip
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise FinepointError(f"no Ray cluster answers at {address!r}: {error}") from error
         cores = int(ray.cluster_resources().get("CPU", 1))

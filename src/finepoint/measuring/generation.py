@@ -63,7 +63,7 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     ends: set[int] = set()
     for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
         ends |= set(ids) if isinstance(ids, list) else {ids}
-    return ends - {None}  # type: ignore[operator]
+    return ends - {None}
 
 
 def prompt_ids(tokenizer: Any, example: Example) -> list[int]:

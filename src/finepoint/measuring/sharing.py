@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def _keep(statistics: Iterable[tuple[str, Statistics]], folder: Path) -> None:
     started = time.perf_counter()
     for name, found in statistics:
         tensors = {what: tensor for what, tensor in vars(found).items() if tensor is not None}
-        write_atomic(folder / f"{name}.safetensors", lambda path, tensors=tensors: save_file(tensors, path))
+        write_atomic(folder / f"{name}.safetensors", partial(save_file, tensors))
     write_json(folder / "seconds.json", time.perf_counter() - started)
 
 

@@ -100,7 +100,7 @@ def make_study(config: CompareConfig) -> Study:
     return Study(config, arms, _trained_tasks(config))
 
 
-def planned(study: Study, cells: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]]) -> list[Cell]:
+def planned(study: Study, cells: Sequence[dict[str, Any]], failures: Sequence[Mapping[str, Any]]) -> list[Cell]:
     """The cells that are known so far, in the order of running: every rate of every arm at the first seed, then the
     best rate of each at the other seeds, as soon as all its rates have been tried."""
     first, *others = study.config.seeds
