@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import struct
 import zlib
 from collections import Counter
@@ -15,7 +16,7 @@ from finepoint.recipes.generators import Pool, distinct, generate
 from finepoint.recipes.novels import excerpts, paragraphs
 from finepoint.recipes.rdata import read_database
 from finepoint.recipes.table import RECIPES, recipe
-from finepoint.recipes.wordnet import Synset, mentions, parse, question, questions, split
+from finepoint.recipes.wordnet import Synset, parse, question, questions, split
 from test_cli import finepoint
 
 
@@ -78,8 +79,6 @@ def family(names, hypernym="h", gloss="defined as {}"):
 
 
 def test_a_question_is_fair_or_not_asked():
-    import random
-
     good = family(["alpha", "beta", "gamma", "delta", "epsilon"])
     row = question(good[0], good, random.Random(0))
     assert row["choices"][row["answer"]] == " alpha"
@@ -92,8 +91,11 @@ def test_a_question_is_fair_or_not_asked():
     same = [good[0], *(Synset(f"s{i}", (f"word{i}", "alpha"), "d", "h") for i in range(5))]
     assert question(same[0], same, random.Random(0)) is None, "siblings of the same name are right as well"
     assert question(good[0], family(["alpha", "beta", "gamma", "it"]), random.Random(0)) is None, "too few, one short"
-    assert mentions("one who is handed over", "hand")
-    assert not mentions("shorthand", "hand")
+    car = family(["car seat", "bench", "stool", "throne", "pew seat", "bus seat"])
+    long = [Synset("x", ("alpha beta",), "two words", "h"), *family(["one", "four", "five six", "nine ten", "ten one"])]
+    assert question(Synset("x", ("car seat",), "a seat to drive on", "h"), car, random.Random(0)) is None
+    assert {len(word.split()) for word in question(long[0], long, random.Random(0))["choices"]} == {2}
+    assert question(Synset("x", ("alpha",), "a mark (`", "h"), good, random.Random(0)) is None, "cut inside of brackets"
 
 
 def many_families(count=400):
@@ -129,8 +131,9 @@ def test_the_real_wordnet(tmp_path):
     examples = read_examples(tmp_path / "wordnet-train.jsonl")
     places = Counter(example.answer for example in examples)
     assert all(0.23 < places[i] / len(examples) < 0.27 for i in range(4)), places
-    longest = sum(max(e.choices, key=len) == e.choices[e.answer] for e in examples)
-    assert longest / len(examples) < 0.3, "the longest choice gives the answer away"
+    for extreme in (max, min):
+        found = sum(extreme(e.choices, key=len) == e.choices[e.answer] for e in examples)
+        assert 0.2 < found / len(examples) < 0.3, "the length gives the answer away"
 
 
 # Generators
