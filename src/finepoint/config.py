@@ -106,7 +106,7 @@ class PlanConfig:
     """Predict the peak memory of selection and of training, from the model's shapes alone.
 
     Args:
-        model: a folder, hub id, .gguf file, smollm2, gemma3-270m, llama-3-8b or gemma-2b; only its configuration is read
+        model: a folder, hub id, .gguf file, smollm2, gemma3-270m, llama-3-8b or gemma-2b; only its shape is read
         rule: a rule that looks at no gradient has no selection pass
         density: share of the target entries to train, in (0, 1]; 0.001 where no count is given
         count: how many entries to train, instead of density
