@@ -15,7 +15,7 @@ class SelectConfig:
     """Choose which entries to train and write them as an adapter that changes nothing yet.
 
     Args:
-        model: a folder, a hub id, a .gguf file, or smollm2
+        model: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
         data: training examples, a JSON Lines file; rules that look at no gradient need none
         output: folder to write
         rule: which entries; `finepoint rules` lists them; or module:function
@@ -118,7 +118,7 @@ class PlanConfig:
     """Predict the peak memory of selection and of training, from the model's shapes alone.
 
     Args:
-        model: a folder, a hub id, a .gguf file, smollm2, llama-3-8b or gemma-2b; only its configuration is read
+        model: a folder, hub id, .gguf file, smollm2, gemma3-270m, llama-3-8b or gemma-2b; only its shape is read
         rule: a rule that looks at no gradient has no selection pass
         density: share of the target entries to train, in (0, 1]; 0.001 where no count is given
         count: how many entries to train, instead of density
@@ -155,7 +155,7 @@ class EvalConfig:
     """Measure a model, and adapters on it: in distribution, out of distribution, and what was forgotten.
 
     Args:
-        model: a folder, a hub id, a .gguf file, or smollm2
+        model: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
         adapter: adapter folders, each measured on its own against the base
         id: in-distribution sets, each NAME=FILE
         ood: out-of-distribution sets, each NAME=FILE
@@ -202,7 +202,7 @@ class VerifyConfig:
 
     Args:
         folder: adapter folder
-        model: a folder, a hub id, a .gguf file, or smollm2
+        model: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
         dtype: of the weights; that of the adapter where not given
         json: print one JSON object on stdout
     """

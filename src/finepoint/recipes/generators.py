@@ -96,7 +96,7 @@ def generate(pools: Sequence[Pool]) -> list[list[dict[str, Any]]]:
     """
     wheel = fetch(PACKAGE, SHA256)
     asked = json.dumps([vars(pool) for pool in pools])
-    command = [sys.executable, "-I", str(PROGRAM), str(wheel)]
+    command = [sys.executable, "-P", str(PROGRAM), str(wheel)]
     done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

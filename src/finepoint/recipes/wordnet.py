@@ -96,30 +96,34 @@ def questions(synsets: Sequence[Synset], seed: int) -> list[dict[str, Any]]:
 def question(synset: Synset, family: Sequence[Synset], generator: random.Random) -> dict[str, Any] | None:
     """Definition and four words, the right one at a random place; None where no fair question can be made.
 
-    No choice stands in the definition, neither the right word nor, lest that give the others away, a wrong one.
+    No choice shares a word with the definition: else `a seat in a car` gives `car seat` away, or a wrong choice itself.
+    Wrong choices with as many words as the right one go first, so that length says nothing.
     """
     right, own = synset.words[0], {word.lower() for word in synset.words}
-    if len(right) < SHORTEST or not synset.clause or mentions(synset.clause, right):
+    told = beginnings(synset.clause)
+    whole = synset.clause and synset.clause.count("(") == synset.clause.count(")")  # no semicolon inside of brackets
+    if not whole or len(right) < SHORTEST or beginnings(right) & told:
         return None
     wrong = {
         other.words[0].lower(): other.words[0]
         for other in family
         if len(other.words[0]) >= SHORTEST
         and not own & {word.lower() for word in other.words}
-        and not mentions(synset.clause, other.words[0])
+        and not beginnings(other.words[0]) & told
     }
     if len(wrong) < CHOICES - 1:
         return None
-    choices = generator.sample(list(wrong.values()), CHOICES - 1)
+    drawn = generator.sample(list(wrong.values()), len(wrong))
+    choices = sorted(drawn, key=lambda word: abs(len(word.split()) - len(right.split())))[: CHOICES - 1]
     answer = generator.randrange(CHOICES)
     choices.insert(answer, right)
     prompt = f"Definition: {synset.clause}\nWord:"
     return {"prompt": prompt, "choices": [f" {word}" for word in choices], "answer": answer}
 
 
-def mentions(clause: str, word: str) -> bool:
-    """Whether a word stands in a definition, in any case and with any ending (`hand` in `handed`)."""
-    return re.search(rf"\b{re.escape(word.lower())}", clause.lower()) is not None
+def beginnings(text: str) -> set[str]:
+    """The first four letters of each word, which other forms of the word share."""
+    return {word[:4] for word in re.findall(r"\w+", text.lower())}
 
 
 def split(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, list[dict[str, Any]]]:
