@@ -71,19 +71,21 @@ def merged(
         weights: the base's, by name.
         transposed: the base keeps (in, out) matrices, as GPT-2's Conv1D does.
     """
-    for key, tensor in tensors.items():
+    keys: dict[str, str] = {}
+    for key in tensors:
         path, _, kind = key.removeprefix(PREFIX).partition(".lora_")
-        if kind and not kind.startswith("A"):
-            continue
-        name = f"{path}.weight" if kind else path
-        if name not in weights:
-            raise FinepointError(f"{source} does not fit this model, which has no weight {name!r}")
+        if not kind or kind.startswith("A"):
+            keys[f"{path}.weight" if kind else path] = key
+    if strange := set(keys) - set(weights):
+        raise FinepointError(f"{source} does not fit this model, which has no weight {min(strange)!r}")
+    for name in (name for name in weights if name in keys):
         base = weights[name].detach()
-        new = tensor.detach().to(base.device)
+        new = tensors[keys[name]].detach().to(base.device)
+        stem, _, kind = keys[name].partition(".lora_")
         if kind:
-            stem = f"{PREFIX}{path}.lora_"
-            new = _sum(base.T if transposed else base, new, tensors[f"{stem}B.weight"].to(base.device), scaling, name)
-            if (magnitude := tensors.get(f"{stem}magnitude_vector")) is not None:
+            b = tensors[f"{stem}.lora_B.weight"].to(base.device)
+            new = _sum(base.T if transposed else base, new, b, scaling, name)
+            if (magnitude := tensors.get(f"{stem}.lora_magnitude_vector")) is not None:
                 new = new * (magnitude.detach().to(new) / new.norm(dim=1))[:, None]
             new = new.T if transposed else new
         if new.shape != base.shape:

@@ -137,7 +137,7 @@ def dora(setting: Setting) -> Method:
 def ewc(setting: Setting) -> Method:
     weights = {name: weight for name, weight in setting.model.named_parameters() if name not in setting.head}
     statistics = stream_statistics(setting.model, weights, setting.fisher_batches, ["squared_gradient"], setting.memory)
-    fisher = {name: found.squared_gradient for name, found in statistics}
+    fisher = {name: found.squared_gradient for name, found in statistics if found.squared_gradient is not None}
     tuner = DenseTuner(setting.model, _all(setting.model))
     return Method(tuner, penalty=Anchor(tuner, fisher, setting.options["strength"]).add_)
 
@@ -153,7 +153,7 @@ def mofo(setting: Setting) -> Method:
 class Anchor:
     """EWC's penalty: (strength / 2) x the sum of F (w - w0)^2, as the gradient it adds, strength x F (w - w0)."""
 
-    def __init__(self, tuner: DenseTuner, fisher: Mapping[str, Tensor | None], strength: float) -> None:
+    def __init__(self, tuner: DenseTuner, fisher: Mapping[str, Tensor], strength: float) -> None:
         self.tuner = tuner
         self.strength = strength
         self.fisher = fisher

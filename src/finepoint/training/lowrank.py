@@ -1,5 +1,6 @@
 """PeftTuner: LoRA and DoRA through PEFT, with the interface of the other tuners; PEFT's layers do the work."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class PeftTuner:
             r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=list(layers),
             modules_to_save=sorted({name.rpartition(".")[0] for name in head}) or None, fan_in_fan_out=self.transposed,
         )  # fmt: skip
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going
             torch.manual_seed(seed)
             self._peft: Any = peft.get_peft_model(model, config)
         setattr(model, CONTAINER, nn.ModuleDict())  # marks the model as being trained

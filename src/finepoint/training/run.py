@@ -5,7 +5,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,6 @@ EVALUATIONS = 5  # over a run with validation examples and no --eval-every
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
-DEFAULTS = {field.name: field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-            for field in fields(TrainConfig) if field.name not in ("model", "output")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -420,11 +418,12 @@ def _check_baseline(config: TrainConfig) -> None:
     """Refuses unknown baselines and options, and settings that only choosing entries has."""
     baseline = baseline_named(config.baseline or "")
     options_of(baseline, config.baseline_options)
+    defaults = TrainConfig(model=config.model, output=config.output)
     unused = ["density", "count", "indices", "exclude", "rule", "rule_options"]
     if baseline.name not in ("lora", "dora"):
         unused.append("targets")
     for name in unused:
-        if getattr(config, name) != DEFAULTS[name]:
+        if getattr(config, name) != getattr(defaults, name):
             raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "
                                  f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
 
