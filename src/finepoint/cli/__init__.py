@@ -13,6 +13,7 @@ COMMANDS = {
     "select": "choose entries only",
     "plan": "predict the peak memory of both",
     "eval": "measure a model and adapters: ID, OOD, forgetting",
+    "report": "write the page of a study: figures, tables, data",
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",
     "data": "fetch the data of a recipe",

@@ -4,7 +4,7 @@ The confounds that let one rule look better than another for free (tuning, budge
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from math import log10
+from math import isfinite, log10
 from statistics import fmean
 from typing import Any
 
@@ -20,8 +20,8 @@ GAINS = (0.5, 0.75, 0.9)
 
 
 def number(value: Any) -> float | None:
-    """A value where it is a number, else None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A value where it is a finite number, else None: a diverged run leaves nan, and a mean over it would too."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) else None
 
 
 def mean(values: Iterable[Any]) -> float | None:
