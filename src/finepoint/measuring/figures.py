@@ -38,7 +38,7 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7, "axes.edgecolor": FAINT,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK,
     "ytick.labelcolor": INK, "axes.titlesize": 9.5, "axes.titlelocation": "left", "lines.linewidth": 1.3,
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+    "axes.labelpad": 5, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
 }  # fmt: skip
 
 
@@ -163,7 +163,6 @@ def id_ood(results: Results) -> list[Panel]:
         styles(results),
     )
     fronts = {(row["task"], row["arm"]) for row in views.pareto(results) if row["front"]}
-    base = {row["test"]: row["accuracy"] for row in views.base_scores(results)}
 
     def draw(task: str) -> Draw:
         def on(axes: Any) -> None:
@@ -172,17 +171,38 @@ def id_ood(results: Results) -> list[Panel]:
                 _point(axes, style[row["arm"]], row["id"], row["ood"], row["id_sd"], row["ood_sd"])
             front = sorted((row["id"], row["ood"]) for row in _of(rows, task=task) if (task, row["arm"]) in fronts)
             axes.plot(*zip(*front, strict=True), "--", color=INK, linewidth=0.8, drawstyle="steps-pre", zorder=1)
-            others = [value for test, value in base.items() if test != task and value is not None]
-            if base.get(task) is not None and others:
-                x, y = base[task], sum(others) / len(others)
-                axes.plot([x], [y], "+", color=INK, markersize=9)
-                axes.annotate("base", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            _start(axes, base_point(results, task))
             axes.set_xlabel("accuracy in distribution")
             axes.set_ylabel("mean accuracy out of distribution")
 
         return on
 
     return [panel(f"trained on {task}" if task != ALL_TASKS else task, draw(task)) for task in _values(rows, "task")]
+
+
+def base_point(results: Results, task: str) -> tuple[float, float] | None:
+    """The base model's accuracy on a task and its mean on the others; over all tasks, the means of these."""
+    base = {row["test"]: row["accuracy"] for row in views.base_scores(results)}
+    points = []
+    for name in results.tasks if task == ALL_TASKS else [task]:
+        points.append((base.get(name), views.mean(value for test, value in base.items() if test != name)))
+    here, far = ([point[i] for point in points] for i in (0, 1))
+    if any(value is None for value in here + far):
+        return None
+    return views.mean(here) or 0.0, views.mean(far) or 0.0
+
+
+def _start(axes: Any, base: tuple[float, float] | None) -> None:
+    """Marks the base model; in words where it is so far from the arms that they would shrink to a dot."""
+    if base is None:
+        return
+    limits = axes.get_xlim(), axes.get_ylim()
+    near = all(low - (high - low) < at < high + (high - low) for at, (low, high) in zip(base, limits, strict=True))
+    if near:
+        axes.plot(*([at] for at in base), "+", color=INK, markersize=9)
+        axes.annotate("base", base, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    else:
+        axes.text(0.02, 0.02, f"base, off the plot: {base[0]:.3f}, {base[1]:.3f}", transform=axes.transAxes, fontsize=8)
 
 
 def density(results: Results) -> list[Panel]:
@@ -202,7 +222,7 @@ def density(results: Results) -> list[Panel]:
                     continue
                 axes.plot([row["density"] for row in line], [row[key] for row in line], color=look.colour, linewidth=1)
                 for row in line:
-                    _point(axes, style[row["arm"]], row["density"], row[key])
+                    _point(axes, style[row["arm"]], row["density"], row[key], None, row[f"{key}_sd"])
             for row in _of(flat, task=task):
                 if row[key] is not None:
                     _level(axes, row[key], style[row["arm"]].colour, short(row["arm"], 16))
@@ -213,9 +233,10 @@ def density(results: Results) -> list[Panel]:
         return on
 
     kinds = (("id", "accuracy in distribution"), ("ood", "mean accuracy out of distribution"))
+    tasks = [task for task in (ALL_TASKS, *results.tasks) if _of(rows, task=task)]
     return [
         panel(task if task == ALL_TASKS else f"trained on {task}", draw(task, key, label))
-        for task in _values(rows, "task") for key, label in kinds
+        for task in tasks for key, label in kinds
         if any(row[key] is not None for row in _of(rows, task=task))
     ]  # fmt: skip
 
@@ -297,21 +318,23 @@ def places(rows: Sequence[Row], results: Results) -> list[Panel]:
     for task in tasks:
         for arm in _values(_of(rows, task=task), "arm"):
             found = _of(rows, task=task, arm=arm)
+            alike = [row["share"] for row in rows if results.arm(row["arm"])["density"] == results.arm(arm)["density"]]
             size = PANEL[0] * 0.75, 1.2 + 0.13 * max(6, len(_values(found, "layer")))
-            panels.append(panel(f"{arm}, {task}" if len(tasks) > 1 else arm, _heat(found), size))
+            panels.append(panel(f"{arm}, {task}" if len(tasks) > 1 else arm, _heat(found, max(alike)), size))
     return panels
 
 
-def _heat(rows: Sequence[Row]) -> Draw:
+def _heat(rows: Sequence[Row], top: float) -> Draw:
     layers, modules = _values(rows, "layer"), _values(rows, "module")
-    top = max(row["share"] for row in rows) or 1.0
 
     def on(axes: Any) -> None:
         for row in rows:
             corner = modules.index(row["module"]) - 0.5, layers.index(row["layer"]) - 0.5
             # By the square root: shares differ by orders of magnitude, and the small ones should be told apart too.
-            shade = (row["share"] / top) ** 0.5
-            axes.add_patch(Rectangle(corner, 1, 1, facecolor=ARM_COLOURS[0], alpha=shade, linewidth=0))
+            shade = (row["share"] / top) ** 0.5 if top else 0.0
+            axes.add_patch(
+                Rectangle(corner, 1, 1, facecolor=ARM_COLOURS[0], alpha=shade, linewidth=0, antialiased=False)
+            )
         axes.set_xlim(-0.5, len(modules) - 0.5)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.set_xticks(range(len(modules)), [short(module, 12) for module in modules], rotation=35, ha="right")
@@ -319,7 +342,7 @@ def _heat(rows: Sequence[Row]) -> Draw:
         axes.set_yticks(range(0, len(layers), every), [short(layer, 12) for layer in layers[::every]])
         axes.tick_params(length=0)
         axes.set_ylabel("layer")
-        axes.set_xlabel(f"darkest: {top:.3g} of a weight")
+        axes.set_xlabel(f"largest share: {max(row['share'] for row in rows):.3g}")
 
     return on
 
@@ -341,8 +364,12 @@ def _matrix(rows: Sequence[Row], names: list[str]) -> Draw:
     def square(axes: Any, x: int, y: int, value: float | None, colour: str) -> None:
         if value is None:
             return
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, alpha=0.75 * value**0.5, linewidth=0))
-        axes.text(x, y, f"{value:.2f}" if value >= 0.005 else f"{value:.0e}", ha="center", va="center", fontsize=7.5)
+        axes.add_patch(
+            Rectangle(
+                (x - 0.5, y - 0.5), 1, 1, facecolor=colour, alpha=0.75 * value**0.5, linewidth=0, antialiased=False
+            )
+        )
+        axes.text(x, y, f"{100 * value:.3g}", ha="center", va="center", fontsize=7.5)
 
     def on(axes: Any) -> None:
         for row in rows:

@@ -159,8 +159,8 @@ ID, OOD, PLAIN_ID = between("ID", "id"), between("OOD", "ood"), fixed("ID", "id"
 OOD_CHANGE, NLL_CHANGE = change("OOD change", "ood_change"), change("NLL change", "nll_change")
 NORM = general("norm", "update_norm")
 PAIRED = [
-    TASK, ARM, text("reference", "reference"), text("measure", "measure"), whole("pairs", "n"),
-    between("difference", "mean", "+.3f"),
+    TASK, ARM, text("reference", "reference"), whole("pairs", "pairs"), between("ID", "id", "+.3f"),
+    between("OOD", "ood", "+.3f"), between("NLL change", "nll_change", "+.3f"),
 ]  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _results(results: Results, data: dict[str, list[Row]], figures: Any) -> Sect
                     "The cross is the base model; up and to the right is better.",
                     "pareto", figures.id_ood(results), "no task has tests out of distribution", results.arms),
             Drawing("density", "Accuracy against density",
-                    "Rules at several densities; dotted lines are baselines, which have none.",
+                    "Mean over seeds; bars are one standard deviation. Dotted lines: baselines, without density.",
                     "density", figures.density(results), "the rules ran at one density only", results.arms),
         ],
         [table("summary", "Results", caption, data["summary"], columns, 80)],
@@ -217,11 +217,11 @@ def _choices(results: Results, data: dict[str, list[Row]], figures: Any) -> Sect
         "Where the rules put their entries, and how far they agree.",
         [
             Drawing("places", "Chosen share by layer and module",
-                    "Darker: a larger share of the weight, on a scale by the square root that starts anew in each map.",
+                    "Stronger colour: a larger share of the weight, by its square root; one scale for a density.",
                     "allocation", figures.places(data["allocation"], results), "no rule left its selection"),
             Drawing("overlap", "Overlap of the arms' choices",
-                    "Below the diagonal: Jaccard overlap. Above: what random choices with as many entries in each "
-                    "weight would share.",
+                    "Below the diagonal: Jaccard overlap in per cent. Above: that of random choices with as many "
+                    "entries in each weight.",
                     "overlap", figures.overlap(data["overlap"]), "there are no two selections of one density"),
         ],
         [table("overlap", "Overlap across seeds and tasks", "Jaccard overlap of one arm's choices", pairs, columns)],
@@ -244,13 +244,13 @@ def _costs(results: Results, data: dict[str, list[Row]], figures: Any) -> Sectio
 
 
 CONFOUNDS = [
-    ("paired_random", "Paired differences from random", "Seed by seed, with 95 % intervals", PAIRED),
-    ("paired_lora", "Paired differences from LoRA", "Seed by seed, with 95 % intervals", PAIRED),
+    ("paired_random", "Paired differences from random", "Seed by seed; mean ± half a 95 % interval", PAIRED),
+    ("paired_lora", "Paired differences from LoRA", "Seed by seed; mean ± half a 95 % interval", PAIRED),
     ("equal_budget", "Equal budget", "Arms that train about equally many weights (within 10 %)",
      [TASK, whole("budget", "budget"), ARM, whole("trained", "trained"), ID, OOD, NLL_CHANGE]),
     ("equal_accuracy", "Equal ID accuracy", "What is forgotten where 50, 75 and 90 % of the best arm's gain is learned",
      [TASK, fixed("share of gain", "share_of_best_gain", 2), PLAIN_ID, ARM, OOD_CHANGE, NLL_CHANGE]),
-    ("equal_norm", "Equal update norm", "Rules of one density that moved equally far; a baseline's norm says other things",
+    ("equal_norm", "Equal update norm", "Rules of one density that moved equally far; baselines move in other ways",
      [TASK, general("density", "density"), NORM, ARM, PLAIN_ID, OOD_CHANGE, NLL_CHANGE]),
     ("epsilon", "GaLLoP's epsilon", "From favouring the smallest weights (0) towards the largest gradients; first seed",
      [TASK, ARM, general("epsilon", "epsilon"), fixed("chosen near zero", "near_zero"),

@@ -64,13 +64,13 @@ def at_once(scores: Row, changes: Row, task: str) -> Row:
 
 
 def summary(results: Results) -> list[Row]:
-    """A row for each task and arm at its tuned learning rate: means over the seeds with spread; over all tasks last."""
+    """A row for each task and arm at its tuned learning rate: mean and spread over the seeds; all tasks first."""
     rows = [
         {"task": task, **_named(results, arm), "lr": cells[0]["lr"], "lr_at_edge": at_edge(results, task, arm),
          **_spread([measures(cell) for cell in cells])}
         for task in results.tasks for arm in results.arms if (cells := tuned(results, task, arm))
     ]  # fmt: skip
-    return rows + _over_tasks(results)
+    return _over_tasks(results) + rows
 
 
 def _over_tasks(results: Results) -> list[Row]:
@@ -105,11 +105,14 @@ def _spread(found: Sequence[Row]) -> Row:
     row: Row = {"seeds": len(found)}
     for key in found[0]:
         values = [value for one in found if (value := one[key]) is not None]
-        row[key] = fmean(values) if values else None
-        if key in SPREAD:
-            spread: Row = interval(values) if values else {}
-            row |= {f"{key}_{part}": spread.get(part) for part in ("sd", "low", "high")}
+        row |= _with_spread(key, values) if key in SPREAD else {key: mean(values)}
     return row
+
+
+def _with_spread(key: str, values: Sequence[float]) -> Row:
+    """The mean under its key, and sd and interval under keys of their own; None where there is nothing."""
+    spread: Row = interval(values) if values else {}
+    return {key: spread.get("mean")} | {f"{key}_{part}": spread.get(part) for part in ("sd", "low", "high")}
 
 
 def base_scores(results: Results) -> list[Row]:
@@ -148,12 +151,14 @@ def paired(results: Results, method: str) -> list[Row]:
                 continue
             ours = {cell["seed"]: measures(cell) for cell in tuned(results, task, arm)}
             theirs = {cell["seed"]: measures(cell) for cell in tuned(results, task, reference)}
+            seeds = [seed for seed in ours if seed in theirs]
+            row: Row = {"task": task, "arm": arm, "reference": reference, "pairs": len(seeds)}
             for measure in ("id", "ood", "nll_change"):
-                pairs = [(ours[seed][measure], theirs[seed][measure]) for seed in ours if seed in theirs]
+                pairs = [(ours[seed][measure], theirs[seed][measure]) for seed in seeds]
                 differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
-                if differences:
-                    rows.append({"task": task, "arm": arm, "reference": reference, "measure": measure,
-                                 **interval(differences)})  # fmt: skip
+                row |= _with_spread(measure, differences)
+            if seeds:
+                rows.append(row)
     return rows
 
 
@@ -186,12 +191,12 @@ def beats(one: Row, other: Row) -> bool:
 
 def by_density(results: Results) -> list[Row]:
     """Accuracy of each rule over the densities it was run at."""
-    keys = ("task", "arm", "density", "seeds", "id", "id_low", "id_high", "ood", "ood_low", "ood_high", "nll_change")
+    keys = ("task", "arm", "density", "seeds", "id", "id_sd", "ood", "ood_sd", "nll_change", "nll_change_sd")
     rows = [
         {"family": family(results, row["arm"]), **{key: row[key] for key in keys}}
         for row in summary(results) if row["density"] is not None
     ]  # fmt: skip
-    return sorted(rows, key=lambda row: (row["task"], row["family"], row["density"]))
+    return sorted(rows, key=lambda row: row["density"])
 
 
 def family(results: Results, arm: str) -> str:
