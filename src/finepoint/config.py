@@ -184,6 +184,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write the page of a study: figures, tables, and their data.
+
+    Args:
+        folder: the --output of `finepoint compare`; an unfinished study is reported as far as it is
+        output: folder to write; DIR/report where not given; an earlier report there is replaced
+        json: print one JSON object on stdout
+    """
+
+    folder: str
+    output: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectConfig:
     """Say what is in an adapter: facts, a table by layer and module, a map of where its entries lie.
 

@@ -6,6 +6,7 @@ Only JSON is read here, so that results can be looked at without the libraries t
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def best_lr(cells: Sequence[Cell]) -> float:
     def worth(cell: Cell) -> tuple[float, float, float]:
         validation = cell["validation"]
         loss = validation.get("loss")
-        return validation["accuracy"], float("-inf") if loss is None else -loss, -cell["lr"]
+        return validation["accuracy"], -loss if loss is not None and isfinite(loss) else float("-inf"), -cell["lr"]
 
     return float(max(cells, key=worth)["lr"])
 
