@@ -45,7 +45,7 @@ def write_study(folder, arms=None, tasks=TASKS, tests=(*TASKS, "news"), seeds=SE
         "train": {"steps": 40, "batch_size": 16},
     }  # fmt: skip
     study = {
-        "format": 1, "config": config, "arms": arms, "data": {f"{name}.jsonl": "0" * 64 for name in tests},
+        "format": 1, "config": config, "tasks": list(tasks), "arms": arms, "data": {f"{name}.jsonl": "0" * 64 for name in tests},
         "versions": {"finepoint": "0.1.0", "torch": "2.13.0"}, "machine": "2 cores", "date": "2026-01-02",
     }  # fmt: skip
     put(folder / "study.json", study)
@@ -169,5 +169,5 @@ def make_selection(about, seed):
 def write_indices(folder, task, about, seed):
     key = f"selections/{sum(map(ord, about['name']))}-{about['name'].encode().hex()[:24]}-{seed}.safetensors"
     if not (folder / key).exists():
-        save_file(make_selection(about, seed)[1], folder / key)
+        save_file({f"{name}.indices": found for name, found in make_selection(about, seed)[1].items()}, folder / key)
     return key

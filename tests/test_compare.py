@@ -166,7 +166,7 @@ def test_a_cell_holds_what_the_report_needs(config, tmp_path):
     assert set(cell["validation"]) >= {"accuracy", "loss", "n"}
     assert [point["step"] for point in cell["curve"] if "eval_loss" in point] == [2, 3]
     assert cell["update_norm"] > 0
-    chosen = SparseAdapter.load(tmp_path / "study" / cell["indices"])
+    chosen = SparseAdapter.load((tmp_path / "study" / cell["indices"]).parent)
     assert chosen.count == cell["cost"]["trained"] == sum(w["chosen"] for w in cell["selection"]["weights"].values())
     assert results(tmp_path / "study")["ends.full.lr0.001.s0"]["selection"] is None
 
@@ -204,7 +204,7 @@ def test_scoring_is_done_once_for_cells_that_share_it(config, tmp_path, monkeypa
     cell = results(tmp_path / "study")["ends.snip-0.05.lr0.01.s1"]
     mine = choose(SelectConfig(model=config.model, data=config.tasks["ends"]["train"], output=str(tmp_path / "mine"),
                                rule="snip", density=0.05, batch_size=8, scoring_examples=16, seed=1))  # fmt: skip
-    shared = SparseAdapter.load(tmp_path / "study" / cell["indices"])
+    shared = SparseAdapter.load((tmp_path / "study" / cell["indices"]).parent)
     assert {name: indices.tolist() for name, indices in mine.items()} == {n: shared[n].tolist() for n in shared}
 
 

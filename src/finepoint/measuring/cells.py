@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.format import TENSORS
 from finepoint.batches import context_length
 from finepoint.config import CompareConfig, TrainConfig
 from finepoint.data import Choices, Example, Labelled, Text, read_examples, some
@@ -146,7 +147,7 @@ def run_cell(desk: Desk, cell: Cell) -> dict[str, Any]:
         "update_norm": record["update_norm"],
         "best_step": record["best_step"],
         "selection": summary(selection["statistics"]) if selection else None,
-        "indices": str(chosen_in.relative_to(desk.folder)) if chosen_in else None,
+        "indices": str((chosen_in / TENSORS).relative_to(desk.folder)) if chosen_in else None,
         "settings": asdict(config) | {"output": None, "steps": record["steps"]},
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

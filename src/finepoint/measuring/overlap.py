@@ -14,6 +14,7 @@ from finepoint.errors import FinepointError
 from finepoint.measuring.results import Cell, Results, tuned
 from finepoint.measuring.views import Row, measures
 
+INDICES = ".indices"  # ends the names of an adapter's tensors that say which entries it changes
 Sizes = dict[str, dict[str, int]]
 """{weight name: {"chosen": n, "size": N}}"""
 
@@ -83,7 +84,7 @@ def _pairs(results: Results, across: str, cells: Sequence[Cell]) -> list[Row]:
 
 
 def counted(files: Sequence[Path]) -> tuple[list[int], list[list[int]]]:
-    """How many entries each file chooses, and how many each two share; one weight in memory at a time.
+    """How many entries each adapter's file chooses, and how many each two share; one weight in memory at a time.
 
     Raises:
         FinepointError: a file is missing or damaged.
@@ -92,7 +93,7 @@ def counted(files: Sequence[Path]) -> tuple[list[int], list[list[int]]]:
     shared = [[0] * len(files) for _ in files]
     try:
         opened = [safe_open(str(file), framework="numpy") for file in files]
-        held = [set(file.keys()) for file in opened]
+        held = [{name for name in file.keys() if name.endswith(INDICES)} for file in opened]  # noqa: SIM118
         for name in sorted(set().union(*held)):
             parts = [file.get_tensor(name) if name in keys else None for file, keys in zip(opened, held, strict=True)]
             for i, part in enumerate(parts):
