@@ -45,7 +45,8 @@ def write_study(folder, arms=None, tasks=TASKS, tests=(*TASKS, "news"), seeds=SE
         "train": {"steps": 40, "batch_size": 16},
     }  # fmt: skip
     study = {
-        "format": 1, "config": config, "tasks": list(tasks), "arms": arms, "data": {f"{name}.jsonl": "0" * 64 for name in tests},
+        "format": 1, "config": config, "tasks": list(tasks), "arms": arms,
+        "data": {f"{name}.jsonl": "0" * 64 for name in tests},
         "versions": {"finepoint": "0.1.0", "torch": "2.13.0"}, "machine": "2 cores", "date": "2026-01-02",
     }  # fmt: skip
     put(folder / "study.json", study)

@@ -1,5 +1,7 @@
 """finepoint compare --config study.yaml --output DIR"""
 
+import logging
+
 from finepoint.cli.output import print_json
 from finepoint.config import CompareConfig
 
@@ -9,6 +11,8 @@ CONFIG = CompareConfig
 def run(config: CompareConfig) -> int:
     from finepoint.measuring.compare import compare, duration
 
+    # What a single run says of itself would bury what is said of the study.
+    logging.getLogger("finepoint.training").setLevel(logging.WARNING)
     found = compare(config)
     if config.json:
         print_json(found)

@@ -1,18 +1,25 @@
 """finepoint train --model M --data F --rule gallop --density 0.001 --output DIR"""
 
-from finepoint.cli.output import print_json
+from typing import Any
+
+from finepoint.cli.output import print_json, print_table
 from finepoint.config import TrainConfig
 
 CONFIG = TrainConfig
 
 
 def run(config: TrainConfig) -> None:
-    from finepoint.training.run import train
+    if config.density == "auto":
+        from finepoint.measuring.density import train_auto as train
+    else:
+        from finepoint.training.run import train
 
     record = train(config)
     if config.json:
         print_json({"output": config.output, **record})
         return
+    if "search" in record:
+        print_search(record["search"])
     print(
         f"trained {record['trained']:,} entries for {record['steps']} steps in {record['seconds']:.0f} s (selection "
         f"{record['selection_seconds']:.0f} s); loss {record['first_loss']:.3f} -> {record['last_loss']:.3f}; "
@@ -20,3 +27,11 @@ def run(config: TrainConfig) -> None:
         f"adapter: {config.output} ({record['adapter_bytes']:,} bytes); "
         f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB"
     )
+
+
+def print_search(trials: list[dict[str, Any]]) -> None:
+    """A row a trial, the longest runs first, each rung by its judge."""
+    columns = ["steps", "density", "lr", "trained", "validation_loss", "last_validation_loss", "last_loss"]
+    ordered = sorted(trials, key=lambda trial: (-trial["steps"], trial["validation_loss"]))
+    rows = [[f"{trial[name]:g}" if name in ("density", "lr") else trial[name] for name in columns] for trial in ordered]
+    print_table(["steps", "density", "lr", "trained", "best validation loss", "last", "training loss"], rows)

@@ -96,8 +96,6 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         ledger = Ledger.of(folder)
         logger.info("%d of %d cells are done; results go to %s", len(_done(study, ledger)), study.size, folder)
         started = time.perf_counter()
-        # What a single run says of itself would bury what is said of the study.
-        logging.getLogger("finepoint.training").setLevel(logging.WARNING)
         crew = _crew(study)
         try:
             _run(study, ledger, crew)

@@ -20,12 +20,13 @@ from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_json
 from finepoint.measuring.sharing import shared_selection
 from finepoint.measuring.study import BLIND_RATES, GRADIENT_RATES
-from finepoint.training.run import Workplace, prepare, steps_of, train
+from finepoint.training.run import RECORD, Workplace, prepare, steps_of, train
 
 logger = logging.getLogger(__name__)
 DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SHARES = (0.25, 0.5, 1.0)  # of the steps, rung by rung
 KEPT = 3  # one in so many goes on to the next rung
+KEPT_FACTS = ("trained", "validation_loss", "last_validation_loss", "last_loss", "best_step", "update_norm")
 
 
 @dataclass(frozen=True)
@@ -58,44 +59,77 @@ def train_auto(config: TrainConfig) -> dict[str, Any]:
     folder = claim_folder(config.output, config.overwrite or config.resume)
     if not config.resume:
         shutil.rmtree(folder / "search", ignore_errors=True)
+        (folder / RECORD).unlink(missing_ok=True)
+    elif (folder / RECORD).is_file():
+        raise FinepointError(f"the search in {folder} is done; its losses are in {folder / RECORD}")
     place = prepare(config)
     steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
     lrs = (config.lr,) if config.lr else GRADIENT_RATES if rule_named(config.rule).needs_data else BLIND_RATES
     pairs = [(density, lr) for density in DENSITIES for lr in lrs]
     found: list[dict[str, Any]] = []
+    rung: list[dict[str, Any]] = []
     for share in SHARES:
         trials = [Trial(density, lr, max(1, round(share * steps))) for density, lr in pairs]
         rung = [_run(config, place, trial, folder / "search") for trial in trials]
         found += rung
+        if share < 1:
+            _forget_adapters(folder / "search")
         pairs = [(trial["density"], trial["lr"]) for trial in best(rung, max(1, len(rung) // KEPT))]
     winner = best(rung, 1)[0]
     logger.info("density %g at learning rate %g validates best", winner["density"], winner["lr"])
-    chosen = replace(config, density=winner["density"], lr=winner["lr"], steps=steps, keep="best", resume=False,
-                     overwrite=True)  # fmt: skip
-    record = train(chosen, place) | {"search": found}
-    write_json(folder / "search.json", {"trials": found, "best": winner})
+    _move_up(folder / "search" / Trial(winner["density"], winner["lr"], winner["steps"]).id, folder)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8")) | {"search": found}
+    write_json(folder / RECORD, record)
     return record
 
 
+def _move_up(source: Path, folder: Path) -> None:
+    """The winner's files become those of the output; the other finalists' adapters go, their losses stay."""
+    for path in source.iterdir():
+        path.replace(folder / path.name)
+    _forget_adapters(folder / "search")
+    shutil.rmtree(folder / "search" / "statistics", ignore_errors=True)
+    shutil.rmtree(folder / "search" / "selections", ignore_errors=True)
+
+
+def _forget_adapters(folder: Path) -> None:
+    """What short runs trained is of no use; their losses stay."""
+    for path in folder.glob("d*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
 def best(trials: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The trials with the lowest validation loss; ties: fewer entries, then the smaller rate."""
-    return sorted(trials, key=lambda trial: (trial["validation_loss"], trial["density"], trial["lr"]))[:count]
+    """The trials with the lowest validation loss; ties: fewer entries, then the smaller rate.
+
+    Raises:
+        FinepointError: none has one.
+    """
+    sound = [trial for trial in trials if trial["validation_loss"] is not None]
+    if not sound:
+        raise FinepointError(f"no trial of the search came to an end: {trials[0]['error']}")
+    return sorted(sound, key=lambda trial: (trial["validation_loss"], trial["density"], trial["lr"]))[:count]
 
 
 def _run(config: TrainConfig, place: Workplace, trial: Trial, folder: Path) -> dict[str, Any]:
-    """One trial: its settings, losses, and by how much its last validation loss lies above its best (over-fitting)."""
+    """One trial: its settings, its losses, and its over-fitting: how far the last validation loss lies above the best.
+
+    A trial that diverges has an error instead.
+    """
     path = folder / f"{trial.id}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     settings = replace(config, density=trial.density, lr=trial.lr, steps=trial.steps, keep="best", save_every=None,
                        resume=False, overwrite=True, output=str(folder / trial.id))  # fmt: skip
     indices, _ = shared_selection(settings, place, folder)
-    record = train(replace(settings, indices=str(indices), density=None), place)
-    kept = ("trained", "validation_loss", "last_validation_loss", "last_loss", "best_step", "update_norm")
-    found = asdict(trial) | {name: record[name] for name in kept}
-    found["overfit"] = record["last_validation_loss"] - record["validation_loss"]
-    logger.info("density %g, lr %g, %d steps: validation loss %.4f", trial.density, trial.lr, trial.steps,
-                record["validation_loss"])  # fmt: skip
-    shutil.rmtree(settings.output)
+    try:
+        record = train(replace(settings, indices=str(indices)), place)
+    except FinepointError as error:
+        found = asdict(trial) | dict.fromkeys(KEPT_FACTS) | {"error": str(error)}
+    else:
+        overfit = record["last_validation_loss"] - record["validation_loss"]
+        found = asdict(trial) | {name: record[name] for name in KEPT_FACTS} | {"overfit": overfit}
+    logger.info("density %g, lr %g, %d steps: validation loss %s", trial.density, trial.lr, trial.steps,
+                found["validation_loss"])  # fmt: skip
     write_json(path, found)
     return found

@@ -58,7 +58,8 @@ def _select(config: TrainConfig, place: Workplace, made: Path, store: Path) -> N
     selection = select_for(config, place, stream if needs else stream_statistics)
     seconds = time.perf_counter() - started + spent
     with SparseTuner(place.model, selection) as tuner:
-        tuner.adapter("delta", info={"rule": selection.rule}).save(made, overwrite=True)
+        facts = {name: value for name, value in selection.statistics.items() if name != "weights"}
+        tuner.adapter("delta", info={"rule": selection.rule, "selection": facts}).save(made, overwrite=True)
     write_json(made / "selection.json", {"seconds": round(seconds, 2), "statistics": selection.statistics})
 
 

@@ -330,6 +330,7 @@ def _run_trainer(
         "loss": output.training_loss,
         "last_loss": float(logged[-1]) if logged else None,
         "validation_loss": lowest if best else losses[-1][1] if losses else None,
+        "last_validation_loss": losses[-1][1] if losses else None,
         "best_step": best_step,
         "stopped_early": output.global_step < trainer.args.max_steps,
         "train_seconds": round(output.metrics["train_runtime"], 2),
@@ -390,6 +391,8 @@ def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArgu
 
 def _check(config: TrainConfig) -> None:
     """Refuses what can be refused before any work."""
+    if config.density == "auto":
+        raise FinepointError("density 'auto' is a search over many runs; call finepoint.measuring.density.train_auto")
     if config.data is None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
     for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),
