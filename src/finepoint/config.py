@@ -4,7 +4,7 @@ This file imports nothing heavy, so that help is instant.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 TargetsOption = str | list[str] | dict[str, float]
@@ -64,16 +64,22 @@ class TrainConfig(SelectConfig):
     Args:
         data: training examples, a JSON Lines file
         validation: examples to evaluate on while training, a JSON Lines file
+        validation_limit: at most so many of them, always the same
         indices: folder of a selection or an adapter whose entries to train, instead of choosing by a rule
-        lr: learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others
+        baseline: instead of chosen entries: full, lora, dora, head, bitfit, random-half, ewc or mofo
+        baseline_options: the baseline's options, e.g. rank=8 alpha=16
+        fisher_data: for ewc: examples of what is not to be forgotten, a JSON Lines file
+        keep: the parameters of the last step, or the best: of the evaluation with the lowest validation loss
+        patience: stop after so many evaluations without a lower validation loss
+        lr: learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others; a baseline has its own
         steps: optimizer steps; epochs where not given
         epochs: passes over the data, where steps is not given
         accumulation: batches added up for one step
         packing: several examples in a row, each as if it were alone: the same batches with less padding
         warmup: share of the steps over which the learning rate rises
         schedule: how the learning rate falls afterwards
-        weight_decay: pulls the deltas to zero, i.e. towards the base model
-        clip: largest norm of the gradient of all deltas; 0 for none
+        weight_decay: pulls the deltas to zero, i.e. towards the base model; a baseline's weights or factors to zero
+        clip: largest norm of the gradient of all that is trained; 0 for none
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time
         eval_every: steps between evaluations on the validation examples; a fifth of the run where not given
         save_every: steps between checkpoints that --resume can go on from
@@ -83,7 +89,13 @@ class TrainConfig(SelectConfig):
     """
 
     validation: str | None = None
+    validation_limit: int | None = None
     indices: str | None = None
+    baseline: str | None = None
+    baseline_options: dict[str, float] = field(default_factory=dict)
+    fisher_data: str | None = None
+    keep: Literal["last", "best"] = "last"
+    patience: int | None = None
     lr: float | None = None
     steps: int | None = None
     epochs: float = 1.0
@@ -172,6 +184,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write the page of a study: figures, tables, and their data.
+
+    Args:
+        folder: the --output of `finepoint compare`; an unfinished study is reported as far as it is
+        output: folder to write; DIR/report where not given; an earlier report there is replaced
+        json: print one JSON object on stdout
+    """
+
+    folder: str
+    output: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectConfig:
     """Say what is in an adapter: facts, a table by layer and module, a map of where its entries lie.
 
@@ -220,12 +247,63 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RulesConfig:
-    """List the rules, each with its formula and source.
+    """List the rules and the baselines, each with its formula and source.
 
     Args:
         json: print one JSON object on stdout
     """
 
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Run a study: arms x learning rates x seeds x tasks, every arm tuned on validation, all measured alike.
+
+    The same command goes on where it stopped; finished cells are never run again, failed ones are tried once more.
+
+    Args:
+        model: a folder, a hub id, a .gguf file, or smollm2
+        tasks: files by task, e.g. {movies: {train: F, validation: F, test: F}, tweets: {test: F}}
+        arms: what is compared, e.g. [{rule: gallop, density: [0.001, 0.01]}, {baseline: lora, options: {rank: 8}}]
+        output: folder of the study
+        probes: files of text by name, whose likelihood shows forgetting
+        train_on: tasks to train on, one after the other; all that have train, validation and test where not given
+        seeds: the first tunes the learning rates, all measure the best one
+        train: settings of finepoint train that all arms share, e.g. {steps: 40, eval_every: 10}
+        validation_limit: at most so many examples of each validation set
+        test_limit: at most so many examples of each test set
+        probe_limit: at most so many texts of each probe
+        generate: at most so many examples of each test set are answered by generation too; 0 for none
+        new_tokens: most tokens to generate
+        keep_adapters: keep every cell's adapter in the folder of the study
+        dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        workers: processes that run cells side by side; 1 runs them in this process
+        executor: local (this machine) or ray
+        address: of a running Ray cluster; one on this machine is started where not given
+        dry_run: print the cells and an estimate of the time, and run none
+        json: print one JSON object on stdout
+    """
+
+    model: str
+    tasks: dict[str, dict[str, str]]
+    arms: list[dict[str, Any]]
+    output: str
+    probes: dict[str, str] = field(default_factory=dict)
+    train_on: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    train: dict[str, Any] = field(default_factory=dict)
+    validation_limit: int | None = None
+    test_limit: int | None = None
+    probe_limit: int | None = None
+    generate: int = 64
+    new_tokens: int = 8
+    keep_adapters: bool = False
+    dtype: DType = "auto"
+    workers: int = 1
+    executor: Literal["local", "ray"] = "local"
+    address: str | None = None
+    dry_run: bool = False
     json: bool = False
 
 

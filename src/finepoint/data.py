@@ -1,6 +1,7 @@
 """Files to examples: JSON Lines, one object a line, in one of five forms."""
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,13 @@ def read_examples(path: str | Path) -> list[Example]:
                 f"{form.__name__.lower()} examples; give each form its own file"
             )
     return [example for _, example in rows]
+
+
+def some(examples: list[Example], limit: int | None) -> list[Example]:
+    """At most `limit` of the examples, drawn with a fixed seed, in the file's order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

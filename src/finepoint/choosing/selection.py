@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finepoint.choosing.rules import Rule, rule_named
-from finepoint.choosing.statistics import Batch, seeded_generator, stream_statistics
+from finepoint.choosing.statistics import Batch, Statistics, seeded_generator, stream_statistics
 from finepoint.choosing.summary import Summary
 from finepoint.choosing.weights import Targets, block_of, match, target_weights
 from finepoint.errors import FinepointError
@@ -72,6 +72,7 @@ def select(
     scoring_memory: float = 1.0,
     threshold: Threshold = "exact",
     rule_options: Mapping[str, float] | None = None,
+    stream: Callable[..., Iterator[tuple[str, Statistics]]] = stream_statistics,
 ) -> Selection:
     """Chooses the entries to train; the model is left exactly as found.
 
@@ -90,6 +91,7 @@ def select(
         threshold: `exact` gives exactly k entries; `sampled` takes all that reach a threshold estimated from a
             sample of the scores (the lean SAFT), so the count is near k.
         rule_options: the rule's options, e.g. `{"epsilon": 1e-6}`.
+        stream: where statistics come from; another one with `stream_statistics`' parameters may have kept them.
 
     Raises:
         FinepointError: unknown rule or option, no target matched, a density that is out of range or chooses nothing,
@@ -104,7 +106,7 @@ def select(
     summary = Summary(seed)
 
     def scores() -> Iterator[Scored]:
-        for name, statistics in stream_statistics(model, weights, batches, chosen_rule.needs, scoring_memory):
+        for name, statistics in stream(model, weights, batches, chosen_rule.needs, scoring_memory):
             values = score(chosen_rule, name, weights[name], statistics, seed, options)
             gradient = None if statistics.gradient is None else statistics.gradient.abs()
             summary.see(name, weights[name], gradient)

@@ -13,6 +13,8 @@ COMMANDS = {
     "select": "choose entries only",
     "plan": "predict the peak memory of both",
     "eval": "measure a model and adapters: ID, OOD, forgetting",
+    "compare": "run a study: methods x rates x seeds x tasks, resumable",
+    "report": "write the page of a study: figures, tables, data",
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",
     "data": "list the data recipes, write one as JSON Lines",
@@ -52,7 +54,7 @@ def _run(command: str, arguments: list[str]) -> int:
         from finepoint.progress import log_to_stderr
 
         log_to_stderr()
-        module.run(config)
+        status = module.run(config)
     except FinepointError as error:
         line = " ".join(str(error).split())
         print(f"finepoint {command}: {line}", file=sys.stderr)
@@ -60,7 +62,7 @@ def _run(command: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"finepoint {command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _overview() -> str:

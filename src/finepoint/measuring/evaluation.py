@@ -1,14 +1,14 @@
 """Evaluation of a model and of adapters on it: in distribution, out of distribution, and probes for forgetting."""
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.lowrank import info_of, is_peft, load_merged
 from finepoint.batches import padding_id
 from finepoint.config import EvalConfig
-from finepoint.data import Example, Labelled, Text, read_examples
+from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_file
 from finepoint.measuring.metrics import changes
@@ -73,13 +73,6 @@ def read_sets(named_files: Sequence[str], kind: str, limit: int | None = None) -
     return sets
 
 
-def some(examples: list[Example], limit: int | None) -> list[Example]:
-    """At most `limit` of the examples, drawn with a fixed seed, in the file's order."""
-    if limit is None or limit >= len(examples):
-        return examples
-    return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
-
-
 def evaluate(
     model: Any, tokenizer: Any, evaluation: Evaluation, adapters: Mapping[str, SparseAdapter]
 ) -> dict[str, Any]:
@@ -106,10 +99,9 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
     if not any(sets.values()):
         raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE")
-    adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter}
-    tasks = {
-        (adapter.info.get("task", "causal"), tuple(adapter.info.get("labels", ()))) for adapter in adapters.values()
-    }
+    adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter if not is_peft(folder)}
+    origins = [adapters[folder].info if folder in adapters else info_of(folder) for folder in config.adapter]
+    tasks = {(info.get("task", "causal"), tuple(info.get("labels", ()))) for info in origins}
     if len(tasks) > 1:
         raise FinepointError("the adapters are for different tasks or classes; evaluate them one at a time")
     labels = next(iter(tasks))[1] if tasks else ()
@@ -119,5 +111,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     model = load_model(config.model, config.dtype, labels)
     if labels:
         model.config.pad_token_id = padding_id(tokenizer)
+    # LoRA's can be merged only now that the model is there; in the order given.
+    adapters = {f: adapters[f] if f in adapters else load_merged(f, model) for f in config.adapter}
     evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens)
     return evaluate(model, tokenizer, evaluation, adapters)

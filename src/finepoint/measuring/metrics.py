@@ -1,6 +1,7 @@
 """What changed between a base model and an adapted one: plain functions of plain numbers."""
 
 from collections.abc import Mapping
+from math import floor
 from typing import Any
 
 Scores = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -13,6 +14,26 @@ def forget_ratio(base: float, adapted: float) -> float | None:
     The max hides gains: read it beside the signed change.
     """
     return max(0.0, (base - adapted) / base) if base else None
+
+
+def collapse(accuracies: Mapping[str, float], chances: Mapping[str, float | None]) -> dict[str, Any]:
+    """How many OOD sets collapsed: as GaLLoP (arXiv:2510.19778) counts them, and by chance.
+
+    Args:
+        accuracies: of the OOD sets.
+        chances: the accuracy of a guess, by set; None where there is nothing to guess from.
+
+    Returns:
+        `count`: sets whose accuracy in whole per cent is 0, the printed formula; `rate`: that by the number of sets;
+        `at_or_below_chance`: the share of sets no better than a guess, which sees a constant answer too.
+    """
+    if not accuracies:
+        return {"count": 0, "rate": None, "at_or_below_chance": None}
+    # floor(100 x): rounded first, since 100 * 0.29 lies below 29.
+    count = sum(floor(round(100 * accuracy, 9)) == 0 for accuracy in accuracies.values())
+    guessable = [accuracy <= chance for name, accuracy in accuracies.items() if (chance := chances[name]) is not None]
+    at_or_below = sum(guessable) / len(guessable) if guessable else None
+    return {"count": count, "rate": count / len(accuracies), "at_or_below_chance": at_or_below}
 
 
 def changes(base: Scores, adapted: Scores) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Scores of one model: multiple choice by likelihood, exact match by generation, likelihood of text, classes."""
+"""Scores of one model: multiple choice by likelihood, exact match, likelihood of text, classes."""
 
 from collections.abc import Callable, Sequence
 from math import sqrt
@@ -10,7 +10,6 @@ from torch import Tensor
 from finepoint.batches import (
     Collator,
     by_length,
-    chat_text,
     context_length,
     encode,
     encode_pair,
@@ -19,6 +18,7 @@ from finepoint.batches import (
 )
 from finepoint.choosing.statistics import on_device
 from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
+from finepoint.measuring.generation import generation_hits
 from finepoint.measuring.prompts import branches_apart, by_request, shared_batch, shared_rows, spots
 from finepoint.training.loss import log_likelihoods
 
@@ -181,43 +181,5 @@ def class_hits(
         logits = class_logits(model, [rows[place].ids[-limit:] for place in places], collator)
         for place, answer in zip(places, logits.argmax(-1).tolist(), strict=True):
             hits[place] = answer == rows[place].labels
-        advance(len(places))
-    return hits
-
-
-def generation_hits(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    limit: int,
-    new_tokens: int,
-    advance: Advance = _ignore,
-) -> list[bool]:
-    """Whether what the model writes, greedily, equals the reference; surrounding spaces do not count."""
-    prompts, references = [], []
-    for example in examples:
-        if isinstance(example, Chat):
-            text = chat_text(tokenizer, example.messages[:-1], prompting=True)
-            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-            references.append(example.messages[-1][1])
-        else:
-            assert isinstance(example, Completion)
-            prompts.append(encode_pair(tokenizer, example.prompt, example.completion)[0])
-            references.append(example.completion)
-    collator = Collator.of(model, tokenizer)
-    hits = [False] * len(prompts)
-    room = max(1, limit - new_tokens)
-    warn_of_truncation([len(prompt) for prompt in prompts], room, "prompt")
-    for places in by_length([len(prompt) for prompt in prompts], BATCH_TOKENS):
-        rows = [prompts[place][-room:] for place in places]
-        batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, False).items()}
-        model.eval()
-        written = model.generate(
-            **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=collator.padding,
-            temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
-        answers = tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for place, answer in zip(places, answers, strict=True):
-            hits[place] = answer.strip() == references[place].strip()
         advance(len(places))
     return hits

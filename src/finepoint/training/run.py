@@ -1,10 +1,10 @@
-"""A training run: data, selection, tuner, transformers.Trainer, adapter; and `select` alone."""
+"""A training run: data, selection or baseline, tuner, transformers.Trainer, adapter; and `select` alone."""
 
 import logging
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,23 +19,28 @@ from transformers.trainer_utils import get_last_checkpoint
 import finepoint
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
+from finepoint.adapters.lowrank import PEFT_CONFIG, PEFT_TENSORS
 from finepoint.batches import Collator, Packer, Row, context_length, encode_all, learned, padding_id
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Selection, select
+from finepoint.choosing.statistics import stream_statistics
 from finepoint.config import SelectConfig, TrainConfig
-from finepoint.data import Example, label_names, read_examples
+from finepoint.data import Example, label_names, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_json
 from finepoint.models import load_model, load_tokenizer, new_head
 from finepoint.progress import progress
+from finepoint.training.baselines import Setting, baseline_named, options_of
 from finepoint.training.boundaries import PACKABLE, keeps_apart
+from finepoint.training.interface import Method
 from finepoint.training.memory import peak_bytes, reset_peak
-from finepoint.training.trainer import NotFiniteError, SparseTrainer, Watch
+from finepoint.training.trainer import NotFiniteError, SparseTrainer, Watch, validation_losses
 from finepoint.training.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
 LOG = "log.jsonl"
 RECORD = "run.json"
+BEST = ".best.safetensors"  # while a run is under way
 EVALUATIONS = 5  # over a run with validation examples and no --eval-every
 # transformers renamed it in 5.x and warns about the old name.
 CHECKPOINTING = (
@@ -61,23 +66,20 @@ class Run:
     config: TrainConfig
     place: Workplace
     folder: Path
-    tuner: SparseTuner
+    method: Method
     head: list[str]
     """weights of a new classification head, which are stored whole"""
     facts: dict[str, Any]
     """what the adapter says of itself"""
 
-    def save(self) -> SparseAdapter:
-        """Writes the adapter as it stands into the run's folder."""
-        adapter = self.tuner.adapter(self.config.store, self.head, self.facts)
-        adapter.save(self.folder, overwrite=True, compact=self.config.compact)
-        return adapter
-
-    def norm(self) -> float:
-        """The Euclidean norm of all deltas but those of a new head, which has no base to be compared with."""
-        deltas = [entries.delta.detach().double() for name, entries in self.tuner.entries.items()
-                  if name not in self.head]  # fmt: skip
-        return torch.cat(deltas).norm().item()
+    def save(self) -> tuple[SparseAdapter, Path]:
+        """Writes the change as it stands into the run's folder; returns it as an adapter, and the tensors' file."""
+        tuner = self.method.tuner
+        adapter = tuner.adapter(self.config.store, self.head, self.facts)
+        file = tuner.save(self.folder, adapter, self.config.compact)
+        for name in (PEFT_TENSORS, PEFT_CONFIG) if file.name == TENSORS else (TENSORS,):
+            (self.folder / name).unlink(missing_ok=True)  # of an earlier run by another method
+        return adapter, file
 
 
 def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, Any]:
@@ -93,53 +95,64 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
         FinepointError: whatever the user can mend: bad input, nothing trained, a loss that is not finite (then the
             adapter of the last good step has been saved).
     """
+    return fit(config, workplace)[0]
+
+
+def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[str, Any], SparseAdapter]:
+    """`train`, which also returns the trained change: of every method in one form, so that all are measured alike.
+
+    Returns:
+        The record, and the change: that of the chosen entries, or of a baseline's whole weights (LoRA's merged).
+
+    Raises:
+        FinepointError: as for `train`.
+    """
     _check(config)
     folder = claim_folder(config.output, config.overwrite or config.resume)
     checkpoint = _checkpoint(folder) if config.resume else None
     place = workplace or prepare(config)
-    validation = _validation(config, place)
+    validation = _rows(config, place, config.validation, "validation example", config.validation_limit)
     packer = packer_for(place) if config.packing else None
     reset_peak()
     started = time.perf_counter()
-    indices, statistics = _indices(config, place, folder if checkpoint else None)
-    selection_seconds = time.perf_counter() - started
-    chosen = sum(len(positions) for positions in indices.values())
-    logger.info("%d entries chosen in %.1f s", chosen, selection_seconds)
-
     head = new_head(place.model) if place.labels else []
-    indices = dict(indices) | {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
-    tuner = SparseTuner(place.model, indices)
+    method, statistics = _method(config, place, head, folder if checkpoint else None)
+    selection_seconds = time.perf_counter() - started
+    tuner = method.tuner
+    logger.info("%d numbers to train, chosen in %.1f s", tuner.count, selection_seconds)
     try:
-        run = Run(config, place, folder, tuner, head, _description(config, place, statistics))
-        if config.save_every and not checkpoint:
-            run.save()
-        losses = _run_trainer(run, validation, packer, checkpoint)
-        changed = tuner.changed()
+        run = Run(config, place, folder, method, head, _description(config, place, statistics))
+        if config.save_every and not checkpoint and not config.baseline:
+            run.save()  # its indices are what a resumed run trains
+        results = _run_trainer(run, validation, packer, checkpoint)
+        peak = peak_bytes()  # of training: what follows makes copies
+        changed, norm = tuner.changed(), tuner.norm(exclude=head)
         if not changed:
             raise FinepointError(
                 f"training changed none of the {tuner.count} chosen weights: every update was lost to rounding in "
                 f"{place.model.dtype}; give a larger --lr than {learning_rate(config)}"
             )
-        adapter, norm = run.save(), run.norm()
+        adapter, file = run.save()
     finally:
         tuner.revert_()
         tuner.close()
     record = {
-        "trained": adapter.count,
+        "baseline": config.baseline,
+        "trained": tuner.count,
         "changed": changed,
-        "adapter_bytes": (folder / TENSORS).stat().st_size,
+        "adapter_bytes": file.stat().st_size,
         "seconds": round(time.perf_counter() - started, 2),
         "selection_seconds": round(selection_seconds, 2),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak,
         "lr": learning_rate(config),
         "update_norm": norm,
-        **losses,
+        **results,
         "selection": statistics,
         "config": asdict(config),
         "versions": versions(),
     }
     write_json(folder / RECORD, record)
-    return record
+    return record, adapter
 
 
 def choose(config: SelectConfig) -> Selection:
@@ -180,15 +193,18 @@ def workplace(
     return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer))
 
 
-def select_for(config: SelectConfig, place: Workplace) -> Selection:
-    """Chooses entries as the configuration says, scoring on a random sample of the training examples."""
+def select_for(config: SelectConfig, place: Workplace, stream: Callable[..., Any] = stream_statistics) -> Selection:
+    """Chooses entries as the configuration says, scoring on a random sample of the training examples.
+
+    Args:
+        stream: where the rule's statistics come from, as for `finepoint.select`.
+    """
     rule = rule_named(config.rule)
     batches: list[dict[str, Any]] = []
     if rule.needs_data:
         if not place.rows:
             raise FinepointError(f"rule {rule.name!r} scores by gradients and needs examples; give --data FILE.jsonl")
-        rows = scoring_rows(place.rows, config.scoring_examples, config.seed)
-        batches = [place.collator(rows[at : at + config.batch_size]) for at in range(0, len(rows), config.batch_size)]
+        batches = _batches(config, place, scoring_rows(place.rows, config.scoring_examples, config.seed))
     return select(
         place.model,
         batches,
@@ -202,6 +218,7 @@ def select_for(config: SelectConfig, place: Workplace) -> Selection:
         scoring_memory=config.scoring_memory,
         threshold=config.threshold,
         rule_options=config.rule_options,
+        stream=stream,
     )
 
 
@@ -217,9 +234,11 @@ def scoring_rows(rows: Sequence[Row], amount: float, seed: int) -> list[Row]:
 
 
 def learning_rate(config: TrainConfig) -> float:
-    """The learning rate, by default that of the kind of rule: entries chosen by gradient need smaller steps."""
+    """The learning rate, by default the baseline's or that of the kind of rule: gradient rules need smaller steps."""
     if config.lr is not None:
         return config.lr
+    if config.baseline:
+        return baseline_named(config.baseline).lr
     return 3e-4 if rule_named(config.rule).needs_data else 1e-2
 
 
@@ -227,6 +246,26 @@ def versions() -> dict[str, str]:
     """What a result was made with."""
     packages = ("torch", "transformers", "accelerate", "safetensors", "numpy")
     return {"finepoint": finepoint.__version__} | {package: version(package) for package in packages}
+
+
+def _method(
+    config: TrainConfig, place: Workplace, head: list[str], resumed: Path | None
+) -> tuple[Method, dict[str, Any]]:
+    """The tuner the configuration asks for, and what is known of the selection (of a baseline nothing)."""
+    if config.baseline is None:
+        indices, statistics = _indices(config, place, resumed)
+        indices = dict(indices) | {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
+        return Method(SparseTuner(place.model, indices)), statistics
+    baseline = baseline_named(config.baseline)
+    rows = _rows(config, place, config.fisher_data, "Fisher example")
+    fisher = _batches(config, place, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
+    setting = Setting(place.model, head, options_of(baseline, config.baseline_options), config.targets, config.seed,
+                      learning_rate(config), config.weight_decay, fisher, config.scoring_memory)  # fmt: skip
+    return baseline.make(setting), {}
+
+
+def _batches(config: SelectConfig, place: Workplace, rows: list[Row]) -> list[dict[str, Any]]:
+    return [place.collator(rows[at : at + config.batch_size]) for at in range(0, len(rows), config.batch_size)]
 
 
 def _indices(
@@ -253,7 +292,7 @@ def _run_trainer(
     if checkpoint and (done := int(checkpoint.rpartition("-")[2])) >= arguments.max_steps:
         raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
     trainer = SparseTrainer(
-        run.tuner,
+        run.method,
         packer,
         args=arguments,
         train_dataset=rows,
@@ -264,8 +303,9 @@ def _run_trainer(
     if not checkpoint:
         (folder / LOG).unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of an earlier run: --resume must not find them
+    best = folder / BEST if config.keep == "best" else None
     with progress("training", arguments.max_steps) as advance:
-        watch = Watch(trainer, folder / LOG, advance)
+        watch = Watch(trainer, folder / LOG, advance, best, config.patience)
         trainer.add_callback(watch)
         try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
@@ -275,16 +315,25 @@ def _run_trainer(
                 run.save()
                 saved = f"; the adapter of step {trainer.state.global_step} is in {folder}"
             raise FinepointError(f"{error}{saved}; try a smaller --lr than {learning_rate(config)}") from error
+        if validation and trainer.state.global_step not in dict(validation_losses(trainer.state)):
+            trainer.evaluate()
+    if best:
+        trainer.restore_(best)
+        best.unlink()
     place.model.eval()
     logged = [record["loss"] for record in watch.records if "loss" in record]
-    validated = [record["eval_loss"] for record in watch.records if "eval_loss" in record]
+    losses = validation_losses(trainer.state)
+    best_step, lowest = min(losses, key=lambda found: found[1], default=(None, None))
     return {
         "steps": output.global_step,
         "first_loss": float(logged[0]) if logged else None,
         "loss": output.training_loss,
         "last_loss": float(logged[-1]) if logged else None,
-        "validation_loss": validated[-1] if validated else None,
+        "validation_loss": lowest if best else losses[-1][1] if losses else None,
+        "best_step": best_step,
+        "stopped_early": output.global_step < trainer.args.max_steps,
         "train_seconds": round(output.metrics["train_runtime"], 2),
+        "step_seconds": round(trainer.tokens.seconds / watch.steps, 4),
         **trainer.tokens.rates(),
     }
 
@@ -310,7 +359,7 @@ def packer_for(place: Workplace) -> Packer:
 
 
 def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArguments:
-    steps = config.steps or _steps(config, examples)
+    steps = steps_of(config, examples)
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
@@ -345,28 +394,56 @@ def _check(config: TrainConfig) -> None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
     for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),
                                ("accumulation", config.accumulation, 1), ("eval_every", config.eval_every, 1),
-                               ("save_every", config.save_every, 1)):  # fmt: skip
+                               ("save_every", config.save_every, 1), ("patience", config.patience, 1)):  # fmt: skip
         if value is not None and value < least:
             raise FinepointError(f"{name} is {value}; give at least {least}")
     if not 0 <= config.warmup <= 1:
         raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
     if learning_rate(config) <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
-    if config.eval_every and config.validation is None:
-        raise FinepointError("eval_every is given without examples; give --validation FILE.jsonl")
+    needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
+    for name, given in needing:
+        if given and config.validation is None:
+            raise FinepointError(f"{name} is given without examples; give --validation FILE.jsonl")
+    if config.baseline:
+        _check_baseline(config)
+    elif config.baseline_options:
+        raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
+    if (config.baseline == "ewc") != (config.fisher_data is not None):
+        raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
+                             "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
 
 
-def _steps(config: TrainConfig, examples: int) -> int:
+def _check_baseline(config: TrainConfig) -> None:
+    """Refuses unknown baselines and options, and settings that only choosing entries has."""
+    baseline = baseline_named(config.baseline or "")
+    options_of(baseline, config.baseline_options)
+    defaults = TrainConfig(model=config.model, output=config.output)
+    unused = ["density", "count", "indices", "exclude", "rule", "rule_options"]
+    if baseline.name not in ("lora", "dora"):
+        unused.append("targets")
+    for name in unused:
+        if getattr(config, name) != getattr(defaults, name):
+            raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "
+                                 f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
+
+
+def steps_of(config: TrainConfig, examples: int) -> int:
+    """How many optimizer steps a run over so many examples takes."""
+    if config.steps:
+        return config.steps
     batches = -(-examples // config.batch_size)
     return max(1, round(config.epochs * -(-batches // config.accumulation)))
 
 
-def _validation(config: TrainConfig, place: Workplace) -> list[Row] | None:
-    if config.validation is None:
+def _rows(
+    config: TrainConfig, place: Workplace, file: str | None, what: str, most: int | None = None
+) -> list[Row] | None:
+    """The examples of a further file, as the model takes them."""
+    if file is None:
         return None
-    examples = read_examples(config.validation)
     limit = context_length(place.model, config.max_length)
-    return encode_all(place.tokenizer, examples, limit, place.labels, "validation example")
+    return encode_all(place.tokenizer, some(read_examples(file), most), limit, place.labels, what)
 
 
 def _checkpoint(folder: Path) -> str:
@@ -382,9 +459,12 @@ def _description(config: SelectConfig, place: Workplace, statistics: Mapping[str
         "base_model": config.model,
         "task": "classification" if place.labels else "causal",
         "labels": place.labels,
-        "rule": rule_named(config.rule).name,
-        "density": statistics.get("density"),
-        "scope": config.scope,
+    }
+    if isinstance(config, TrainConfig) and config.baseline:
+        facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options}
+    else:
+        facts |= {"rule": rule_named(config.rule).name, "density": statistics.get("density"), "scope": config.scope}
+    facts |= {
         "targets": config.targets,
         "seed": config.seed,
         "data": config.data,

@@ -1,4 +1,4 @@
-"""transformers.Trainer for a SparseTuner: refuses steps that are not finite, logs as JSON Lines, sparse checkpoints."""
+"""transformers.Trainer for any tuner: refuses steps that are not finite, logs as JSON Lines, keeps what is trained."""
 
 import json
 import logging
@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finepoint.batches import Packer, real_tokens
 from finepoint.errors import FinepointError
 from finepoint.files import write_atomic
+from finepoint.training.interface import Method
 from finepoint.training.loss import completion_loss
-from finepoint.training.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
 DELTAS = "deltas.safetensors"
@@ -50,7 +51,7 @@ class Tokens:
 
 
 class NotFiniteError(FinepointError):
-    """The loss or a gradient became NaN or infinite; the deltas are those of the last good step."""
+    """The loss or a gradient became NaN or infinite; what is trained is as the last good step left it."""
 
 
 class LengthBuckets(Sampler[int]):
@@ -88,18 +89,20 @@ class LengthBuckets(Sampler[int]):
 
 
 class SparseTrainer(Trainer):
-    """A stock Trainer but for its loss, which costs less memory, and its checkpoints, which hold the deltas alone.
+    """A stock Trainer but for its loss, which costs less memory, and its checkpoints, which hold what is trained.
 
     Args:
+        method: what to train, with its penalty and its optimizer, if it has any.
         packer: makes the training batches, of several examples in a row; validation batches are never packed, so that
             their loss can be compared.
     """
 
-    def __init__(self, tuner: SparseTuner, packer: Packer | None = None, **kwargs: Any) -> None:
-        self.tuner = tuner
+    def __init__(self, method: Method, packer: Packer | None = None, **kwargs: Any) -> None:
+        self.tuner = method.tuner
+        self.penalty = method.penalty
         self.packer = packer
         self.tokens = Tokens()
-        super().__init__(model=tuner.model, **kwargs)
+        super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         collator: Any = self.data_collator
@@ -123,30 +126,54 @@ class SparseTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+        if self.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
+            self.penalty()
         return loss
 
+    def keep(self, file: Path) -> None:
+        """Writes what is trained, as it stands."""
+        trained = {name: parameter.detach().cpu() for name, parameter in self.tuner.trained().items()}
+        write_atomic(file, lambda path: save_file(trained, path))
+
+    def restore_(self, file: Path) -> None:
+        """Puts back what `keep` wrote; one tensor at a time is in memory twice.
+
+        Raises:
+            FinepointError: the file is of other parameters.
+        """
+        with torch.no_grad(), safe_open(file, framework="pt") as kept:
+            names = set(kept.keys())
+            for name, parameter in self.tuner.trained().items():
+                if name not in names or kept.get_slice(name).get_shape() != list(parameter.shape):
+                    raise FinepointError(f"{file.parent} was trained on other entries; start afresh")
+                parameter.copy_(kept.get_tensor(name))
+        self.tuner.follow_()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        deltas = {name: entries.delta.detach().cpu() for name, entries in self.tuner.entries.items()}
-        write_atomic(folder / DELTAS, lambda path: save_file(deltas, path))
+        self.keep(Path(output_dir or self.args.output_dir) / DELTAS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        deltas = load_file(Path(resume_from_checkpoint) / DELTAS)
-        with torch.no_grad():
-            for name, entries in self.tuner.entries.items():
-                if name not in deltas or deltas[name].shape != entries.delta.shape:
-                    raise FinepointError(f"{resume_from_checkpoint} was trained on other entries; start afresh")
-                entries.delta.copy_(deltas[name])
-        self.tuner.follow_()
+        self.restore_(Path(resume_from_checkpoint) / DELTAS)
 
 
 class Watch(TrainerCallback):
-    """Stops before a gradient that is not finite reaches the weights; writes the log; moves the progress bar."""
+    """Stops before a gradient that is not finite reaches the weights; writes the log; moves the progress bar; keeps
+    the parameters of the best evaluation and stops when patience is out.
 
-    def __init__(self, trainer: SparseTrainer, log: Path, advance: Any) -> None:
+    Args:
+        best: file for the parameters with the lowest validation loss so far; none are kept where None.
+        patience: evaluations without a lower validation loss after which training stops.
+    """
+
+    def __init__(
+        self, trainer: SparseTrainer, log: Path, advance: Any, best: Path | None = None, patience: int | None = None
+    ) -> None:
         self.trainer = trainer
         self.log = log
         self.advance = advance
+        self.best = best
+        self.patience = patience
+        self.steps = 0
         self.logged = Tokens()
         self.records: list[dict[str, Any]] = []
 
@@ -157,11 +184,11 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        for name, entries in self.trainer.tuner.entries.items():
-            gradient = entries.delta.grad
-            if gradient is not None and not torch.isfinite(gradient).all():
+        trained = self.trainer.tuner.trained()
+        for name, parameter in trained.items():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 raise NotFiniteError(f"the gradient of {name} is not finite at step {state.global_step + 1}")
-        if all(entries.delta.grad is None for entries in self.trainer.tuner.entries.values()):
+        if all(parameter.grad is None for parameter in trained.values()):
             raise FinepointError("no chosen entry received a gradient: the loss does not depend on the target weights")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -169,7 +196,17 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.tokens += Tokens(seconds=time.perf_counter() - self.step_started)
+        self.steps += 1
         self.advance(1)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # From the history, which a checkpoint brings along, so that a resumed run judges as if it had never stopped.
+        losses = [loss for _, loss in validation_losses(state)]
+        first_best = losses.index(min(losses))
+        if self.best and first_best == len(losses) - 1:
+            self.trainer.keep(self.best)
+        if self.patience and len(losses) - 1 - first_best >= self.patience:
+            control.should_training_stop = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -185,3 +222,8 @@ class Watch(TrainerCallback):
             logger.info("step %d: validation loss %.4f", state.global_step, record["eval_loss"])
         elif "loss" in record and (state.global_step % 10 == 0 or state.global_step == state.max_steps):
             logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, float(record["loss"]))
+
+
+def validation_losses(state: TrainerState) -> list[tuple[int, float]]:
+    """The step and the loss of every evaluation so far."""
+    return [(record["step"], record["eval_loss"]) for record in state.log_history if "eval_loss" in record]

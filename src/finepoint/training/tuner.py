@@ -12,21 +12,21 @@ is frozen, keeps its layers and their forward, and always holds base + delta. Tw
   once more.
 """
 
-import weakref
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.entries import checksum, gather
+from finepoint.adapters.format import TENSORS
 from finepoint.errors import FinepointError
+from finepoint.training.following import follow_after_steps, stop_following
 from finepoint.training.kernels import follow_, sampled_embedding_gradient, sampled_gradient
 
 CONTAINER = "finepoint"  # the name under which the deltas hang on the model
@@ -66,8 +66,7 @@ class SparseTuner:
         model.requires_grad_(False)
         container = nn.ModuleDict({name.replace(".", "/"): entries for name, entries in self.entries.items()})
         setattr(model, CONTAINER, container)
-        _LIVE.add(container)
-        _follow_after_steps()
+        follow_after_steps(container)
         self._handles: list[RemovableHandle] = []
         for entries in self.entries.values():
             self._handles += _attach(model, entries)
@@ -87,6 +86,10 @@ class SparseTuner:
         """The deltas, one (k,) parameter for each weight: what an optimizer needs."""
         return [entries.delta for entries in self.entries.values()]
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The deltas by weight name."""
+        return {name: entries.delta for name, entries in self.entries.items()}
+
     def follow_(self) -> None:
         """Writes base + delta into the weights now. Only needed after changing deltas by hand."""
         for entries in self.entries.values():
@@ -96,6 +99,13 @@ class SparseTuner:
         """How many chosen entries hold another stored value than the base's (bits; the effective count)."""
         self.follow_()
         return sum(entries.changed() for entries in self.entries.values())
+
+    def norm(self, exclude: Iterable[str] = ()) -> float:
+        """The Euclidean norm of all deltas but those of the excluded weights (a new head has no base to compare)."""
+        left_out = set(exclude)
+        norms = [entries.delta.detach().double().norm() for name, entries in self.entries.items()
+                 if name not in left_out]  # fmt: skip
+        return torch.stack(norms).norm().item() if norms else 0.0
 
     def adapter(
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
@@ -117,6 +127,10 @@ class SparseTuner:
         }
         return SparseAdapter(changes, dict(info or {}))
 
+    def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> Path:
+        """Writes an adapter of this tuner over whatever is in the folder; returns the file with the tensors."""
+        return adapter.save(folder, overwrite=True, compact=compact) / TENSORS
+
     def close(self) -> None:
         """Gives back the plain model with the trained values in its weights; closing twice is harmless.
 
@@ -128,7 +142,7 @@ class SparseTuner:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _LIVE.discard(getattr(self.model, CONTAINER))
+        stop_following(getattr(self.model, CONTAINER))
         delattr(self.model, CONTAINER)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags[name])
@@ -312,24 +326,6 @@ def _attach(model: nn.Module, entries: TrainedEntries) -> list[RemovableHandle]:
 
 def _is_plain(embedding: nn.Module) -> bool:
     return embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
-
-
-_LIVE: "weakref.WeakSet[nn.ModuleDict]" = weakref.WeakSet()
-
-
-@lru_cache(maxsize=1)
-def _follow_after_steps() -> None:
-    """Has the weights of all live tuners follow after every optimizer step: one hook, registered once.
-
-    It is never taken away again: a hook that goes while torch walks through them would break the walk.
-    """
-
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for container in list(_LIVE):
-            for entries in container.values():
-                entries.follow_()  # type: ignore[operator]
-
-    register_optimizer_step_post_hook(after_step)
 
 
 def _check(name: str, weight: Tensor, indices: Tensor) -> None:

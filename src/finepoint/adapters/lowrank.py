@@ -1,0 +1,116 @@
+"""LoRA and DoRA as PEFT writes them, merged into whole weights, so that all methods are applied and measured alike."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.format import CONFIG
+from finepoint.errors import FinepointError
+
+PEFT_TENSORS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."  # of every name in PEFT's file
+# What PEFT can do beyond LoRA and DoRA, with the values that mean that it does not.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none", None), "use_rslora": (False, None), "use_qalora": (False, None),
+    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "target_parameters": ([], None),
+}  # fmt: skip
+
+
+def is_peft(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's form."""
+    return (Path(folder) / PEFT_TENSORS).is_file()
+
+
+def info_of(folder: str | Path) -> dict[str, Any]:
+    """What finepoint wrote of a PEFT adapter's origin: base model, task, labels, ..; empty where it wrote nothing."""
+    return _read_json(Path(folder) / CONFIG).get("info", {}) if (Path(folder) / CONFIG).is_file() else {}
+
+
+def load_merged(folder: str | Path, model: nn.Module) -> SparseAdapter:
+    """A PEFT folder's LoRA or DoRA adapter as whole weights of `model`, which stays as it is.
+
+    Raises:
+        FinepointError: a damaged file, a kind of adapter other than plain LoRA and DoRA, a model it does not fit.
+    """
+    path = Path(folder) / PEFT_TENSORS
+    config = _read_json(Path(folder) / PEFT_CONFIG)
+    for option, plain in PLAIN.items():
+        if config.get(option) not in plain:
+            raise FinepointError(f"{folder}: {option} is {config.get(option)!r}; only plain LoRA and DoRA are read")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FinepointError(f"cannot read {path}: {error}") from error
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    scaling = config["lora_alpha"] / config["r"]
+    changes = {
+        name: whole(new)
+        for name, _, new in merged(tensors, scaling, weights, bool(config.get("fan_in_fan_out")), str(folder))
+    }
+    return SparseAdapter(changes, info_of(folder))
+
+
+def merged(
+    tensors: Mapping[str, Tensor], scaling: float, weights: Mapping[str, Tensor], transposed: bool = False,
+    source: str = "the adapter",
+) -> Iterator[tuple[str, Tensor, Tensor]]:  # fmt: skip
+    """Yields the name, the wide new value and the stored new value of each weight, one at a time.
+
+    LoRA, arXiv:2106.09685: W + scaling BA. DoRA, arXiv:2402.09353: its rows scaled to the trained magnitudes.
+
+    Args:
+        tensors: by PEFT's names; what is no factor replaces a whole weight (a new classification head).
+        weights: the base's, by name.
+        transposed: the base keeps (in, out) matrices, as GPT-2's Conv1D does.
+    """
+    keys: dict[str, str] = {}
+    for key in tensors:
+        path, _, kind = key.removeprefix(PREFIX).partition(".lora_")
+        if not kind or kind.startswith("A"):
+            keys[f"{path}.weight" if kind else path] = key
+    if strange := set(keys) - set(weights):
+        raise FinepointError(f"{source} does not fit this model, which has no weight {min(strange)!r}")
+    for name in (name for name in weights if name in keys):
+        base = weights[name].detach()
+        new = tensors[keys[name]].detach().to(base.device)
+        stem, _, kind = keys[name].partition(".lora_")
+        if kind:
+            b = tensors[f"{stem}.lora_B.weight"].to(base.device)
+            new = _sum(base.T if transposed else base, new, b, scaling, name)
+            if (magnitude := tensors.get(f"{stem}.lora_magnitude_vector")) is not None:
+                new = new * (magnitude.detach().to(new) / new.norm(dim=1))[:, None]
+            new = new.T if transposed else new
+        if new.shape != base.shape:
+            raise FinepointError(f"{source} does not fit this model: {name} is {tuple(base.shape)} there")
+        yield name, new, torch.where(new == base, base, new.to(base.dtype)).contiguous()
+
+
+def whole(weight: Tensor) -> Change:
+    """A weight's new value as a change, on the CPU."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return Change(tuple(weight.shape), dtype, "full", torch.empty(0, dtype=torch.long), weight.detach().cpu())
+
+
+def _sum(base: Tensor, a: Tensor, b: Tensor, scaling: float, name: str) -> Tensor:
+    if (b.shape[0], a.shape[1]) != tuple(base.shape):
+        raise FinepointError(f"{name} is {tuple(base.shape)} in the model, {b.shape[0]} x {a.shape[1]} in the adapter")
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return base.to(wide) + scaling * (b.detach().to(wide) @ a.to(wide))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FinepointError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise FinepointError(f"{path} holds no JSON object")
+    return found

@@ -1,0 +1,236 @@
+"""One cell of a study: train as its arm says, then measure; and the measurement of the base."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.format import TENSORS
+from finepoint.batches import context_length
+from finepoint.config import CompareConfig, TrainConfig
+from finepoint.data import Choices, Example, Labelled, Text, read_examples, some
+from finepoint.errors import FinepointError
+from finepoint.measuring.divergence import mean_kl
+from finepoint.measuring.evaluation import Evaluation
+from finepoint.measuring.generation import frequent_answers, generated
+from finepoint.measuring.metrics import changes, collapse
+from finepoint.measuring.scoring import accuracy
+from finepoint.measuring.sharing import shared_selection
+from finepoint.measuring.study import Arm, Cell, Study, train_config
+from finepoint.models import load_model, load_tokenizer
+from finepoint.training.run import LOG, Workplace, fit, versions, workplace
+
+COST = ("trained", "changed", "adapter_bytes", "step_seconds", "train_seconds", "peak_bytes", "tokens_per_second")
+
+
+@dataclass
+class Desk:
+    """What a process keeps from cell to cell: the model, at the base between them, and the examples."""
+
+    study: Study
+    folder: Path
+    base: Mapping[str, Any] | None = None
+    """what `measure_base` found"""
+    model: Any = None
+    tokenizer: Any = None
+    places: dict[tuple[str, int | None], Workplace] = field(default_factory=dict)
+    sets: dict[str, list[Example]] = field(default_factory=dict)
+
+    @staticmethod
+    def at(study: Study, base: Mapping[str, Any] | None = None) -> "Desk":
+        """A desk with the study's model on it.
+
+        Raises:
+            FinepointError: the model cannot be loaded.
+        """
+        config = study.config
+        model = load_model(config.model, config.dtype)
+        return Desk(study, Path(config.output), base, model, load_tokenizer(config.model))
+
+    def place(self, config: TrainConfig, task: str) -> Workplace:
+        known = (task, config.max_length)
+        if known not in self.places:
+            self.places[known] = workplace(config, self.model, self.tokenizer, read_examples(str(config.data)))
+        return self.places[known]
+
+    def examples(self, path: str, limit: int | None) -> list[Example]:
+        if path not in self.sets:
+            self.sets[path] = some(read_examples(path), limit)
+        return self.sets[path]
+
+    def evaluation(self, task: str | None) -> Evaluation:
+        """The test sets: that of `task` is in distribution, all others are out of it."""
+        config = self.study.config
+        tests = {name: self.examples(files["test"], config.test_limit) for name, files in config.tasks.items()}
+        return Evaluation(
+            id={name: examples for name, examples in tests.items() if name == task},
+            ood={name: examples for name, examples in tests.items() if name != task},
+            probe={name: self.examples(path, config.probe_limit) for name, path in config.probes.items()},
+            max_length=config.train.get("max_length"),
+            new_tokens=config.new_tokens,
+        )
+
+    def trained_answers(self, task: str) -> list[str]:
+        return frequent_answers(read_examples(self.study.config.tasks[task]["train"]))
+
+
+def check_sets(config: CompareConfig) -> None:
+    """Reads every file of a study once, so that a bad one is found before hours of work.
+
+    Raises:
+        FinepointError: a bad file, a form that cannot be used where it stands.
+    """
+    for name, files in config.tasks.items():
+        for part, path in files.items():
+            first = read_examples(path)[0]
+            if isinstance(first, Text):
+                raise FinepointError(
+                    f"{part} of task {name!r} is plain text, which has no accuracy; give it as a probe"
+                )
+            if isinstance(first, Labelled):
+                raise FinepointError(f"{part} of task {name!r} has class labels, and tasks of a study share one model "
+                                     'without heads; give the labels as "choices"')  # fmt: skip
+    for path in config.probes.values():
+        read_examples(path)
+
+
+def measure_base(desk: Desk) -> dict[str, Any]:
+    """{"tests": {task: scores}, "probes": {name: nll}, "validation": {task: scores}} of the model before training."""
+    config = desk.study.config
+    evaluation = desk.evaluation(None)
+    found = evaluation.scores(desk.model, desk.tokenizer, "base")
+    for name, scores in found["ood"].items():
+        examples = evaluation.ood[name]
+        scores |= guesses(examples)
+        if config.generate:
+            scores["generated"] = answers(desk, examples, [])
+    return {
+        "tests": found["ood"],
+        "probes": found["probe"],
+        "validation": {task: validated(desk, task) for task in desk.study.tasks},
+    }
+
+
+def run_cell(desk: Desk, cell: Cell) -> dict[str, Any]:
+    """Trains one arm at one rate and seed, measures it, and leaves the model at the base.
+
+    Raises:
+        FinepointError: whatever `finepoint train` refuses.
+    """
+    started = datetime.now(UTC)
+    output = desk.folder / "adapters" / cell.id
+    config = train_config(desk.study, cell, str(output))
+    place = desk.place(config, cell.task)
+    selection: dict[str, Any] = {}
+    chosen_in = None
+    if config.baseline is None:
+        chosen_in, selection = shared_selection(config, place, desk.folder)
+        config = replace(config, indices=str(chosen_in))
+    record, adapter = fit(config, place)
+    found = measured(desk, cell.task, adapter)
+    arm = desk.study.arm(cell.arm)
+    log = [json.loads(line) for line in (output / LOG).read_text(encoding="utf-8").splitlines()]
+    result = {
+        **asdict(cell),
+        "id": cell.id,
+        **found,
+        "validation": found["validation"] | {"loss": record["validation_loss"]},
+        "antidotes": [measured_antidote(desk, cell.task, adapter, *antidote) for antidote in antidotes(arm)],
+        "curve": [point for point in log if {"loss", "eval_loss"} & set(point)],
+        "cost": {name: record[name] for name in COST} | {"selection_seconds": selection.get("seconds", 0.0)},
+        "update_norm": record["update_norm"],
+        "best_step": record["best_step"],
+        "selection": summary(selection["statistics"]) if selection else None,
+        "indices": str((chosen_in / TENSORS).relative_to(desk.folder)) if chosen_in else None,
+        "settings": asdict(config) | {"output": None, "steps": record["steps"]},
+        "versions": versions(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    result["cost"]["seconds"] = round((datetime.now(UTC) - started).total_seconds(), 1)
+    if not desk.study.config.keep_adapters:
+        shutil.rmtree(output)
+    return result
+
+
+def measured(desk: Desk, task: str, adapter: SparseAdapter) -> dict[str, Any]:
+    """`validation`, `scores` and `changes` of the model with an adapter on."""
+    config, evaluation = desk.study.config, desk.evaluation(task)
+    with adapter.applied(desk.model):
+        validation = validated(desk, task)
+        scores = evaluation.scores(desk.model, desk.tokenizer, task)
+        if config.generate:
+            trained = desk.trained_answers(task)
+            for kind in ("id", "ood"):
+                for name, examples in getattr(evaluation, kind).items():
+                    scores[kind][name]["generated"] = answers(desk, examples, trained)
+    for name, texts in evaluation.probe.items():
+        scores["probe"][name]["kl"] = mean_kl(desk.model, desk.tokenizer, texts, adapter)["kl"]
+    return {"validation": validation, "scores": scores, "changes": changed(desk, task, scores)}
+
+
+def changed(desk: Desk, task: str, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes against the base, and which sets collapsed."""
+    assert desk.base is not None
+    tests = desk.base["tests"]
+    before = {
+        "id": {task: tests[task]},
+        "ood": {name: tests[name] for name in tests if name != task},
+        "probe": desk.base["probes"],
+    }
+    accuracies = {name: found["accuracy"] for name, found in scores["ood"].items()}
+    chances = {name: tests[name]["chance"] for name in accuracies}
+    return changes(before, scores) | {"collapse": collapse(accuracies, chances)}
+
+
+def antidotes(arm: Arm) -> list[tuple[str, float]]:
+    return [("wise-ft", alpha) for alpha in arm.wise_ft] + [("lines", alpha) for alpha in arm.lines]
+
+
+def measured_antidote(desk: Desk, task: str, adapter: SparseAdapter, how: str, alpha: float) -> dict[str, Any]:
+    """A run measured again with its change weakened after training."""
+    from finepoint.adapters.interpolation import lines, wise_ft
+
+    weakened = {"wise-ft": wise_ft, "lines": lines}[how](adapter, desk.model, alpha)
+    return {"how": how, "alpha": alpha} | measured(desk, task, weakened)
+
+
+def validated(desk: Desk, task: str) -> dict[str, Any]:
+    """Accuracy on the validation examples of a task, of the model as it is."""
+    config = desk.study.config
+    examples = desk.examples(config.tasks[task]["validation"], config.validation_limit)
+    return accuracy(desk.model, desk.tokenizer, examples, max_length=config.train.get("max_length"),
+                    new_tokens=config.new_tokens)  # fmt: skip
+
+
+def answers(desk: Desk, examples: Sequence[Example], trained: Sequence[str]) -> dict[str, Any]:
+    """How the model answers the first of the examples by itself."""
+    config = desk.study.config
+    limit = context_length(desk.model, config.train.get("max_length"))
+    return generated(
+        desk.model, desk.tokenizer, some(list(examples), config.generate), trained, limit, config.new_tokens
+    )
+
+
+def guesses(examples: Sequence[Example]) -> dict[str, float | None]:
+    """What a guess among the choices gets right, and what always giving the most frequent right position does."""
+    choices = [example for example in examples if isinstance(example, Choices)]
+    if not choices:
+        return {"chance": None, "majority": None}
+    positions = Counter(example.answer for example in choices)
+    return {
+        "chance": sum(1 / len(example.choices) for example in choices) / len(choices),
+        "majority": max(positions.values()) / len(choices),
+    }
+
+
+def summary(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a selection's statistics a report needs."""
+    weights = {name: {"chosen": found["chosen"], "size": prod(found["shape"])}
+               for name, found in statistics["weights"].items()}  # fmt: skip
+    return {"density": statistics["density"], "near_zero": statistics["near_zero_share"], "weights": weights}

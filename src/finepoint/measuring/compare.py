@@ -1,0 +1,282 @@
+"""`finepoint compare`: runs the cells of a study that are still to be run, and keeps every result as it comes."""
+
+import fcntl
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from finepoint.config import CompareConfig
+from finepoint.errors import FinepointError
+from finepoint.files import write_json
+from finepoint.measuring.cells import check_sets
+from finepoint.measuring.crews import LOST, Crew, Failure, Here, Outcome, Processes, Ray
+from finepoint.measuring.estimate import estimate
+from finepoint.measuring.study import Cell, Study, described, make_study, planned
+from finepoint.packages import digest
+from finepoint.training.run import versions
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+# What may be added to a study that has begun; everything else would change what its cells mean.
+GROWS = ("arms", "seeds", "train_on", "keep_adapters")
+
+
+@dataclass
+class Ledger:
+    """The folder of a study, and what is known of its cells."""
+
+    folder: Path
+    base: dict[str, Any] | None = None
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """of this run of the command; those of earlier ones are tried again"""
+
+    @staticmethod
+    def of(folder: Path) -> "Ledger":
+        base = folder / "base.json"
+        found = Ledger(folder, json.loads(base.read_text(encoding="utf-8")) if base.is_file() else None)
+        for path in sorted((folder / "cells").glob("*.json")):
+            if not path.name.endswith(".error.json"):
+                cell = json.loads(path.read_text(encoding="utf-8"))
+                found.cells[cell["id"]] = cell
+        return found
+
+    def keep(self, cell: Cell | None, outcome: Outcome) -> None:
+        """Writes the outcome of a cell (None: of the base).
+
+        Raises:
+            FinepointError: the base could not be measured: without it there is nothing to compare with.
+        """
+        if isinstance(outcome, str):
+            outcome = Failure("its process was killed, twice; is there enough memory?", "")
+        if cell is None:
+            if isinstance(outcome, Failure):
+                raise FinepointError(f"the base model cannot be measured: {outcome.error}")
+            self.base = outcome
+            write_json(self.folder / "base.json", outcome)
+            return
+        path, mishap = (self.folder / "cells" / f"{cell.id}{end}.json" for end in ("", ".error"))
+        if isinstance(outcome, Failure):
+            self.failures[cell.id] = {"id": cell.id, **vars(cell), **vars(outcome)}
+            write_json(mishap, self.failures[cell.id])
+        else:
+            self.cells[cell.id] = outcome
+            write_json(path, outcome)
+            mishap.unlink(missing_ok=True)
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Runs what is left of a study.
+
+    Returns:
+        `cells` (in all), `done`, `failed` (errors by cell), `seconds`; with `dry_run`, `todo` and `estimated_seconds`.
+
+    Raises:
+        FinepointError: whatever the user can mend, before any cell is run.
+    """
+    study = make_study(config)
+    check_sets(config)
+    folder = Path(config.output)
+    manifest = manifest_of(study)
+    manifest["arms"] += _arms_before(folder, manifest)
+    if config.dry_run:
+        return _outlook(study, Ledger.of(folder))
+    with _alone(folder):
+        write_json(
+            folder / "study.json", manifest | {"versions": versions(), "machine": machine(), "date": str(date.today())}
+        )
+        ledger = Ledger.of(folder)
+        logger.info("%d of %d cells are done; results go to %s", len(_done(study, ledger)), study.size, folder)
+        started = time.perf_counter()
+        # What a single run says of itself would bury what is said of the study.
+        logging.getLogger("finepoint.training").setLevel(logging.WARNING)
+        crew = _crew(study)
+        try:
+            _run(study, ledger, crew)
+        except KeyboardInterrupt:
+            done = len(_done(study, ledger))
+            logger.warning("interrupted: %d of %d cells are done; the same command goes on", done, study.size)
+            raise
+        finally:
+            crew.close()
+    return {
+        "output": str(folder),
+        "cells": study.size,
+        "done": len(_done(study, ledger)),
+        "failed": {name: failure["error"] for name, failure in ledger.failures.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _run(study: Study, ledger: Ledger, crew: Crew) -> None:
+    """Gives out cells until none is left. A cell whose process was lost is given out once more."""
+    running: set[Cell | None] = set()
+    lost: set[Cell | None] = set()
+    clock = Clock(crew.size)
+    while True:
+        todo: list[Cell | None] = [None] if ledger.base is None else list(_todo(study, ledger))
+        todo = [cell for cell in todo if cell not in running]
+        for cell in todo[: crew.size - len(running)]:
+            running.add(cell)
+            crew.start((cell, ledger.base))
+        if not running:
+            return
+        (cell, _), outcome = crew.wait()
+        running.discard(cell)
+        if outcome == LOST and cell not in lost:
+            lost.add(cell)
+            logger.warning("the process that ran %s was killed; it is run once more", cell.id if cell else "the base")
+            continue
+        ledger.keep(cell, outcome)
+        if cell is not None:
+            logger.info("%s", _line(study, ledger, cell, clock))
+
+
+def _todo(study: Study, ledger: Ledger) -> list[Cell]:
+    cells = planned(study, list(ledger.cells.values()), list(ledger.failures.values()))
+    return [cell for cell in cells if cell.id not in ledger.cells and cell.id not in ledger.failures]
+
+
+def _done(study: Study, ledger: Ledger) -> list[str]:
+    """The finished cells that belong to the study as it is configured now."""
+    cells = planned(study, list(ledger.cells.values()), list(ledger.failures.values()))
+    return [cell.id for cell in cells if cell.id in ledger.cells]
+
+
+@dataclass
+class Clock:
+    """When the rest will be done, judging by the cells of this run."""
+
+    size: int
+    started: float = field(default_factory=time.perf_counter)
+    finished: int = 0
+
+    def left(self, cells: int) -> str:
+        self.finished += 1
+        return duration((time.perf_counter() - self.started) / self.finished * cells)
+
+
+def _line(study: Study, ledger: Ledger, cell: Cell, clock: Clock) -> str:
+    """What is said when a cell is finished: its result and how far the study has come."""
+    over = len(_done(study, ledger)) + len(ledger.failures)
+    left = clock.left(max(0, study.size - over))
+    head = f"[{over}/{study.size}, {left} left] {cell.task} {cell.arm} lr {cell.lr:g} seed {cell.seed}:"
+    if cell.id in ledger.failures:
+        return f"{head} failed: {ledger.failures[cell.id]['error']}"
+    found = ledger.cells[cell.id]
+    ood = found["changes"].get("ood_mean")
+    carried = f", mean OOD {ood['change']:+.3f}" if ood else ""
+    probes = "".join(f", {name} {change:+.3f}" for name, change in found["changes"]["probe_change"].items())
+    learned = found["scores"]["id"][cell.task]["accuracy"]
+    change = found["changes"]["id_change"][cell.task]
+    return (f"{head} validation {found['validation']['accuracy']:.3f}, test {learned:.3f} ({change:+.3f}){carried}"
+            f"{probes}, {found['cost']['seconds']:.0f} s")  # fmt: skip
+
+
+def _outlook(study: Study, ledger: Ledger) -> dict[str, Any]:
+    """What a run would do, and how long it might take: by the cells that are done, or else by arithmetic."""
+    known = [cell.id for cell in _todo(study, ledger)]
+    left = study.size - len(_done(study, ledger))
+    seconds = [cell["cost"]["seconds"] for cell in ledger.cells.values()]
+    each = mean(seconds) if seconds else estimate(study)
+    return {
+        "output": study.config.output,
+        "cells": study.size,
+        "done": study.size - left,
+        "todo": known,
+        "later": left - len(known),
+        "seconds_a_cell": round(each, 1),
+        "estimated_from": "finished cells" if seconds else "arithmetic",
+        "estimated_seconds": round(each * left / max(1, study.config.workers)),
+    }
+
+
+def duration(seconds: float) -> str:
+    """Rounded to what a person would say."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def manifest_of(study: Study) -> dict[str, Any]:
+    """What decides the results of a study: its configuration and the contents of its files."""
+    config = study.config
+    files = [path for task in config.tasks.values() for path in task.values()] + list(config.probes.values())
+    return {"format": FORMAT, **described(study), "data": {path: digest(Path(path)) for path in sorted(set(files))}}
+
+
+def _arms_before(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arms of the study in the folder that it has no longer: their cells are still there.
+
+    Refuses to go on under settings that the finished cells were not made with.
+
+    Raises:
+        FinepointError: naming what differs; or the folder holds something else.
+    """
+    path = folder / "study.json"
+    if not path.is_file():
+        if folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock", "cells"}:
+            raise FinepointError(f"{folder} is not empty and holds no study; choose another --output")
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before.get("format") != FORMAT:
+        raise FinepointError(
+            f"{path} has format {before.get('format')}, this finepoint writes {FORMAT}; choose another --output"
+        )
+    manifest = json.loads(json.dumps(manifest))  # as it would be read: tuples are lists there
+    arms, known = ({arm["name"]: {**arm, "lrs": None} for arm in found["arms"]} for found in (manifest, before))
+    pairs = [(f"arm {name}", known[name], arm) for name, arm in arms.items() if name in known]
+    pairs += [
+        (name, before["config"].get(name), value) for name, value in manifest["config"].items() if name not in GROWS
+    ]
+    pairs += [(name, before["data"][name], value) for name, value in manifest["data"].items() if name in before["data"]]
+    for what, was, now in pairs:
+        if was != now:
+            raise FinepointError(f"the study in {folder} was begun with another {what}: {was} then, {now} now; "
+                                 "choose another --output, or go back to the old setting")  # fmt: skip
+    return [arm for arm in before["arms"] if arm["name"] not in arms]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other `finepoint compare` works on the folder; the lock goes with its process.
+
+    Raises:
+        FinepointError: another one does.
+    """
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FinepointError(f"another finepoint compare is at work in {folder}") from error
+        yield
+
+
+def _crew(study: Study) -> Crew:
+    config = study.config
+    if config.workers < 1:
+        raise FinepointError(f"workers is {config.workers}; give at least 1")
+    if config.executor == "ray":
+        return Ray(study, config.workers, config.address)
+    if config.address:
+        raise FinepointError("address is of a Ray cluster; give --executor ray with it")
+    return Here(study) if config.workers == 1 else Processes(study, config.workers)
+
+
+def machine() -> str:
+    """The processor, in a few words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

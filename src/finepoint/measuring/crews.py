@@ -1,0 +1,231 @@
+"""Who runs the cells of a study: this process, several of this machine, or a Ray cluster.
+
+A crew has `size` places. `start` gives a job to a free place; `wait` hands back a job that is finished, with its
+outcome: a result, a `Failure`, or `LOST` where the process that had it is gone. Each process keeps its model.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from finepoint.errors import FinepointError
+from finepoint.measuring.cells import Desk, measure_base, run_cell
+from finepoint.measuring.study import Cell, Study
+from finepoint.progress import log_to_stderr
+
+Job = tuple[Cell | None, Mapping[str, Any] | None]
+"""A cell (None: the base itself) and what was measured of the base."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell gave no result."""
+
+    error: str
+    traceback: str
+
+
+LOST = "lost"
+Outcome = dict[str, Any] | Failure | str
+
+
+class Crew(Protocol):
+    size: int
+
+    def start(self, job: Job) -> None: ...
+
+    def wait(self) -> tuple[Job, Outcome]: ...
+
+    def close(self) -> None: ...
+
+
+def work(desk: Desk | None, study: Study, job: Job) -> tuple[Desk | None, Outcome]:
+    """Does one job at a desk, which is set up first if there is none yet; errors become a `Failure`."""
+    cell, base = job
+    try:
+        desk = desk or Desk.at(study)
+        desk.base = base
+        return desk, measure_base(desk) if cell is None else run_cell(desk, cell)
+    except Exception as error:
+        # A model that an error may have left in any state is not used again.
+        mistake = isinstance(error, FinepointError)
+        text = " ".join(str(error).split()) if mistake else f"{type(error).__name__}: {error}"
+        return None, Failure(text, traceback.format_exc())
+
+
+class Here:
+    """This process: a job runs while it is waited for."""
+
+    size = 1
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.desk: Desk | None = None
+        self.job: Job | None = None
+
+    def start(self, job: Job) -> None:
+        self.job = job
+
+    def wait(self) -> tuple[Job, Outcome]:
+        assert self.job is not None
+        self.desk, outcome = work(self.desk, self.study, self.job)
+        return self.job, outcome
+
+    def close(self) -> None:
+        self.desk = None
+
+
+class Processes:
+    """Processes of this machine, each with its share of the threads."""
+
+    def __init__(self, study: Study, size: int) -> None:
+        self.study = study
+        self.size = size
+        self.idle: list[tuple[Any, Connection]] = []
+        self.busy: dict[Connection, tuple[Any, Job]] = {}
+
+    def start(self, job: Job) -> None:
+        process, line = self.idle.pop() if self.idle else self._hire()
+        self.busy[line] = process, job
+        line.send(job)
+
+    def wait(self) -> tuple[Job, Outcome]:
+        line = wait(list(self.busy))[0]
+        assert isinstance(line, Connection)
+        process, job = self.busy.pop(line)
+        try:
+            outcome: Outcome = line.recv()
+        except EOFError:  # its end closes with the process
+            return job, LOST
+        self.idle.append((process, line))
+        return job, outcome
+
+    def close(self) -> None:
+        hired = [process for process, _ in self.busy.values()] + [process for process, _ in self.idle]
+        for process in hired:
+            process.terminate()
+        for process in hired:
+            process.join()
+
+    def _hire(self) -> tuple[Any, Connection]:
+        mine, theirs = multiprocessing.Pipe()
+        threads = max(1, (os.cpu_count() or 1) // self.size)
+        process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(theirs, self.study, threads), daemon=True
+        )
+        with _environment(OMP_NUM_THREADS=str(threads)):  # read when the libraries are loaded
+            process.start()
+        theirs.close()  # or its end would outlive the process
+        return process, mine
+
+
+def _serve(line: Connection, study: Study, threads: int) -> None:
+    """The life of a hired process: jobs in, outcomes out, until the line or the parent is gone."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what becomes of an interruption
+    _leave_with_parent()
+    torch.set_num_threads(threads)
+    log_to_stderr(quiet=True)
+    desk: Desk | None = None
+    while True:
+        try:
+            job = line.recv()
+        except EOFError:
+            return
+        desk, outcome = work(desk, study, job)
+        line.send(outcome)
+
+
+def _leave_with_parent() -> None:
+    """Ends this process as soon as its parent has, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Ray:
+    """Actors on a Ray cluster; the folder of the study must be the same for all its machines."""
+
+    def __init__(self, study: Study, size: int, address: str | None) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise FinepointError("--executor ray needs Ray: pip install 'finepoint[ray]'") from error
+        self.ray = ray
+        self.study = study
+        try:
+            ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False,
+                     logging_level=logging.ERROR)  # fmt: skip
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise FinepointError(f"no Ray cluster answers at {address!r}: {error}") from error
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        self.threads = max(1, cores // size) if size > 1 else 1
+        self.size = size if size > 1 else cores
+        self.idle: list[Any] = []
+        self.busy: dict[Any, tuple[Any, Job]] = {}
+
+    def start(self, job: Job) -> None:
+        actor = self.idle.pop() if self.idle else self._hire()
+        self.busy[actor.work.remote(job)] = actor, job
+
+    def wait(self) -> tuple[Job, Outcome]:
+        ready, _ = self.ray.wait(list(self.busy), num_returns=1)
+        actor, job = self.busy.pop(ready[0])
+        try:
+            outcome: Outcome = self.ray.get(ready[0])
+        except self.ray.exceptions.RayError:
+            return job, LOST
+        self.idle.append(actor)
+        return job, outcome
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+    def _hire(self) -> Any:
+        # Not restarted by Ray: what becomes of a lost job is decided in one place for all crews.
+        return self.ray.remote(num_cpus=self.threads, max_restarts=0)(RayWorker).remote(self.study, self.threads)
+
+
+class RayWorker:
+    """One process of a Ray cluster, with its model."""
+
+    def __init__(self, study: Study, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        log_to_stderr(quiet=True)
+        self.study = study
+        self.desk: Desk | None = None
+
+    def work(self, job: Job) -> Outcome:
+        self.desk, outcome = work(self.desk, self.study, job)
+        return outcome
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Inside, the environment holds these values too: what a process started there inherits."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

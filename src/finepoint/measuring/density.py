@@ -1,0 +1,101 @@
+"""`finepoint train --density auto`: the density that validates best, found by successive halving.
+
+Every pair of a density and a learning rate is tried for a quarter of the steps; the better third goes on with half of
+them, the best of these with all. The judge is the lowest validation loss of a run (Jamieson and Talwalkar,
+arXiv:1502.07943, for the halving). Each trial starts afresh, so that its learning rate falls to zero as it would alone.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finepoint.batches import learned
+from finepoint.choosing.rules import rule_named
+from finepoint.config import TrainConfig
+from finepoint.errors import FinepointError
+from finepoint.files import claim_folder, write_json
+from finepoint.measuring.sharing import shared_selection
+from finepoint.measuring.study import BLIND_RATES, GRADIENT_RATES
+from finepoint.training.run import Workplace, prepare, steps_of, train
+
+logger = logging.getLogger(__name__)
+DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+SHARES = (0.25, 0.5, 1.0)  # of the steps, rung by rung
+KEPT = 3  # one in so many goes on to the next rung
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One short run of the search."""
+
+    density: float
+    lr: float
+    steps: int
+
+    @property
+    def id(self) -> str:
+        return f"d{self.density:g}-lr{self.lr:g}-{self.steps}"
+
+
+def train_auto(config: TrainConfig) -> dict[str, Any]:
+    """Searches density and, where none is given, learning rate; trains at the best and leaves that run in the output.
+
+    Returns:
+        The record of the best run with `search`: every trial's losses, also in `search/` of the output. With
+        `resume` finished trials are not run again.
+
+    Raises:
+        FinepointError: no validation examples, or whatever `finepoint train` refuses.
+    """
+    if config.validation is None:
+        raise FinepointError("--density auto judges by validation; give --validation FILE.jsonl")
+    if config.baseline or config.indices or config.count:
+        raise FinepointError("--density auto chooses by a rule; give no --baseline, --indices or --count with it")
+    folder = claim_folder(config.output, config.overwrite or config.resume)
+    if not config.resume:
+        shutil.rmtree(folder / "search", ignore_errors=True)
+    place = prepare(config)
+    steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
+    lrs = (config.lr,) if config.lr else GRADIENT_RATES if rule_named(config.rule).needs_data else BLIND_RATES
+    pairs = [(density, lr) for density in DENSITIES for lr in lrs]
+    found: list[dict[str, Any]] = []
+    for share in SHARES:
+        trials = [Trial(density, lr, max(1, round(share * steps))) for density, lr in pairs]
+        rung = [_run(config, place, trial, folder / "search") for trial in trials]
+        found += rung
+        pairs = [(trial["density"], trial["lr"]) for trial in best(rung, max(1, len(rung) // KEPT))]
+    winner = best(rung, 1)[0]
+    logger.info("density %g at learning rate %g validates best", winner["density"], winner["lr"])
+    chosen = replace(config, density=winner["density"], lr=winner["lr"], steps=steps, keep="best", resume=False,
+                     overwrite=True)  # fmt: skip
+    record = train(chosen, place) | {"search": found}
+    write_json(folder / "search.json", {"trials": found, "best": winner})
+    return record
+
+
+def best(trials: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The trials with the lowest validation loss; ties: fewer entries, then the smaller rate."""
+    return sorted(trials, key=lambda trial: (trial["validation_loss"], trial["density"], trial["lr"]))[:count]
+
+
+def _run(config: TrainConfig, place: Workplace, trial: Trial, folder: Path) -> dict[str, Any]:
+    """One trial: its settings, losses, and by how much its last validation loss lies above its best (over-fitting)."""
+    path = folder / f"{trial.id}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    settings = replace(config, density=trial.density, lr=trial.lr, steps=trial.steps, keep="best", save_every=None,
+                       resume=False, overwrite=True, output=str(folder / trial.id))  # fmt: skip
+    indices, _ = shared_selection(settings, place, folder)
+    record = train(replace(settings, indices=str(indices), density=None), place)
+    kept = ("trained", "validation_loss", "last_validation_loss", "last_loss", "best_step", "update_norm")
+    found = asdict(trial) | {name: record[name] for name in kept}
+    found["overfit"] = record["last_validation_loss"] - record["validation_loss"]
+    logger.info("density %g, lr %g, %d steps: validation loss %.4f", trial.density, trial.lr, trial.steps,
+                record["validation_loss"])  # fmt: skip
+    shutil.rmtree(settings.output)
+    write_json(path, found)
+    return found

@@ -1,0 +1,51 @@
+"""How long a cell of a study might take, before any has been run."""
+
+import time
+from math import ceil
+from typing import Any
+
+import torch
+
+from finepoint.batches import encode
+from finepoint.data import read_examples, some
+from finepoint.measuring.study import Study
+from finepoint.models import load_tokenizer, shape_of
+
+SAMPLE = 64  # examples of a file whose lengths are looked at
+SHARE_OF_PEAK = 0.5  # of a matrix product's speed that a small model's passes reach
+
+
+def estimate(study: Study) -> float:
+    """Seconds a cell might take: its arithmetic by the speed of this machine's matrix product.
+
+    A forward pass costs two operations for each weight and token, a training step about three times that.
+    """
+    config = study.config
+    tokenizer = load_tokenizer(config.model)
+    weights = sum(parameter.numel() for parameter in shape_of(config.model).parameters())
+
+    def tokens(path: str, limit: int | None) -> float:
+        examples = read_examples(path)
+        lengths = [len(encode(tokenizer, example).ids) for example in some(examples, SAMPLE)]
+        return sum(lengths) / len(lengths) * min(limit or len(examples), len(examples))
+
+    task = config.tasks[study.tasks[0]]
+    examples = len(read_examples(task["train"]))
+    batch = config.train.get("batch_size", 16) * config.train.get("accumulation", 1)
+    steps = config.train.get("steps") or ceil(examples / batch * config.train.get("epochs", 1))
+    trained = tokens(task["train"], None) / examples * batch * steps
+    passes = ceil(steps / config.train.get("eval_every", max(1, steps // 5))) + 1
+    scored = passes * tokens(task["validation"], config.validation_limit)
+    scored += sum(tokens(files["test"], config.test_limit) for files in config.tasks.values())
+    scored += 2 * sum(tokens(path, config.probe_limit) for path in config.probes.values())
+    return 2 * weights * (3 * trained + scored) / (SHARE_OF_PEAK * operations_a_second())
+
+
+def operations_a_second() -> float:
+    """The speed of a float32 matrix product here."""
+    a: Any = torch.randn(1024, 1024)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * 1024**3 / (time.perf_counter() - started)

@@ -1,0 +1,452 @@
+"""The figures of a report: SVG drawn by matplotlib, whose colours the page sets: one drawing suits light and dark.
+
+An arm keeps its colour and marker in every figure; arms that differ only in density share them, and size tells them
+apart.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from finepoint.measuring import views
+from finepoint.measuring.results import Results
+from finepoint.measuring.views import ALL_TASKS, Row, family
+
+INK, FAINT = "#010203", "#010204"
+# What a drawing says, the page's name for it, and the colour on white paper.
+COLOURS = {
+    INK: ("--ink", "#1c2126"), FAINT: ("--faint", "#b9c0c6"),
+    "#010210": ("--c0", "#0b6e99"), "#010211": ("--c1", "#c4501b"), "#010212": ("--c2", "#2a8a5b"),
+    "#010213": ("--c3", "#8a4f9e"), "#010214": ("--c4", "#a67c00"), "#010215": ("--c5", "#c0397b"),
+    "#010216": ("--c6", "#5b6770"),
+}  # fmt: skip
+ARM_COLOURS = [colour for colour, (name, _) in COLOURS.items() if name.startswith("--c")]
+MARKERS = "osD^vPX*"  # one more than colours: the pairs repeat only after 56 families
+PANEL = (4.4, 3.2)  # inches: half a page on a desk, a whole one on a phone
+MOST_PANELS = 16
+STYLE: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "finepoint", "text.parse_math": False, "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7, "axes.edgecolor": FAINT,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "axes.titlesize": 9.5, "axes.titlelocation": "left", "lines.linewidth": 1.3,
+    "axes.labelpad": 5, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an arm is drawn everywhere."""
+
+    colour: str
+    marker: str
+    size: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing of a figure: its title and the SVG as matplotlib wrote it."""
+
+    title: str
+    svg: str
+
+
+Draw = Callable[[Any], None]
+
+
+def styles(results: Results) -> dict[str, Style]:
+    """Colour and marker by family in the study's order; larger for a higher density."""
+    families = list(dict.fromkeys(family(results, arm) for arm in results.arms))
+    densities = sorted({density for arm in results.arms if (density := results.arm(arm).get("density")) is not None})
+    found = {}
+    for arm in results.arms:
+        i, density = families.index(family(results, arm)), results.arm(arm).get("density")
+        step = (densities.index(density) + 1) / len(densities) if density is not None else 0.6
+        found[arm] = Style(ARM_COLOURS[i % len(ARM_COLOURS)], MARKERS[i % len(MARKERS)], 4 + 4.5 * step)
+    return found
+
+
+def panel(title: str, draw: Draw, size: tuple[float, float] = PANEL) -> Panel:
+    """Draws one panel."""
+    out = io.StringIO()
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name in a script that matplotlib's font lacks: the browser has it
+        canvas = Canvas(figsize=size, layout="constrained")
+        FigureCanvasSVG(canvas)
+        axes = canvas.add_subplot()
+        draw(axes)
+        axes.set_title(short(title, 48))
+        canvas.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return Panel(title, out.getvalue())
+
+
+def themed(svg: str, prefix: str) -> str:
+    """The drawing for the page: its colours as the page's variables, its ids its own, no size of its own."""
+    svg = _bare(svg)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg class="drawing" \1 role="img">', svg, count=1)
+    for colour, (name, _) in COLOURS.items():
+        svg = svg.replace(colour, f"var({name})")
+    return svg
+
+
+def standalone(svg: str) -> str:
+    """The drawing as a file of its own, in the colours for white paper."""
+    for colour, (_, light) in COLOURS.items():
+        svg = svg.replace(colour, light)
+    return svg
+
+
+def _bare(svg: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    return re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)  # the page's typeface
+
+
+def marker_svg(style: Style) -> str:
+    """An arm's marker alone, for legends and tables in the page."""
+    with rc_context(STYLE):
+        canvas = Canvas(figsize=(0.2, 0.2))
+        FigureCanvasSVG(canvas)
+        axes = canvas.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.plot([0], [0], style.marker, color=style.colour, markersize=style.size)
+        out = io.StringIO()
+        canvas.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return out.getvalue()
+
+
+def short(name: str, most: int = 26) -> str:
+    """A name that fits a figure."""
+    name = " ".join(str(name).split())
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _of(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def _values(rows: Sequence[Row], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _point(axes: Any, style: Style, x: float, y: float, x_sd: Any = None, y_sd: Any = None) -> None:
+    axes.errorbar([x], [y], xerr=[x_sd or 0], yerr=[y_sd or 0], color=style.colour, linewidth=0.8, alpha=0.6)
+    axes.plot([x], [y], style.marker, color=style.colour, markersize=style.size, markeredgewidth=0)
+
+
+def _grid(axes: Any, axis: str = "both") -> None:
+    axes.grid(True, axis=axis, color=FAINT, linewidth=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+
+
+def _logarithmic(axis: Any) -> None:
+    axis.axes.set_xscale("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def id_ood(results: Results) -> list[Panel]:
+    """ID against mean OOD accuracy, with the front of arms that no other beats."""
+    rows, style = (
+        [row for row in views.summary(results) if row["id"] is not None and row["ood"] is not None],
+        styles(results),
+    )
+    fronts = {(row["task"], row["arm"]) for row in views.pareto(results) if row["front"]}
+
+    def draw(task: str) -> Draw:
+        def on(axes: Any) -> None:
+            _grid(axes)
+            for row in _of(rows, task=task):
+                _point(axes, style[row["arm"]], row["id"], row["ood"], row["id_sd"], row["ood_sd"])
+            front = sorted((row["id"], row["ood"]) for row in _of(rows, task=task) if (task, row["arm"]) in fronts)
+            axes.plot(*zip(*front, strict=True), "--", color=INK, linewidth=0.8, drawstyle="steps-pre", zorder=1)
+            _start(axes, base_point(results, task))
+            axes.set_xlabel("accuracy in distribution")
+            axes.set_ylabel("mean accuracy out of distribution")
+
+        return on
+
+    return [panel(f"trained on {task}" if task != ALL_TASKS else task, draw(task)) for task in _values(rows, "task")]
+
+
+def base_point(results: Results, task: str) -> tuple[float, float] | None:
+    """The base model's accuracy on a task and its mean on the others; over all tasks, the means of these."""
+    base = {row["test"]: row["accuracy"] for row in views.base_scores(results)}
+    points = []
+    for name in results.tasks if task == ALL_TASKS else [task]:
+        points.append((base.get(name), views.mean(value for test, value in base.items() if test != name)))
+    here, far = ([point[i] for point in points] for i in (0, 1))
+    if any(value is None for value in here + far):
+        return None
+    return views.mean(here) or 0.0, views.mean(far) or 0.0
+
+
+def _start(axes: Any, base: tuple[float, float] | None) -> None:
+    """Marks the base model; in words where it is so far from the arms that they would shrink to a dot."""
+    if base is None:
+        return
+    limits = axes.get_xlim(), axes.get_ylim()
+    near = all(low - (high - low) < at < high + (high - low) for at, (low, high) in zip(base, limits, strict=True))
+    if near:
+        axes.plot(*([at] for at in base), "+", color=INK, markersize=9)
+        axes.annotate("base", base, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    else:
+        axes.text(0.02, 0.02, f"base, off the plot: {base[0]:.3f}, {base[1]:.3f}", transform=axes.transAxes, fontsize=8)
+
+
+def density(results: Results) -> list[Panel]:
+    """ID and OOD accuracy over density; baselines, which have none, as dotted lines."""
+    rows, style = views.by_density(results), styles(results)
+    if len(_values(rows, "density")) < 2:
+        return []
+    flat = [row for row in views.summary(results) if row["density"] is None]
+
+    def draw(task: str, key: str, label: str) -> Draw:
+        def on(axes: Any) -> None:
+            _grid(axes)
+            for name in _values(_of(rows, task=task), "family"):
+                line = [row for row in _of(rows, task=task, family=name) if row[key] is not None]
+                look = style[line[0]["arm"]] if line else None
+                if look is None:
+                    continue
+                axes.plot([row["density"] for row in line], [row[key] for row in line], color=look.colour, linewidth=1)
+                for row in line:
+                    _point(axes, style[row["arm"]], row["density"], row[key], None, row[f"{key}_sd"])
+            for row in _of(flat, task=task):
+                if row[key] is not None:
+                    _level(axes, row[key], style[row["arm"]].colour, short(row["arm"], 16))
+            _logarithmic(axes.xaxis)
+            axes.set_xlabel("density (share of target entries)")
+            axes.set_ylabel(label)
+
+        return on
+
+    kinds = (("id", "accuracy in distribution"), ("ood", "mean accuracy out of distribution"))
+    tasks = [task for task in (ALL_TASKS, *results.tasks) if _of(rows, task=task)]
+    return [
+        panel(task if task == ALL_TASKS else f"trained on {task}", draw(task, key, label))
+        for task in tasks for key, label in kinds
+        if any(row[key] is not None for row in _of(rows, task=task))
+    ]  # fmt: skip
+
+
+def _level(axes: Any, value: float, colour: str, name: str) -> None:
+    axes.axhline(value, color=colour, linestyle=":", linewidth=1.2)
+    axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+                  ha="right", fontsize=7.5, color=colour)  # fmt: skip
+
+
+def ood_change(results: Results) -> list[Panel]:
+    """Signed change on each OOD test by arm, with intervals over the seeds; one panel a task where tests are many."""
+    rows, style = views.ood_changes(results), styles(results)
+    pairs = list(dict.fromkeys((row["task"], row["test"]) for row in rows))
+    apart = len(pairs) <= MOST_PANELS
+
+    def draw(found: list[Row]) -> Draw:
+        def on(axes: Any) -> None:
+            names = _values(found, "arm")
+            axes.axvline(0, color=INK, linewidth=0.8)
+            for row in found:
+                y, look = names.index(row["arm"]), style[row["arm"]]
+                if row["low"] is not None and apart:
+                    axes.plot([row["low"], row["high"]], [y, y], color=look.colour, linewidth=1.2)
+                axes.plot([row["mean"]], [y], look.marker, color=look.colour, markersize=6, markeredgewidth=0)
+            axes.set_yticks(range(len(names)), [short(name) for name in names])
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.tick_params(axis="y", length=0)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            _grid(axes, "x")
+            axes.set_xlabel("change of accuracy against the base")
+
+        return on
+
+    groups = (
+        [(f"{task} → {test}", _of(rows, task=task, test=test)) for task, test in pairs] if apart
+        else [(f"{task} → {len(_values(_of(rows, task=task), 'test'))} tests", _of(rows, task=task))
+              for task in _values(rows, "task")]
+    )  # fmt: skip
+    return [panel(title, draw(found), tall(_values(found, "arm"))) for title, found in groups]
+
+
+def tall(names: Sequence[Any], line: float = 0.22) -> tuple[float, float]:
+    """The size of a panel with one line for each name."""
+    return PANEL[0], max(1.6, 0.9 + line * len(names))
+
+
+def forgetting(results: Results) -> list[Panel]:
+    """What is forgotten against what is learned: every learning rate of an arm as a path from the base model."""
+    rows = [row for row in views.paths(results) if row["nll_change"] is not None and row["id_change"] is not None]
+    style = styles(results)
+
+    def draw(task: str) -> Draw:
+        def on(axes: Any) -> None:
+            _grid(axes)
+            for arm in _values(_of(rows, task=task), "arm"):
+                path, look = _of(rows, task=task, arm=arm), style[arm]
+                points = [(0.0, 0.0), *((row["id_change"], row["nll_change"]) for row in path)]
+                axes.plot(*zip(*points, strict=True), "-", color=look.colour, linewidth=0.9, alpha=0.75)
+                for row in path:
+                    size = look.size if row["tuned"] else 2.5
+                    axes.plot([row["id_change"]], [row["nll_change"]], look.marker, color=look.colour, markersize=size,
+                              markeredgewidth=0)  # fmt: skip
+            axes.plot([0], [0], "+", color=INK, markersize=9)
+            axes.set_xlabel("change of accuracy in distribution")
+            axes.set_ylabel("change of probe NLL (nats a token)")
+
+        return on
+
+    return [panel(f"trained on {task}", draw(task)) for task in _values(rows, "task")]
+
+
+def places(rows: Sequence[Row], results: Results) -> list[Panel]:
+    """A heat map of layers and modules for each arm: the chosen share of each weight, relative to the largest."""
+    panels = []
+    tasks = _values(rows, "task")
+    if len({(row["task"], row["arm"]) for row in rows}) > MOST_PANELS:
+        tasks = tasks[:1]  # the CSV has all
+    for task in tasks:
+        for arm in _values(_of(rows, task=task), "arm"):
+            found = _of(rows, task=task, arm=arm)
+            alike = [row["share"] for row in rows if results.arm(row["arm"])["density"] == results.arm(arm)["density"]]
+            size = PANEL[0] * 0.75, 1.2 + 0.13 * max(6, len(_values(found, "layer")))
+            panels.append(panel(f"{arm}, {task}" if len(tasks) > 1 else arm, _heat(found, max(alike)), size))
+    return panels
+
+
+def _heat(rows: Sequence[Row], top: float) -> Draw:
+    layers, modules = _values(rows, "layer"), _values(rows, "module")
+
+    def on(axes: Any) -> None:
+        for row in rows:
+            corner = modules.index(row["module"]) - 0.5, layers.index(row["layer"]) - 0.5
+            # By the square root: shares differ by orders of magnitude, and the small ones should be told apart too.
+            shade = (row["share"] / top) ** 0.5 if top else 0.0
+            axes.add_patch(
+                Rectangle(corner, 1, 1, facecolor=ARM_COLOURS[0], alpha=shade, linewidth=0, antialiased=False)
+            )
+        axes.set_xlim(-0.5, len(modules) - 0.5)
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+        axes.set_xticks(range(len(modules)), [short(module, 12) for module in modules], rotation=35, ha="right")
+        every = max(1, len(layers) // 10)
+        axes.set_yticks(range(0, len(layers), every), [short(layer, 12) for layer in layers[::every]])
+        axes.tick_params(length=0)
+        axes.set_ylabel("layer")
+        axes.set_xlabel(f"largest share: {max(row['share'] for row in rows):.3g}")
+
+    return on
+
+
+def overlap(rows: Sequence[Row]) -> list[Panel]:
+    """Matrices of arms at one density: measured overlap below the diagonal, by chance (weight by weight) above."""
+    panels = []
+    found = [row for row in rows if row["across"] == "arms"]
+    for task, value in dict.fromkeys((row["task"], row["density"]) for row in found):
+        part = _of(found, task=task, density=value)
+        names = list(dict.fromkeys([row["arm"] for row in part] + [row["other_arm"] for row in part]))
+        title = f"{task}, density {value:g}" if value is not None else task
+        side = 1.6 + 0.42 * len(names)
+        panels.append(panel(title, _matrix(part, names), (max(PANEL[0], side + 0.6), side)))
+    return panels
+
+
+def _matrix(rows: Sequence[Row], names: list[str]) -> Draw:
+    def square(axes: Any, x: int, y: int, value: float | None, colour: str) -> None:
+        if value is None:
+            return
+        axes.add_patch(
+            Rectangle(
+                (x - 0.5, y - 0.5), 1, 1, facecolor=colour, alpha=0.75 * value**0.5, linewidth=0, antialiased=False
+            )
+        )
+        axes.text(x, y, f"{100 * value:.3g}", ha="center", va="center", fontsize=7.5)
+
+    def on(axes: Any) -> None:
+        for row in rows:
+            one, other = sorted((names.index(row["arm"]), names.index(row["other_arm"])))
+            square(axes, one, other, row["jaccard"], ARM_COLOURS[0])
+            square(axes, other, one, row["expected_by_weight"], ARM_COLOURS[6])
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xticks(range(len(names)), [short(name, 18) for name in names], rotation=35, ha="right")
+        axes.set_yticks(range(len(names)), [short(name, 18) for name in names])
+        axes.tick_params(length=0)
+        axes.set_aspect("equal")
+
+    return on
+
+
+def cost(results: Results) -> list[Panel]:
+    """ID accuracy against time (selection and training) and against peak memory."""
+    rows, style = [row for row in views.summary(results) if row["id"] is not None], styles(results)
+    kinds = {
+        "selection and training (s)": lambda row: None if row["train_seconds"] is None
+        else row["train_seconds"] + (row["selection_seconds"] or 0.0),
+        "peak memory (GB)": lambda row: None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9,
+    }  # fmt: skip
+
+    def draw(found: list[tuple[Row, float]], label: str) -> Draw:
+        def on(axes: Any) -> None:
+            _grid(axes)
+            for row, x in found:
+                _point(axes, style[row["arm"]], x, row["id"], None, row["id_sd"])
+            axes.set_xlim(0, 1.1 * max(x for _, x in found))
+            axes.set_xlabel(label)
+            axes.set_ylabel("accuracy in distribution")
+
+        return on
+
+    panels = []
+    for task in _values(rows, "task"):
+        for label, of in kinds.items():
+            found = [(row, value) for row in _of(rows, task=task) if (value := of(row))]
+            if found and task != ALL_TASKS:
+                panels.append(panel(f"trained on {task}", draw(found, label)))
+    return panels
+
+
+def losses(results: Results) -> list[Panel]:
+    """Training loss, as a moving average over a tenth of the run, and validation loss of the tuned runs."""
+    rows, style = views.curves(results), styles(results)
+
+    def draw(task: str, key: str, label: str) -> Draw:
+        def on(axes: Any) -> None:
+            _grid(axes)
+            for arm in _values(_of(rows, task=task), "arm"):
+                points = [(row["step"], row[key]) for row in _of(rows, task=task, arm=arm) if row[key] is not None]
+                if not points:
+                    continue
+                steps, values = zip(*points, strict=True)
+                look = style[arm]
+                if key == "loss":
+                    axes.plot(steps, smooth(values), color=look.colour, linewidth=1)
+                else:
+                    axes.plot(steps, values, f"-{look.marker}", color=look.colour, markersize=4, linewidth=0.9)
+            axes.set_xlabel("step")
+            axes.set_ylabel(label)
+
+        return on
+
+    kinds = (("loss", "training loss"), ("validation_loss", "validation loss"))
+    return [
+        panel(f"trained on {task}", draw(task, key, label))
+        for task in _values(rows, "task") for key, label in kinds
+        if any(row[key] is not None for row in _of(rows, task=task))
+    ]  # fmt: skip
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those before it, over a tenth of the run."""
+    window = max(1, len(values) // 10)
+    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]

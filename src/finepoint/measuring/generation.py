@@ -1,0 +1,165 @@
+"""What a model writes when nobody lists the answers: exact match, answers by generation, and how they go wrong."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finepoint.batches import Collator, by_length, chat_text, encode_pair, pad_left, warn_of_truncation
+from finepoint.data import Chat, Choices, Completion, Example
+
+GENERATION_TOKENS = 4096
+LABELS = 20  # a task with at most so many different answers has labels; of others the most frequent answers are kept
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt, greedily."""
+
+    text: str
+    ended_at_once: bool
+    """its first token was an end token"""
+
+    @property
+    def empty(self) -> bool:
+        return self.ended_at_once or not self.text.strip()
+
+
+def written(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    limit: int,
+    new_tokens: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Written]:
+    """What the model writes after each prompt, greedily, in at most `new_tokens` tokens.
+
+    A prompt that leaves no room for them loses its beginning.
+    """
+    collator = Collator.of(model, tokenizer)
+    room = max(1, limit - new_tokens)
+    warn_of_truncation([len(prompt) for prompt in prompts], room, "prompt")
+    found: dict[int, Written] = {}
+    ends = end_tokens(model, tokenizer)
+    model.eval()
+    for places in by_length([len(prompt) for prompt in prompts], GENERATION_TOKENS):
+        rows = [prompts[place][-room:] for place in places]
+        batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, False).items()}
+        tokens = model.generate(
+            **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=collator.padding,
+            temperature=None, top_p=None, top_k=None,
+        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for place, text, first in zip(places, texts, tokens[:, 0].tolist(), strict=True):
+            found[place] = Written(text, first in ends)
+        advance(len(places))
+    return [found[place] for place in range(len(prompts))]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens at which generation stops."""
+    ends: set[int] = set()
+    for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        ends |= set(ids) if isinstance(ids, list) else {ids}
+    return ends - {None}
+
+
+def prompt_ids(tokenizer: Any, example: Example) -> list[int]:
+    """The tokens after which the model is to write its answer."""
+    if isinstance(example, Chat):
+        text = chat_text(tokenizer, example.messages[:-1], prompting=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert isinstance(example, Completion | Choices)
+    return encode_pair(tokenizer, example.prompt, reference(example))[0]
+
+
+def reference(example: Example) -> str:
+    """The right answer, as it would be written."""
+    match example:
+        case Chat():
+            return example.messages[-1][1]
+        case Completion():
+            return example.completion
+        case Choices():
+            return example.choices[example.answer]
+    raise AssertionError("texts and classes are not written")
+
+
+def generation_hits(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    limit: int,
+    new_tokens: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[bool]:
+    """Whether what the model writes, greedily, equals the reference; surrounding spaces do not count."""
+    prompts = [prompt_ids(tokenizer, example) for example in examples]
+    answers = written(model, tokenizer, prompts, limit, new_tokens, advance)
+    return [a.text.strip() == reference(e).strip() for a, e in zip(answers, examples, strict=True)]
+
+
+def generated(
+    model: Any, tokenizer: Any, examples: Sequence[Example], trained_answers: Sequence[str], limit: int, new_tokens: int
+) -> dict[str, Any]:
+    """The answers that a model writes by itself, and how they go wrong.
+
+    Args:
+        examples: choices or completions.
+        trained_answers: labels (or frequent answers) of the task trained on; see `frequent_answers`.
+
+    Returns:
+        `accuracy`: share that begins with the right choice, or that is the completion, case aside;
+        `format_failures`: share that begins with none of the choices (None for completions, which have no format);
+        `empty`: share that is empty or ended at once; `memorised`: share that gives an answer of the task trained on
+        which is no answer here (None where every such answer is one of the choices here too); `n`.
+    """
+    prompts = [prompt_ids(tokenizer, example) for example in examples]
+    answers = written(model, tokenizer, prompts, limit, new_tokens)
+    pairs = list(zip(examples, answers, strict=True))
+    foreign = [foreign_answers(example, trained_answers) for example in examples]
+    choices = [(e, a) for e, a in pairs if isinstance(e, Choices)]
+    return {
+        "accuracy": share([answers_right(example, answer.text) for example, answer in pairs]),
+        "format_failures": share([not any(begins_with(a.text, c) for c in e.choices) for e, a in choices]),
+        "empty": share([answer.empty for answer in answers]),
+        "memorised": share(
+            [any(begins_with(a.text, f) for f in others) for a, others in zip(answers, foreign, strict=True)]
+            if any(foreign) else []
+        ),
+        "n": len(examples),
+    }  # fmt: skip
+
+
+def answers_right(example: Example, text: str) -> bool:
+    """Whether a text begins with the right choice and with no longer one, or is the completion; case aside."""
+    if isinstance(example, Choices):
+        given = [choice for choice in example.choices if begins_with(text, choice)]
+        return bool(given) and max(given, key=len) == example.choices[example.answer]
+    return text.strip().casefold() == reference(example).strip().casefold()
+
+
+def begins_with(text: str, answer: str) -> bool:
+    """Whether a text begins with an answer as whole words, case and surrounding spaces aside."""
+    return re.match(re.escape(answer.strip().casefold()) + r"(?!\w)", text.strip().casefold()) is not None
+
+
+def frequent_answers(examples: Sequence[Example]) -> list[str]:
+    """The answers a model could learn by heart: all labels of a task that has few, else its most frequent answers."""
+    texts = [choice for e in examples if isinstance(e, Choices) for choice in e.choices]
+    if not texts or len(set(texts)) > LABELS:
+        texts = [reference(e) for e in examples if isinstance(e, Choices | Completion)]
+    return [text.strip() for text, _ in Counter(texts).most_common(LABELS)]
+
+
+def foreign_answers(example: Example, trained_answers: Sequence[str]) -> list[str]:
+    """The answers of the task trained on that are none here."""
+    own = example.choices if isinstance(example, Choices) else (reference(example),)
+    known = {text.strip().casefold() for text in own}
+    return [text for text in trained_answers if text.strip().casefold() not in known]
+
+
+def share(hits: Sequence[bool]) -> float | None:
+    return sum(hits) / len(hits) if hits else None

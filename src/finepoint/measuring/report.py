@@ -1,0 +1,374 @@
+"""The report of a study: one page that needs nothing but itself, with its data as CSV and its tables for papers."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finepoint.config import ReportConfig
+from finepoint.errors import FinepointError
+from finepoint.files import write_text
+from finepoint.measuring import overlap, tables, views
+from finepoint.measuring.results import Results, read_results
+from finepoint.measuring.tables import Table, between, change, fixed, general, size, table, text, whole
+from finepoint.measuring.views import Row
+from finepoint.measuring.wording import DEFINITIONS, headline
+
+OURS = "finepoint report"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: panels that share a caption; none where the study holds no data for it."""
+
+    name: str
+    title: str
+    caption: str
+    data: str
+    panels: Sequence[Any]
+    without: str
+    arms: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with its figures and tables."""
+
+    title: str
+    text: str
+    drawings: list[Drawing] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Its address in the page."""
+        return re.sub(r"\W+", "-", self.title.lower()).strip("-")
+
+
+def write_report(config: ReportConfig) -> dict[str, Any]:
+    """Writes index.html, report.md, tables.tex, data/*.csv and figures/*.svg; returns what was written, JSON-ready.
+
+    Raises:
+        FinepointError: no study in the folder, packages missing, or the output folder holds something else.
+    """
+    results = read_results(config.folder)
+    figures = _drawing_package()
+    folder = cleared(Path(config.output) if config.output else results.folder / "report")
+    data = view_data(results)
+    sections = build(results, data, figures)
+    drawings = [drawing for section in sections for drawing in section.drawings]
+    for name, rows in data.items():
+        if rows:
+            write_text(folder / "data" / f"{name}.csv", tables.to_csv(rows))
+    for drawing in drawings:
+        for i, panel in enumerate(drawing.panels):
+            write_text(folder / "figures" / f"{drawing.name}-{i + 1}.svg", figures.standalone(panel.svg))
+    write_text(folder / "tables.tex", latex(sections))
+    write_text(folder / "report.md", markdown(results, sections))
+    write_text(folder / "index.html", html(results, sections, data, figures))
+    return {
+        "report": str(folder / "index.html"),
+        "figures": [drawing.name for drawing in drawings if drawing.panels],
+        "left_out": {drawing.name: drawing.without for drawing in drawings if not drawing.panels},
+        "headline": headline(results),
+        "warnings": views.warnings(results),
+        "summary": data["summary"],
+    }
+
+
+def _drawing_package() -> Any:
+    """The figures' module, whose libraries are an extra."""
+    try:
+        import jinja2  # noqa: F401
+
+        from finepoint.measuring import figures
+    except ImportError as error:
+        raise FinepointError(f"the report needs the package {error.name}: pip install 'finepoint[report]'") from error
+    return figures
+
+
+def cleared(folder: Path) -> Path:
+    """The folder, without what an earlier report left in it; refused if it holds something else.
+
+    Raises:
+        FinepointError: it is a file, or holds something and no report of ours.
+    """
+    page = folder / "index.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+        ours = page.is_file() and OURS in page.read_text(encoding="utf-8", errors="replace")[:600]
+    except OSError as error:
+        raise FinepointError(f"cannot use {folder} as an output folder: {error.strerror}") from error
+    if occupied and not ours:
+        raise FinepointError(f"{folder} holds something that is no report; choose another --output")
+    for old in [*folder.glob("data/*.csv"), *folder.glob("figures/*.svg")]:
+        old.unlink()
+    return folder
+
+
+def view_data(results: Results) -> dict[str, list[Row]]:
+    """The rows of every view, by the name of its CSV."""
+    overlap_rows = overlap.overlaps(results)
+    return {
+        "summary": views.summary(results),
+        "base": views.base_scores(results),
+        "ood_change": views.ood_changes(results),
+        "pareto": views.pareto(results),
+        "density": views.by_density(results),
+        "paths": views.paths(results),
+        "allocation": overlap.allocation(results),
+        "overlap": overlap_rows,
+        "curves": views.curves(results),
+        "overfitting": views.overfitting(results),
+        "paired_random": views.paired(results, "random"),
+        "paired_lora": views.paired(results, "lora"),
+        "equal_budget": views.equal_budget(results),
+        "equal_accuracy": views.equal_accuracy(results),
+        "equal_norm": views.equal_norm(results),
+        "epsilon": overlap.epsilon_sweep(results, overlap_rows),
+        "antidotes": views.antidotes(results),
+        "answers": views.answers(results),
+        "failures": views.failures(results),
+        "missing": views.missing(results),
+    }
+
+
+def build(results: Results, data: dict[str, list[Row]], figures: Any) -> list[Section]:
+    """The sections of the report, in order."""
+    return [
+        _results(results, data, figures),
+        _keeping(results, figures),
+        _choices(results, data, figures),
+        _costs(results, data, figures),
+        _confounds(data),
+        _training(results, data, figures),
+        _answers(data),
+        _failures(data),
+    ]
+
+
+TASK, ARM = text("trained on", "task"), text("arm", "arm")
+RUN = [TASK, ARM, general("lr", "lr"), whole("seed", "seed")]
+ID, OOD, PLAIN_ID = between("ID", "id"), between("OOD", "ood"), fixed("ID", "id")
+OOD_CHANGE, NLL_CHANGE = change("OOD change", "ood_change"), change("NLL change", "nll_change")
+NORM = general("norm", "update_norm")
+PAIRED = [
+    TASK, ARM, text("reference", "reference"), whole("pairs", "pairs"), between("ID", "id", "+.3f"),
+    between("OOD", "ood", "+.3f"), between("NLL change", "nll_change", "+.3f"),
+]  # fmt: skip
+
+
+def _results(results: Results, data: dict[str, list[Row]], figures: Any) -> Section:
+    columns = [
+        TASK, ARM, general("lr", "lr"), whole("seeds", "seeds"), ID, OOD, between("OOD change", "ood_change", "+.3f"),
+        fixed("forget ratio", "forget_ratio"), between("NLL change", "nll_change", "+.3f"), fixed("KL", "kl"),
+        general("norm", "update_norm"), fixed("collapse", "collapse_rate", 2),
+        fixed("≤ chance", "collapse_at_or_below_chance", 2),
+    ]  # fmt: skip
+    caption = "Accuracy and forgetting of each arm at its tuned learning rate; mean ± half a 95 % interval over seeds"
+    return Section(
+        "Learning and keeping",
+        "Zero forgetting with nothing learned is no achievement, so both are shown together.",
+        [
+            Drawing("id-ood", "Accuracy in and out of distribution",
+                    "Mean over seeds; bars are one standard deviation. Dashed: the Pareto front of the means. "
+                    "The cross is the base model; up and to the right is better.",
+                    "pareto", figures.id_ood(results), "no task has tests out of distribution", results.arms),
+            Drawing("density", "Accuracy against density",
+                    "Mean over seeds; bars are one standard deviation. Dotted lines: baselines, without density.",
+                    "density", figures.density(results), "the rules ran at one density only", results.arms),
+        ],
+        [table("summary", "Results", caption, data["summary"], columns, 80)],
+    )  # fmt: skip
+
+
+def _keeping(results: Results, figures: Any) -> Section:
+    return Section(
+        "What was forgotten",
+        "By test, since a mean hides trades between tasks; and on neutral text, which no answer format can disturb.",
+        [
+            Drawing("ood-change", "Change on each test out of distribution",
+                    "Accuracy after training less the base model's, with 95 % intervals over the seeds. "
+                    "Left of the line is forgetting.",
+                    "ood_change", figures.ood_change(results), "no task has tests out of distribution", results.arms),
+            Drawing("forgetting", "Forgetting against learning",
+                    "Each path runs from the base model (cross) through the arm's learning rates at the first seed; "
+                    "the large marker is the rate kept. Low and to the right is better.",
+                    "paths", figures.forgetting(results), "the study has no probe texts", results.arms),
+        ],
+    )  # fmt: skip
+
+
+def _choices(results: Results, data: dict[str, list[Row]], figures: Any) -> Section:
+    pairs = [row for row in data["overlap"] if row["across"] != "arms"]
+    columns = [
+        text("across", "across"), ARM, text("task", "task"), whole("seed", "seed"), text("other task", "other_task"),
+        whole("other seed", "other_seed"), fixed("Jaccard", "jaccard"), fixed("by chance", "expected"),
+        fixed("weight by weight", "expected_by_weight"),
+    ]  # fmt: skip
+    return Section(
+        "Which entries",
+        "Where the rules put their entries, and how far they agree.",
+        [
+            Drawing("places", "Chosen share by layer and module",
+                    "Stronger colour: a larger share of the weight, by its square root; one scale for a density.",
+                    "allocation", figures.places(data["allocation"], results), "no rule left its selection"),
+            Drawing("overlap", "Overlap of the arms' choices",
+                    "Below the diagonal: Jaccard overlap in per cent. Above: that of random choices with as many "
+                    "entries in each weight.",
+                    "overlap", figures.overlap(data["overlap"]), "there are no two selections of one density"),
+        ],
+        [table("overlap", "Overlap across seeds and tasks", "Jaccard overlap of one arm's choices", pairs, columns)],
+    )  # fmt: skip
+
+
+def _costs(results: Results, data: dict[str, list[Row]], figures: Any) -> Section:
+    columns = [
+        TASK, ARM, whole("trained", "trained"), fixed("changed share", "effective_share", 4),
+        size("file", "adapter_bytes"), fixed("selection s", "selection_seconds", 1), fixed("step s", "step_seconds"),
+        fixed("training s", "train_seconds", 1), whole("tokens/s", "tokens_per_second"), size("peak", "peak_bytes"),
+    ]  # fmt: skip
+    return Section(
+        "Cost",
+        "Means over the seeds, on the machine named below.",
+        [Drawing("cost", "Accuracy against cost", "Mean over seeds; bars are one standard deviation.", "summary",
+                 figures.cost(results), "no run recorded its time or memory", results.arms)],
+        [table("cost", "Cost", "Trained weights, time and memory", data["summary"], columns)],
+    )  # fmt: skip
+
+
+CONFOUNDS = [
+    ("paired_random", "Paired differences from random", "Seed by seed; mean ± half a 95 % interval", PAIRED),
+    ("paired_lora", "Paired differences from LoRA", "Seed by seed; mean ± half a 95 % interval", PAIRED),
+    ("equal_budget", "Equal budget", "Arms that train about equally many weights (within 10 %)",
+     [TASK, whole("budget", "budget"), ARM, whole("trained", "trained"), ID, OOD, NLL_CHANGE]),
+    ("equal_accuracy", "Equal ID accuracy", "What is forgotten where 50, 75 and 90 % of the best arm's gain is learned",
+     [TASK, fixed("share of gain", "share_of_best_gain", 2), PLAIN_ID, ARM, OOD_CHANGE, NLL_CHANGE]),
+    ("equal_norm", "Equal update norm", "Rules of one density that moved equally far; baselines move in other ways",
+     [TASK, general("density", "density"), NORM, ARM, PLAIN_ID, OOD_CHANGE, NLL_CHANGE]),
+    ("epsilon", "GaLLoP's epsilon", "From favouring the smallest weights (0) towards the largest gradients; first seed",
+     [TASK, ARM, general("epsilon", "epsilon"), fixed("chosen near zero", "near_zero"),
+      fixed("overlap with magnitude-low", "overlap_magnitude-low"), fixed("with gradient", "overlap_gradient"),
+      PLAIN_ID, OOD_CHANGE, NLL_CHANGE]),
+    ("antidotes", "Antidotes", "The change scaled back after training, against the run itself (none)",
+     [TASK, ARM, text("how", "how"), general("alpha", "alpha"), fixed("validation", "validation"), PLAIN_ID,
+      fixed("OOD", "ood"), OOD_CHANGE, NLL_CHANGE, NORM]),
+]  # fmt: skip
+
+
+def _confounds(data: dict[str, list[Row]]) -> Section:
+    return Section(
+        "Fair comparisons",
+        "The same results with one confound held equal at a time: the seed, the budget, what was learned, how far the "
+        "weights moved. A dash means that an arm never gets there.",
+        tables=[
+            table(name.replace("_", "-"), title, caption, data[name], columns)
+            for name, title, caption, columns in CONFOUNDS if data[name]
+        ],
+    )  # fmt: skip
+
+
+def _training(results: Results, data: dict[str, list[Row]], figures: Any) -> Section:
+    columns = [
+        *RUN, whole("best step", "best_step"), whole("of", "last_step"),
+        fixed("training loss", "train_loss_end"), fixed("best validation", "validation_loss_best"),
+        fixed("last validation", "validation_loss_end"), change("gap", "gap"),
+    ]  # fmt: skip
+    caption = "Losses at the end of training; the gap is validation less training loss"
+    return Section(
+        "Training",
+        "Tuned runs at the first seed.",
+        [Drawing("losses", "Loss curves", "Training loss is a moving average over a tenth of the run.", "curves",
+                 figures.losses(results), "no run recorded its losses", results.arms)],
+        [table("overfitting", "Over-fitting", caption, data["overfitting"], columns)],
+    )  # fmt: skip
+
+
+def _answers(data: dict[str, list[Row]]) -> Section:
+    columns = [
+        TASK, ARM, text("test", "test"), fixed("likelihood", "accuracy"), fixed("normalised", "accuracy_normalised"),
+        fixed("generated", "generated_accuracy"), fixed("unparsed", "generated_format_failures"),
+        fixed("empty", "generated_empty"), fixed("memorised", "generated_memorised"),
+        fixed("most frequent", "most_frequent_answer"), fixed("chance", "chance"), fixed("majority", "majority"),
+    ]  # fmt: skip
+    caption = "Means over seeds; by likelihood, by likelihood normalised by length, and by generation"
+    return Section(
+        "Answers",
+        "Each test scored in every way there is, beside what guessing would get.",
+        tables=[table("answers", "Scores by test", caption, data["answers"], columns, 12)],
+    )
+
+
+def _failures(data: dict[str, list[Row]]) -> Section:
+    failed = table(
+        "failures", "Failed runs", "Each raised the error given", data["failures"], [*RUN, text("error", "error")]
+    )
+    gone = table("missing", "Missing runs", "Called for by the grid, neither finished nor failed", data["missing"], RUN)
+    words = "Nothing failed and nothing is missing." if not failed.rows + gone.rows else "Runs without a result."
+    return Section("Failures", words, tables=[one for one in (failed, gone) if one.rows])
+
+
+def latex(sections: Sequence[Section]) -> str:
+    """All tables for a paper; they need the package booktabs."""
+    found = [tables.to_latex(one) for section in sections for one in section.tables if one.rows]
+    return "% Tables of a finepoint study; \\usepackage{booktabs}\n\n" + "\n\n".join(found) + "\n"
+
+
+def markdown(results: Results, sections: Sequence[Section]) -> str:
+    """The report as Markdown, with its figures as files."""
+    clean = tables.escape_markdown
+    parts = ["# Results of a sparse fine-tuning study", clean(" ".join(headline(results)))]
+    if said := views.warnings(results):
+        parts.append("Held against these numbers:\n\n" + "\n".join(f"- {clean(one)}" for one in said))
+    for section in sections:
+        parts.append(f"## {section.title}\n\n{section.text}")
+        for one in section.tables:
+            if one.rows:
+                parts.append(f"**{clean(one.title)}.** {clean(one.caption)}.\n\n{tables.to_markdown(one)}")
+        for drawing in section.drawings:
+            shown = [
+                f"![{clean(panel.title)}](figures/{drawing.name}-{i + 1}.svg)" for i, panel in enumerate(drawing.panels)
+            ]
+            words = drawing.caption if shown else f"Left out: {drawing.without}."
+            parts.append(f"**{drawing.title}.** {words}" + ("\n\n" + "\n".join(shown) if shown else ""))
+    parts.append(
+        "## Definitions\n\n" + "\n".join(f"- **{clean(name)}**: {clean(words)}" for name, words in DEFINITIONS.items())
+    )
+    settings = configuration(results).replace("```", "'''")
+    parts.append(f"## Configuration\n\n```yaml\n{settings}```")
+    return "\n\n".join(parts) + "\n"
+
+
+def configuration(results: Results) -> str:
+    """Everything that decided the results, as YAML: configuration, arms, data, versions, machine."""
+    keys = ("config", "arms", "data", "versions", "machine", "date")
+    chosen = {key: results.study[key] for key in keys if key in results.study}
+    return yaml.safe_dump(json.loads(json.dumps(chosen)), sort_keys=False, allow_unicode=True, width=100)
+
+
+def html(results: Results, sections: Sequence[Section], data: dict[str, list[Row]], figures: Any) -> str:
+    """The page: text, tables and drawings in one file."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    styles = figures.styles(results)
+    marks = {arm: figures.marker_svg(style) for arm, style in styles.items()}
+    numbers = iter(range(1, 1 << 30))  # drawings must not share ids
+
+    def svg(raw: str) -> Markup:
+        return Markup(figures.themed(raw, f"d{next(numbers)}"))
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("finepoint.measuring").joinpath("report.html").read_text(encoding="utf-8"))
+    return template.render(
+        ours=OURS, study=results.study, config=results.study["config"], results=results, sections=sections,
+        sentences=headline(results), warnings=views.warnings(results), definitions=DEFINITIONS, marks=marks, svg=svg,
+        configuration=configuration(results), data=[name for name, rows in data.items() if rows],
+        colours=[(name, light) for name, light in figures.COLOURS.values()],
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""The results of a study: what a grid of runs left in its folder, and which learning rate each arm would have kept.
+
+Only JSON is read here, so that results can be looked at without the libraries that made them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from finepoint.errors import FinepointError
+
+FORMAT = 1
+
+Cell = dict[str, Any]
+"""One run of the grid: a task, an arm, a learning rate and a seed, with everything measured on it."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study as read from its folder.
+
+    Args:
+        study: the resolved configuration, the arms, the data's checksums, versions and machine.
+        base: the scores of the base model; empty where they were not measured yet.
+        cells: the finished runs, in the order of their tasks, arms, learning rates and seeds.
+        failures: the runs that raised, with their error.
+    """
+
+    folder: Path
+    study: dict[str, Any]
+    base: dict[str, Any]
+    cells: list[Cell]
+    failures: list[dict[str, Any]]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds asked for; learning rates are chosen at the first."""
+        return list(self.study["config"]["seeds"])
+
+    @property
+    def arms(self) -> list[str]:
+        """The names of the arms, in the study's order."""
+        return [arm["name"] for arm in self.study["arms"]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks trained on, in the study's order."""
+        return list(self.study["tasks"])
+
+    def arm(self, name: str) -> dict[str, Any]:
+        """What the study says about an arm."""
+        return next(arm for arm in self.study["arms"] if arm["name"] == name)
+
+    def of(self, task: str, arm: str) -> list[Cell]:
+        """The finished runs of an arm on a task."""
+        return [cell for cell in self.cells if cell["task"] == task and cell["arm"] == arm]
+
+
+def read_results(folder: str | Path) -> Results:
+    """Reads the folder that `finepoint compare` wrote, finished or not.
+
+    Raises:
+        FinepointError: there is no study in the folder, none of its runs finished, or a file is damaged.
+    """
+    place = Path(folder)
+    if not (place / "study.json").is_file():
+        raise FinepointError(f"{place} holds no study (no study.json); give the --output of `finepoint compare`")
+    study = _read(place / "study.json")
+    if study.get("format") != FORMAT:
+        raise FinepointError(
+            f"{place / 'study.json'} has format {study.get('format')!r}, this finepoint reads {FORMAT};"
+            " run `finepoint compare` again with another --output"
+        )
+    for key in ("config", "arms", "tasks"):
+        if key not in study:
+            raise FinepointError(f"{place / 'study.json'} lacks {key!r}; run `finepoint compare` again")
+    cells, failures = _read_cells(place / "cells")
+    if not cells:
+        first = f"; the first of {len(failures)} failures: {failures[0]['error']}" if failures else ""
+        raise FinepointError(
+            f"no run of the study in {place} has finished yet{first}; `finepoint compare` goes on with it"
+        )
+    base = _read(place / "base.json") if (place / "base.json").is_file() else {}
+    found = Results(place, study, base, cells, failures)
+    _check_names(found)
+    order = {arm: i for i, arm in enumerate(found.arms)}
+    cells.sort(key=lambda cell: (cell["task"], order[cell["arm"]], cell["lr"], cell["seed"]))
+    return found
+
+
+def _read_cells(folder: Path) -> tuple[list[Cell], list[dict[str, Any]]]:
+    cells: list[Cell] = []
+    failures: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name.startswith("."):
+            continue  # a file being written
+        failed = path.name.endswith(".error.json")
+        found = _read(path)
+        for key in ("task", "arm", "lr", "seed", "error" if failed else "scores"):
+            if key not in found:
+                raise FinepointError(f"{path} lacks {key!r}; remove it and run `finepoint compare` again")
+        (failures if failed else cells).append(found)
+    done = {_key(cell) for cell in cells}
+    return cells, [failure for failure in failures if _key(failure) not in done]  # a later try may have succeeded
+
+
+def _key(cell: Cell) -> tuple[Any, ...]:
+    return cell["task"], cell["arm"], cell["lr"], cell["seed"]
+
+
+def _check_names(results: Results) -> None:
+    for cell in results.cells:
+        if cell["arm"] not in results.arms:
+            raise FinepointError(
+                f"a run of {results.folder} is of the arm {cell['arm']!r}, which its study.json does not name;"
+                " the folder mixes two studies: give each its own --output"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FinepointError(f"cannot read {path}: {error}; remove it and run `finepoint compare` again") from error
+    if not isinstance(found, dict):
+        raise FinepointError(f"{path} holds no JSON object; remove it and run `finepoint compare` again")
+    return found
+
+
+def best_lr(cells: Sequence[Cell]) -> float:
+    """The learning rate with the highest validation accuracy; ties: the lower validation loss, then the smaller rate.
+
+    Args:
+        cells: runs of one task and arm that differ in their learning rate, usually those at the first seed.
+    """
+
+    def worth(cell: Cell) -> tuple[float, float, float]:
+        validation = cell["validation"]
+        loss = validation.get("loss")
+        return validation["accuracy"], -loss if loss is not None and isfinite(loss) else float("-inf"), -cell["lr"]
+
+    return float(max(cells, key=worth)["lr"])
+
+
+def first_seed(results: Results, task: str, arm: str) -> list[Cell]:
+    """The runs over the grid of learning rates: those of an arm on a task at the first seed."""
+    return [cell for cell in results.of(task, arm) if cell["seed"] == results.seeds[0]]
+
+
+def tuned(results: Results, task: str, arm: str) -> list[Cell]:
+    """The runs of an arm on a task at its best learning rate, one a seed; none before its grid has begun."""
+    grid = first_seed(results, task, arm)
+    if not grid:
+        return []
+    best = best_lr(grid)
+    return [cell for cell in results.of(task, arm) if cell["lr"] == best]
+
+
+def at_edge(results: Results, task: str, arm: str) -> bool:
+    """Whether the best learning rate is the smallest or the largest of several: the true best may lie outside."""
+    grid = first_seed(results, task, arm)
+    rates = sorted({float(rate) for rate in results.arm(arm).get("lrs") or [cell["lr"] for cell in grid]})
+    return bool(grid) and len(rates) > 1 and best_lr(grid) in (rates[0], rates[-1])

@@ -1,0 +1,91 @@
+"""Work that cells share, done once: gradients for scoring, and the entries that a rule chooses by them."""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from finepoint.choosing.rules import rule_named
+from finepoint.choosing.statistics import Statistics, stream_statistics
+from finepoint.config import TrainConfig
+from finepoint.files import write_atomic, write_json
+from finepoint.training.run import Workplace, select_for
+from finepoint.training.tuner import SparseTuner
+
+# What decides a gradient, and what besides decides a choice by it.
+STATISTIC = ("model", "data", "targets", "scoring_examples", "max_length", "batch_size", "dtype", "seed")
+CHOICE = (*STATISTIC, "rule", "rule_options", "density", "count", "scope", "exclude", "threshold")
+
+
+def shared_selection(config: TrainConfig, place: Workplace, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a selection that any cell may use as `indices`, and what it took: `seconds`, `statistics`.
+
+    Made by whoever comes first; others wait for it. `seconds` counts the gradients as if they had been made for this
+    selection alone.
+    """
+    made = folder / "selections" / key(config, CHOICE)
+    with alone(made):
+        if not (made / "selection.json").is_file():
+            _select(config, place, made, folder / "statistics")
+    return made, json.loads((made / "selection.json").read_text(encoding="utf-8"))
+
+
+def _select(config: TrainConfig, place: Workplace, made: Path, store: Path) -> None:
+    needs = [need for need in ("gradient", "squared_gradient") if need in rule_named(config.rule).needs]
+    kept = store / f"{'-'.join(needs)}-{key(config, STATISTIC)}"
+    spent = 0.0
+
+    def stream(*arguments: Any) -> Iterator[tuple[str, Statistics]]:
+        nonlocal spent
+        with alone(kept):
+            if not (kept / "seconds.json").is_file():
+                _keep(stream_statistics(*arguments), kept)
+            else:
+                spent = json.loads((kept / "seconds.json").read_text(encoding="utf-8"))
+        for path in _kept(kept, arguments[1]):
+            yield path.stem, Statistics(**load_file(path))
+
+    started = time.perf_counter()
+    selection = select_for(config, place, stream if needs else stream_statistics)
+    seconds = time.perf_counter() - started + spent
+    with SparseTuner(place.model, selection) as tuner:
+        tuner.adapter("delta", info={"rule": selection.rule}).save(made, overwrite=True)
+    write_json(made / "selection.json", {"seconds": round(seconds, 2), "statistics": selection.statistics})
+
+
+def _keep(statistics: Iterable[tuple[str, Statistics]], folder: Path) -> None:
+    """Writes every weight's statistics as it comes, so that no more than the stream holds is ever held."""
+    started = time.perf_counter()
+    for name, found in statistics:
+        tensors = {what: tensor for what, tensor in vars(found).items() if tensor is not None}
+        write_atomic(folder / f"{name}.safetensors", partial(save_file, tensors))
+    write_json(folder / "seconds.json", time.perf_counter() - started)
+
+
+def _kept(folder: Path, weights: Mapping[str, nn.Parameter]) -> list[Path]:
+    # Path.stem of "a.weight.safetensors" is the weight's name.
+    return [folder / f"{name}.safetensors" for name in weights]
+
+
+def key(config: TrainConfig, parts: Sequence[str]) -> str:
+    """A name for everything among the settings that decides a result; the files' contents are the study's business."""
+    values = {part: value for part, value in asdict(config).items() if part in parts}
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Inside, no other process on this machine is working on the same place; a lock dies with its process."""
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,200 @@
+"""A study: arms x learning rates x seeds x tasks, as cells; which cells are to be run, given those that are done."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from finepoint.choosing.rules import rule_named
+from finepoint.config import CompareConfig, TrainConfig
+from finepoint.errors import FinepointError
+from finepoint.measuring.results import best_lr
+from finepoint.training.baselines import baseline_named
+
+# Four rates each, so that every arm gets as many trials: a grid for each kind of method.
+GRADIENT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+BLIND_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+DENSE_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
+BASELINE_RATES = {
+    "lora": GRADIENT_RATES,
+    "dora": GRADIENT_RATES,
+    "bitfit": (3e-4, 1e-3, 3e-3, 1e-2),
+    "head": (1e-5, 3e-5, 1e-4, 3e-4),
+}
+# What a study sets by itself for every cell.
+TAKEN = {
+    "model", "data", "validation", "validation_limit", "output", "rule", "rule_options", "baseline", "baseline_options",
+    "density", "lr", "seed", "indices", "keep", "overwrite", "resume", "save_every", "json", "dtype",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method with its settings; what it is compared as."""
+
+    name: str
+    method: str
+    kind: str
+    """`rule` or `baseline`"""
+    density: float | None
+    lrs: tuple[float, ...]
+    options: dict[str, float] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    """settings of `finepoint train` for this arm alone"""
+    wise_ft: tuple[float, ...] = ()
+    lines: tuple[float, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study, and its measurement."""
+
+    task: str
+    arm: str
+    lr: float
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.task}.{self.arm}.lr{self.lr:g}.s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A configuration, checked and spelled out."""
+
+    config: CompareConfig
+    arms: tuple[Arm, ...]
+    tasks: tuple[str, ...]
+    """those trained on"""
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def size(self) -> int:
+        """How many cells there are in all."""
+        more = len(self.config.seeds) - 1
+        return len(self.tasks) * sum(len(arm.lrs) + more for arm in self.arms)
+
+
+def make_study(config: CompareConfig) -> Study:
+    """The study that a configuration describes.
+
+    Raises:
+        FinepointError: whatever can be wrong with it: unknown method, task or setting, two arms of one name, ..
+    """
+    if not config.arms:
+        raise FinepointError("the study has no arms; give e.g. arms: [{rule: gallop, density: 0.001}]")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise FinepointError(f"seeds are {config.seeds}; give one or more different numbers")
+    arms = tuple(arm for entry in config.arms for arm in _arms(entry))
+    names = [arm.name for arm in arms]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise FinepointError(f"two arms are called {twice[0]!r}; give one of them another name")
+    for name in (*names, *config.tasks, *config.probes):
+        if not re.fullmatch(r"[\w+=,-][\w.+=,-]*", name):
+            raise FinepointError(f"{name!r} cannot name files; use letters, digits and -_.+=,")
+    _check_settings(config.train, "train")
+    return Study(config, arms, _trained_tasks(config))
+
+
+def planned(study: Study, cells: Sequence[dict[str, Any]], failures: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """The cells that are known so far, in the order of running: every rate of every arm at the first seed, then the
+    best rate of each at the other seeds, as soon as all its rates have been tried."""
+    first, *others = study.config.seeds
+    found = [Cell(task, arm.name, lr, first) for task in study.tasks for arm in study.arms for lr in arm.lrs]
+    failed = {failure["id"] for failure in failures}
+    done = {cell["id"]: cell for cell in cells}
+    for task in study.tasks:
+        for arm in study.arms:
+            tried = [cell for cell in found if (cell.task, cell.arm, cell.seed) == (task, arm.name, first)]
+            finished = [done[cell.id] for cell in tried if cell.id in done]
+            if finished and all(cell.id in done or cell.id in failed for cell in tried):
+                best = best_lr(finished)
+                found += [Cell(task, arm.name, best, seed) for seed in others]
+    return found
+
+
+def train_config(study: Study, cell: Cell, output: str) -> TrainConfig:
+    """What `finepoint train` would be told for a cell."""
+    arm, config = study.arm(cell.arm), study.config
+    files = config.tasks[cell.task]
+    common = TrainConfig(
+        model=config.model, data=files["train"], validation=files["validation"],
+        validation_limit=config.validation_limit, output=output, dtype=config.dtype,
+        lr=cell.lr, seed=cell.seed, keep="best", overwrite=True,
+    )  # fmt: skip
+    settings = {**config.train, **arm.train}
+    if arm.kind == "baseline":
+        return replace(common, baseline=arm.method, baseline_options=arm.options, **settings)
+    return replace(common, rule=arm.method, rule_options=arm.options, density=arm.density, **settings)
+
+
+def described(study: Study) -> dict[str, Any]:
+    """The study as its manifest keeps it."""
+    config = asdict(study.config)
+    for key in ("output", "workers", "executor", "address", "dry_run", "json"):
+        config.pop(key)
+    return {"config": config, "arms": [asdict(arm) for arm in study.arms], "tasks": list(study.tasks)}
+
+
+def _arms(entry: Mapping[str, Any]) -> Iterator[Arm]:
+    """The arms that one entry of the configuration stands for: one for each of its densities."""
+    known = {"name", "rule", "baseline", "density", "options", "lrs", "train", "wise_ft", "lines"}
+    if unknown := sorted(set(entry) - known):
+        raise FinepointError(f"an arm has no setting {unknown[0]!r}; its settings: {', '.join(sorted(known))}")
+    if ("rule" in entry) == ("baseline" in entry):
+        raise FinepointError(f"arm {dict(entry)} must name either a rule or a baseline")
+    _check_settings(entry.get("train", {}), "an arm's train")
+    if "baseline" in entry and "density" in entry:
+        raise FinepointError(f"arm {dict(entry)}: a baseline has no density")
+    densities = entry.get("density", 1e-3 if "rule" in entry else None)
+    for density in densities if isinstance(densities, list) else [densities]:
+        yield _arm(entry, density, isinstance(densities, list))
+
+
+def _arm(entry: Mapping[str, Any], density: float | None, several: bool) -> Arm:
+    options = dict(entry.get("options", {}))
+    if "rule" in entry:
+        rule = rule_named(entry["rule"])
+        method, source, kind = rule.name, rule.source, "rule"
+        rates = GRADIENT_RATES if rule.needs_data else BLIND_RATES
+    else:
+        baseline = baseline_named(entry["baseline"])
+        method, source, kind = baseline.name, baseline.source, "baseline"
+        rates = BASELINE_RATES.get(method, DENSE_RATES)
+    tail = [] if density is None else [f"{density:g}"]
+    spelled = [f"{key}={value:g}" for key, value in options.items()]
+    name = "-".join([entry["name"], *(tail if several else [])] if "name" in entry else [method, *tail, *spelled])
+    lrs = tuple(sorted(float(lr) for lr in entry.get("lrs", rates)))
+    if not lrs or min(lrs) <= 0 or len(set(lrs)) < len(lrs):
+        raise FinepointError(f"arm {name!r} has the learning rates {list(lrs)}; give different ones above 0")
+    return Arm(name.replace(":", "+"), method, kind, density, lrs, options, dict(entry.get("train", {})),
+               tuple(entry.get("wise_ft", ())), tuple(entry.get("lines", ())), source)  # fmt: skip
+
+
+def _check_settings(settings: Mapping[str, Any], where: str) -> None:
+    known = {setting.name for setting in fields(TrainConfig)} - TAKEN
+    for name in settings:
+        if name in TAKEN:
+            raise FinepointError(f"{where} gives {name!r}, which the study sets for every cell by itself")
+        if name not in known:
+            raise FinepointError(f"{where} gives {name!r}, which is no setting of finepoint train")
+
+
+def _trained_tasks(config: CompareConfig) -> tuple[str, ...]:
+    for name, files in config.tasks.items():
+        if unknown := sorted(set(files) - {"train", "validation", "test"}):
+            raise FinepointError(f"task {name!r} has a set {unknown[0]!r}; a task has train, validation and test")
+        if "test" not in files:
+            raise FinepointError(f"task {name!r} has no test set; give test: FILE.jsonl")
+    whole = [name for name, files in config.tasks.items() if {"train", "validation"} <= set(files)]
+    chosen = config.train_on or whole
+    for name in chosen:
+        if name not in whole:
+            raise FinepointError(f"task {name!r} cannot be trained on; it needs train, validation and test")
+    if not chosen:
+        raise FinepointError("no task can be trained on; give one of them train, validation and test")
+    return tuple(chosen)

@@ -1,0 +1,466 @@
+"""What a study says, as tables: each view is a plain function from results to rows, the data of a figure or of a CSV.
+
+The confounds that let one rule look better than another for free (tuning, budget, movement) have a view each.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite, log10
+from statistics import fmean
+from typing import Any
+
+from finepoint.measuring.intervals import interval
+from finepoint.measuring.results import Cell, Results, at_edge, best_lr, first_seed, tuned
+
+Row = dict[str, Any]
+
+ALL_TASKS = "mean over tasks"
+SPREAD = ("id", "ood", "ood_change", "nll_change", "kl")
+SAME_BUDGET = 1.1
+GAINS = (0.5, 0.75, 0.9)
+
+
+def number(value: Any) -> float | None:
+    """A value where it is a finite number, else None: a diverged run leaves nan, and a mean over it would too."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) else None
+
+
+def mean(values: Iterable[Any]) -> float | None:
+    """The mean of the numbers among the values; None where there is none."""
+    numbers = [value for value in map(number, values) if value is not None]
+    return fmean(numbers) if numbers else None
+
+
+def measures(cell: Cell) -> Row:
+    """The numbers of one run, flat; None where something was not measured."""
+    scores, changes, cost = cell["scores"], cell.get("changes") or {}, cell.get("cost") or {}
+    found = at_once(scores, changes, cell["task"])
+    collapse = changes.get("collapse") or {}
+    found |= {f"collapse_{key}": number(collapse.get(key)) for key in ("count", "rate", "at_or_below_chance")}
+    found["update_norm"] = number(cell.get("update_norm"))
+    costs = ("trained", "changed", "adapter_bytes", "selection_seconds", "step_seconds", "train_seconds", "peak_bytes",
+             "seconds", "tokens_per_second")  # fmt: skip
+    found |= {key: number(cost.get(key)) for key in costs}
+    trained, changed = found["trained"], found["changed"]
+    found["effective_share"] = changed / trained if trained and changed is not None else None
+    return found
+
+
+def at_once(scores: Row, changes: Row, task: str) -> Row:
+    """The scores and changes that runs and their antidotes share."""
+    here = (scores.get("id") or {}).get(task) or {}
+    ood, probe = scores.get("ood") or {}, scores.get("probe") or {}
+    mean_change = changes.get("ood_mean") or {}
+    ood_changes = (changes.get("ood_change") or {}).values()
+    return {
+        "id": number(here.get("accuracy")),
+        "id_change": number((changes.get("id_change") or {}).get(task)),
+        "ood": mean(score.get("accuracy") for score in ood.values()),
+        "ood_change": mean(ood_changes),
+        "worst_ood_change": min(ood_changes, default=None),
+        "forget_ratio": number(mean_change.get("forget_ratio")),
+        "nll_change": mean((changes.get("probe_change") or {}).values()),
+        "kl": mean(score.get("kl") for score in probe.values()),
+    }
+
+
+def summary(results: Results) -> list[Row]:
+    """A row for each task and arm at its tuned learning rate: mean and spread over the seeds; all tasks first."""
+    rows = [
+        {"task": task, **_named(results, arm), "lr": cells[0]["lr"], "lr_at_edge": at_edge(results, task, arm),
+         **_spread([measures(cell) for cell in cells])}
+        for task in results.tasks for arm in results.arms if (cells := tuned(results, task, arm))
+    ]  # fmt: skip
+    return _over_tasks(results) + rows
+
+
+def _over_tasks(results: Results) -> list[Row]:
+    """Arms that ran on every task, averaged over the tasks seed by seed: tasks are no sample, seeds are."""
+    if len(results.tasks) < 2:
+        return []
+    rows = []
+    for arm in results.arms:
+        runs = [{cell["seed"]: measures(cell) for cell in tuned(results, task, arm)} for task in results.tasks]
+        common = [seed for seed in results.seeds if all(seed in found for found in runs)]
+        if not common:
+            continue
+        averaged = [_averaged([found[seed] for found in runs]) for seed in common]
+        rows.append({"task": ALL_TASKS, **_named(results, arm), "lr": None, "lr_at_edge": None, **_spread(averaged)})
+    return rows
+
+
+def _averaged(found: Sequence[Row]) -> Row:
+    """The mean of each number; None where one of them is missing, for a mean over fewer tasks is another quantity."""
+    return {
+        key: None if any(row[key] is None for row in found) else mean(row[key] for row in found) for key in found[0]
+    }
+
+
+def _named(results: Results, arm: str) -> Row:
+    about = results.arm(arm)
+    return {"arm": arm, "method": about.get("method", arm), "kind": about.get("kind"), "density": about.get("density")}
+
+
+def _spread(found: Sequence[Row]) -> Row:
+    """The mean of every number, and sd and interval of the main ones."""
+    row: Row = {"seeds": len(found)}
+    for key in found[0]:
+        values = [value for one in found if (value := one[key]) is not None]
+        row |= _with_spread(key, values) if key in SPREAD else {key: mean(values)}
+    return row
+
+
+def _with_spread(key: str, values: Sequence[float]) -> Row:
+    """The mean under its key, and sd and interval under keys of their own; None where there is nothing."""
+    spread: Row = interval(values) if values else {}
+    return {key: spread.get("mean")} | {f"{key}_{part}": spread.get(part) for part in ("sd", "low", "high")}
+
+
+def base_scores(results: Results) -> list[Row]:
+    """What the base model scores on every test, and what guessing would."""
+    keys = ("accuracy", "accuracy_normalised", "stderr", "n", "most_frequent_answer", "chance", "majority")
+    return [
+        {"test": test, **{key: number(score.get(key)) for key in keys}}
+        for test, score in (results.base.get("tests") or {}).items()
+    ]
+
+
+def ood_changes(results: Results) -> list[Row]:
+    """The signed change of accuracy on every other task, for each task and arm: the mean hides trades between them."""
+    rows = []
+    for task in results.tasks:
+        for arm in results.arms:
+            found: dict[str, list[float]] = {}
+            for cell in tuned(results, task, arm):
+                for test, change in ((cell.get("changes") or {}).get("ood_change") or {}).items():
+                    found.setdefault(test, []).append(change)
+            for test, changes in found.items():
+                rows.append({"task": task, "arm": arm, "test": test, **interval(changes)})
+    return rows
+
+
+def paired(results: Results, method: str) -> list[Row]:
+    """Differences from the arm of a reference method, seed by seed, so that what a seed does to both cancels.
+
+    The reference of a rule is the method's arm at the same density, if the method has densities.
+    """
+    rows = []
+    for task in results.tasks:
+        for arm in results.arms:
+            reference = reference_of(results, arm, method)
+            if reference is None:
+                continue
+            ours = {cell["seed"]: measures(cell) for cell in tuned(results, task, arm)}
+            theirs = {cell["seed"]: measures(cell) for cell in tuned(results, task, reference)}
+            seeds = [seed for seed in ours if seed in theirs]
+            row: Row = {"task": task, "arm": arm, "reference": reference, "pairs": len(seeds)}
+            for measure in ("id", "ood", "nll_change"):
+                pairs = [(ours[seed][measure], theirs[seed][measure]) for seed in seeds]
+                differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
+                row |= _with_spread(measure, differences)
+            if seeds:
+                rows.append(row)
+    return rows
+
+
+def reference_of(results: Results, arm: str, method: str) -> str | None:
+    """The arm of a method that an arm is fairly compared with: of the same density, or the method's only one."""
+    candidates = [other for other in results.study["arms"] if other.get("method") == method]
+    density = results.arm(arm).get("density")
+    same = [other for other in candidates if other.get("density") == density]
+    if not same and len(candidates) == 1 and (density is None or candidates[0].get("density") is None):
+        same = candidates
+    return same[0]["name"] if same and same[0]["name"] != arm else None
+
+
+def pareto(results: Results) -> list[Row]:
+    """ID and mean OOD accuracy of each arm, and whether no other arm is as good in both and better in one, by means."""
+    rows = [row for row in summary(results) if row["id"] is not None and row["ood"] is not None]
+    keys = ("task", "arm", "density", "seeds", "id", "id_low", "id_high", "ood", "ood_low", "ood_high")
+    found = []
+    for row in rows:
+        rivals = [other for other in rows if other["task"] == row["task"]]
+        found.append({key: row[key] for key in keys} | {"front": not any(beats(other, row) for other in rivals)})
+    return found
+
+
+def beats(one: Row, other: Row) -> bool:
+    """Whether one arm is at least as good in both accuracies and better in one."""
+    pairs = [(one[key], other[key]) for key in ("id", "ood")]
+    return all(mine >= theirs for mine, theirs in pairs) and any(mine > theirs for mine, theirs in pairs)
+
+
+def by_density(results: Results) -> list[Row]:
+    """Accuracy of each rule over the densities it was run at."""
+    keys = ("task", "arm", "density", "seeds", "id", "id_sd", "ood", "ood_sd", "nll_change", "nll_change_sd")
+    rows = [
+        {"family": family(results, row["arm"]), **{key: row[key] for key in keys}}
+        for row in summary(results) if row["density"] is not None
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["density"])
+
+
+def family(results: Results, arm: str) -> str:
+    """An arm without its density: the method and its options."""
+    about = results.arm(arm)
+    options = ", ".join(f"{key} {value}" for key, value in (about.get("options") or {}).items())
+    method = str(about.get("method", arm))
+    if options:
+        return f"{method} ({options})"
+    twins = [other for other in results.study["arms"] if other.get("method") == method]
+    same = [other for other in twins if other.get("density") == about.get("density") and not other.get("options")]
+    return method if len(same) == 1 else arm
+
+
+def equal_budget(results: Results) -> list[Row]:
+    """Arms that train about equally many weights (within 10 %), side by side; arms without company are left out."""
+    keys = ("arm", "trained", "seeds", "id", "id_low", "id_high", "ood", "ood_low", "ood_high", "nll_change", "kl")
+    rows = []
+    for task in results.tasks:
+        found = [row for row in summary(results) if row["task"] == task and row["trained"]]
+        for group in budgets(found):
+            rows += [{"task": task, "budget": group[0]["trained"], **{key: row[key] for key in keys}} for row in group]
+    return rows
+
+
+def budgets(rows: Sequence[Row]) -> list[list[Row]]:
+    """Groups of at least two rows whose trained weights differ by at most 10 % from the group's smallest."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: row["trained"]):
+        if groups and row["trained"] <= SAME_BUDGET * groups[-1][0]["trained"]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [group for group in groups if len(group) > 1]
+
+
+def paths(results: Results) -> list[Row]:
+    """Learning and forgetting of each arm along its learning rates, at the first seed; `tuned` marks the rate kept."""
+    keys = ("id", "id_change", "ood", "ood_change", "nll_change", "kl", "update_norm")
+    rows = []
+    for task in results.tasks:
+        for arm in results.arms:
+            cells = sorted(first_seed(results, task, arm), key=lambda cell: cell["lr"])
+            for cell in cells:
+                found = measures(cell)
+                rows.append({"task": task, "arm": arm, "lr": cell["lr"], "tuned": cell["lr"] == best_lr(cells),
+                             **{key: found[key] for key in keys}})  # fmt: skip
+    return rows
+
+
+def equal_accuracy(results: Results) -> list[Row]:
+    """What each arm forgets where it has learned equally much, interpolated along its learning rates.
+
+    The levels lie at 50, 75 and 90 % of the best arm's gain over the base. A path starts at the base model, which is
+    where a learning rate of 0 leaves it, and is read where it first reaches the level; None: it never does.
+    """
+    rows = []
+    for task in results.tasks:
+        base = number(((results.base.get("tests") or {}).get(task) or {}).get("accuracy"))
+        found = [row for row in paths(results) if row["task"] == task and row["id"] is not None]
+        if base is None or not found:
+            continue
+        gain = max(row["id"] for row in found) - base
+        start = {"id": base, "ood_change": 0.0, "nll_change": 0.0, "lr": None}
+        for share in GAINS if gain > 0 else ():
+            for arm in dict.fromkeys(row["arm"] for row in found):
+                path = [start, *(row for row in found if row["arm"] == arm)]
+                at = interpolated(path, "id", base + share * gain, ("ood_change", "nll_change"))
+                rows.append({"task": task, "share_of_best_gain": share, "id": base + share * gain, "arm": arm, **at})
+    return rows
+
+
+def equal_norm(results: Results) -> list[Row]:
+    """What each rule learns and forgets after moving equally far, interpolated along its learning rates in log norm.
+
+    Only rules of one density, among each other: the norm of a change says something else for LoRA's products or for a
+    change spread over ten times the entries. The levels are the quartiles of all runs' norms; None: never that far.
+    """
+    rows = []
+    rules = [arm for arm in results.arms if results.arm(arm).get("kind") == "rule"]
+    for task in results.tasks:
+        for density in dict.fromkeys(results.arm(arm).get("density") for arm in rules):
+            arms = [arm for arm in rules if results.arm(arm).get("density") == density]
+            found = [row for row in paths(results) if row["task"] == task and row["arm"] in arms and row["update_norm"]]
+            for level in quartiles([row["update_norm"] for row in found]):
+                for arm in dict.fromkeys(row["arm"] for row in found):
+                    path = [row for row in found if row["arm"] == arm]
+                    at = interpolated(path, "update_norm", level, ("id", "ood_change", "nll_change"), log10)
+                    rows.append({"task": task, "density": density, "update_norm": level, "arm": arm, **at})
+    return rows
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The quartiles of positive numbers, rounded to two digits so that tables show the very level; none below 4."""
+    ordered = sorted(values)
+    if len(ordered) < 4:
+        return []
+    return list(
+        dict.fromkeys(float(f"{ordered[round(share * (len(ordered) - 1))]:.2g}") for share in (0.25, 0.5, 0.75))
+    )
+
+
+def interpolated(
+    path: Sequence[Row], along: str, level: float, wanted: Sequence[str], scale: Callable[[float], float] = float
+) -> Row:
+    """The wanted numbers where a path first crosses a level, linear between its points; None where it never does.
+
+    Args:
+        along: the number that is to be at the level.
+        scale: of that number, e.g. log10.
+    """
+    points = [(scale(row[along]), row) for row in path if row[along] is not None]
+    target = scale(level)
+    for i, (here, row) in enumerate(points):
+        if here == target:
+            return {key: row[key] for key in wanted}
+        if i + 1 < len(points) and (here < target < points[i + 1][0] or here > target > points[i + 1][0]):
+            after, follower = points[i + 1]
+            share = (target - here) / (after - here)
+            return {key: _between(row[key], follower[key], share) for key in wanted}
+    return dict.fromkeys(wanted)
+
+
+def _between(one: float | None, other: float | None, share: float) -> float | None:
+    return None if one is None or other is None else one + share * (other - one)
+
+
+def overfitting(results: Results) -> list[Row]:
+    """Whether the kept step is the last one, and how far training and validation loss have come apart."""
+    rows = []
+    for task in results.tasks:
+        for arm in results.arms:
+            for cell in tuned(results, task, arm):
+                curve = cell.get("curve") or []
+                losses = [point["loss"] for point in curve if number(point.get("loss")) is not None]
+                checks = {
+                    point["step"]: point["eval_loss"] for point in curve if number(point.get("eval_loss")) is not None
+                }
+                last = max(checks, default=None)
+                end = losses[-max(1, len(losses) // 10) :]  # single steps are noisy
+                row = {"task": task, "arm": arm, "lr": cell["lr"], "seed": cell["seed"],
+                       "best_step": cell.get("best_step"), "last_step": max((p["step"] for p in curve), default=None),
+                       "train_loss_end": mean(end), "validation_loss_best": min(checks.values(), default=None),
+                       "validation_loss_end": checks[last] if last is not None else None}  # fmt: skip
+                rows.append(row | {"gap": _minus(row["validation_loss_end"], row["train_loss_end"])})
+    return rows
+
+
+def _minus(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def antidotes(results: Results) -> list[Row]:
+    """Changes scaled back after training: each remedy and strength next to the tuned run itself (alpha 1)."""
+    rows = []
+    for task in results.tasks:
+        for arm in results.arms:
+            cells = tuned(results, task, arm)
+            found: dict[tuple[str, float], list[Row]] = {}
+            for cell in cells:
+                for one in cell.get("antidotes") or []:
+                    row = at_once(one["scores"], one.get("changes") or {}, task)
+                    row["validation"] = number((one.get("validation") or {}).get("accuracy"))
+                    row["update_norm"] = number(one.get("update_norm"))
+                    found.setdefault((one["how"], one["alpha"]), []).append(row)
+            if not found:
+                continue
+            whole = [
+                measures(cell) | {"validation": number((cell.get("validation") or {}).get("accuracy"))}
+                for cell in cells
+            ]
+            for (how, alpha), some in [(("none", 1.0), whole), *sorted(found.items())]:
+                keys = ("validation", "id", "ood", "ood_change", "nll_change", "kl", "update_norm")
+                rows.append({"task": task, "arm": arm, "how": how, "alpha": alpha, "seeds": len(some),
+                             **{key: mean(row[key] for row in some) for key in keys}})  # fmt: skip
+    return rows
+
+
+def answers(results: Results) -> list[Row]:
+    """Every test by likelihood and by generation, with what goes wrong in the answers' form, beside chance."""
+    rows = []
+    base = results.base.get("tests") or {}
+    for test, score in base.items():
+        rows.append({"task": "-", "arm": "base", "test": test, **_answers([score], score)})
+    for task in results.tasks:
+        for arm in results.arms:
+            found: dict[str, list[Row]] = {}
+            for cell in tuned(results, task, arm):
+                for kind in ("id", "ood"):
+                    for test, score in (cell["scores"].get(kind) or {}).items():
+                        found.setdefault(test, []).append(score)
+            for test, scores in found.items():
+                rows.append({"task": task, "arm": arm, "test": test, **_answers(scores, base.get(test) or {})})
+    return rows
+
+
+def _answers(scores: Sequence[Row], base: Row) -> Row:
+    generated = [score.get("generated") or {} for score in scores]
+    row = {key: mean(score.get(key) for score in scores)
+           for key in ("accuracy", "accuracy_normalised", "stderr", "most_frequent_answer")}  # fmt: skip
+    row |= {f"generated_{key}": mean(score.get(key) for score in generated)
+            for key in ("accuracy", "format_failures", "empty", "memorised")}  # fmt: skip
+    return row | {"chance": number(base.get("chance")), "majority": number(base.get("majority"))}
+
+
+def curves(results: Results) -> list[Row]:
+    """Training and validation loss by step, of the tuned runs at the first seed."""
+    return [
+        {"task": task, "arm": arm, "lr": cell["lr"], "step": point["step"], "loss": number(point.get("loss")),
+         "validation_loss": number(point.get("eval_loss"))}
+        for task in results.tasks for arm in results.arms for cell in tuned(results, task, arm)
+        if cell["seed"] == results.seeds[0] for point in cell.get("curve") or []
+    ]  # fmt: skip
+
+
+def failures(results: Results) -> list[Row]:
+    """The runs that raised."""
+    keys = ("task", "arm", "lr", "seed", "error")
+    return [{key: failure[key] for key in keys} for failure in results.failures]
+
+
+def missing(results: Results) -> list[Row]:
+    """Runs that the grid calls for and that neither finished nor failed."""
+    known = {(cell["task"], cell["arm"], cell["lr"], cell["seed"]) for cell in [*results.cells, *results.failures]}
+    rows = []
+    for task in results.tasks:
+        for arm in results.arms:
+            rates = [float(rate) for rate in results.arm(arm).get("lrs") or []]
+            wanted = [(rate, results.seeds[0]) for rate in rates]
+            grid = first_seed(results, task, arm)
+            if grid and {cell["lr"] for cell in grid} >= set(rates):
+                wanted += [(best_lr(grid), seed) for seed in results.seeds[1:]]
+            for rate, seed in wanted:
+                if (task, arm, rate, seed) not in known:
+                    rows.append({"task": task, "arm": arm, "lr": rate, "seed": seed})
+    return rows
+
+
+def warnings(results: Results) -> list[str]:
+    """What a reader should hold against the numbers."""
+    found = []
+    rows = [row for row in summary(results) if row["task"] != ALL_TASKS]
+    if edges := [row for row in rows if row["lr_at_edge"]]:
+        found.append(
+            f"the best learning rate is the smallest or largest of its grid for {len(edges)} of {len(rows)} arms"
+            f" ({_arms(edges)}): a better one may lie outside"
+        )
+    if single := [row for row in rows if row["seeds"] == 1]:
+        found.append(f"{_arms(single)}: one seed only, so there is no spread and no interval")
+    counts = {len(arm.get("lrs") or []) for arm in results.study["arms"]}
+    if len(counts) > 1:
+        found.append(
+            f"arms were tuned over {min(counts)} to {max(counts)} learning rates: more trials are an advantage"
+        )
+    if gone := missing(results):
+        found.append(f"{len(gone)} runs of the grid have not finished: {_arms(gone)}")
+    if results.failures:
+        found.append(f"{len(results.failures)} runs failed: {_arms(results.failures)}")
+    if not results.base:
+        found.append("the base model has not been measured yet (no base.json)")
+    return found
+
+
+def _arms(rows: Sequence[Row], most: int = 4) -> str:
+    """Which arms on which tasks, the first few by name."""
+    names = list(dict.fromkeys(f"{row['arm']} on {row['task']}" for row in rows))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

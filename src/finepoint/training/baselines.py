@@ -1,0 +1,211 @@
+"""What sparse tuning is measured against: dense and low-rank fine-tuning, with the same data, loop, log and record."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from finepoint.choosing.statistics import Batch, stream_statistics
+from finepoint.choosing.weights import Targets, block_of, target_weights
+from finepoint.errors import FinepointError
+from finepoint.training.dense import DenseTuner
+from finepoint.training.filtered import FilteredAdamW
+from finepoint.training.interface import Method
+from finepoint.training.lowrank import PeftTuner
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a baseline is made of."""
+
+    model: Any
+    head: Sequence[str]
+    """weights of a new classification head, which every baseline trains"""
+    options: Mapping[str, float]
+    targets: Targets
+    """for LoRA and DoRA: which linear layers"""
+    seed: int
+    lr: float
+    weight_decay: float
+    fisher_batches: Sequence[Batch] = ()
+    """for EWC: batches of the examples that are not to be forgotten"""
+    memory: float = 1.0
+    """share of the weights whose Fisher information is made at a time"""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline, by name, with its formula and where it comes from."""
+
+    name: str
+    make: Callable[[Setting], Method]
+    formula: str
+    source: str
+    lr: float
+    """learning rate where none is given"""
+    options: dict[str, float] = field(default_factory=dict)
+    """the options and their defaults"""
+
+
+def baseline_named(name: str) -> Baseline:
+    """The baseline called `name`.
+
+    Raises:
+        FinepointError: there is no such baseline; the known ones are listed.
+    """
+    if name in BASELINES:
+        return BASELINES[name]
+    close = get_close_matches(name, BASELINES, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise FinepointError(f"unknown baseline {name!r}; {hint}known baselines: {', '.join(BASELINES)}")
+
+
+def options_of(baseline: Baseline, given: Mapping[str, float]) -> dict[str, float]:
+    """The baseline's options, those given over the defaults.
+
+    Raises:
+        FinepointError: an option the baseline does not have, or a value it cannot take.
+    """
+    for option in given:
+        if option not in baseline.options:
+            known = ", ".join(baseline.options) or "none"
+            raise FinepointError(f"baseline {baseline.name!r} has no option {option!r}; its options: {known}")
+    options = baseline.options | dict(given)
+    if "alpha" in options and "alpha" not in given:
+        options["alpha"] = 2 * options["rank"]
+    for option, (fits, expected) in LIMITS.items():
+        if option in options and not fits(options[option]):
+            raise FinepointError(f"baseline option {option} is {options[option]:g}; it is {expected}")
+    return options
+
+
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "rank": (lambda value: value >= 1 and value == int(value), "a whole number from 1"),
+    "alpha": (lambda value: value > 0, "above 0"),
+    "dropout": (lambda value: 0 <= value < 1, "a probability, in [0, 1)"),
+    "strength": (lambda value: value >= 0, "at least 0"),
+    "share": (lambda value: 0 < value <= 1, "a share of each tensor, in (0, 1]"),
+}
+
+
+def full(setting: Setting) -> Method:
+    return Method(DenseTuner(setting.model, _all(setting.model)))
+
+
+def head(setting: Setting) -> Method:
+    if setting.head:
+        return Method(DenseTuner(setting.model, setting.head))
+    output = setting.model.get_output_embeddings()
+    if output is None:
+        raise FinepointError(f"{type(setting.model).__name__} names no output matrix, so there is no head to train")
+    owned = {id(parameter) for parameter in output.parameters()}
+    named = setting.model.named_parameters(remove_duplicate=False)
+    return Method(DenseTuner(setting.model, [name for name, parameter in named if id(parameter) in owned]))
+
+
+def bitfit(setting: Setting) -> Method:
+    vectors = [name for name, parameter in setting.model.named_parameters() if parameter.ndim == 1]
+    return Method(DenseTuner(setting.model, [*vectors, *setting.head]))
+
+
+def random_half(setting: Setting) -> Method:
+    names = half_of_matrices(setting.model, setting.seed)
+    return Method(DenseTuner(setting.model, [*names, *setting.head]))
+
+
+def lora(setting: Setting, dora: bool = False) -> Method:
+    names = target_weights(setting.model, setting.targets)
+    layers = [name.rpartition(".")[0] for name in names]
+    for name, layer in zip(names, layers, strict=True):
+        if not isinstance(setting.model.get_submodule(layer), nn.Linear | Conv1D) or not name.endswith(".weight"):
+            raise FinepointError(f"{name} is no linear layer's weight, which LoRA needs; give other --targets")
+    rank, alpha, dropout = (setting.options[option] for option in ("rank", "alpha", "dropout"))
+    tuner = PeftTuner(setting.model, layers, setting.head, rank=int(rank), alpha=alpha, dropout=dropout, dora=dora,
+                      seed=setting.seed)  # fmt: skip
+    return Method(tuner)
+
+
+def dora(setting: Setting) -> Method:
+    return lora(setting, dora=True)
+
+
+def ewc(setting: Setting) -> Method:
+    weights = {name: weight for name, weight in setting.model.named_parameters() if name not in setting.head}
+    statistics = stream_statistics(setting.model, weights, setting.fisher_batches, ["squared_gradient"], setting.memory)
+    fisher = {name: found.squared_gradient for name, found in statistics if found.squared_gradient is not None}
+    tuner = DenseTuner(setting.model, _all(setting.model))
+    return Method(tuner, penalty=Anchor(tuner, fisher, setting.options["strength"]).add_)
+
+
+def mofo(setting: Setting) -> Method:
+    tuner = DenseTuner(setting.model, _all(setting.model))
+    optimizer = FilteredAdamW(
+        tuner.trained().values(), setting.options["share"], setting.lr, weight_decay=setting.weight_decay
+    )
+    return Method(tuner, optimizer=optimizer)
+
+
+class Anchor:
+    """EWC's penalty: (strength / 2) x the sum of F (w - w0)^2, as the gradient it adds, strength x F (w - w0)."""
+
+    def __init__(self, tuner: DenseTuner, fisher: Mapping[str, Tensor], strength: float) -> None:
+        self.tuner = tuner
+        self.strength = strength
+        self.fisher = fisher
+        self.start = {name: value.detach().clone() for name, value in tuner.trained().items() if name in fisher}
+
+    @torch.no_grad()
+    def add_(self) -> None:
+        """Adds the penalty's gradient to the gradients of the trained weights."""
+        trained = self.tuner.trained()
+        for name, start in self.start.items():
+            pull = (trained[name] - start).mul_(self.fisher[name]).mul_(self.strength)
+            gradient = trained[name].grad
+            trained[name].grad = pull if gradient is None else gradient.add_(pull)
+
+
+def half_of_matrices(model: nn.Module, seed: int) -> list[str]:
+    """HFT's choice: in every block half of attention's matrices and half of the MLP's, drawn from the seed.
+
+    Where their number is odd, a random half of the blocks has one more than the others.
+    """
+    draw = random.Random(f"half:{seed}")
+    chosen = []
+    for category in ("attention", "mlp"):
+        blocks: dict[str | None, list[str]] = {}
+        for name in target_weights(model, category):
+            blocks.setdefault(block_of(model, name), []).append(name)
+        fuller = set(draw.sample(list(blocks), len(blocks) // 2))
+        for block, names in blocks.items():
+            size = (len(names) + (block in fuller)) // 2
+            chosen += draw.sample(names, size)
+    return chosen
+
+
+def _all(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+
+
+LOW_RANK = {"rank": 8.0, "alpha": 16.0, "dropout": 0.0}
+BASELINES = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline("full", full, "every weight", "full fine-tuning", 1e-5),
+        Baseline("lora", lora, "W + (alpha/rank) B A", "LoRA, arXiv:2106.09685", 1e-4, LOW_RANK),
+        Baseline("dora", dora, "m (W + (alpha/rank) B A) / |W + (alpha/rank) B A|, by rows",
+                 "DoRA, arXiv:2402.09353", 1e-4, LOW_RANK),
+        Baseline("head", head, "the output matrix alone", "head only", 1e-4),
+        Baseline("bitfit", bitfit, "biases and norms alone", "BitFit, arXiv:2106.10199", 1e-3),
+        Baseline("random-half", random_half, "half of each block's matrices, drawn by the seed",
+                 "HFT, arXiv:2404.18466", 1e-5),
+        Baseline("ewc", ewc, "every weight; loss + (strength/2) sum F (w - w0)^2", "EWC, arXiv:1612.00796", 1e-5,
+                 {"strength": 1000.0}),
+        Baseline("mofo", mofo, "every weight; a step moves the largest |momentum| of each tensor",
+                 "MoFO, arXiv:2407.20999", 1e-5, {"share": 0.15}),
+    )
+}  # fmt: skip

@@ -1,0 +1,484 @@
+"""Every baseline against its formula, written plainly, and through a whole run like any rule."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import assert_same_bits, snapshot, tiny_llama, write_lines
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.lowrank import load_merged
+from finepoint.config import EvalConfig, TrainConfig
+from finepoint.errors import FinepointError
+from finepoint.measuring.evaluation import evaluate_config
+from finepoint.models import load_model
+from finepoint.training.baselines import BASELINES, Setting, baseline_named, half_of_matrices, options_of
+from finepoint.training.dense import DenseTuner
+from finepoint.training.filtered import FilteredAdamW
+from finepoint.training.run import fit, prepare, train
+from finepoint.training.trainer import LengthBuckets, SparseTrainer
+from reference import TiedToy, mean_squared_gradient
+from test_adapter import assert_same_adapter
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make(name, model, seed=0, head=(), batches=(), lr=1e-2, **options):
+    baseline = baseline_named(name)
+    return baseline.make(Setting(model, head, options_of(baseline, options), "linear", seed, lr, 0.0, batches))
+
+
+def steps(method, batches, optimizer=None):
+    optimizer = method.optimizer or optimizer or torch.optim.AdamW(method.tuner.trained().values(), 1e-2,
+                                                                   weight_decay=0.0)  # fmt: skip
+    for batch in batches:
+        method.tuner.model(**batch).loss.backward()
+        if method.penalty:
+            method.penalty()
+        optimizer.step()
+        method.tuner.model.zero_grad()
+
+
+def plain_steps(model, parameters, batches, extra=lambda: 0.0):
+    """Textbook training: freeze all, unfreeze some, AdamW on the loss and whatever is added to it."""
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, 1e-2, weight_decay=0.0)
+    for batch in batches:
+        (model(**batch).loss + extra()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_close(model, other, tolerance=1e-10):
+    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=name)
+
+
+def toy_batches(count):
+    return [{"input_ids": torch.randint(1, 11, (2, 5)), "labels": torch.randint(1, 11, (2, 5))} for _ in range(count)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("name", "trains"),
+    [
+        ("full", lambda name: True),
+        ("head", lambda name: "lm_head" in name),
+        ("bitfit", lambda name: "norm" in name),
+        ("random-half", None),
+    ],
+)
+def test_dense_baselines_equal_textbook_training(name, trains, tied, batches):
+    model, other = tiny_llama(torch.float64, tied), tiny_llama(torch.float64, tied)
+    before = snapshot(model)
+    chosen = half_of_matrices(other, 0)
+    parameters = {id(parameter): parameter for name, parameter in other.named_parameters(remove_duplicate=False)
+                  if (trains(name) if trains else name in chosen)}  # fmt: skip
+    plain_steps(other, list(parameters.values()), batches)
+    method = make(name, model)
+    assert method.tuner.count == sum(parameter.numel() for parameter in parameters.values())
+    steps(method, batches)
+    assert_close(model, other)
+    moved = [(a.detach() - before[n]).double().norm() ** 2 for n, a in other.named_parameters()]
+    assert method.tuner.norm() == pytest.approx(float(sum(moved)) ** 0.5, rel=1e-12)
+    assert method.tuner.changed() == sum(int((a != before[n]).sum()) for n, a in other.named_parameters())
+
+    adapter = method.tuner.adapter()
+    method.tuner.revert_()
+    method.tuner.close()
+    method.tuner.close()
+    assert_same_bits(before, snapshot(model))
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    with adapter.applied(model):
+        assert_close(model, other)
+    assert_same_bits(before, snapshot(model))
+
+
+def test_a_tied_head_moves_the_embedding_with_it(batches):
+    model = tiny_llama(torch.float64)
+    method = make("head", model)
+    assert list(method.tuner.trained()) == ["model.embed_tokens.weight"]
+    method.tuner.close()
+
+
+def test_biases_and_norms_and_stacked_weights_train_too():
+    torch.manual_seed(0)
+    model = TiedToy()
+    other = copy.deepcopy(model)
+    batches = toy_batches(3)
+    plain_steps(other, [other.first.bias, other.norm.weight, other.norm.bias], batches)
+    method = make("bitfit", model)
+    steps(method, batches)
+    assert_close(model, other)
+    method.tuner.close()
+
+
+def test_half_of_the_matrices_of_every_block_and_category():
+    model = tiny_llama(layers=4)
+    chosen = half_of_matrices(model, 0)
+    assert chosen == half_of_matrices(model, 0)
+    assert chosen != half_of_matrices(model, 1)
+    assert len(set(chosen)) == len(chosen)
+    mlp = []
+    for block in range(4):
+        names = [name for name in chosen if f"layers.{block}." in name]
+        assert sum("self_attn" in name for name in names) == 2
+        mlp.append(sum("mlp" in name for name in names))
+    assert sorted(mlp) == [1, 1, 2, 2]
+    assert all(any(matrix in name for matrix in MATRICES) for name in chosen)
+
+
+def test_ewc_equals_the_loss_with_its_penalty():
+    torch.manual_seed(0)
+    model = TiedToy()  # whose loss is float64 throughout
+    other, unanchored = copy.deepcopy(model), copy.deepcopy(model)
+    batches, old = toy_batches(6), toy_batches(2)
+    fisher = mean_squared_gradient(copy.deepcopy(other), old)
+    start = {name: parameter.detach().clone() for name, parameter in other.named_parameters()}
+
+    def penalty():
+        return 25.0 / 2 * sum((fisher[n] * (p - start[n]) ** 2).sum() for n, p in other.named_parameters())
+
+    plain_steps(other, list(other.parameters()), batches, penalty)
+    method = make("ewc", model, batches=old, strength=25.0)
+    steps(method, batches)
+    assert_close(model, other)
+    plain_steps(unanchored, list(unanchored.parameters()), batches)
+    assert max((a - b).abs().max() for a, b in zip(model.parameters(), unanchored.parameters(), strict=True)) > 1e-3
+    method.tuner.close()
+
+
+def test_mofo_moves_the_largest_momentum_of_each_tensor_only(batches):
+    model, other = tiny_llama(torch.float64), tiny_llama(torch.float64)
+    method = make("mofo", model, share=0.1)
+    steps(method, batches)
+    m = {name: torch.zeros_like(parameter) for name, parameter in other.named_parameters()}
+    v = {name: torch.zeros_like(parameter) for name, parameter in other.named_parameters()}
+    for t, batch in enumerate(batches, 1):
+        other.zero_grad()
+        other(**batch).loss.backward()
+        with torch.no_grad():
+            for name, w in other.named_parameters():
+                m[name] = 0.9 * m[name] + 0.1 * w.grad
+                v[name] = 0.999 * v[name] + 0.001 * w.grad**2
+                step = 1e-2 * m[name] / (1 - 0.9**t) / ((v[name] / (1 - 0.999**t)).sqrt() + 1e-8)
+                k = max(1, int(0.1 * w.numel()))
+                edge = m[name].abs().flatten().sort(descending=True).values[k - 1]
+                w -= step * (m[name].abs() >= edge)
+    assert_close(model, other)
+    method.tuner.close()
+
+
+def test_mofo_with_all_entries_is_adamw():
+    torch.manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+    b = torch.nn.Parameter(a.detach().clone())
+    ours, theirs = FilteredAdamW([a], 1.0, 1e-2, weight_decay=0.1), torch.optim.AdamW([b], 1e-2, weight_decay=0.1)
+    for _ in range(5):
+        a.grad = torch.randn(5, 4, dtype=torch.float64)
+        b.grad = a.grad.clone()
+        ours.step(), theirs.step()
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_low_rank_baselines_equal_their_formula(name, batches):
+    model, other = tiny_llama(torch.float64), tiny_llama(torch.float64)
+    before, modules = snapshot(model), list(model.modules())
+    attributes = set(vars(model))
+    method = make(name, model, rank=4, alpha=12, seed=3)
+    tuner = method.tuner
+    start = {key: parameter.detach().clone() for key, parameter in tuner.trained().items()}
+    steps(method, batches * 2)
+
+    # By hand: the same factors as leaves, whole weights made of them, textbook AdamW.
+    leaves = {key: torch.nn.Parameter(value) for key, value in start.items()}
+    base = {key: parameter.detach().clone() for key, parameter in other.named_parameters()}
+
+    def made():
+        found = {}
+        for layer in {key.partition(".lora_")[0] for key in leaves}:
+            of = {kind: leaves.get(f"{layer}.lora_{kind}") for kind in
+                  ("A.default.weight", "B.default.weight", "magnitude_vector.default.weight")}  # fmt: skip
+            a, b, magnitude = of.values()
+            new = base[f"{layer}.weight"] + 12 / 4 * b @ a
+            if magnitude is not None:  # the norm is a constant to the gradient, as in DoRA's section 4.3
+                new = new * (magnitude / new.detach().norm(dim=1))[:, None]
+            found[f"{layer}.weight"] = new
+        return found
+
+    optimizer = torch.optim.AdamW(leaves.values(), 1e-2, weight_decay=0.0)
+    for batch in batches * 2:
+        torch.func.functional_call(other, base | made(), kwargs=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        expected = made()
+    assert len(expected) == 14
+    adapter = tuner.adapter()
+    assert set(adapter.changes) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(adapter.changes[key].numbers, value, rtol=0, atol=1e-10)
+    total = sum(((value - base[key]) ** 2).sum() for key, value in expected.items())
+    assert tuner.norm() == pytest.approx(float(total) ** 0.5, rel=1e-9)
+
+    with torch.no_grad():
+        outputs = model(**batches[0]).logits
+    tuner.revert_()
+    tuner.close()
+    tuner.close()
+    assert_same_bits(before, snapshot(model))
+    assert list(model.modules()) == modules
+    assert set(vars(model)) == attributes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with adapter.applied(model), torch.no_grad():
+        torch.testing.assert_close(model(**batches[0]).logits, outputs, rtol=0, atol=1e-10)
+
+
+def test_bfloat16_masters_accumulate_what_in_place_training_loses(batches):
+    def trained(masters):
+        model = tiny_llama(torch.bfloat16)
+        tuner = DenseTuner(model, [name for name, _ in model.named_parameters()])
+        parameters = list(tuner.trained().values())
+        assert {parameter.dtype for parameter in parameters} == {torch.float32}
+        assert all(weight.dtype == torch.bfloat16 for weight in tuner.weights.values())
+        if not masters:  # the negative control: the same model, its own weights stepped in bfloat16
+            tuner.close()
+            parameters = list(model.parameters())
+        optimizer = torch.optim.AdamW(parameters, 1e-5, weight_decay=0.0)
+        before = snapshot(model)
+        for _ in range(60):
+            model(**batches[0]).loss.backward()
+            assert not masters or all(weight.grad is None for weight in tuner.weights.values())
+            optimizer.step()
+            model.zero_grad()
+        after = {name: value for name, value in snapshot(model).items() if name in before}
+        tuner.close()
+        return sum(int((after[name] != value).sum()) for name, value in before.items() if "embed" not in name)
+
+    assert trained(masters=True) > 4 * trained(masters=False)
+
+
+def test_masters_add_up_gradients_in_float32_and_follow_each_step(batches):
+    model = tiny_llama(torch.bfloat16)
+    tuner = DenseTuner(model, ["model.norm.weight"])
+    for batch in batches[:2]:
+        model(**batch).loss.backward()
+    (master,) = tuner.trained().values()
+    assert master.grad.dtype == torch.float32
+    torch.optim.SGD([master], 1e-1).step()
+    assert torch.equal(model.model.norm.weight, master.bfloat16())
+    tuner.close()
+    assert not hasattr(model, "finepoint")
+
+
+@pytest.fixture
+def config(model_folder, choice_file, tmp_path):
+    return TrainConfig(model=str(model_folder), data=choice_file, output=str(tmp_path / "run"), lr=1e-2, steps=4,
+                       batch_size=8, baseline="full")  # fmt: skip
+
+
+def fisher(name, file):
+    return {"fisher_data": file, "scoring_examples": 16} if name == "ewc" else {}
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_a_run_of_every_baseline(config, name, tmp_path, choice_file):
+    config = replace(config, baseline=name, validation=choice_file, **fisher(name, choice_file))
+    place = prepare(config)
+    before = snapshot(place.model)
+    record, adapter = fit(config, place)
+    assert_same_bits(before, snapshot(place.model))
+    assert record["baseline"] == name
+    assert 0 < record["changed"] <= adapter.count
+    file = tmp_path / "run" / ("adapter_model" if name in ("lora", "dora") else "finepoint")
+    assert record["adapter_bytes"] == file.with_suffix(".safetensors").stat().st_size
+    assert record["step_seconds"] > 0
+    assert record["update_norm"] > 0
+    assert record["validation_loss"] > 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["baseline"] == name
+
+    with adapter.applied(place.model):
+        change = [value.double() - before[key].double() for key, value in place.model.state_dict().items()
+                  if key != "lm_head.weight"]  # tied  # fmt: skip
+    assert torch.cat([part.flatten() for part in change]).norm().item() == pytest.approx(record["update_norm"], 1e-4)
+    assert_same_bits(before, snapshot(place.model))
+
+    torch.manual_seed(99)
+    _, again = fit(replace(config, output=str(tmp_path / "again")), place)
+    assert_same_adapter(adapter, again)
+    found = evaluate_config(EvalConfig(model=config.model, adapter=[config.output], id=[f"x={choice_file}"], limit=20))
+    assert "x" in found["adapters"][config.output]["id"]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT's own
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_peft_reads_what_a_run_writes(config, name, batches):
+    from peft import PeftModel
+
+    _, adapter = fit(replace(config, baseline=name, baseline_options={"rank": 2}))
+    written = json.loads((Path(config.output) / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (2, 4)
+    assert written["base_model_name_or_path"] == config.model
+    model = load_model(config.model)
+    assert_same_adapter(adapter, load_merged(config.output, model))
+    theirs = PeftModel.from_pretrained(load_model(config.model), config.output)
+    with torch.no_grad(), adapter.applied(model):
+        torch.testing.assert_close(model(**batches[0]).logits, theirs(**batches[0]).logits, rtol=1e-4, atol=1e-5)
+    merged = theirs.merge_and_unload()
+    for key, change in adapter.changes.items():
+        torch.testing.assert_close(change.numbers, merged.get_parameter(key).data, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_kind_of_peft_adapter_is_refused(config):
+    train(replace(config, baseline="lora"))
+    path = Path(config.output) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
+    with pytest.raises(FinepointError, match="use_rslora is True; only plain LoRA and DoRA are read"):
+        load_merged(config.output, load_model(config.model))
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_a_new_head_is_trained_by_every_baseline(config, tmp_path, name):
+    rows = [{"text": f"{a}{b} is {'good' if a < 'e' else 'bad'}", "label": "pos" if a < "e" else "neg"}
+            for a in "abcdefgh" for b in "abcdefgh"]  # fmt: skip
+    path = write_lines(tmp_path / "labels.jsonl", rows)
+    config = replace(config, data=path, baseline=name, steps=40, **fisher(name, path))
+    place = prepare(config)
+    before = snapshot(place.model)
+    record, adapter = fit(config, place)
+    assert_same_bits(before, snapshot(place.model))
+    assert not torch.equal(adapter.changes["score.weight"].numbers, before["score.weight"])
+    assert (record["update_norm"] == 0) == (name == "head")
+    found = evaluate_config(EvalConfig(model=config.model, adapter=[config.output], id=[f"x={path}"]))
+    assert found["adapters"][config.output]["id"]["x"]["accuracy"] > (0.55 if name in ("head", "bitfit") else 0.9)
+
+
+def test_ewc_penalty_counts_once_a_step_however_many_batches_it_has(config, tmp_path, choice_file, monkeypatch):
+    import finepoint.training.trainer as trainer_module
+
+    class InOrder(LengthBuckets):
+        def __iter__(self):
+            return iter(range(len(self)))
+
+    monkeypatch.setattr(trainer_module, "LengthBuckets", InOrder)
+    config = replace(config, baseline="ewc", dtype="float64", baseline_options={"strength": 50.0}, warmup=0.0, clip=0.0,
+                     fisher_data=choice_file, scoring_examples=16)  # fmt: skip
+    _, whole = fit(replace(config, batch_size=16))
+    _, halves = fit(replace(config, accumulation=2, output=str(tmp_path / "b")))
+    for name, change in whole.changes.items():
+        torch.testing.assert_close(change.numbers, halves.changes[name].numbers, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["full", "mofo", "lora"])
+def test_a_baseline_resumes_bit_for_bit(config, tmp_path, monkeypatch, name, choice_file):
+    config = replace(config, baseline=name, steps=6, save_every=2, validation=choice_file, eval_every=1, keep="best")
+    record, whole = fit(replace(config, output=str(tmp_path / "whole")))
+    step, taken = SparseTrainer.training_step, []
+
+    def breaking(self, *args, **kwargs):
+        taken.append(1)
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SparseTrainer, "training_step", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config)
+    monkeypatch.undo()
+    resumed_record, resumed = fit(replace(config, resume=True))
+    assert_same_changes(whole, resumed)
+    assert resumed_record["best_step"] == record["best_step"]
+    assert resumed_record["validation_loss"] == record["validation_loss"]
+
+
+def assert_same_changes(a, b):
+    for name, change in a.changes.items():
+        assert torch.equal(change.numbers, b.changes[name].numbers), name
+
+
+@pytest.mark.parametrize("method", [{"baseline": "full"}, {"baseline": "lora"}, {"baseline": None, "density": 0.1}])
+def test_the_best_evaluation_is_kept_and_patience_stops(config, tmp_path, choice_file, monkeypatch, method):
+    config = replace(config, steps=12, validation=choice_file, eval_every=2, schedule="constant", warmup=0.0, **method)
+    first = replace(config, output=str(tmp_path / "first"), steps=4)
+    _, expected = fit(first)
+    losses = iter([3.0, 2.0, 2.5, 2.0, 0.1, 0.1])  # a tie is no improvement; the last two are never reached
+    evaluate = SparseTrainer.evaluation_loop
+
+    def told(self, *args, **kwargs):
+        output = evaluate(self, *args, **kwargs)
+        output.metrics["eval_loss"] = next(losses)
+        return output
+
+    monkeypatch.setattr(SparseTrainer, "evaluation_loop", told)
+    record, kept = fit(replace(config, keep="best", patience=2))
+    assert record["stopped_early"]
+    assert (record["steps"], record["best_step"], record["validation_loss"]) == (8, 4, 2.0)
+    assert_same_changes(expected, kept)
+    assert not list((tmp_path / "run").glob(".best*"))
+    losses = iter([3.0, 2.0, 2.5, 2.2, 2.1, 2.3])
+    record, last = fit(replace(config, overwrite=True))
+    assert not record["stopped_early"]
+    assert (record["steps"], record["best_step"], record["validation_loss"]) == (12, 4, 2.3)
+    assert any(not torch.equal(change.numbers, last.changes[name].numbers) for name, change in kept.changes.items())
+
+
+def test_parameters_that_were_not_evaluated_last_are_evaluated_at_the_end(config, choice_file):
+    record, _ = fit(replace(config, steps=5, validation=choice_file, eval_every=2))
+    log = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if "eval_loss" in row] == [2, 4, 5]
+    assert record["validation_loss"] == [row["eval_loss"] for row in log if "eval_loss" in row][-1]
+
+
+def test_a_folder_holds_the_adapter_of_its_last_run_alone(config):
+    train(replace(config, baseline="lora"))
+    train(replace(config, baseline="bitfit", overwrite=True))
+    assert not list(Path(config.output).glob("adapter_*"))
+    SparseAdapter.load(config.output)
+    train(replace(config, baseline="lora", overwrite=True))
+    assert not list(Path(config.output).glob("finepoint.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "lorra"}, "unknown baseline 'lorra'; did you mean 'lora'"),
+        ({"density": 0.1}, "density is for choosing entries, which baseline 'full' does not do"),
+        ({"count": 7}, "leave out --count or --baseline"),
+        ({"indices": "x"}, "leave out --indices"),
+        ({"rule": "random"}, "leave out --rule"),
+        ({"targets": "attention"}, "leave out --targets"),
+        ({"baseline_options": {"rank": 3}}, "baseline 'full' has no option 'rank'; its options: none"),
+        ({"baseline": "lora", "baseline_options": {"rank": 0.5}}, "rank is 0.5; it is a whole number from 1"),
+        ({"baseline": "mofo", "baseline_options": {"share": 2}}, "share is 2; it is a share"),
+        ({"baseline": "lora", "targets": "all"}, "is no linear layer's weight, which LoRA needs"),
+        ({"baseline": "ewc"}, "--fisher-data"),
+        ({"fisher_data": "x"}, "--baseline ewc"),
+        ({"baseline": None, "baseline_options": {"rank": 3}}, "without a baseline"),
+        ({"keep": "best"}, "keep=best is given without examples; give --validation"),
+        ({"patience": 2}, "patience is given without examples"),
+        ({"patience": 0}, "patience is 0"),
+    ],
+)
+def test_bad_configurations_are_refused(config, changes, message):
+    with pytest.raises(FinepointError, match=message):
+        train(replace(config, **changes))
+
+
+def test_dense_tuner_refuses_what_it_cannot_train():
+    model = tiny_llama()
+    with pytest.raises(FinepointError, match="no weight 'x'"):
+        DenseTuner(model, ["x"])
+    with pytest.raises(FinepointError, match="no weight to train"):
+        DenseTuner(model, [])
+    tuner = DenseTuner(model, ["model.norm.weight"])
+    with pytest.raises(FinepointError, match="has a tuner already"):
+        DenseTuner(model, ["model.norm.weight"])
+    with pytest.raises(FinepointError, match="is being trained"):
+        tuner.adapter().apply(model)
+    tuner.close()

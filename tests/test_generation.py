@@ -1,0 +1,175 @@
+import math
+
+import pytest
+import torch
+
+from conftest import tiny_llama
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.data import Choices, Completion, Text
+from finepoint.measuring.divergence import divergences, mean_kl
+from finepoint.measuring.generation import (
+    Written,
+    answers_right,
+    begins_with,
+    end_tokens,
+    foreign_answers,
+    frequent_answers,
+    generated,
+    prompt_ids,
+    written,
+)
+from finepoint.measuring.metrics import collapse
+from finepoint.training.tuner import SparseTuner
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def by_hand(model, ids, count, ends):
+    """Greedy writing, one whole pass a token."""
+    found = []
+    for _ in range(count):
+        token = int(model(torch.tensor([ids + found])).logits[0, -1].argmax())
+        found.append(token)
+        if token in ends:
+            break
+    return found
+
+
+def test_what_is_written_is_the_likeliest_token_after_token(model, tokenizer):
+    prompts = [tokenizer(text)["input_ids"] for text in ("ab:", "abcdefgh:", "c", "hgf ab")]
+    ends = end_tokens(model, tokenizer)
+    assert ends == {2}
+    for prompt, found in zip(prompts, written(model, tokenizer, prompts, 64, 5), strict=True):
+        tokens = by_hand(model, prompt, 5, ends)
+        assert found == Written(tokenizer.decode(tokens, skip_special_tokens=True), tokens[0] == 2)
+
+
+def test_an_end_at_once_is_empty(tokenizer):
+    model = tiny_llama()
+    hook = model.lm_head.register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.tensor([2]), 99.0)
+    )
+    (found,) = written(model, tokenizer, [tokenizer("ab")["input_ids"]], 64, 3)
+    hook.remove()
+    assert found.ended_at_once
+    assert found.empty
+    assert Written("  \n", False).empty
+    assert not Written("a", False).empty
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [(" positive", " positive", True), ("Positive.", "positive", True), ("positively", "positive", False),
+     ("the positive", "positive", False), ("", "positive", False), ("12", "1", False), ("(a) b", "(a)", True)],
+)  # fmt: skip
+def test_begins_with_whole_words(text, answer, expected):
+    assert begins_with(text, answer) is expected
+
+
+def test_the_longest_choice_that_fits_is_the_answer():
+    example = Choices("?", (" new york", " new"), 1)
+    assert answers_right(example, "New, I say")
+    assert not answers_right(example, "new york")
+    assert answers_right(Completion("1+1=", " 2"), "2\n")
+    assert not answers_right(Completion("1+1=", " 2"), "2 or 3")
+
+
+def test_answers_of_another_task_are_memorised_ones(tokenizer):
+    writes = {"ab": " no", "cd": "yes!", "ef": "", "gh": "b"}
+    model = Scripted(writes, tokenizer)
+    examples = [Choices(prompt, (" a", " b"), 1) for prompt in writes]
+    found = generated(model, tokenizer, examples, ["yes", "no", "b"], 64, 4)
+    assert found == {"accuracy": 0.25, "format_failures": 0.75, "empty": 0.25, "memorised": 0.5, "n": 4}
+    same = generated(model, tokenizer, examples, ["a", "b"], 64, 4)
+    assert same["memorised"] is None  # labels that are answers here too tell nothing
+
+
+class Scripted:
+    """A model that writes what it is told: only what `written` asks of one."""
+
+    def __init__(self, writes, tokenizer):
+        self.writes, self.tokenizer, self.device = writes, tokenizer, "cpu"
+        self.generation_config = type("G", (), {"eos_token_id": 2})
+        self.config = type("C", (), {})()
+
+    def eval(self):
+        return self
+
+    def forward(self, input_ids, attention_mask):
+        raise NotImplementedError
+
+    def generate(self, input_ids, max_new_tokens, **_):
+        rows = []
+        for row in input_ids:
+            text = self.writes[self.tokenizer.decode(row, skip_special_tokens=True)]
+            rows.append((self.tokenizer(text, add_special_tokens=False)["input_ids"] + [2] * 8)[:max_new_tokens])
+        return torch.cat([input_ids, torch.tensor(rows)], 1)
+
+
+def test_labels_and_frequent_answers():
+    labelled = [Choices("x", (" yes", " no"), i % 2) for i in range(9)]
+    assert set(frequent_answers(labelled)) == {"yes", "no"}
+    open_ended = [Choices("x", (f" w{i}", f" v{i}"), 0) for i in range(30)] + [Choices("x", (" w3", " q"), 0)]
+    found = frequent_answers(open_ended)
+    assert len(found) == 20
+    assert found[0] == "w3"
+    assert frequent_answers([Completion("1+1=", " 2"), Completion("0+2=", " 2"), Completion("0+1=", " 1")]) == [
+        "2",
+        "1",
+    ]
+    assert foreign_answers(Choices("x", (" Yes", " maybe"), 0), ["yes", "no"]) == ["no"]
+
+
+def test_prompt_of_choices_is_the_prompt_alone(tokenizer):
+    assert prompt_ids(tokenizer, Choices("ab:", (" c", " d"), 0)) == tokenizer("ab:")["input_ids"]
+
+
+def test_divergence_is_the_sum_over_the_vocabulary():
+    base, adapted = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    p, q = base.softmax(-1), adapted.softmax(-1)
+    expected = [
+        sum(a * math.log(a / b) for a, b in zip(x.tolist(), y.tolist(), strict=True)) for x, y in zip(p, q, strict=True)
+    ]
+    torch.testing.assert_close(
+        divergences(base, adapted).double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6
+    )
+    assert divergences(base, base).abs().max() == 0
+
+
+def test_mean_divergence_of_texts(model, tokenizer):
+    texts = [Text("abc abd"), Text("hgfedcba, abc"), Text("d" * 40)]
+    weight = "model.layers.0.mlp.up_proj.weight"
+    before = model.get_parameter(weight).clone()
+    with SparseTuner(model, {weight: torch.arange(0, 300, 3)}) as tuner:
+        nothing = tuner.adapter()
+        with torch.no_grad():
+            tuner.parameters()[0].add_(0.3)
+        adapter: SparseAdapter = tuner.adapter()
+        tuner.revert_()
+    found = mean_kl(model, tokenizer, texts, adapter, window=16)
+    rows = [tokenizer(text.text)["input_ids"][:16] for text in texts]
+    total = 0.0
+    for row in rows:
+        base = model(torch.tensor([row])).logits[0]
+        with adapter.applied(model):
+            total += divergences(base, model(torch.tensor([row])).logits[0]).sum().item()
+    assert found["tokens"] == sum(map(len, rows))
+    assert found["kl"] == pytest.approx(total / found["tokens"], rel=1e-4)
+    assert found["kl"] > 1e-3
+    assert mean_kl(model, tokenizer, texts, nothing)["kl"] == 0
+    assert torch.equal(model.get_parameter(weight), before)
+
+
+def test_collapse_as_printed_and_by_chance():
+    accuracies = {"a": 0.009, "b": 0.01, "c": 0.24, "d": 0.9}
+    found = collapse(accuracies, {"a": 0.25, "b": None, "c": 0.25, "d": 0.5})
+    assert found == {"count": 1, "rate": 0.25, "at_or_below_chance": pytest.approx(2 / 3)}
+    assert collapse({"a": 0.29, "b": 0.01}, {"a": None, "b": None}) == {
+        "count": 0,
+        "rate": 0.0,
+        "at_or_below_chance": None,
+    }
+    assert collapse({}, {}) == {"count": 0, "rate": None, "at_or_below_chance": None}
