@@ -3,8 +3,8 @@
 The package pins exact versions of libraries that these generators do not need and that clash with others, so it is not
 installed: another Python process runs the generators straight out of its wheel (`generator_process.py`).
 
-Left out after a look at 3,000 rows each: propositional_logic (has no answers), family_relationships (wrong answers),
-syllogism (394 of the answers are `Yes` where the conclusion does not follow).
+Left out: propositional_logic (has no answers), family_relationships (a wrong one was seen), syllogism (of 3,000 answers
+394 are `Yes` where the conclusion does not follow).
 """
 
 import json
