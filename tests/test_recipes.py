@@ -163,7 +163,8 @@ def test_generated_parts_share_no_question_and_no_group():
 def test_the_real_arithmetic_is_right(tmp_path):
     counts = fetched("arithmetic", tmp_path)
     assert counts == {
-        "arithmetic-train": 6000, "arithmetic-validation": 500, "arithmetic-test": 1000, "arithmetic-harder": 1000,
+        "arithmetic-train": 4000, "arithmetic-validation": 500, "arithmetic-test": 1000,
+        "arithmetic-harder": 1000, "arithmetic-terms": 1000, "arithmetic-minus": 1000,
     }  # fmt: skip
     prompts = []
     for name in counts:
@@ -173,6 +174,8 @@ def test_the_real_arithmetic_is_right(tmp_path):
             assert f" {eval(sum_)}" == example.completion
         prompts += [example.prompt for example in examples]
     assert len(set(prompts)) == len(prompts)
+    train, test = groups(tmp_path / "arithmetic-train.jsonl"), groups(tmp_path / "arithmetic-test.jsonl")
+    assert not train & test, "7 + 12 in one part and 12 + 7 in another"
 
 
 def test_a_generator_that_fails_is_reported(tmp_path):

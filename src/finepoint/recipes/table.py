@@ -66,8 +66,8 @@ RECIPES = {
         "finepoint.recipes.wordnet:write_wordnet",
     ),
     "arithmetic": Recipe(
-        "short sums to be written out, and longer ones",
-        "arithmetic-{train,validation,test}, arithmetic-harder",
+        "additions to be written out, and three harder sets",
+        "arithmetic-{train,validation,test}, arithmetic-{harder,terms,minus}",
         "Apache-2.0",
         "Stojanovski et al. 2025, arXiv:2505.24760; PyPI reasoning-gym 0.1.25",
         "finepoint.recipes.generators:write_arithmetic",

@@ -60,7 +60,7 @@ def write_wordnet(output: str | Path, overwrite: bool = False) -> dict[str, int]
 def parse(text: str) -> list[Synset]:
     """The synsets of a WordNet data file: `offset .. words .. pointers | gloss` a line, the notice indented."""
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if line.strip() and not line.startswith("  "):
             head, _, gloss = line.partition(" | ")
             fields = head.split()
