@@ -152,4 +152,5 @@ def to_latex(found: Table) -> str:
 
 def escape_latex(words: str) -> str:
     """Text as LaTeX typesets it, on one line: nothing in it is a command, and nothing unprintable is left."""
-    return "".join(TEX.get(letter, letter) for letter in " ".join(words.split()) if letter.isprintable())
+    printable = "".join(letter if letter.isprintable() else " " for letter in words)
+    return "".join(TEX.get(letter, letter) for letter in " ".join(printable.split()))

@@ -1,0 +1,329 @@
+"""The report: what is written, what becomes of hostile names and half a study, how the page looks in a browser."""
+
+import csv
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from browser import CHROMIUM, Browser
+from finepoint.cli import main
+from finepoint.config import ReportConfig
+from finepoint.errors import FinepointError
+from finepoint.measuring.report import write_report
+from finepoint.measuring.results import read_results
+from finepoint.measuring.tables import bytes_shown, escape_latex, escape_markdown, table, text, to_csv
+from finepoint.measuring.views import summary
+from finepoint.measuring.wording import headline
+from studies import arm, put, write_study
+
+FIGURES = ["id-ood", "density", "ood-change", "forgetting", "places", "overlap", "cost", "losses"]
+HOSTILE = "<script>alert('x')</script> & $x^2$ \\input{a} _%|`"
+
+
+FEW = [arm("random", 0.1), arm("gallop", 0.1), arm("lora", kind="baseline")]
+
+
+def report(folder):
+    return write_report(ReportConfig(folder=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = write_study(tmp_path_factory.mktemp("study") / "s")
+    put(
+        folder / "cells" / "z.error.json",
+        {"task": "movies", "arm": "full", "lr": 0.1, "seed": 0, "error": "out of memory"},
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(study):
+    return report(study)
+
+
+def page_of(found):
+    return Path(found["report"]).read_text()
+
+
+# What is written
+
+
+def test_everything_is_drawn_and_every_figure_has_its_data(study, written):
+    assert written["figures"] == FIGURES
+    assert written["left_out"] == {}
+    page = page_of(written)
+    linked = set(re.findall(r'href="(data/\w+\.csv)"', page))
+    assert {str(path.relative_to(study / "report")) for path in (study / "report" / "data").iterdir()} == linked
+    for name in FIGURES:
+        assert f'id="figure-{name}"' in page
+        assert list((study / "report" / "figures").glob(f"{name}-*.svg"))
+
+
+def test_the_csv_holds_the_rows(study, written):
+    with (study / "report" / "data" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    expected = summary(read_results(study))
+    assert [row["arm"] for row in rows] == [row["arm"] for row in expected]
+    assert [float(row["id"]) for row in rows] == [row["id"] for row in expected]
+
+
+def test_the_page_says_numbers_failures_and_configuration(study, written):
+    page = page_of(written)
+    for said in (*written["warnings"], *written["headline"], "out of memory", "Pareto front", "batch_size: 16"):
+        assert escaped(said) in page
+    best = max((row for row in written["summary"] if row["lr"] is None), key=lambda row: row["id"])
+    assert f"{best['arm']} learned most: {best['id']:.3f}" in " ".join(headline(read_results(study)))
+
+
+def escaped(words):
+    return words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#39;")
+
+
+def test_the_page_needs_nothing_but_itself(written):
+    page = page_of(written)
+    assert not re.search(r'(src|href)="(?!#|data/|data:|tables\.tex|report\.md)[^"]', page)
+    assert "url(" not in re.sub(r"url\(#", "", page)
+    assert "<script" not in page
+
+
+def test_ids_are_the_page_s_own(written):
+    ids = re.findall(r'\bid="([^"]+)"', page_of(written))
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_nests_as_html_should(written):
+    open_tags = []
+
+    class Nesting(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "link", "br"):
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            assert open_tags.pop() == tag
+
+    Nesting().feed(page_of(written))
+    assert open_tags == []
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A study that is quick to draw."""
+    return write_study(tmp_path_factory.mktemp("small") / "s", arms=FEW, tasks=("movies",), tests=("movies", "news"))
+
+
+def test_the_same_study_gives_the_same_page(small):
+    before = page_of(report(small))
+    assert page_of(report(small)) == before
+
+
+def test_a_second_report_replaces_the_first_and_nothing_else(small, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FinepointError, match="no report"):
+        write_report(ReportConfig(folder=str(small), output=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    found = write_report(ReportConfig(folder=str(small), output=str(tmp_path / "r")))
+    (tmp_path / "r" / "data" / "old.csv").write_text("old")
+    write_report(ReportConfig(folder=str(small), output=str(tmp_path / "r")))
+    assert not (tmp_path / "r" / "data" / "old.csv").exists()
+    assert found["report"].endswith("r/index.html")
+
+
+def test_the_command_prints_one_json_object(small, capsys):
+    assert main(["report", str(small), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["figures"][0] == "id-ood"
+    assert main(["report", str(small)]) == 0
+    assert "learned most" in capsys.readouterr().out
+    assert main(["report", str(small / "cells")]) == 2
+    assert "no study" in capsys.readouterr().err
+
+
+def test_without_its_packages_the_report_says_what_to_install(small):
+    code = (
+        "import sys\nsys.modules['matplotlib'] = None\nfrom finepoint.cli import main\n"
+        f"sys.exit(main(['report', {str(small)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'finepoint[report]'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+# Hostile names
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    arms = [FEW[0], FEW[1] | {"name": HOSTILE}, FEW[2]]
+    folder = tmp_path_factory.mktemp("hostile") / "s"
+    tasks = ("mo<b>vies", "a & b | $c$", "新闻")
+    return report(write_study(folder, arms=arms, tasks=tasks[:2], tests=tasks))
+
+
+def test_hostile_names_stay_words_in_the_page(hostile):
+    page = page_of(hostile)
+    assert "<script>alert" not in page
+    assert "<b>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_hostile_names_stay_words_in_latex(hostile):
+    lines = Path(hostile["report"]).with_name("tables.tex").read_text()
+    assert r"\input{a}" not in lines
+    assert r"\textbackslash{}input\{a\}" in lines
+    rows = [line for line in lines.splitlines() if line.endswith(r" \\")]
+    assert rows
+    bare = [re.sub(r"\\textbackslash\{\}|\\.", "", row.removesuffix(r" \\")) for row in rows]
+    for row in bare:
+        assert not re.search(r"[%#_]", row), row
+    widths = {row.count("&") for row in bare if "mo" in row}
+    assert max(widths) < 20
+
+
+def test_hostile_names_stay_in_their_cell_in_markdown(hostile):
+    lines = Path(hostile["report"]).with_name("report.md").read_text()
+    lines, _, settings = lines.partition("```yaml")  # inside the fence all is text
+    assert settings.count("```") == 1
+    assert "<script>" not in lines
+    blocks = [block.splitlines() for block in lines.split("\n\n") if block.startswith("| ")]
+    assert blocks
+    for block in blocks:
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in block}) == 1
+
+
+def test_escapes():
+    assert escape_latex("50 % & a_b #1 {x} \\y ~ ^\n\x00") == (
+        r"50 \% \& a\_b \#1 \{x\} \textbackslash{}y \textasciitilde{} \textasciicircum{}"
+    )
+    assert escape_markdown("a|b\n<i>*") == r"a\|b \<i\>\*"
+    assert list(csv.reader(io.StringIO(to_csv([{"a": 'x,"y"\n', "b": None}])))) == [["a", "b"], ['x,"y"\n', ""]]
+
+
+def test_tables_leave_out_empty_columns_and_show_sizes():
+    found = table("t", "T", "", [{"a": "x", "b": None}], [text("A", "a"), text("B", "b")])
+    assert (found.header, found.rows) == (["A"], [["x"]])
+    assert [bytes_shown(size) for size in (12, 1234, 5_000_000, 7e9)] == ["12 B", "1.23 kB", "5 MB", "7 GB"]
+
+
+# Half a study
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({"tasks": ("movies",), "tests": ("movies",), "probes": ()}, {"id-ood", "ood-change", "forgetting"}),
+        ({"arms": [arm("gallop", 0.1)], "seeds": (0,)}, {"density", "overlap"}),
+        ({"arms": [arm("full", kind="baseline")], "tasks": ("movies",)}, {"density", "places", "overlap"}),
+        ({"kept": lambda task, name, lr, seed: (task, name, lr, seed) == ("movies", "lora", 3e-4, 0)},
+         {"density", "places", "overlap"}),
+        ({"arms": FEW, "tasks": ("movies",), "kept": lambda task, name, lr, seed: seed == 0 and lr < 2e-4},
+         {"density"}),
+    ],
+    ids=["one task, no probes", "one rule, one seed", "a baseline alone", "one cell", "the first rate alone"],
+)  # fmt: skip
+def test_half_a_study_is_reported_as_far_as_it_is(tmp_path, options, left_out):
+    found = report(write_study(tmp_path / "s", **options))
+    assert set(found["left_out"]) == left_out
+    page = page_of(found)
+    for name, why in found["left_out"].items():
+        assert f'id="figure-{name}"' not in page
+        assert escaped(why) in page
+    assert "nan" not in re.sub(r"<[^>]*>", " ", page).split()
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_study_that_recorded_little_is_reported(tmp_path):
+    folder = write_study(tmp_path / "s", arms=[arm("gallop", 0.1), arm("lora", kind="baseline")])
+    (folder / "base.json").unlink()
+    for path in (folder / "cells").iterdir():
+        kept = json.loads(path.read_text())
+        for key in ("changes", "antidotes", "curve", "cost", "update_norm", "best_step", "selection", "indices"):
+            del kept[key]
+        kept["validation"]["loss"] = float("nan")
+        put(path, kept)
+    found = report(folder)
+    assert found["figures"] == ["id-ood"]
+    assert any("base" in warning for warning in found["warnings"])
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with Browser() as found:
+        yield found
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(browser, written, width, scheme):
+    browser.look(width, scheme)
+    browser.open(written["report"])
+    assert browser.complaints() == []
+    assert [url.split("/")[-1] for url in browser.requests()] == ["index.html"]
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    boxes = browser.value(
+        "Array.from(document.querySelectorAll('.panel svg')).map(e => {"
+        "const b = e.getBoundingClientRect(), drawn = Array.from(e.querySelectorAll('path, use'));"
+        "return {figure: e.closest('figure').id, x: b.x + scrollX, y: b.y + scrollY, width: b.width, height: b.height,"
+        "marks: drawn.filter(p => p.getBBox().width + p.getBBox().height > 0 && !p.closest('defs')).length}})"
+    )
+    for box in boxes:
+        assert box["width"] > 150
+        assert box["height"] > 60
+        assert box["x"] + box["width"] <= width
+        assert box["marks"] > 8, box  # more than axes
+    assert list(dict.fromkeys(box["figure"] for box in boxes)) == [f"figure-{name}" for name in FIGURES]
+    firsts = {box["figure"]: {key: box[key] for key in ("x", "y", "width", "height")} for box in reversed(boxes)}
+    for first in firsts.values() if width == 1280 else ():
+        assert colours(browser.picture(clip=first)) > 8  # paper alone would be one
+    paper, ink = (browser.value(f"getComputedStyle(document.body).{key}") for key in ("backgroundColor", "color"))
+    assert (brightness(paper) > brightness(ink)) == (scheme == "light")
+
+
+def test_text_in_figures_can_be_told_from_the_paper(browser, written):
+    for scheme in ("light", "dark"):
+        browser.look(1280, scheme)
+        browser.open(written["report"])
+        paper = brightness(browser.value("getComputedStyle(document.body).backgroundColor"))
+        fills = browser.value(
+            "Array.from(document.querySelectorAll('svg.drawing text')).map(e => getComputedStyle(e).fill)"
+        )
+        assert len(fills) > 100
+        assert min(abs(brightness(fill) - paper) for fill in set(fills)) > 60
+
+
+def test_the_browser_of_these_tests_sees_complaints_and_requests(browser, tmp_path):
+    (tmp_path / "bad.html").write_text("<img src='missing.png'><script>console.error('no'); throw Error('x')</script>")
+    browser.open(tmp_path / "bad.html")
+    assert len(browser.complaints()) >= 2
+    assert len(browser.requests()) == 2
+
+
+def brightness(colour):
+    red, green, blue = map(float, re.findall(r"[\d.]+", colour)[:3])
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def colours(png):
+    """How many byte values the rows of a PNG hold: few where it shows one plain colour."""
+    width, _ = struct.unpack(">II", png[16:24])
+    data, at = b"", 8
+    while at < len(png):
+        size, kind = struct.unpack(">I4s", png[at : at + 8])
+        data += png[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
+        at += size + 12
+    assert width
+    return len(set(zlib.decompress(data)))
