@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import assert_same_bits, snapshot, tiny_llama, write_lines
+from conftest import assert_same_bits, random_batches, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.lowrank import load_merged
 from finepoint.config import EvalConfig, TrainConfig
@@ -341,6 +341,49 @@ def test_an_unknown_kind_of_peft_adapter_is_refused(config):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
     with pytest.raises(FinepointError, match="use_rslora is True; only plain LoRA and DoRA are read"):
         load_merged(config.output, load_model(config.model))
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_transposed_layers_are_merged_too(name):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=2, n_head=2)).double().eval()
+    batches = random_batches(2)
+    method = make(name, gpt, rank=2)
+    steps(method, batches)
+    adapter = method.tuner.adapter()
+    with torch.no_grad():
+        outputs = gpt(**batches[0]).logits
+    method.tuner.close()
+    with adapter.applied(gpt), torch.no_grad():
+        torch.testing.assert_close(gpt(**batches[0]).logits, outputs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_gradient_checkpointing_gives_the_same(config, tmp_path, name):
+    config = replace(config, baseline=name, dtype="float64")
+    _, a = fit(config)
+    _, b = fit(replace(config, gradient_checkpointing=True, output=str(tmp_path / "b")))
+    for key, change in a.changes.items():
+        torch.testing.assert_close(change.numbers, b.changes[key].numbers, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "ewc", "mofo"])
+def test_half_precision_runs(config, name, choice_file):
+    record, adapter = fit(replace(config, baseline=name, dtype="bfloat16", **fisher(name, choice_file)))
+    assert {change.numbers.dtype for change in adapter.changes.values()} == {torch.bfloat16}
+    assert record["update_norm"] > 0
+
+
+def test_strengths_are_measured_too(config, choice_file):
+    fit(replace(config, baseline="lora"))
+    name = config.output
+    found = evaluate_config(EvalConfig(model=config.model, adapter=[name], id=[f"x={choice_file}"], limit=20,
+                                       scale=[0.0, 1.0]))["adapters"]  # fmt: skip
+    assert list(found) == [name, f"{name} x 0", f"{name} x 1"]
+    assert found[f"{name} x 0"]["id_change"]["x"] == 0
+    assert found[f"{name} x 1"] == found[name]
 
 
 @pytest.mark.parametrize("name", list(BASELINES))

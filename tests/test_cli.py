@@ -106,7 +106,22 @@ def test_select_inspect_verify_rules(trained, model_folder):
     rules = json.loads(finepoint("rules", "--json").stdout)
     assert rules["gallop"]["source"] == "GaLLoP, arXiv:2510.19778"
     assert rules["random"]["also"] == ["sparta"]
-    assert "|mean g|" in finepoint("rules").stdout
+    assert rules["baselines"]["mofo"] == {
+        "formula": "every weight; a step moves the largest |momentum| of each tensor",
+        "source": "MoFO, arXiv:2407.20999", "options": {"share": 0.15}, "lr": 1e-5,
+    }  # fmt: skip
+    table = finepoint("rules").stdout
+    assert "|mean g|" in table
+    assert "random-half" in table
+
+
+def test_a_baseline_is_trained_and_evaluated(trained, model_folder, tmp_path):
+    done = finepoint("train", "--model", model_folder, "--data", trained["data"], "--output", tmp_path / "b",
+                     "--baseline", "lora", "--baseline-options", "rank=2", "--steps", "3", "--json")  # fmt: skip
+    assert json.loads(done.stdout)["config"]["baseline_options"] == {"rank": 2}
+    done = finepoint("eval", "--model", model_folder, "--adapter", tmp_path / "b", "--id", f"x={trained['data']}",
+                     "--scale", "0.5", "--json")  # fmt: skip
+    assert list(json.loads(done.stdout)["adapters"]) == [str(tmp_path / "b"), f"{tmp_path / 'b'} x 0.5"]
 
 
 def test_a_yaml_file_gives_the_flags_and_a_flag_overrides_it(trained, model_folder, tmp_path):

@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from conftest import tiny_gemma, tiny_llama
-from finepoint.choosing.weights import block_of, target_weights
+from finepoint.choosing.weights import target_weights
 from finepoint.errors import FinepointError
+from finepoint.models import block_of
 
 
 def test_linear_is_every_linear_layer_of_the_blocks_and_nothing_else(model):

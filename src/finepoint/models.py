@@ -122,6 +122,20 @@ def new_head(model: Any) -> list[str]:
     return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
 
 
+def block_of(model: Any, name: str) -> str | None:
+    """The decoder block a weight lies in, e.g. `model.layers.3`, or None outside the blocks.
+
+    A block is a child of the outermost `nn.ModuleList` on the way to the weight.
+    """
+    parts = name.split(".")
+    module = model
+    for depth, part in enumerate(parts[:-2]):
+        module = getattr(module, part)
+        if isinstance(module, torch.nn.ModuleList):
+            return ".".join(parts[: depth + 2])
+    return None
+
+
 def _loaded(factory: Any, name: str, **kwargs: Any) -> Any:
     place = _place(name)
     try:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from finepoint.choosing.rules import Rule, rule_named
 from finepoint.choosing.statistics import Batch, Statistics, seeded_generator, stream_statistics
 from finepoint.choosing.summary import Summary
-from finepoint.choosing.weights import Targets, block_of, match, target_weights
+from finepoint.choosing.weights import Targets, match, target_weights
 from finepoint.errors import FinepointError
+from finepoint.models import block_of
 
 Scope = Literal["global", "weight", "layer"]
 Threshold = Literal["exact", "sampled"]

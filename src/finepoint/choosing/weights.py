@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from finepoint.errors import FinepointError
+from finepoint.models import block_of
 
 Targets = str | Sequence[str] | Mapping[str, float]
 """`"linear"`, `"v,o"`, `["*.v_proj", "*.o_proj"]`, or a density for each pattern: `{"*.v_proj": 0.01}`."""
@@ -65,20 +66,6 @@ def match(model: nn.Module, pattern: str) -> list[str]:
             "place; load the model in bfloat16 or float32"
         )
     return trainable
-
-
-def block_of(model: nn.Module, name: str) -> str | None:
-    """The decoder block a weight lies in, e.g. `model.layers.3`, or None outside the blocks.
-
-    A block is a child of the outermost `nn.ModuleList` on the way to the weight.
-    """
-    parts = name.split(".")
-    module = model
-    for depth, part in enumerate(parts[:-2]):
-        module = getattr(module, part)
-        if isinstance(module, nn.ModuleList):
-            return ".".join(parts[: depth + 2])
-    return None
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.interpolation import wise_ft
 from finepoint.adapters.lowrank import info_of, is_peft, load_merged
 from finepoint.batches import padding_id
 from finepoint.config import EvalConfig
@@ -74,9 +75,17 @@ def read_sets(named_files: Sequence[str], kind: str, limit: int | None = None) -
 
 
 def evaluate(
-    model: Any, tokenizer: Any, evaluation: Evaluation, adapters: Mapping[str, SparseAdapter]
+    model: Any,
+    tokenizer: Any,
+    evaluation: Evaluation,
+    adapters: Mapping[str, SparseAdapter],
+    strengths: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """{"base": scores, "adapters": {name: scores and changes}}; the base is measured with every adapter off."""
+    """{"base": scores, "adapters": {name: scores and changes}}; the base is measured with every adapter off.
+
+    Args:
+        strengths: each adapter is measured at these too (WiSE-FT), as `name x strength`.
+    """
     for name, adapter in adapters.items():
         if problems := adapter.problems(model):
             raise FinepointError(f"adapter {name} does not fit this model: {problems[0]}")
@@ -85,6 +94,10 @@ def evaluate(
     for name, adapter in adapters.items():
         with adapter.applied(model):
             found["adapters"][name] = evaluation.compared(model, tokenizer, base, name)
+        for strength in strengths:
+            named = f"{name} x {strength:g}"
+            with wise_ft(adapter, model, strength).applied(model):
+                found["adapters"][named] = evaluation.compared(model, tokenizer, base, named)
     return found
 
 
@@ -114,4 +127,4 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     # LoRA's can be merged only now that the model is there; in the order given.
     adapters = {f: adapters[f] if f in adapters else load_merged(f, model) for f in config.adapter}
     evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens)
-    return evaluate(model, tokenizer, evaluation, adapters)
+    return evaluate(model, tokenizer, evaluation, adapters, config.scale)

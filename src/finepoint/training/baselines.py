@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finepoint.choosing.statistics import Batch, stream_statistics
-from finepoint.choosing.weights import Targets, block_of, target_weights
+from finepoint.choosing.weights import Targets, target_weights
 from finepoint.errors import FinepointError
+from finepoint.models import block_of
 from finepoint.training.dense import DenseTuner
 from finepoint.training.filtered import FilteredAdamW
 from finepoint.training.interface import Method

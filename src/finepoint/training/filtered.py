@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from finepoint.adapters.entries import gather, scatter_
+
 
 class FilteredAdamW(Optimizer):
     """AdamW whose step is applied only where |momentum| is among the largest of its tensor (MoFO, arXiv:2407.20999).
@@ -44,8 +46,7 @@ def _step_(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: di
 
     moving = max(1, int(group["share"] * parameter.numel()))
     chosen = momentum.abs().reshape(-1).topk(moving, sorted=False).indices
-    first = momentum.reshape(-1)[chosen] / (1 - beta1 ** state["step"])
-    root = (square.reshape(-1)[chosen] / (1 - beta2 ** state["step"])).sqrt()
-    value = parameter.reshape(-1)[chosen]
-    moved = value * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * first / (root + group["epsilon"])
-    parameter.copy_(parameter.reshape(-1).scatter(0, chosen, moved).view_as(parameter))
+    first = gather(momentum, chosen) / (1 - beta1 ** state["step"])
+    root = (gather(square, chosen) / (1 - beta2 ** state["step"])).sqrt()
+    value = gather(parameter, chosen) * (1 - group["lr"] * group["weight_decay"])
+    scatter_(parameter, chosen, value - group["lr"] * first / (root + group["epsilon"]))
