@@ -12,6 +12,7 @@ from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
+from finepoint.adapters.interpolation import lines, wise_ft
 from finepoint.batches import context_length
 from finepoint.config import CompareConfig, TrainConfig
 from finepoint.data import Choices, Example, Labelled, Text, read_examples, some
@@ -194,8 +195,6 @@ def antidotes(arm: Arm) -> list[tuple[str, float]]:
 
 def measured_antidote(desk: Desk, task: str, adapter: SparseAdapter, how: str, alpha: float) -> dict[str, Any]:
     """A run measured again with its change weakened after training."""
-    from finepoint.adapters.interpolation import lines, wise_ft
-
     weakened = {"wise-ft": wise_ft, "lines": lines}[how](adapter, desk.model, alpha)
     return {"how": how, "alpha": alpha} | measured(desk, task, weakened)
 
