@@ -119,7 +119,8 @@ def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[s
     method, statistics = _method(config, place, head, folder if checkpoint else None)
     selection_seconds = time.perf_counter() - started
     tuner = method.tuner
-    logger.info("%d numbers to train, chosen in %.1f s", tuner.count, selection_seconds)
+    what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
+    logger.info("%d %s in %.1f s", tuner.count, what, selection_seconds)
     try:
         run = Run(config, place, folder, method, head, _description(config, place, statistics))
         if config.save_every and not checkpoint and not config.baseline:
@@ -318,6 +319,9 @@ def _run_trainer(
         if validation and trainer.state.global_step not in dict(validation_losses(trainer.state)):
             trainer.evaluate()
     if best:
+        if not best.is_file():
+            raise FinepointError("the best evaluation lies before the checkpoint, and that run did not keep it; "
+                                 "train afresh, or go on with --keep last")  # fmt: skip
         trainer.restore_(best)
         best.unlink()
     place.model.eval()
