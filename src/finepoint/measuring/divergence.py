@@ -21,7 +21,7 @@ def mean_kl(
     examples: Sequence[Example],
     adapter: SparseAdapter,
     *,
-    window: int = 256,
+    window: int = 128,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """KL(base || adapted) of the next token, in nats, averaged over the first `window` tokens of each example.
