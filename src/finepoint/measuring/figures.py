@@ -172,6 +172,7 @@ def id_ood(results: Results) -> list[Panel]:
             front = sorted((row["id"], row["ood"]) for row in _of(rows, task=task) if (task, row["arm"]) in fronts)
             axes.plot(*zip(*front, strict=True), "--", color=INK, linewidth=0.8, drawstyle="steps-pre", zorder=1)
             _start(axes, views.base_point(results, task))
+            axes.locator_params(nbins=7)
             axes.set_xlabel("accuracy in distribution")
             axes.set_ylabel("mean accuracy out of distribution")
 

@@ -170,7 +170,7 @@ def _results(results: Results, data: dict[str, list[Row]], figures: Any) -> Sect
         TASK, ARM, general("lr", "lr"), whole("seeds", "seeds"), ID, OOD, between("OOD change", "ood_change", "+.3f"),
         fixed("forget ratio", "forget_ratio"), between("NLL change", "nll_change", "+.3f"), fixed("KL", "kl"),
         general("norm", "update_norm"), fixed("collapse", "collapse_rate", 2),
-        fixed("≤ chance", "collapse_at_or_below_chance", 2),
+        fixed("≤\u00a0chance", "collapse_at_or_below_chance", 2),
     ]  # fmt: skip
     rows = with_base(results, data["summary"])
     tasks_begin = sum(row["task"] == views.ALL_TASKS for row in rows)  # those come first
