@@ -19,7 +19,17 @@ from finepoint.config import ReportConfig
 from finepoint.errors import FinepointError
 from finepoint.measuring.report import write_report
 from finepoint.measuring.results import read_results
-from finepoint.measuring.tables import bytes_shown, escape_latex, escape_markdown, table, text, to_csv
+from finepoint.measuring.tables import (
+    GROUPS,
+    by_task,
+    bytes_shown,
+    escape_latex,
+    escape_markdown,
+    table,
+    text,
+    to_csv,
+    to_latex,
+)  # fmt: skip
 from finepoint.measuring.views import summary
 from finepoint.measuring.wording import headline
 from studies import arm, put, write_study
@@ -180,13 +190,13 @@ def test_hostile_names_stay_words_in_latex(hostile):
     lines = Path(hostile["report"]).with_name("tables.tex").read_text()
     assert r"\input{a}" not in lines
     assert r"\textbackslash{}input\{a\}" in lines
-    rows = [line for line in lines.splitlines() if line.endswith(r" \\")]
-    assert rows
-    bare = [re.sub(r"\\textbackslash\{\}|\\.", "", row.removesuffix(r" \\")) for row in rows]
-    for row in bare:
-        assert not re.search(r"[%#_]", row), row
-    widths = {row.count("&") for row in bare if "mo" in row}
-    assert max(widths) < 20
+    for block in re.findall(r"\\toprule.*?\\bottomrule", lines, re.DOTALL):
+        rows = [line.removesuffix(r" \\") for line in block.splitlines() if line.endswith(r" \\")]
+        bare = [re.sub(r"\\[a-z]+(\{\}|\$)|\\.", "", row) for row in rows]  # without commands and escaped letters
+        assert len({row.count("&") for row in bare}) == 1
+        assert not re.search(r"[%#_^~]", "".join(bare))
+    assert lines.count(r"\toprule") > 4
+    assert lines.count("{") == lines.count("}")
 
 
 def test_hostile_names_stay_in_their_cell_in_markdown(hostile):
@@ -206,6 +216,17 @@ def test_escapes():
     )
     assert escape_markdown("a|b\n<i>*") == r"a\|b \<i\>\*"
     assert list(csv.reader(io.StringIO(to_csv([{"a": 'x,"y"\n', "b": None}])))) == [["a", "b"], ['x,"y"\n', ""]]
+
+
+def test_latex_tables_are_by_task():
+    rows = [{"task": task, "arm": name} for task in ("m", "t") for name in ("a", "b")]
+    found = by_task(table("t", "T", "C", rows, [text(GROUPS, "task"), text("arm", "arm")]))
+    assert [(one.title, one.header, one.rows) for one in found] == [
+        ("T, m", ["arm"], [["a"], ["b"]]), ("T, t", ["arm"], [["a"], ["b"]]),
+    ]  # fmt: skip
+    assert to_latex(found[0]).splitlines()[6:12] == [
+        r"\toprule", r"arm \\", r"\midrule", r"a \\", r"b \\", r"\bottomrule",
+    ]  # fmt: skip
 
 
 def test_tables_leave_out_empty_columns_and_show_sizes():

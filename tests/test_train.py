@@ -312,3 +312,37 @@ def test_a_base_model_and_its_tokenizer_load_without_noise(model_folder, capfd):
     load_model(str(model_folder))
     load_tokenizer(str(model_folder))
     assert capfd.readouterr() == ("", "")
+
+
+def rounded_place(config):
+    """A workplace whose base lies on bfloat16's grid, as that of a bfloat16 checkpoint does."""
+    place = prepare(config)
+    for parameter in place.model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return place
+
+
+@pytest.mark.parametrize("method", [{"lr": 1e-2}, {"baseline": "full", "density": None, "lr": 1e-3}])
+def test_rounding_after_each_step_keeps_nothing_wider(config, method):
+    """The control to float32 deltas: what is trained lies on bfloat16's grid after every step."""
+    config = replace(config, **method)
+    place = rounded_place(config)
+    before = {name: parameter.detach().clone() for name, parameter in place.model.named_parameters()}
+    wide = train(config, place)
+    record = train(replace(config, round_to="bfloat16", overwrite=True), place)
+    assert record["changed"] > 0
+    assert record["update_norm"] != wide["update_norm"]
+    with SparseAdapter.load(config.output).applied(place.model):
+        for name, parameter in place.model.named_parameters():
+            assert torch.equal(parameter, parameter.bfloat16().float()), name
+    assert_same_bits(before, dict(place.model.named_parameters()))
+
+
+def test_rounding_loses_steps_that_deltas_keep(config):
+    small = replace(config, lr=1e-5, rule="magnitude-high", overwrite=True)
+    place = rounded_place(small)
+    assert train(small, place)["changed"] > 0
+    with pytest.raises(FinepointError, match="lost to rounding"):
+        train(replace(small, round_to="bfloat16"), place)
+    with pytest.raises(FinepointError, match="trained in place"):
+        train(replace(config, density=None, baseline="lora", round_to="bfloat16", overwrite=True))

@@ -72,6 +72,7 @@ class TrainConfig(SelectConfig):
         fisher_data: for ewc: examples of what is not to be forgotten, a JSON Lines file
         keep: the parameters of the last step, or the best: of the evaluation with the lowest validation loss
         patience: stop after so many evaluations without a lower validation loss
+        round_to: a control: round what is trained to this dtype after every step, as if no wider copy were kept
         lr: learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others; a baseline has its own
         steps: optimizer steps; epochs where not given
         epochs: passes over the data, where steps is not given
@@ -98,6 +99,7 @@ class TrainConfig(SelectConfig):
     fisher_data: str | None = None
     keep: Literal["last", "best"] = "last"
     patience: int | None = None
+    round_to: Literal["bfloat16", "float16"] | None = None
     lr: float | None = None
     steps: int | None = None
     epochs: float = 1.0

@@ -171,25 +171,14 @@ def id_ood(results: Results) -> list[Panel]:
                 _point(axes, style[row["arm"]], row["id"], row["ood"], row["id_sd"], row["ood_sd"])
             front = sorted((row["id"], row["ood"]) for row in _of(rows, task=task) if (task, row["arm"]) in fronts)
             axes.plot(*zip(*front, strict=True), "--", color=INK, linewidth=0.8, drawstyle="steps-pre", zorder=1)
-            _start(axes, base_point(results, task))
+            _start(axes, views.base_point(results, task))
+            axes.locator_params(nbins=7)
             axes.set_xlabel("accuracy in distribution")
             axes.set_ylabel("mean accuracy out of distribution")
 
         return on
 
     return [panel(f"trained on {task}" if task != ALL_TASKS else task, draw(task)) for task in _values(rows, "task")]
-
-
-def base_point(results: Results, task: str) -> tuple[float, float] | None:
-    """The base model's accuracy on a task and its mean on the others; over all tasks, the means of these."""
-    base = {row["test"]: row["accuracy"] for row in views.base_scores(results)}
-    points = []
-    for name in results.tasks if task == ALL_TASKS else [task]:
-        points.append((base.get(name), views.mean(value for test, value in base.items() if test != name)))
-    here, far = ([point[i] for point in points] for i in (0, 1))
-    if any(value is None for value in here + far):
-        return None
-    return views.mean(here) or 0.0, views.mean(far) or 0.0
 
 
 def _start(axes: Any, base: tuple[float, float] | None) -> None:

@@ -20,6 +20,7 @@ from finepoint.measuring.views import Row
 from finepoint.measuring.wording import DEFINITIONS, headline
 
 OURS = "finepoint report"
+PAGE = 60  # rows of a table that fit a paper's page
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def build(results: Results, data: dict[str, list[Row]], figures: Any) -> list[Se
     ]
 
 
-TASK, ARM = text("trained on", "task"), text("arm", "arm")
+TASK, ARM = text(tables.GROUPS, "task"), text("arm", "arm")
 RUN = [TASK, ARM, general("lr", "lr"), whole("seed", "seed")]
 ID, OOD, PLAIN_ID = between("ID", "id"), between("OOD", "ood"), fixed("ID", "id")
 OOD_CHANGE, NLL_CHANGE = change("OOD change", "ood_change"), change("NLL change", "nll_change")
@@ -169,8 +170,10 @@ def _results(results: Results, data: dict[str, list[Row]], figures: Any) -> Sect
         TASK, ARM, general("lr", "lr"), whole("seeds", "seeds"), ID, OOD, between("OOD change", "ood_change", "+.3f"),
         fixed("forget ratio", "forget_ratio"), between("NLL change", "nll_change", "+.3f"), fixed("KL", "kl"),
         general("norm", "update_norm"), fixed("collapse", "collapse_rate", 2),
-        fixed("≤ chance", "collapse_at_or_below_chance", 2),
+        fixed("≤\u00a0chance", "collapse_at_or_below_chance", 2),
     ]  # fmt: skip
+    rows = with_base(results, data["summary"])
+    tasks_begin = sum(row["task"] == views.ALL_TASKS for row in rows)  # those come first
     caption = "Accuracy and forgetting of each arm at its tuned learning rate; mean ± half a 95 % interval over seeds"
     return Section(
         "Learning and keeping",
@@ -184,8 +187,24 @@ def _results(results: Results, data: dict[str, list[Row]], figures: Any) -> Sect
                     "Mean over seeds; bars are one standard deviation. Dotted lines: baselines, without density.",
                     "density", figures.density(results), "the rules ran at one density only", results.arms),
         ],
-        [table("summary", "Results", caption, data["summary"], columns, 80)],
+        [
+            table("overall", "Results", caption, rows[:tasks_begin], columns, PAGE),
+            table("summary", "Results by task", caption, rows[tasks_begin:], columns, PAGE),
+        ],
     )  # fmt: skip
+
+
+def with_base(results: Results, rows: Sequence[Row]) -> list[Row]:
+    """The rows with one for the base model before those of each task."""
+    found: list[Row] = []
+    for row in rows:
+        if not found or found[-1]["task"] != row["task"]:
+            base = views.base_point(results, row["task"])
+            if base is not None:
+                nothing = dict.fromkeys(row)
+                found.append(nothing | {"task": row["task"], "arm": "base", "id": base[0], "ood": base[1]})
+        found.append(row)
+    return found
 
 
 def _keeping(results: Results, figures: Any) -> Section:
@@ -194,8 +213,8 @@ def _keeping(results: Results, figures: Any) -> Section:
         "By test, since a mean hides trades between tasks; and on neutral text, which no answer format can disturb.",
         [
             Drawing("ood-change", "Change on each test out of distribution",
-                    "Accuracy after training less the base model's, with 95 % intervals over the seeds. "
-                    "Left of the line is forgetting.",
+                    "Accuracy after training less the base model's: with 95 % intervals over the seeds or, where tests "
+                    "are many, one marker for each. Left of the line is forgetting.",
                     "ood_change", figures.ood_change(results), "no task has tests out of distribution", results.arms),
             Drawing("forgetting", "Forgetting against learning",
                     "Each path runs from the base model (cross) through the arm's learning rates at the first seed; "
@@ -247,11 +266,11 @@ CONFOUNDS = [
     ("paired_random", "Paired differences from random", "Seed by seed; mean ± half a 95 % interval", PAIRED),
     ("paired_lora", "Paired differences from LoRA", "Seed by seed; mean ± half a 95 % interval", PAIRED),
     ("equal_budget", "Equal budget", "Arms that train about equally many weights (within 10 %)",
-     [TASK, whole("budget", "budget"), ARM, whole("trained", "trained"), ID, OOD, NLL_CHANGE]),
+     [TASK, ARM, whole("budget", "budget"), whole("trained", "trained"), ID, OOD, NLL_CHANGE]),
     ("equal_accuracy", "Equal ID accuracy", "What is forgotten where 50, 75 and 90 % of the best arm's gain is learned",
-     [TASK, fixed("share of gain", "share_of_best_gain", 2), PLAIN_ID, ARM, OOD_CHANGE, NLL_CHANGE]),
+     [TASK, ARM, fixed("share of gain", "share_of_best_gain", 2), PLAIN_ID, OOD_CHANGE, NLL_CHANGE]),
     ("equal_norm", "Equal update norm", "Rules of one density that moved equally far; baselines move in other ways",
-     [TASK, general("density", "density"), NORM, ARM, PLAIN_ID, OOD_CHANGE, NLL_CHANGE]),
+     [TASK, ARM, general("density", "density"), NORM, PLAIN_ID, OOD_CHANGE, NLL_CHANGE]),
     ("epsilon", "GaLLoP's epsilon", "From favouring the smallest weights (0) towards the largest gradients; first seed",
      [TASK, ARM, general("epsilon", "epsilon"), fixed("chosen near zero", "near_zero"),
       fixed("overlap with magnitude-low", "overlap_magnitude-low"), fixed("with gradient", "overlap_gradient"),
@@ -315,9 +334,13 @@ def _failures(data: dict[str, list[Row]]) -> Section:
 
 
 def latex(sections: Sequence[Section]) -> str:
-    """All tables for a paper; they need the package booktabs."""
-    found = [tables.to_latex(one) for section in sections for one in section.tables if one.rows]
-    return "% Tables of a finepoint study; \\usepackage{booktabs}\n\n" + "\n\n".join(found) + "\n"
+    """The tables for a paper, one for each task; they need the package booktabs. What fills pages is for the CSV."""
+    parts = ["% Tables of a finepoint study; \\usepackage{booktabs}"]
+    for whole_table in (one for section in sections for one in section.tables if one.rows):
+        for one in tables.by_task(whole_table):
+            too_long = f"% {tables.escape_latex(one.title)}: {len(one.rows)} rows, too many for a page; see data/*.csv"
+            parts.append(too_long if len(one.rows) > PAGE else tables.to_latex(one))
+    return "\n\n".join(parts) + "\n"
 
 
 def markdown(results: Results, sections: Sequence[Section]) -> str:
@@ -365,6 +388,7 @@ def html(results: Results, sections: Sequence[Section], data: dict[str, list[Row
         return Markup(figures.themed(raw, f"d{next(numbers)}"))
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["groups"] = tables.GROUPS
     template = environment.from_string(files("finepoint.measuring").joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
         ours=OURS, study=results.study, config=results.study["config"], results=results, sections=sections,

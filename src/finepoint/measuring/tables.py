@@ -14,6 +14,7 @@ Column = tuple[str, Show, bool]
 """Header, cell, whether it holds numbers."""
 
 NOTHING = "–"
+GROUPS = "trained on"  # the header of a first column by which rows are grouped
 TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -94,14 +95,10 @@ def size(header: str, key: str) -> Column:
 
 
 def shown(value: Any, style: str) -> str:
-    """A number, or a dash where there is none."""
-    return (
-        NOTHING
-        if value is None
-        else format(value, style).replace("-", "−")
-        if style[0] == "+"
-        else format(value, style)
-    )
+    """A number, or a dash where there is none; a sign only where something is left after rounding."""
+    if value is None:
+        return NOTHING
+    return format(value, f"+z{style[1:]}").replace("-", "−") if style[0] == "+" else format(value, style)
 
 
 def bytes_shown(count: float) -> str:
@@ -111,6 +108,18 @@ def bytes_shown(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def by_task(found: Table) -> list[Table]:
+    """The table without its first column, once for each of its values, where these are tasks; else as it is."""
+    if found.header[:1] != [GROUPS]:
+        return [found]
+    parts = []
+    for i, task in enumerate(dict.fromkeys(row[0] for row in found.rows)):
+        rows = [row[1:] for row in found.rows if row[0] == task]
+        parts.append(Table(f"{found.name}-{i + 1}", f"{found.title}, {task}", found.caption, found.header[1:], rows,
+                           found.numeric[1:], found.folded))  # fmt: skip
+    return parts
 
 
 def to_csv(rows: Sequence[Row]) -> str:

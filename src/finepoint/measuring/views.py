@@ -124,6 +124,16 @@ def base_scores(results: Results) -> list[Row]:
     ]
 
 
+def base_point(results: Results, task: str) -> tuple[float, float] | None:
+    """The base model's accuracy on a task and its mean on the other tests; over all tasks, the means of these."""
+    base = {row["test"]: row["accuracy"] for row in base_scores(results)}
+    tasks = results.tasks if task == ALL_TASKS else [task]
+    here = [base.get(name) for name in tasks]
+    far = [mean(value for test, value in base.items() if test != name) for name in tasks]
+    on, off = (mean(values) if None not in values else None for values in (here, far))
+    return None if on is None or off is None else (on, off)
+
+
 def ood_changes(results: Results) -> list[Row]:
     """The signed change of accuracy on every other task, for each task and arm: the mean hides trades between them."""
     rows = []

@@ -84,7 +84,7 @@ def _about(results: Results, task: str, rows: Sequence[Row]) -> list[str]:
         best = max(far, key=lambda row: row["ood"])
         moved = f" ({best['ood_change']:+.3f} against the base)" if best["ood_change"] is not None else ""
         near = _level_with(best, far, "ood")
-        said.append(f"{best['arm']} was best out of distribution: {with_interval(best, 'ood')}{moved}{near}.")
+        said.append(f"Best out of distribution was {best['arm']}: {with_interval(best, 'ood')}{moved}{near}.")
         front = [row["arm"] for row in views.pareto(results) if row["task"] == task and row["front"]]
         said.append(f"On the front of both lie {len(front)} of {len(far)} arms: {_listed(front)}.")
     probed = [row for row in rows if row["nll_change"] is not None]

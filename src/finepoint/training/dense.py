@@ -106,6 +106,13 @@ class DenseTuner:
         """Writes an adapter of this tuner over whatever is in the folder; returns the file with the tensors."""
         return adapter.save(folder, overwrite=True, compact=compact) / TENSORS
 
+    def round_(self, dtype: torch.dtype) -> None:
+        """Rounds all that is trained to a narrower dtype, as if nothing wider were kept: the control to masters."""
+        with torch.no_grad():
+            for value in self._trained.values():
+                value.copy_(value.to(dtype))
+        self.follow_()
+
     def revert_(self) -> None:
         """Restores the base's exact bits."""
         with torch.no_grad():

@@ -56,3 +56,5 @@ class Method:
     """adds the gradient of a term beside the loss to the trained parameters' gradients, once for each step"""
     optimizer: Optimizer | None = None
     """steps the trained parameters; AdamW where None"""
+    after_step: Callable[[], None] | None = None
+    """called after each step of the optimizer"""

@@ -5,7 +5,8 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -256,13 +257,20 @@ def _method(
     if config.baseline is None:
         indices, statistics = _indices(config, place, resumed)
         indices = dict(indices) | {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
-        return Method(SparseTuner(place.model, indices)), statistics
+        tuner = SparseTuner(place.model, indices)
+        return Method(tuner, after_step=_rounding(config, tuner)), statistics
     baseline = baseline_named(config.baseline)
     rows = _rows(config, place, config.fisher_data, "Fisher example")
     fisher = _batches(config, place, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
     setting = Setting(place.model, head, options_of(baseline, config.baseline_options), config.targets, config.seed,
                       learning_rate(config), config.weight_decay, fisher, config.scoring_memory)  # fmt: skip
-    return baseline.make(setting), {}
+    method = baseline.make(setting)
+    return replace(method, after_step=_rounding(config, method.tuner)), {}
+
+
+def _rounding(config: TrainConfig, tuner: Any) -> Callable[[], None] | None:
+    """What `--round-to` does after each step of a tuner that trains in place."""
+    return partial(tuner.round_, getattr(torch, config.round_to)) if config.round_to else None
 
 
 def _batches(config: SelectConfig, place: Workplace, rows: list[Row]) -> list[dict[str, Any]]:
@@ -429,6 +437,8 @@ def _check_baseline(config: TrainConfig) -> None:
     unused = ["density", "count", "indices", "exclude", "rule", "rule_options"]
     if baseline.name not in ("lora", "dora"):
         unused.append("targets")
+    elif config.round_to:
+        raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
     for name in unused:
         if getattr(config, name) != getattr(defaults, name):
             raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "

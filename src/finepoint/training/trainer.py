@@ -100,6 +100,7 @@ class SparseTrainer(Trainer):
     def __init__(self, method: Method, packer: Packer | None = None, **kwargs: Any) -> None:
         self.tuner = method.tuner
         self.penalty = method.penalty
+        self.after_step = method.after_step
         self.packer = packer
         self.tokens = Tokens()
         super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
@@ -190,6 +191,12 @@ class Watch(TrainerCallback):
                 raise NotFiniteError(f"the gradient of {name} is not finite at step {state.global_step + 1}")
         if all(parameter.grad is None for parameter in trained.values()):
             raise FinepointError("no chosen entry received a gradient: the loss does not depend on the target weights")
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.trainer.after_step:
+            self.trainer.after_step()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.step_started = time.perf_counter()

@@ -147,6 +147,15 @@ class SparseTuner:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags[name])
 
+    def round_(self, dtype: torch.dtype) -> None:
+        """Rounds base + delta to a narrower dtype, as if nothing wider were kept: the negative control to deltas."""
+        with torch.no_grad():
+            for entries in self.entries.values():
+                base = entries.base.to(entries.delta.dtype)
+                stored = (base + entries.delta).to(dtype).to(entries.delta.dtype)
+                entries.delta.copy_(torch.where(entries.delta == 0, 0.0, stored - base))
+        self.follow_()
+
     def revert_(self) -> None:
         """Sets all deltas to zero and restores the base's exact bits."""
         with torch.no_grad():
