@@ -14,12 +14,12 @@ from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.config import CompareConfig, SelectConfig
 from finepoint.errors import FinepointError
-from finepoint.measuring import cells as cells_module
-from finepoint.measuring import compare as compare_module
-from finepoint.measuring import crews, sharing
-from finepoint.measuring.compare import Ledger, compare
-from finepoint.measuring.crews import LOST, Failure
-from finepoint.measuring.study import Cell, make_study, planned, train_config
+from finepoint.studies import cells as cells_module
+from finepoint.studies import compare as compare_module
+from finepoint.studies import crews, sharing
+from finepoint.studies.compare import Ledger, compare
+from finepoint.studies.crews import LOST, Failure
+from finepoint.studies.study import Cell, make_study, planned, train_config
 from finepoint.training.run import choose
 
 LETTERS = "abcdefgh"

@@ -6,8 +6,8 @@ import pytest
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
-from finepoint.measuring import density
-from finepoint.measuring.density import best, train_auto
+from finepoint.studies import density
+from finepoint.studies.density import best, train_auto
 from finepoint.training.run import train
 
 

@@ -17,9 +17,8 @@ from browser import CHROMIUM, Browser
 from finepoint.cli import main
 from finepoint.config import ReportConfig
 from finepoint.errors import FinepointError
-from finepoint.measuring.report import write_report
-from finepoint.measuring.results import read_results
-from finepoint.measuring.tables import (
+from finepoint.reporting.report import write_report
+from finepoint.reporting.tables import (
     GROUPS,
     by_task,
     bytes_shown,
@@ -30,8 +29,9 @@ from finepoint.measuring.tables import (
     to_csv,
     to_latex,
 )  # fmt: skip
-from finepoint.measuring.views import summary
-from finepoint.measuring.wording import headline
+from finepoint.reporting.views import summary
+from finepoint.reporting.wording import headline
+from finepoint.studies.results import read_results
 from studies import arm, put, write_study
 
 FIGURES = ["id-ood", "density", "ood-change", "forgetting", "places", "overlap", "cost", "losses"]

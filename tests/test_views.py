@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from finepoint.errors import FinepointError
-from finepoint.measuring import overlap, views
-from finepoint.measuring.intervals import interval, t_quantile, t_within
-from finepoint.measuring.results import at_edge, best_lr, first_seed, read_results, tuned
-from finepoint.measuring.views import ALL_TASKS
+from finepoint.reporting import overlap, views
+from finepoint.reporting.intervals import interval, t_quantile, t_within
+from finepoint.reporting.views import ALL_TASKS
+from finepoint.studies.results import at_edge, best_lr, first_seed, read_results, tuned
 from studies import SEEDS, TASKS, arm, put, write_study
 
 

@@ -9,7 +9,7 @@ CONFIG = CompareConfig
 
 
 def run(config: CompareConfig) -> int:
-    from finepoint.measuring.compare import compare, duration
+    from finepoint.studies.compare import compare, duration
 
     # What a single run says of itself would bury what is said of the study.
     logging.getLogger("finepoint.training").setLevel(logging.WARNING)

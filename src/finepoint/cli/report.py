@@ -7,7 +7,7 @@ CONFIG = ReportConfig
 
 
 def run(config: ReportConfig) -> None:
-    from finepoint.measuring.report import write_report
+    from finepoint.reporting.report import write_report
 
     found = write_report(config)
     if config.json:

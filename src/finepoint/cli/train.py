@@ -10,7 +10,7 @@ CONFIG = TrainConfig
 
 def run(config: TrainConfig) -> None:
     if config.density == "auto":
-        from finepoint.measuring.density import train_auto as train
+        from finepoint.studies.density import train_auto as train
     else:
         from finepoint.training.run import train
 

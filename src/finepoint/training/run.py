@@ -404,7 +404,7 @@ def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArgu
 def _check(config: TrainConfig) -> None:
     """Refuses what can be refused before any work."""
     if config.density == "auto":
-        raise FinepointError("density 'auto' is a search over many runs; call finepoint.measuring.density.train_auto")
+        raise FinepointError("density 'auto' is a search over many runs; call finepoint.studies.density.train_auto")
     if config.data is None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
     for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),

@@ -16,11 +16,11 @@ from typing import Any
 from finepoint.config import CompareConfig
 from finepoint.errors import FinepointError
 from finepoint.files import write_json
-from finepoint.measuring.cells import check_sets
-from finepoint.measuring.crews import LOST, Crew, Failure, Here, Outcome, Processes, Ray
-from finepoint.measuring.estimate import estimate
-from finepoint.measuring.study import Cell, Study, described, make_study, planned
 from finepoint.packages import digest
+from finepoint.studies.cells import check_sets
+from finepoint.studies.crews import LOST, Crew, Failure, Here, Outcome, Processes, Ray
+from finepoint.studies.estimate import estimate
+from finepoint.studies.study import Cell, Study, described, make_study, planned
 from finepoint.training.run import versions
 
 logger = logging.getLogger(__name__)

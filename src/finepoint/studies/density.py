@@ -18,8 +18,8 @@ from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_json
-from finepoint.measuring.sharing import shared_selection
-from finepoint.measuring.study import BLIND_RATES, GRADIENT_RATES
+from finepoint.studies.sharing import shared_selection
+from finepoint.studies.study import BLIND_RATES, GRADIENT_RATES
 from finepoint.training.run import RECORD, Workplace, prepare, steps_of, train
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from math import isfinite, log10
 from statistics import fmean
 from typing import Any
 
-from finepoint.measuring.intervals import interval
-from finepoint.measuring.results import Cell, Results, at_edge, best_lr, first_seed, tuned
+from finepoint.reporting.intervals import interval
+from finepoint.studies.results import Cell, Results, at_edge, best_lr, first_seed, tuned
 
 Row = dict[str, Any]
 

@@ -22,9 +22,9 @@ from finepoint.measuring.evaluation import Evaluation
 from finepoint.measuring.generation import frequent_answers, generated
 from finepoint.measuring.metrics import changes, collapse
 from finepoint.measuring.scoring import accuracy
-from finepoint.measuring.sharing import shared_selection
-from finepoint.measuring.study import Arm, Cell, Study, train_config
 from finepoint.models import load_model, load_tokenizer
+from finepoint.studies.sharing import shared_selection
+from finepoint.studies.study import Arm, Cell, Study, train_config
 from finepoint.training.run import LOG, Workplace, fit, versions, workplace
 
 COST = ("trained", "changed", "adapter_bytes", "step_seconds", "train_seconds", "peak_bytes", "tokens_per_second")

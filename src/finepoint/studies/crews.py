@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from finepoint.errors import FinepointError
-from finepoint.measuring.cells import Desk, measure_base, run_cell
-from finepoint.measuring.study import Cell, Study
 from finepoint.progress import log_to_stderr
+from finepoint.studies.cells import Desk, measure_base, run_cell
+from finepoint.studies.study import Cell, Study
 
 Job = tuple[Cell | None, Mapping[str, Any] | None]
 """A cell (None: the base itself) and what was measured of the base."""

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from finepoint.adapters.inspection import place
 from finepoint.choosing.rules import RULES
 from finepoint.errors import FinepointError
-from finepoint.measuring.results import Cell, Results, tuned
-from finepoint.measuring.views import Row, measures
+from finepoint.reporting.views import Row, measures
+from finepoint.studies.results import Cell, Results, tuned
 
 INDICES = ".indices"  # ends the names of an adapter's tensors that say which entries it changes
 Sizes = dict[str, dict[str, int]]

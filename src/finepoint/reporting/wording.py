@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from finepoint.measuring import views
-from finepoint.measuring.results import Results
-from finepoint.measuring.views import ALL_TASKS, Row
+from finepoint.reporting import views
+from finepoint.reporting.views import ALL_TASKS, Row
+from finepoint.studies.results import Results
 
 DEFINITIONS = {
     "arm": ("One way of training: a rule that chooses which entries are trained, at a density, or a baseline."),

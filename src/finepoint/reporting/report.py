@@ -13,11 +13,11 @@ import yaml
 from finepoint.config import ReportConfig
 from finepoint.errors import FinepointError
 from finepoint.files import write_text
-from finepoint.measuring import overlap, tables, views
-from finepoint.measuring.results import Results, read_results
-from finepoint.measuring.tables import Table, between, change, fixed, general, size, table, text, whole
-from finepoint.measuring.views import Row
-from finepoint.measuring.wording import DEFINITIONS, headline
+from finepoint.reporting import overlap, tables, views
+from finepoint.reporting.tables import Table, between, change, fixed, general, size, table, text, whole
+from finepoint.reporting.views import Row
+from finepoint.reporting.wording import DEFINITIONS, headline
+from finepoint.studies.results import Results, read_results
 
 OURS = "finepoint report"
 PAGE = 60  # rows of a table that fit a paper's page
@@ -87,7 +87,7 @@ def _drawing_package() -> Any:
     try:
         import jinja2  # noqa: F401
 
-        from finepoint.measuring import figures
+        from finepoint.reporting import figures
     except ImportError as error:
         raise FinepointError(f"the report needs the package {error.name}: pip install 'finepoint[report]'") from error
     return figures
@@ -389,7 +389,7 @@ def html(results: Results, sections: Sequence[Section], data: dict[str, list[Row
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals["groups"] = tables.GROUPS
-    template = environment.from_string(files("finepoint.measuring").joinpath("report.html").read_text(encoding="utf-8"))
+    template = environment.from_string(files("finepoint.reporting").joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
         ours=OURS, study=results.study, config=results.study["config"], results=results, sections=sections,
         sentences=headline(results), warnings=views.warnings(results), definitions=DEFINITIONS, marks=marks, svg=svg,

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from finepoint.measuring import views
-from finepoint.measuring.results import Results
-from finepoint.measuring.views import ALL_TASKS, Row, family
+from finepoint.reporting import views
+from finepoint.reporting.views import ALL_TASKS, Row, family
+from finepoint.studies.results import Results
 
 INK, FAINT = "#010203", "#010204"
 # What a drawing says, the page's name for it, and the colour on white paper.

@@ -8,7 +8,7 @@ from typing import Any
 from finepoint.choosing.rules import rule_named
 from finepoint.config import CompareConfig, TrainConfig
 from finepoint.errors import FinepointError
-from finepoint.measuring.results import best_lr
+from finepoint.studies.results import best_lr
 from finepoint.training.baselines import baseline_named
 
 # Four rates each, so that every arm gets as many trials: a grid for each kind of method.

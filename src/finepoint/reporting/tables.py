@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finepoint.measuring.views import Row
+from finepoint.reporting.views import Row
 
 Show = Callable[[Row], str]
 Column = tuple[str, Show, bool]

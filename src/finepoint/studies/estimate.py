@@ -8,8 +8,8 @@ import torch
 
 from finepoint.batches import encode
 from finepoint.data import read_examples, some
-from finepoint.measuring.study import Study
 from finepoint.models import load_tokenizer, shape_of
+from finepoint.studies.study import Study
 
 SAMPLE = 64  # examples of a file whose lengths are looked at
 SHARE_OF_PEAK = 0.5  # of a matrix product's speed that a small model's passes reach

@@ -1,0 +1,1 @@
+"""What a study says: views, figures, tables, one page."""
