@@ -224,7 +224,7 @@ def test_latex_tables_are_by_task():
     assert [(one.title, one.header, one.rows) for one in found] == [
         ("T, m", ["arm"], [["a"], ["b"]]), ("T, t", ["arm"], [["a"], ["b"]]),
     ]  # fmt: skip
-    assert to_latex(found[0]).splitlines()[6:12] == [
+    assert to_latex(found[0]).splitlines()[7:13] == [
         r"\toprule", r"arm \\", r"\midrule", r"a \\", r"b \\", r"\bottomrule",
     ]  # fmt: skip
 

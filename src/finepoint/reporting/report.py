@@ -334,8 +334,8 @@ def _failures(data: dict[str, list[Row]]) -> Section:
 
 
 def latex(sections: Sequence[Section]) -> str:
-    """The tables for a paper, one for each task; they need the package booktabs. What fills pages is for the CSV."""
-    parts = ["% Tables of a finepoint study; \\usepackage{booktabs}"]
+    """The tables for a paper, one for each task; what fills pages is for the CSV."""
+    parts = ["% Tables of a finepoint study; \\usepackage{booktabs,graphicx}"]
     for whole_table in (one for section in sections for one in section.tables if one.rows):
         for one in tables.by_task(whole_table):
             too_long = f"% {tables.escape_latex(one.title)}: {len(one.rows)} rows, too many for a page; see data/*.csv"

@@ -146,15 +146,18 @@ def escape_markdown(words: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|!~$&])", r"\\\1", " ".join(words.split()))
 
 
+FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+
+
 def to_latex(found: Table) -> str:
-    """The table in LaTeX, with rules of the package booktabs."""
+    """The table in LaTeX, with rules of the package booktabs; one wider than the line shrinks to it (graphicx)."""
     columns = "".join("r" if numeric else "l" for numeric in found.numeric)
     lines = [
         r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(f'{found.title}. {found.caption}')}}}",
-        rf"\label{{tab:{found.name}}}", r"\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+        rf"\label{{tab:{found.name}}}", r"\small", FITTED, rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
         " & ".join(map(escape_latex, found.header)) + r" \\", r"\midrule",
         *(" & ".join(map(escape_latex, row)) + r" \\" for row in found.rows),
-        r"\bottomrule", r"\end{tabular}", r"\end{table}",
+        r"\bottomrule", r"\end{tabular}}", r"\end{table}",
     ]  # fmt: skip
     return "\n".join(lines)
 
