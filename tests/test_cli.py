@@ -164,7 +164,7 @@ def test_spellings():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--density", "x"], "--density: expected float, got x"),
+        (["--density", "x"], "--density: expected float or 'auto', got x"),
         (["--scope", "galaxy"], "'global', 'weight', 'layer'"),
         (["--stepz", "3"], "unrecognized arguments: --stepz"),
         (["--steps"], "--steps needs a value"),

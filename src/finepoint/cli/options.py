@@ -130,7 +130,8 @@ def _plain(message: str) -> str:
         given = text.rpartition("Given value: ")[2]
         option = re.search(r'"(\w+)"', text)
         if kinds and option:
-            return f"option {_flag(option[1])}: expected {kinds[1].replace(', nothing', '')}, got {given}"
+            expected = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds[1]).replace(", nothing", "")
+            return f"option {_flag(option[1])}: expected {expected.replace(', ', ' or ')}, got {given}"
     for before, after in (
         ('Parser key "', 'option "'), ("typing.", ""),
         ("Key ", "option "), ("is required but not included in config object or its value is None", "is required"),
