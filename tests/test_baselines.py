@@ -18,8 +18,9 @@ from finepoint.models import load_model
 from finepoint.training.baselines import BASELINES, Setting, baseline_named, half_of_matrices, options_of
 from finepoint.training.dense import DenseTuner
 from finepoint.training.filtered import FilteredAdamW
-from finepoint.training.run import fit, prepare, train
+from finepoint.training.run import fit, train
 from finepoint.training.trainer import LengthBuckets, SparseTrainer
+from finepoint.training.workplace import prepare
 from reference import TiedToy, mean_squared_gradient
 from test_adapter import assert_same_adapter
 

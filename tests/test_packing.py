@@ -14,7 +14,8 @@ from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.training.boundaries import keeps_apart
 from finepoint.training.loss import completion_loss
-from finepoint.training.run import Workplace, packer_for, train
+from finepoint.training.run import train
+from finepoint.training.workplace import Workplace, packer_for
 
 
 def eager_llama(dtype):

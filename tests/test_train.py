@@ -11,8 +11,9 @@ from finepoint.data import Chat, Completion, Text, read_examples
 from finepoint.errors import FinepointError
 from finepoint.measuring.evaluation import evaluate_config
 from finepoint.models import load_model, load_tokenizer
-from finepoint.training.run import choose, prepare, scoring_rows, train
+from finepoint.training.run import choose, train
 from finepoint.training.trainer import LengthBuckets
+from finepoint.training.workplace import prepare, scoring_rows
 from test_adapter import assert_same_adapter
 
 

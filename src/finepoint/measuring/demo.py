@@ -9,7 +9,8 @@ from finepoint.config import DemoConfig, TrainConfig
 from finepoint.files import claim_folder, write_json
 from finepoint.measuring.evaluation import Evaluation, read_sets
 from finepoint.recipes.vader import write_vader
-from finepoint.training.run import prepare, train
+from finepoint.training.run import train
+from finepoint.training.workplace import prepare
 
 logger = logging.getLogger(__name__)
 

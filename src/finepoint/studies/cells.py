@@ -25,7 +25,8 @@ from finepoint.measuring.scoring import accuracy
 from finepoint.models import load_model, load_tokenizer
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import Arm, Cell, Study, train_config
-from finepoint.training.run import LOG, Workplace, fit, versions, workplace
+from finepoint.training.run import LOG, fit, versions
+from finepoint.training.workplace import Workplace, workplace
 
 COST = ("trained", "changed", "adapter_bytes", "step_seconds", "train_seconds", "peak_bytes", "tokens_per_second")
 

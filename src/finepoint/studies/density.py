@@ -20,7 +20,9 @@ from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_json
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import BLIND_RATES, GRADIENT_RATES
-from finepoint.training.run import RECORD, Workplace, prepare, steps_of, train
+from finepoint.training.run import RECORD, train
+from finepoint.training.settings import steps_of
+from finepoint.training.workplace import Workplace, prepare
 
 logger = logging.getLogger(__name__)
 DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)

@@ -18,8 +18,8 @@ from finepoint.choosing.rules import rule_named
 from finepoint.choosing.statistics import Statistics, stream_statistics
 from finepoint.config import TrainConfig
 from finepoint.files import write_atomic, write_json
-from finepoint.training.run import Workplace, select_for
 from finepoint.training.tuner import SparseTuner
+from finepoint.training.workplace import Workplace, select_for
 
 # What decides a gradient, and what besides decides a choice by it.
 STATISTIC = ("model", "data", "targets", "scoring_examples", "max_length", "batch_size", "dtype", "seed")

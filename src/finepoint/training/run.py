@@ -1,10 +1,9 @@
 """A training run: data, selection or baseline, tuner, transformers.Trainer, adapter; and `select` alone."""
 
 import logging
-import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -21,22 +20,21 @@ import finepoint
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
 from finepoint.adapters.lowrank import PEFT_CONFIG, PEFT_TENSORS
-from finepoint.batches import Collator, Packer, Row, context_length, encode_all, learned, padding_id
+from finepoint.batches import Packer, Row, learned
 from finepoint.choosing.rules import rule_named
-from finepoint.choosing.selection import Selection, select
-from finepoint.choosing.statistics import stream_statistics
+from finepoint.choosing.selection import Selection
 from finepoint.config import SelectConfig, TrainConfig
-from finepoint.data import Example, label_names, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_json
-from finepoint.models import load_model, load_tokenizer, new_head
+from finepoint.models import new_head
 from finepoint.progress import progress
 from finepoint.training.baselines import Setting, baseline_named, options_of
-from finepoint.training.boundaries import PACKABLE, keeps_apart
 from finepoint.training.interface import Method
 from finepoint.training.memory import peak_bytes, reset_peak
+from finepoint.training.settings import check, learning_rate, steps_of
 from finepoint.training.trainer import NotFiniteError, SparseTrainer, Watch, validation_losses
 from finepoint.training.tuner import SparseTuner
+from finepoint.training.workplace import Workplace, batches_of, packer_for, prepare, rows_of, scoring_rows, select_for
 
 logger = logging.getLogger(__name__)
 LOG = "log.jsonl"
@@ -47,17 +45,6 @@ EVALUATIONS = 5  # over a run with validation examples and no --eval-every
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What a run works on: the model, its tokenizer, and the examples in tokens."""
-
-    model: Any
-    tokenizer: Any
-    labels: list[str]
-    rows: list[Row]
-    collator: Collator
 
 
 @dataclass(frozen=True)
@@ -108,11 +95,11 @@ def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[s
     Raises:
         FinepointError: as for `train`.
     """
-    _check(config)
+    check(config)
     folder = claim_folder(config.output, config.overwrite or config.resume)
     checkpoint = _checkpoint(folder) if config.resume else None
     place = workplace or prepare(config)
-    validation = _rows(config, place, config.validation, "validation example", config.validation_limit)
+    validation = rows_of(config, place, config.validation, "validation example", config.validation_limit)
     packer = packer_for(place) if config.packing else None
     reset_peak()
     started = time.perf_counter()
@@ -172,78 +159,6 @@ def choose(config: SelectConfig) -> Selection:
     return selection
 
 
-def prepare(config: SelectConfig) -> Workplace:
-    """Reads the data and loads the model they call for."""
-    rule_named(config.rule)  # a misspelt rule should not wait for the model to load
-    examples = read_examples(config.data) if config.data else []
-    labels = label_names(examples)
-    if len(labels) == 1:
-        raise FinepointError(f"{config.data} knows only the label {labels[0]!r}; a classifier needs two")
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, labels, config.seed)
-    if labels:
-        model.config.pad_token_id = padding_id(tokenizer)
-    return workplace(config, model, tokenizer, examples, labels)
-
-
-def workplace(
-    config: SelectConfig, model: Any, tokenizer: Any, examples: Sequence[Example], labels: Sequence[str] = ()
-) -> Workplace:
-    """A workplace around a model that is loaded already."""
-    limit = context_length(model, config.max_length)
-    rows = encode_all(tokenizer, examples, limit, labels, "training example") if examples else []
-    return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer))
-
-
-def select_for(config: SelectConfig, place: Workplace, stream: Callable[..., Any] = stream_statistics) -> Selection:
-    """Chooses entries as the configuration says, scoring on a random sample of the training examples.
-
-    Args:
-        stream: where the rule's statistics come from, as for `finepoint.select`.
-    """
-    rule = rule_named(config.rule)
-    batches: list[dict[str, Any]] = []
-    if rule.needs_data:
-        if not place.rows:
-            raise FinepointError(f"rule {rule.name!r} scores by gradients and needs examples; give --data FILE.jsonl")
-        batches = _batches(config, place, scoring_rows(place.rows, config.scoring_examples, config.seed))
-    return select(
-        place.model,
-        batches,
-        rule=config.rule,
-        density=config.density,
-        count=config.count,
-        scope=config.scope,
-        targets=config.targets,
-        exclude=[SparseAdapter.load(folder) for folder in config.exclude],
-        seed=config.seed,
-        scoring_memory=config.scoring_memory,
-        threshold=config.threshold,
-        rule_options=config.rule_options,
-        stream=stream,
-    )
-
-
-def scoring_rows(rows: Sequence[Row], amount: float, seed: int) -> list[Row]:
-    """A random sample of the rows that have something to learn: so many, or a share of them where below 1."""
-    rows = [row for row in rows if learned(row)]
-    if amount <= 0 or (amount > 1 and amount != int(amount)):
-        raise FinepointError(f"scoring_examples is {amount}; give a number of examples or a share in (0, 1)")
-    size = round(amount * len(rows)) if amount < 1 else int(amount)
-    size = min(max(1, size), len(rows))
-    # By length, so that batches waste little on padding.
-    return sorted(random.Random(seed).sample(rows, size), key=lambda row: len(row.ids))
-
-
-def learning_rate(config: TrainConfig) -> float:
-    """The learning rate, by default the baseline's or that of the kind of rule: gradient rules need smaller steps."""
-    if config.lr is not None:
-        return config.lr
-    if config.baseline:
-        return baseline_named(config.baseline).lr
-    return 3e-4 if rule_named(config.rule).needs_data else 1e-2
-
-
 def versions() -> dict[str, str]:
     """What a result was made with."""
     packages = ("torch", "transformers", "accelerate", "safetensors", "numpy")
@@ -260,8 +175,8 @@ def _method(
         tuner = SparseTuner(place.model, indices)
         return Method(tuner, after_step=_rounding(config, tuner)), statistics
     baseline = baseline_named(config.baseline)
-    rows = _rows(config, place, config.fisher_data, "Fisher example")
-    fisher = _batches(config, place, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
+    rows = rows_of(config, place, config.fisher_data, "Fisher example")
+    fisher = batches_of(config, place, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
     setting = Setting(place.model, head, options_of(baseline, config.baseline_options), config.targets, config.seed,
                       learning_rate(config), config.weight_decay, fisher, config.scoring_memory)  # fmt: skip
     method = baseline.make(setting)
@@ -271,10 +186,6 @@ def _method(
 def _rounding(config: TrainConfig, tuner: Any) -> Callable[[], None] | None:
     """What `--round-to` does after each step of a tuner that trains in place."""
     return partial(tuner.round_, getattr(torch, config.round_to)) if config.round_to else None
-
-
-def _batches(config: SelectConfig, place: Workplace, rows: list[Row]) -> list[dict[str, Any]]:
-    return [place.collator(rows[at : at + config.batch_size]) for at in range(0, len(rows), config.batch_size)]
 
 
 def _indices(
@@ -351,26 +262,6 @@ def _run_trainer(
     }
 
 
-def packer_for(place: Workplace) -> Packer:
-    """The packer for a model that is known to keep the examples of a row apart.
-
-    Raises:
-        FinepointError: a classifier, or a model that takes no `position_ids` or sees through the boundaries.
-    """
-    if place.labels:
-        raise FinepointError("packing is for examples that are learned token by token, and these have class labels; "
-                             "train without --packing")  # fmt: skip
-    name = type(place.model).__name__
-    if not place.collator.positions:
-        raise FinepointError(f"packing tells examples apart by position_ids, which {name} does not take; "
-                             "train without --packing")  # fmt: skip
-    attention = place.model.config._attn_implementation
-    if attention not in PACKABLE or not keeps_apart(place.model):
-        raise FinepointError(f"in {name} with {attention} attention the examples packed in a row are not kept apart; "
-                             f"train without --packing, or load it with {' or '.join(PACKABLE)} attention")  # fmt: skip
-    return Packer(place.collator, place.model.get_input_embeddings().embedding_dim)
-
-
 def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArguments:
     steps = steps_of(config, examples)
     return TrainingArguments(
@@ -399,68 +290,6 @@ def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArgu
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
-
-
-def _check(config: TrainConfig) -> None:
-    """Refuses what can be refused before any work."""
-    if config.density == "auto":
-        raise FinepointError("density 'auto' is a search over many runs; call finepoint.studies.density.train_auto")
-    if config.data is None:
-        raise FinepointError("training needs examples; give --data FILE.jsonl")
-    for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),
-                               ("accumulation", config.accumulation, 1), ("eval_every", config.eval_every, 1),
-                               ("save_every", config.save_every, 1), ("patience", config.patience, 1)):  # fmt: skip
-        if value is not None and value < least:
-            raise FinepointError(f"{name} is {value}; give at least {least}")
-    if not 0 <= config.warmup <= 1:
-        raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
-    if learning_rate(config) <= 0:
-        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
-    needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
-    for name, given in needing:
-        if given and config.validation is None:
-            raise FinepointError(f"{name} is given without examples; give --validation FILE.jsonl")
-    if config.baseline:
-        _check_baseline(config)
-    elif config.baseline_options:
-        raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
-    if (config.baseline == "ewc") != (config.fisher_data is not None):
-        raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
-                             "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
-
-
-def _check_baseline(config: TrainConfig) -> None:
-    """Refuses unknown baselines and options, and settings that only choosing entries has."""
-    baseline = baseline_named(config.baseline or "")
-    options_of(baseline, config.baseline_options)
-    defaults = TrainConfig(model=config.model, output=config.output)
-    unused = ["density", "count", "indices", "exclude", "rule", "rule_options"]
-    if baseline.name not in ("lora", "dora"):
-        unused.append("targets")
-    elif config.round_to:
-        raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
-    for name in unused:
-        if getattr(config, name) != getattr(defaults, name):
-            raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "
-                                 f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
-
-
-def steps_of(config: TrainConfig, examples: int) -> int:
-    """How many optimizer steps a run over so many examples takes."""
-    if config.steps:
-        return config.steps
-    batches = -(-examples // config.batch_size)
-    return max(1, round(config.epochs * -(-batches // config.accumulation)))
-
-
-def _rows(
-    config: TrainConfig, place: Workplace, file: str | None, what: str, most: int | None = None
-) -> list[Row] | None:
-    """The examples of a further file, as the model takes them."""
-    if file is None:
-        return None
-    limit = context_length(place.model, config.max_length)
-    return encode_all(place.tokenizer, some(read_examples(file), most), limit, place.labels, what)
 
 
 def _checkpoint(folder: Path) -> str:

@@ -1,0 +1,67 @@
+"""What a run is told: refused where it cannot be done, and spelled out where it is left open."""
+
+from finepoint.choosing.rules import rule_named
+from finepoint.config import TrainConfig
+from finepoint.errors import FinepointError
+from finepoint.training.baselines import baseline_named, options_of
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses what can be refused before any work."""
+    if config.density == "auto":
+        raise FinepointError("density 'auto' is a search over many runs; call finepoint.studies.density.train_auto")
+    if config.data is None:
+        raise FinepointError("training needs examples; give --data FILE.jsonl")
+    for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),
+                               ("accumulation", config.accumulation, 1), ("eval_every", config.eval_every, 1),
+                               ("save_every", config.save_every, 1), ("patience", config.patience, 1)):  # fmt: skip
+        if value is not None and value < least:
+            raise FinepointError(f"{name} is {value}; give at least {least}")
+    if not 0 <= config.warmup <= 1:
+        raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
+    if learning_rate(config) <= 0:
+        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
+    for name, given in needing:
+        if given and config.validation is None:
+            raise FinepointError(f"{name} is given without examples; give --validation FILE.jsonl")
+    if config.baseline:
+        _check_baseline(config)
+    elif config.baseline_options:
+        raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
+    if (config.baseline == "ewc") != (config.fisher_data is not None):
+        raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
+                             "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
+
+
+def _check_baseline(config: TrainConfig) -> None:
+    """Refuses unknown baselines and options, and settings that only choosing entries has."""
+    baseline = baseline_named(config.baseline or "")
+    options_of(baseline, config.baseline_options)
+    defaults = TrainConfig(model=config.model, output=config.output)
+    unused = ["density", "count", "indices", "exclude", "rule", "rule_options"]
+    if baseline.name not in ("lora", "dora"):
+        unused.append("targets")
+    elif config.round_to:
+        raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
+    for name in unused:
+        if getattr(config, name) != getattr(defaults, name):
+            raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "
+                                 f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """The learning rate, by default the baseline's or that of the kind of rule: gradient rules need smaller steps."""
+    if config.lr is not None:
+        return config.lr
+    if config.baseline:
+        return baseline_named(config.baseline).lr
+    return 3e-4 if rule_named(config.rule).needs_data else 1e-2
+
+
+def steps_of(config: TrainConfig, examples: int) -> int:
+    """How many optimizer steps a run over so many examples takes."""
+    if config.steps:
+        return config.steps
+    batches = -(-examples // config.batch_size)
+    return max(1, round(config.epochs * -(-batches // config.accumulation)))

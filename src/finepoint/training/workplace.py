@@ -1,0 +1,125 @@
+"""What a run works on: a model, its tokenizer and examples in tokens; and the choosing of entries there."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.batches import Collator, Packer, Row, context_length, encode_all, learned, padding_id
+from finepoint.choosing.rules import rule_named
+from finepoint.choosing.selection import Selection, select
+from finepoint.choosing.statistics import stream_statistics
+from finepoint.config import SelectConfig, TrainConfig
+from finepoint.data import Example, label_names, read_examples, some
+from finepoint.errors import FinepointError
+from finepoint.models import load_model, load_tokenizer
+from finepoint.training.boundaries import PACKABLE, keeps_apart
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a run works on: the model, its tokenizer, and the examples in tokens."""
+
+    model: Any
+    tokenizer: Any
+    labels: list[str]
+    rows: list[Row]
+    collator: Collator
+
+
+def prepare(config: SelectConfig) -> Workplace:
+    """Reads the data and loads the model they call for."""
+    rule_named(config.rule)  # a misspelt rule should not wait for the model to load
+    examples = read_examples(config.data) if config.data else []
+    labels = label_names(examples)
+    if len(labels) == 1:
+        raise FinepointError(f"{config.data} knows only the label {labels[0]!r}; a classifier needs two")
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, config.dtype, labels, config.seed)
+    if labels:
+        model.config.pad_token_id = padding_id(tokenizer)
+    return workplace(config, model, tokenizer, examples, labels)
+
+
+def workplace(
+    config: SelectConfig, model: Any, tokenizer: Any, examples: Sequence[Example], labels: Sequence[str] = ()
+) -> Workplace:
+    """A workplace around a model that is loaded already."""
+    limit = context_length(model, config.max_length)
+    rows = encode_all(tokenizer, examples, limit, labels, "training example") if examples else []
+    return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer))
+
+
+def select_for(config: SelectConfig, place: Workplace, stream: Callable[..., Any] = stream_statistics) -> Selection:
+    """Chooses entries as the configuration says, scoring on a random sample of the training examples.
+
+    Args:
+        stream: where the rule's statistics come from, as for `finepoint.select`.
+    """
+    rule = rule_named(config.rule)
+    batches: list[dict[str, Any]] = []
+    if rule.needs_data:
+        if not place.rows:
+            raise FinepointError(f"rule {rule.name!r} scores by gradients and needs examples; give --data FILE.jsonl")
+        batches = batches_of(config, place, scoring_rows(place.rows, config.scoring_examples, config.seed))
+    return select(
+        place.model,
+        batches,
+        rule=config.rule,
+        density=config.density,
+        count=config.count,
+        scope=config.scope,
+        targets=config.targets,
+        exclude=[SparseAdapter.load(folder) for folder in config.exclude],
+        seed=config.seed,
+        scoring_memory=config.scoring_memory,
+        threshold=config.threshold,
+        rule_options=config.rule_options,
+        stream=stream,
+    )
+
+
+def scoring_rows(rows: Sequence[Row], amount: float, seed: int) -> list[Row]:
+    """A random sample of the rows that have something to learn: so many, or a share of them where below 1."""
+    rows = [row for row in rows if learned(row)]
+    if amount <= 0 or (amount > 1 and amount != int(amount)):
+        raise FinepointError(f"scoring_examples is {amount}; give a number of examples or a share in (0, 1)")
+    size = round(amount * len(rows)) if amount < 1 else int(amount)
+    size = min(max(1, size), len(rows))
+    # By length, so that batches waste little on padding.
+    return sorted(random.Random(seed).sample(rows, size), key=lambda row: len(row.ids))
+
+
+def batches_of(config: SelectConfig, place: Workplace, rows: list[Row]) -> list[dict[str, Any]]:
+    return [place.collator(rows[at : at + config.batch_size]) for at in range(0, len(rows), config.batch_size)]
+
+
+def rows_of(
+    config: TrainConfig, place: Workplace, file: str | None, what: str, most: int | None = None
+) -> list[Row] | None:
+    """The examples of a further file, as the model takes them."""
+    if file is None:
+        return None
+    limit = context_length(place.model, config.max_length)
+    return encode_all(place.tokenizer, some(read_examples(file), most), limit, place.labels, what)
+
+
+def packer_for(place: Workplace) -> Packer:
+    """The packer for a model that is known to keep the examples of a row apart.
+
+    Raises:
+        FinepointError: a classifier, or a model that takes no `position_ids` or sees through the boundaries.
+    """
+    if place.labels:
+        raise FinepointError("packing is for examples that are learned token by token, and these have class labels; "
+                             "train without --packing")  # fmt: skip
+    name = type(place.model).__name__
+    if not place.collator.positions:
+        raise FinepointError(f"packing tells examples apart by position_ids, which {name} does not take; "
+                             "train without --packing")  # fmt: skip
+    attention = place.model.config._attn_implementation
+    if attention not in PACKABLE or not keeps_apart(place.model):
+        raise FinepointError(f"in {name} with {attention} attention the examples packed in a row are not kept apart; "
+                             f"train without --packing, or load it with {' or '.join(PACKABLE)} attention")  # fmt: skip
+    return Packer(place.collator, place.model.get_input_embeddings().embedding_dim)
