@@ -174,3 +174,18 @@ def test_bad_sets_are_refused(tmp_path):
             read_sets(texts, "id")
     with pytest.raises(FinepointError, match="twice"):
         read_sets([f"a={path}", f"a={path}"], "probe")
+
+
+def test_eval_answers_by_generation_and_measures_divergence(model_folder, choice_file, tmp_path, capsys):
+    from finepoint.cli import main
+
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "abc hgf"}\n')
+    run = ["train", "--model", str(model_folder), "--data", choice_file, "--density", "0.05", "--steps", "2",
+           "--output", str(tmp_path / "a")]  # fmt: skip
+    assert main(run) == 0
+    sets = ["--id", f"t={choice_file}", "--probe", f"p={text}", "--generate", "3", "--limit", "8"]
+    assert main(["eval", "--model", str(model_folder), "--adapter", str(tmp_path / "a"), *sets]) == 0
+    shown = capsys.readouterr().out
+    assert "KL to the base" in shown
+    assert "generated: format failures" in shown

@@ -168,6 +168,7 @@ class EvalConfig:
         limit: at most so many examples of each set, always the same
         max_length: longest example in tokens; the model's context where not given
         scale: strengths at which each adapter is measured too (WiSE-FT), e.g. 0.25 0.5: base + strength x change
+        generate: at most so many examples of each set are answered by generation as well; 0 for none
         new_tokens: most tokens to generate where an answer is written
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
         overwrite: replace the output file
@@ -183,6 +184,7 @@ class EvalConfig:
     limit: int | None = None
     max_length: int | None = None
     scale: list[float] = field(default_factory=list)
+    generate: int = 0
     new_tokens: int = 64
     dtype: DType = "auto"
     overwrite: bool = False

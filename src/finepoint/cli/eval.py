@@ -32,4 +32,20 @@ def print_scores(found: dict[str, Any]) -> None:
             for adapter in found["adapters"].values():
                 row += [f"{adapter[kind][name][measure]:.3f} ({signed(adapter[f'{kind}_change'][name])})"]
             rows.append(row)
+            rows += more_rows(f"{kind} {name}", kind, name, found)
     print_table(["set", "measure", "n", "base", *found["adapters"]], rows)
+
+
+def more_rows(title: str, kind: str, name: str, found: dict[str, Any]) -> list[list[Any]]:
+    """What else is known of a set: KL to the base of a probe, answers by generation."""
+    adapters = [adapter[kind][name] for adapter in found["adapters"].values()]
+    rows: list[list[Any]] = []
+    if kind == "probe" and adapters:
+        rows.append([title, "KL to the base", "", "-", *(f"{scores['kl']:.4f}" for scores in adapters)])
+    base = found["base"][kind][name].get("generated", {})
+    for measure in ("accuracy", "format_failures", "empty", "memorised"):
+        values = [scores.get("generated", {}).get(measure) for scores in adapters]
+        if any(value is not None for value in (base.get(measure), *values)):
+            shown = ["-" if value is None else f"{value:.3f}" for value in (base.get(measure), *values)]
+            rows.append([title, f"generated: {measure.replace('_', ' ')}", base["n"], *shown])
+    return rows

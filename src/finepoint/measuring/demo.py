@@ -45,8 +45,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     for rule, run in configs.items():
         logger.info("%s: %d steps at learning rate %g", rule, run.steps, run.lr)
         record = train(run, place)
-        with SparseAdapter.load(run.output).applied(place.model):
-            scores = evaluation.compared(place.model, place.tokenizer, base, rule)
+        adapter = SparseAdapter.load(run.output)
+        scores = evaluation.compared(place.model, place.tokenizer, base, adapter, rule)
         facts = ("trained", "adapter_bytes", "seconds", "train_seconds", "selection_seconds", "peak_bytes", "lr",
                  "update_norm", "changed")  # fmt: skip
         found["runs"][rule] = scores | {fact: record[fact] for fact in facts}

@@ -7,11 +7,13 @@ from typing import Any
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.interpolation import wise_ft
 from finepoint.adapters.lowrank import info_of, is_peft, load_merged
-from finepoint.batches import padding_id
+from finepoint.batches import context_length, padding_id
 from finepoint.config import EvalConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_file
+from finepoint.measuring.divergence import mean_kl
+from finepoint.measuring.generation import frequent_answers, generated
 from finepoint.measuring.metrics import changes
 from finepoint.measuring.scoring import accuracy, mean_nll
 from finepoint.models import load_model, load_tokenizer
@@ -29,6 +31,10 @@ class Evaluation:
     probe: Sets = field(default_factory=dict)
     max_length: int | None = None
     new_tokens: int = 64
+    generate: int = 0
+    """so many examples of each set are answered by generation too"""
+    trained_answers: Sequence[str] = ()
+    """of the task trained on; see `frequent_answers`"""
 
     def scores(self, model: Any, tokenizer: Any, what: str = "model") -> dict[str, Any]:
         """{"id": {name: {"accuracy", ..}}, "ood": {..}, "probe": {name: {"nll", "tokens"}}} of the model as it is."""
@@ -46,11 +52,28 @@ class Evaluation:
                             model, tokenizer, examples,
                             max_length=self.max_length, new_tokens=self.new_tokens, advance=advance,
                         )  # fmt: skip
+                        if self.generate and not isinstance(examples[0], Labelled):
+                            found[kind][name]["generated"] = self._generated(model, tokenizer, examples)
         return found
 
-    def compared(self, model: Any, tokenizer: Any, base: Mapping[str, Any], what: str) -> dict[str, Any]:
-        """The scores of the model as it is now, with the changes against the base's scores."""
-        scores = self.scores(model, tokenizer, what)
+    def _generated(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
+        limit = context_length(model, self.max_length)
+        sample = some(list(examples), self.generate)
+        return generated(model, tokenizer, sample, self.trained_answers, limit, self.new_tokens)
+
+    def compared(
+        self, model: Any, tokenizer: Any, base: Mapping[str, Any], adapter: SparseAdapter, what: str
+    ) -> dict[str, Any]:
+        """The scores with an adapter on, their changes against the base's scores, and the KL of the probes.
+
+        Args:
+            model: the base model; it is so again afterwards.
+        """
+        with adapter.applied(model):
+            scores = self.scores(model, tokenizer, what)
+        for name, examples in self.probe.items():
+            with progress(f"{what}: KL {name}", len(examples)) as advance:
+                scores["probe"][name]["kl"] = mean_kl(model, tokenizer, examples, adapter, advance=advance)["kl"]
         return scores | changes(base, scores)
 
 
@@ -92,12 +115,11 @@ def evaluate(
     base = evaluation.scores(model, tokenizer, "base")
     found: dict[str, Any] = {"base": base, "adapters": {}}
     for name, adapter in adapters.items():
-        with adapter.applied(model):
-            found["adapters"][name] = evaluation.compared(model, tokenizer, base, name)
+        found["adapters"][name] = evaluation.compared(model, tokenizer, base, adapter, name)
         for strength in strengths:
             named = f"{name} x {strength:g}"
-            with wise_ft(adapter, model, strength).applied(model):
-                found["adapters"][named] = evaluation.compared(model, tokenizer, base, named)
+            weakened = wise_ft(adapter, model, strength)
+            found["adapters"][named] = evaluation.compared(model, tokenizer, base, weakened, named)
     return found
 
 
@@ -126,5 +148,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
         model.config.pad_token_id = padding_id(tokenizer)
     # LoRA's can be merged only now that the model is there; in the order given.
     adapters = {f: adapters[f] if f in adapters else load_merged(f, model) for f in config.adapter}
-    evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens)
+    trained = [example for examples in sets["id"].values() for example in examples]
+    evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens,
+                            generate=config.generate, trained_answers=frequent_answers(trained))  # fmt: skip
     return evaluate(model, tokenizer, evaluation, adapters, config.scale)

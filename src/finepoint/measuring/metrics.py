@@ -37,7 +37,7 @@ def collapse(accuracies: Mapping[str, float], chances: Mapping[str, float | None
 
 
 def changes(base: Scores, adapted: Scores) -> dict[str, Any]:
-    """Signed changes for every set, forget ratios for the OOD sets, and their means over the OOD sets."""
+    """Signed changes for every set; forget ratios of the OOD sets, their means, and which of them collapsed."""
     ood = {name: (base["ood"][name]["accuracy"], adapted["ood"][name]["accuracy"]) for name in adapted["ood"]}
     found: dict[str, Any] = {
         "id_change": {
@@ -54,4 +54,6 @@ def changes(base: Scores, adapted: Scores) -> dict[str, Any]:
         after = sum(pair[1] for pair in ood.values()) / len(ood)
         found["ood_mean"] = {"base": before, "adapted": after, "change": after - before,
                              "forget_ratio": forget_ratio(before, after)}  # fmt: skip
+        found["collapse"] = collapse({name: accuracy for name, (_, accuracy) in ood.items()},
+                                     {name: base["ood"][name].get("chance") for name in ood})  # fmt: skip
     return found

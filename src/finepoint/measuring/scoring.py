@@ -1,7 +1,9 @@
 """Scores of one model: multiple choice by likelihood, exact match, likelihood of text, classes."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import sqrt
+from statistics import mean
 from typing import Any
 
 import torch
@@ -67,7 +69,12 @@ def accuracy(
 def choice_accuracy(
     model: Any, tokenizer: Any, examples: Sequence[Choices], limit: int, advance: Advance = _ignore
 ) -> dict[str, Any]:
-    """Accuracy of the likeliest choice, raw and normalised by length, and the share of the most frequent answer."""
+    """Accuracy of the likeliest choice, raw and normalised by length, and what tells it from shortcuts.
+
+    Returns:
+        Besides those of `accuracy`: `most_frequent_answer`, the share of the position answered most; `chance`, what a
+        guess gets right; `majority`, what the position that is right most often gets.
+    """
     raw, normalised, answers = [], [], []
     for example, scores in zip(examples, choice_likelihoods(model, tokenizer, examples, limit, advance), strict=True):
         per_character = [s / len(c.strip() or c) for s, c in zip(scores, example.choices, strict=True)]
@@ -75,7 +82,11 @@ def choice_accuracy(
         raw.append(float(answers[-1] == example.answer))
         normalised.append(float(per_character.index(max(per_character)) == example.answer))
     most_frequent = max(answers.count(answer) for answer in set(answers)) / len(answers)
-    return summary(raw, normalised) | {"most_frequent_answer": most_frequent}
+    return summary(raw, normalised) | {
+        "most_frequent_answer": most_frequent,
+        "chance": mean(1 / len(example.choices) for example in examples),
+        "majority": max(Counter(example.answer for example in examples).values()) / len(examples),
+    }
 
 
 def choice_likelihoods(

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import prod
@@ -13,14 +12,11 @@ from typing import Any
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
 from finepoint.adapters.interpolation import lines, wise_ft
-from finepoint.batches import context_length
 from finepoint.config import CompareConfig, TrainConfig
-from finepoint.data import Choices, Example, Labelled, Text, read_examples, some
+from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
-from finepoint.measuring.divergence import mean_kl
 from finepoint.measuring.evaluation import Evaluation
-from finepoint.measuring.generation import frequent_answers, generated
-from finepoint.measuring.metrics import changes, collapse
+from finepoint.measuring.generation import frequent_answers
 from finepoint.measuring.scoring import accuracy
 from finepoint.models import load_model, load_tokenizer
 from finepoint.studies.sharing import shared_selection
@@ -76,6 +72,8 @@ class Desk:
             probe={name: self.examples(path, config.probe_limit) for name, path in config.probes.items()},
             max_length=config.train.get("max_length"),
             new_tokens=config.new_tokens,
+            generate=config.generate,
+            trained_answers=self.trained_answers(task) if task else (),
         )
 
     def trained_answers(self, task: str) -> list[str]:
@@ -104,14 +102,7 @@ def check_sets(config: CompareConfig) -> None:
 
 def measure_base(desk: Desk) -> dict[str, Any]:
     """{"tests": {task: scores}, "probes": {name: nll}, "validation": {task: scores}} of the model before training."""
-    config = desk.study.config
-    evaluation = desk.evaluation(None)
-    found = evaluation.scores(desk.model, desk.tokenizer, "base")
-    for name, scores in found["ood"].items():
-        examples = evaluation.ood[name]
-        scores |= guesses(examples)
-        if config.generate:
-            scores["generated"] = answers(desk, examples, [])
+    found = desk.evaluation(None).scores(desk.model, desk.tokenizer, "base")
     return {
         "tests": found["ood"],
         "probes": found["probe"],
@@ -162,22 +153,6 @@ def run_cell(desk: Desk, cell: Cell) -> dict[str, Any]:
 
 def measured(desk: Desk, task: str, adapter: SparseAdapter) -> dict[str, Any]:
     """`validation`, `scores` and `changes` of the model with an adapter on."""
-    config, evaluation = desk.study.config, desk.evaluation(task)
-    with adapter.applied(desk.model):
-        validation = validated(desk, task)
-        scores = evaluation.scores(desk.model, desk.tokenizer, task)
-        if config.generate:
-            trained = desk.trained_answers(task)
-            for kind in ("id", "ood"):
-                for name, examples in getattr(evaluation, kind).items():
-                    scores[kind][name]["generated"] = answers(desk, examples, trained)
-    for name, texts in evaluation.probe.items():
-        scores["probe"][name]["kl"] = mean_kl(desk.model, desk.tokenizer, texts, adapter)["kl"]
-    return {"validation": validation, "scores": scores, "changes": changed(desk, task, scores)}
-
-
-def changed(desk: Desk, task: str, scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes against the base, and which sets collapsed."""
     assert desk.base is not None
     tests = desk.base["tests"]
     before = {
@@ -185,9 +160,11 @@ def changed(desk: Desk, task: str, scores: Mapping[str, Any]) -> dict[str, Any]:
         "ood": {name: tests[name] for name in tests if name != task},
         "probe": desk.base["probes"],
     }
-    accuracies = {name: found["accuracy"] for name, found in scores["ood"].items()}
-    chances = {name: tests[name]["chance"] for name in accuracies}
-    return changes(before, scores) | {"collapse": collapse(accuracies, chances)}
+    with adapter.applied(desk.model):
+        validation = validated(desk, task)
+    found = desk.evaluation(task).compared(desk.model, desk.tokenizer, before, adapter, task)
+    scores = {kind: found.pop(kind) for kind in before}
+    return {"validation": validation, "scores": scores, "changes": found}
 
 
 def antidotes(arm: Arm) -> list[tuple[str, float]]:
@@ -206,27 +183,6 @@ def validated(desk: Desk, task: str) -> dict[str, Any]:
     examples = desk.examples(config.tasks[task]["validation"], config.validation_limit)
     return accuracy(desk.model, desk.tokenizer, examples, max_length=config.train.get("max_length"),
                     new_tokens=config.new_tokens)  # fmt: skip
-
-
-def answers(desk: Desk, examples: Sequence[Example], trained: Sequence[str]) -> dict[str, Any]:
-    """How the model answers the first of the examples by itself."""
-    config = desk.study.config
-    limit = context_length(desk.model, config.train.get("max_length"))
-    return generated(
-        desk.model, desk.tokenizer, some(list(examples), config.generate), trained, limit, config.new_tokens
-    )
-
-
-def guesses(examples: Sequence[Example]) -> dict[str, float | None]:
-    """What a guess among the choices gets right, and what always giving the most frequent right position does."""
-    choices = [example for example in examples if isinstance(example, Choices)]
-    if not choices:
-        return {"chance": None, "majority": None}
-    positions = Counter(example.answer for example in choices)
-    return {
-        "chance": sum(1 / len(example.choices) for example in choices) / len(choices),
-        "majority": max(positions.values()) / len(choices),
-    }
 
 
 def summary(statistics: Mapping[str, Any]) -> dict[str, Any]:
