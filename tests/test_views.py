@@ -88,6 +88,16 @@ def test_the_best_rate_ties_to_the_lower_loss_then_to_the_smaller_rate():
     assert best_lr([cell(1, 0.5, None), cell(2, 0.5, 1.0)]) == 2
 
 
+def test_within_one_standard_error_the_smallest_rate_is_taken():
+    cells = [cell(lr, accuracy, 1.0) for lr, accuracy in ((1, 0.5), (2, 0.81), (3, 0.79), (4, 0.9))]
+    for found in cells:
+        found["validation"]["stderr"] = 0.1
+    assert best_lr(cells, "one-se") == 2
+    assert best_lr(cells) == 4
+    cells[3]["validation"]["stderr"] = 0.05
+    assert best_lr(cells, "one-se") == 4
+
+
 def test_tuned_runs_share_the_rate_of_the_first_seed(results):
     for name in results.arms:
         runs = tuned(results, "movies", name)

@@ -278,6 +278,7 @@ class CompareConfig:
         probes: files of text by name, whose likelihood shows forgetting
         train_on: tasks to train on, one after the other; all that have train, validation and test where not given
         seeds: the first tunes the learning rates, all measure the best one
+        tuning: best validation accuracy, or one-se: the smallest rate within one standard error of it
         train: settings of finepoint train that all arms share, e.g. {steps: 40, eval_every: 10}
         validation_limit: at most so many examples of each validation set
         test_limit: at most so many examples of each test set
@@ -300,6 +301,7 @@ class CompareConfig:
     probes: dict[str, str] = field(default_factory=dict)
     train_on: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    tuning: Literal["best", "one-se"] = "best"
     train: dict[str, Any] = field(default_factory=dict)
     validation_limit: int | None = None
     test_limit: int | None = None

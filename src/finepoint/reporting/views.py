@@ -252,7 +252,8 @@ def paths(results: Results) -> list[Row]:
             cells = sorted(first_seed(results, task, arm), key=lambda cell: cell["lr"])
             for cell in cells:
                 found = measures(cell)
-                rows.append({"task": task, "arm": arm, "lr": cell["lr"], "tuned": cell["lr"] == best_lr(cells),
+                kept = cell["lr"] == best_lr(cells, results.tuning)
+                rows.append({"task": task, "arm": arm, "lr": cell["lr"], "tuned": kept,
                              **{key: found[key] for key in keys}})  # fmt: skip
     return rows
 
@@ -438,7 +439,7 @@ def missing(results: Results) -> list[Row]:
             wanted = [(rate, results.seeds[0]) for rate in rates]
             grid = first_seed(results, task, arm)
             if grid and {cell["lr"] for cell in grid} >= set(rates):
-                wanted += [(best_lr(grid), seed) for seed in results.seeds[1:]]
+                wanted += [(best_lr(grid, results.tuning), seed) for seed in results.seeds[1:]]
             for rate, seed in wanted:
                 if (task, arm, rate, seed) not in known:
                     rows.append({"task": task, "arm": arm, "lr": rate, "seed": seed})

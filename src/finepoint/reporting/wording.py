@@ -13,8 +13,8 @@ DEFINITIONS = {
     ),
     "tuned": (
         "Every arm runs all its learning rates at the first seed. The one with the best validation accuracy "
-        "(ties: lower validation loss, then the smaller rate) runs at the other seeds. Nothing out of "
-        "distribution takes part in a choice."
+        "(ties: lower validation loss, then the smaller rate), or with tuning: one-se the smallest within one "
+        "standard error of it, runs at the other seeds. Nothing out of distribution takes part in a choice."
     ),
     "± and intervals": (
         "95 % Student t interval of the mean over seeds, t(n−1) · sd / √n. It holds the spread of training, not "

@@ -26,7 +26,7 @@ from finepoint.training.run import versions
 logger = logging.getLogger(__name__)
 FORMAT = 1
 # What may be added to a study that has begun; everything else would change what its cells mean.
-GROWS = ("arms", "seeds", "train_on", "keep_adapters")
+GROWS = ("arms", "seeds", "train_on", "tuning", "keep_adapters")
 
 
 @dataclass

@@ -41,6 +41,11 @@ class Results:
         return list(self.study["config"]["seeds"])
 
     @property
+    def tuning(self) -> str:
+        """How the learning rates are chosen."""
+        return str(self.study["config"].get("tuning", "best"))
+
+    @property
     def arms(self) -> list[str]:
         """The names of the arms, in the study's order."""
         return [arm["name"] for arm in self.study["arms"]]
@@ -130,11 +135,13 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def best_lr(cells: Sequence[Cell]) -> float:
+def best_lr(cells: Sequence[Cell], tuning: str = "best") -> float:
     """The learning rate with the highest validation accuracy; ties: the lower validation loss, then the smaller rate.
 
     Args:
         cells: runs of one task and arm that differ in their learning rate, usually those at the first seed.
+        tuning: `best`, or `one-se`: the smallest rate whose validation accuracy lies within one standard error of the
+            best, so that noise does not choose among rates that validation cannot tell apart.
     """
 
     def worth(cell: Cell) -> tuple[float, float, float]:
@@ -142,7 +149,11 @@ def best_lr(cells: Sequence[Cell]) -> float:
         loss = validation.get("loss")
         return validation["accuracy"], -loss if loss is not None and isfinite(loss) else float("-inf"), -cell["lr"]
 
-    return float(max(cells, key=worth)["lr"])
+    best = max(cells, key=worth)
+    if tuning == "one-se":
+        enough = best["validation"]["accuracy"] - best["validation"]["stderr"]
+        return float(min(cell["lr"] for cell in cells if cell["validation"]["accuracy"] >= enough))
+    return float(best["lr"])
 
 
 def first_seed(results: Results, task: str, arm: str) -> list[Cell]:
@@ -155,7 +166,7 @@ def tuned(results: Results, task: str, arm: str) -> list[Cell]:
     grid = first_seed(results, task, arm)
     if not grid:
         return []
-    best = best_lr(grid)
+    best = best_lr(grid, results.tuning)
     return [cell for cell in results.of(task, arm) if cell["lr"] == best]
 
 
@@ -163,4 +174,4 @@ def at_edge(results: Results, task: str, arm: str) -> bool:
     """Whether the best learning rate is the smallest or the largest of several: the true best may lie outside."""
     grid = first_seed(results, task, arm)
     rates = sorted({float(rate) for rate in results.arm(arm).get("lrs") or [cell["lr"] for cell in grid]})
-    return bool(grid) and len(rates) > 1 and best_lr(grid) in (rates[0], rates[-1])
+    return bool(grid) and len(rates) > 1 and best_lr(grid, results.tuning) in (rates[0], rates[-1])

@@ -112,7 +112,7 @@ def planned(study: Study, cells: Sequence[dict[str, Any]], failures: Sequence[Ma
             tried = [cell for cell in found if (cell.task, cell.arm, cell.seed) == (task, arm.name, first)]
             finished = [done[cell.id] for cell in tried if cell.id in done]
             if finished and all(cell.id in done or cell.id in failed for cell in tried):
-                best = best_lr(finished)
+                best = best_lr(finished, study.config.tuning)
                 found += [Cell(task, arm.name, best, seed) for seed in others]
     return found
 
