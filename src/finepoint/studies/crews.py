@@ -158,7 +158,7 @@ def _leave_with_parent() -> None:
 
 
 class Ray:
-    """Actors on a Ray cluster; the folder of the study must be the same for all its machines."""
+    """Actors on a Ray cluster; the folder that the command runs in must be the same on all its machines."""
 
     def __init__(self, study: Study, size: int, address: str | None) -> None:
         try:
@@ -171,7 +171,8 @@ class Ray:
             ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False,
                      logging_level=logging.ERROR)  # fmt: skip
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise FinepointError(f"no Ray cluster answers at {address!r}: {error}") from error
+            raise FinepointError(f"no Ray cluster answers at {address!r}: {error}; one that wants a token is reached "
+                                 "with RAY_AUTH_MODE=token in the environment") from error  # fmt: skip
         cores = int(ray.cluster_resources().get("CPU", 1))
         self.threads = max(1, cores // size) if size > 1 else 1
         self.size = size if size > 1 else cores
@@ -197,15 +198,17 @@ class Ray:
 
     def _hire(self) -> Any:
         # Not restarted by Ray: what becomes of a lost job is decided in one place for all crews.
-        return self.ray.remote(num_cpus=self.threads, max_restarts=0)(RayWorker).remote(self.study, self.threads)
+        worker = self.ray.remote(num_cpus=self.threads, max_restarts=0)(RayWorker)
+        return worker.remote(self.study, self.threads, os.getcwd())
 
 
 class RayWorker:
     """One process of a Ray cluster, with its model."""
 
-    def __init__(self, study: Study, threads: int) -> None:
+    def __init__(self, study: Study, threads: int, folder: str) -> None:
         import torch
 
+        os.chdir(folder)  # the study's files are named from where the command runs
         torch.set_num_threads(threads)
         log_to_stderr(quiet=True)
         self.study = study
