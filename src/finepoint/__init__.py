@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finepoint.adapters.adapter import SparseAdapter
+    from finepoint.adapters.interpolation import lines, wise_ft
     from finepoint.adapters.switching import AdapterSet
     from finepoint.choosing.rules import RULES, register
     from finepoint.choosing.selection import Selection, select
@@ -27,10 +28,12 @@ _HOMES = {
     "SparseAdapter": "finepoint.adapters.adapter",
     "SparseTuner": "finepoint.training.tuner",
     "TrainConfig": "finepoint.config",
+    "lines": "finepoint.adapters.interpolation",
     "register": "finepoint.choosing.rules",
     "select": "finepoint.choosing.selection",
     "target_weights": "finepoint.choosing.weights",
     "train": "finepoint.training.run",
+    "wise_ft": "finepoint.adapters.interpolation",
 }
 
 __all__ = [
@@ -41,10 +44,12 @@ __all__ = [
     "SparseAdapter",
     "SparseTuner",
     "TrainConfig",
+    "lines",
     "register",
     "select",
     "target_weights",
     "train",
+    "wise_ft",
 ]
 
 
