@@ -318,6 +318,43 @@ class CompareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """Train tasks one after the other on one model, each on entries of its own, and measure all after each.
+
+    The same command goes on where it stopped.
+
+    Args:
+        model: a folder, a hub id, a .gguf file, or smollm2
+        tasks: files by task, in the order of training, e.g. {movies: {train: F, test: F}, words: {..}}
+        output: folder to write
+        rule: which entries; `finepoint rules` lists them
+        density: share of the target entries that each task trains
+        lr: learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others
+        overlap: exclude entries that earlier tasks own, allow them, or both ways one after the other
+        train: further settings of finepoint train, e.g. {steps: 60}
+        test_limit: at most so many examples of each test set
+        new_tokens: most tokens to generate where an answer is written
+        seed: of everything random
+        dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        json: print one JSON object on stdout
+    """
+
+    model: str
+    tasks: dict[str, dict[str, str]]
+    output: str
+    rule: str = "gallop"
+    density: float = 0.001
+    lr: float | None = None
+    overlap: Literal["exclude", "allow", "both"] = "both"
+    train: dict[str, Any] = field(default_factory=dict)
+    test_limit: int | None = None
+    new_tokens: int = 8
+    seed: int = 0
+    dtype: DType = "auto"
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Fine-tune SmolLM2-135M on movie reviews with GaLLoP and at random, and compare both with the base.
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": "predict the peak memory of both",
     "eval": "measure a model and adapters: ID, OOD, forgetting",
     "compare": "run a study: methods x rates x seeds x tasks, resumable",
+    "sequence": "train task after task, each on entries of its own",
     "report": "write the page of a study: figures, tables, data",
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",

@@ -1,7 +1,8 @@
 """What changed between a base model and an adapted one: plain functions of plain numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import floor
+from statistics import mean
 from typing import Any
 
 Scores = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -57,3 +58,19 @@ def changes(base: Scores, adapted: Scores) -> dict[str, Any]:
         found["collapse"] = collapse({name: accuracy for name, (_, accuracy) in ood.items()},
                                      {name: base["ood"][name].get("chance") for name in ood})  # fmt: skip
     return found
+
+
+def sequence_metrics(matrix: Sequence[Sequence[float]]) -> dict[str, float]:
+    """What a sequence of T tasks leaves of each, from R[i][j], the accuracy on task j after training tasks 0..i.
+
+    Returns:
+        `average_accuracy`, the mean of the last row; `backward_transfer`, the mean over all but the last task of
+        R[T-1][j] - R[j][j] (GEM, arXiv:1706.08840), below 0 where later tasks hurt; `forgetting`, the mean over the
+        same of the best R[i][j] before the last task minus R[T-1][j] (arXiv:1801.10112).
+    """
+    last, earlier = matrix[-1], range(len(matrix) - 1)
+    return {
+        "average_accuracy": mean(last),
+        "backward_transfer": mean(last[j] - matrix[j][j] for j in earlier),
+        "forgetting": mean(max(row[j] for row in matrix[:-1]) - last[j] for j in earlier),
+    }

@@ -1,0 +1,209 @@
+"""`finepoint sequence`: task after task on one model, each on entries of its own; what later ones do to earlier.
+
+An adapter whose entries no other adapter owns can be taken out again at any time, exactly. For comparison the same
+tasks are trained with overlap allowed.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.entries import gather, overlap
+from finepoint.config import SequenceConfig, TrainConfig
+from finepoint.data import Example, Labelled, Text, read_examples, some
+from finepoint.errors import FinepointError
+from finepoint.files import write_json
+from finepoint.measuring.metrics import sequence_metrics
+from finepoint.measuring.scoring import accuracy
+from finepoint.models import load_model, load_tokenizer
+from finepoint.training.run import RECORD, fit, versions
+from finepoint.training.workplace import Workplace, workplace
+
+logger = logging.getLogger(__name__)
+MANIFEST = "sequence.json"
+WAYS = {"exclude": ("exclude",), "allow": ("allow",), "both": ("exclude", "allow")}
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The tasks in order, with the model they are trained on."""
+
+    config: SequenceConfig
+    folder: Path
+    model: Any
+    tokenizer: Any
+    tests: dict[str, Sequence[Example]]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.tests)
+
+    def adapter_folder(self, way: str, task: str) -> Path:
+        # Nothing can overlap with the first task: it is trained once for both ways.
+        return self.folder / ("first" if task == self.tasks[0] else way) / task
+
+
+def run_sequence(config: SequenceConfig) -> dict[str, Any]:
+    """Trains the tasks in order and measures all of them after each; the same command goes on where it stopped.
+
+    Returns:
+        `base` (accuracies before), and for each way of choosing (`exclude`, `allow`): `matrix` R[i][j], the accuracy
+        on task j after training tasks 0..i, with `average_accuracy`, `backward_transfer`, `forgetting`; `overlaps`,
+        entries that adapters share; `removable`, whether each adapter alone could be taken out, bit for bit.
+
+    Raises:
+        FinepointError: whatever the user can mend.
+    """
+    settings = _check(config)
+    folder = Path(config.output)
+    _claim(folder, settings)
+    walk = Walk(config, folder, load_model(config.model, config.dtype), load_tokenizer(config.model), _tests(config))
+    found: dict[str, Any] = {"tasks": walk.tasks, "base": _remembered(folder / "base.json", lambda: _row(walk, "base"))}
+    for way in WAYS[config.overlap]:
+        found[way] = _walk(walk, way)
+    write_json(folder / "result.json", found | {"config": asdict(config), "versions": versions()})
+    return found
+
+
+def _walk(walk: Walk, way: str) -> dict[str, Any]:
+    """All tasks in one way of choosing; the model is back at the base afterwards."""
+    adapters: list[SparseAdapter] = []
+    matrix, records = [], []
+    try:
+        for task in walk.tasks:
+            place = walk.adapter_folder(way, task)
+            if not (place / RECORD).is_file():
+                _train(walk, way, task, place)
+            adapters.append(SparseAdapter.load(place))
+            adapters[-1].apply(walk.model)
+            records.append(json.loads((place / RECORD).read_text(encoding="utf-8")))
+            row = _remembered(walk.folder / f"row-{way}-{task}.json", lambda task=task: _row(walk, f"after {task}"))
+            matrix.append([row[name] for name in walk.tasks])
+            logger.info("%s, after %s: %s", way, task, ", ".join(f"{name} {row[name]:.3f}" for name in walk.tasks))
+        removable = [_removable(walk.model, adapters, i) for i in range(len(adapters))]
+    finally:
+        for adapter in reversed(adapters):
+            if any(adapter is applied for applied, _ in walk.model.__dict__.get("_finepoint_applied", [])):
+                adapter.revert(walk.model)
+    return {
+        "matrix": matrix,
+        **sequence_metrics(matrix),
+        "trained": [record["trained"] for record in records],
+        "seconds": [record["seconds"] for record in records],
+        "overlaps": [[shared(a, b) for b in adapters] for a in adapters],
+        "removable": removable,
+    }
+
+
+def _train(walk: Walk, way: str, task: str, place: Path) -> None:
+    """Trains one task on the model as the earlier ones have left it."""
+    config = walk.config
+    earlier = walk.tasks[: walk.tasks.index(task)]
+    settings = TrainConfig(
+        model=config.model, data=config.tasks[task]["train"], output=str(place), dtype=config.dtype, rule=config.rule,
+        density=config.density, lr=config.lr, seed=config.seed, overwrite=True,
+        exclude=[str(walk.adapter_folder(way, name)) for name in earlier] if way == "exclude" else [],
+    )  # fmt: skip
+    settings = replace(settings, **config.train)
+    shutil.rmtree(place, ignore_errors=True)
+    examples = read_examples(str(settings.data))
+    where: Workplace = workplace(settings, walk.model, walk.tokenizer, examples)
+    logger.info("%s: training %s on %s", way, task, "entries of its own" if settings.exclude else "any entries")
+    fit(settings, where)
+
+
+def _row(walk: Walk, what: str) -> dict[str, float]:
+    """The accuracy on every task of the model as it is."""
+    config = walk.config
+    return {
+        name: accuracy(walk.model, walk.tokenizer, examples, max_length=config.train.get("max_length"),
+                       new_tokens=config.new_tokens)["accuracy"]
+        for name, examples in walk.tests.items()
+    }  # fmt: skip
+
+
+def _removable(model: nn.Module, adapters: Sequence[SparseAdapter], which: int) -> bool:
+    """Whether one adapter can be taken out alone: its entries are the base's again, all others' stay as they are.
+
+    The model is left as it was.
+    """
+    adapter = adapters[which]
+    others = [other for other in adapters if other is not adapter]
+    before = [values_of(model, other) for other in others]
+    try:
+        adapter.revert(model)
+    except FinepointError:
+        return False  # a later one wrote over it
+    back = not adapter.problems(model)  # the checksums are those of the base
+    kept = all(
+        torch.equal(now[name], was[name])
+        for other, was in zip(others, before, strict=True) for now in [values_of(model, other)] for name in was
+    )  # fmt: skip
+    adapter.apply(model)
+    return back and kept
+
+
+def values_of(model: nn.Module, adapter: SparseAdapter) -> dict[str, torch.Tensor]:
+    """The model's values at an adapter's entries, by weight."""
+    return {name: gather(model.get_parameter(name), adapter[name]) for name in adapter}
+
+
+def shared(a: SparseAdapter, b: SparseAdapter) -> int:
+    """How many entries two adapters both change."""
+    return sum(overlap(a[name], b[name]) for name in a if name in b)
+
+
+def _remembered(path: Path, make: Any) -> dict[str, float]:
+    if not path.is_file():
+        write_json(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check(config: SequenceConfig) -> dict[str, Any]:
+    """What decides the results, as the manifest keeps it."""
+    if len(config.tasks) < 2:
+        raise FinepointError("a sequence needs two tasks or more; give tasks: {a: {train: F, test: F}, b: ..}")
+    for name, files in config.tasks.items():
+        if set(files) != {"train", "test"}:
+            raise FinepointError(f"task {name!r} has the sets {sorted(files)}; give train and test")
+    taken = {"model", "data", "output", "rule", "density", "lr", "seed", "exclude", "overwrite", "baseline", "dtype"}
+    known = set(asdict(TrainConfig(model="", output=""))) - taken
+    if unknown := sorted(set(config.train) - known):
+        raise FinepointError(f"train gives {unknown[0]!r}, which is no setting that a sequence takes there")
+    settings = asdict(config)
+    for name in ("output", "overlap", "json"):
+        settings.pop(name)
+    return settings
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        before = json.loads(manifest.read_text(encoding="utf-8"))
+        for name, value in json.loads(json.dumps(settings)).items():
+            if before.get(name) != value:
+                raise FinepointError(f"the sequence in {folder} was begun with {name} {before.get(name)}, not {value}; "
+                                     "choose another --output")  # fmt: skip
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise FinepointError(f"{folder} is not empty and holds no sequence; choose another --output")
+    else:
+        write_json(manifest, settings)
+
+
+def _tests(config: SequenceConfig) -> dict[str, Sequence[Example]]:
+    tests: dict[str, Sequence[Example]] = {
+        name: some(read_examples(files["test"]), config.test_limit) for name, files in config.tasks.items()
+    }
+    for name, examples in tests.items():
+        if isinstance(examples[0], Text | Labelled):
+            raise FinepointError(f"the test set of task {name!r} has no accuracy by choices or generation; give "
+                                 '{"prompt", "choices", "answer"} or {"prompt", "completion"}')  # fmt: skip
+    return tests

@@ -1,0 +1,149 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import write_lines
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.config import SequenceConfig
+from finepoint.errors import FinepointError
+from finepoint.measuring.metrics import sequence_metrics
+from finepoint.models import load_model
+from finepoint.studies import sequence
+from finepoint.studies.sequence import run_sequence, values_of
+
+LETTERS = "abcdefgh"
+
+
+@pytest.fixture
+def config(model_folder, tmp_path):
+    def task(name, choices, rule):
+        rows = [{"prompt": f"{a}{b}{name}", "choices": choices, "answer": rule(a, b)} for a in LETTERS for b in LETTERS]
+        return write_lines(tmp_path / f"task{ord(name)}.jsonl", rows)
+
+    files = {
+        "first": task(":", [" yes", " no"], lambda a, b: int(a > b)),
+        "second": task("?", [" a", " b", " c"], lambda a, b: ord(b) % 3),
+        "third": task("!", [" d", " e"], lambda a, b: int(b in "abc")),
+    }
+    tasks = {name: {"train": file, "test": file} for name, file in files.items()}
+    return SequenceConfig(model=str(model_folder), tasks=tasks, output=str(tmp_path / "s"), density=0.1, lr=1e-2,
+                          train={"steps": 6, "batch_size": 8, "scoring_examples": 16}, test_limit=24)  # fmt: skip
+
+
+def adapters(config, way):
+    folders = [f"{config.output}/{'first' if i == 0 else way}/{task}" for i, task in enumerate(config.tasks)]
+    return [SparseAdapter.load(folder) for folder in folders]
+
+
+def positions(adapter):
+    return {(name, i) for name in adapter for i in adapter[name].tolist()}
+
+
+def test_each_task_owns_its_entries_and_any_can_go(config):
+    found = run_sequence(config)
+    own, shared = found["exclude"], found["allow"]
+    assert own["overlaps"][0][1] == own["overlaps"][1][2] == own["overlaps"][0][2] == 0
+    assert max(shared["overlaps"][0][1:]) > 0  # else there was nothing to compare with
+    assert own["removable"] == [True, True, True]
+    assert shared["removable"] == [False, False, False]
+    assert len(set(own["trained"])) == 1
+    sets = [positions(adapter) for adapter in adapters(config, "exclude")]
+    assert len(sets[0] | sets[1] | sets[2]) == sum(map(len, sets))
+
+
+def test_the_matrix_is_that_of_adapters_applied_one_after_the_other(config):
+    """Without the sequence's own code: load what it left, apply, score."""
+    from finepoint.data import read_examples, some
+    from finepoint.measuring.scoring import accuracy
+    from finepoint.models import load_tokenizer
+
+    found = run_sequence(config)
+    tokenizer = load_tokenizer(config.model)
+    tests = {name: some(read_examples(files["test"]), 24) for name, files in config.tasks.items()}
+    for way in ("exclude", "allow"):
+        model = load_model(config.model)
+        matrix = []
+        for adapter in adapters(config, way):
+            adapter.apply(model)
+            matrix.append([accuracy(model, tokenizer, examples)["accuracy"] for examples in tests.values()])
+        assert found[way]["matrix"] == matrix
+    # Removing the first task from the disjoint ones leaves what the others alone would be.
+    model, alone = load_model(config.model), load_model(config.model)
+    one, two, three = adapters(config, "exclude")
+    for adapter in (one, two, three):
+        adapter.apply(model)
+    one.revert(model)
+    for adapter in (three, two):
+        adapter.apply(alone)
+    for (name, here), there in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert torch.equal(here, there), name
+
+
+def test_it_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
+    whole = run_sequence(replace(config, output=str(tmp_path / "whole")))
+    fit, runs = sequence.fit, []
+
+    def tired(settings, place):
+        runs.append(settings.output)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return fit(settings, place)
+
+    monkeypatch.setattr(sequence, "fit", tired)
+    with pytest.raises(KeyboardInterrupt):
+        run_sequence(config)
+    again = run_sequence(config)
+    assert len(runs) == 5 + 1
+    for way in ("exclude", "allow"):
+        assert again[way]["matrix"] == whole[way]["matrix"]
+    run_sequence(config)
+    assert len(runs) == 6
+    assert json.loads((tmp_path / "s" / "result.json").read_text())["exclude"]["matrix"] == whole["exclude"]["matrix"]
+
+
+def test_the_model_is_the_base_again_between_ways(config, monkeypatch):
+    seen = []
+    load = sequence.load_model
+
+    def keep(*arguments):
+        seen.append(load(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(sequence, "load_model", keep)
+    run_sequence(config)
+    fresh = load(config.model)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0].parameters(), fresh.parameters(), strict=True))
+    assert values_of(fresh, adapters(config, "allow")[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"tasks": {"a": {"train": "x", "test": "x"}}}, "two tasks or more"), ({"train": {"lr": 1}}, "'lr'"),
+     ({"tasks": {"a": {"train": "x"}, "b": {"train": "x", "test": "x"}}}, "give train and test"),
+     ({"rule": "galop"}, "did you mean"), ({"train": {"stepz": 1}}, "'stepz'")],
+)  # fmt: skip
+def test_mistakes_are_named(config, changes, message):
+    with pytest.raises(FinepointError, match=message):
+        run_sequence(replace(config, **changes))
+
+
+def test_another_setting_needs_another_folder(config, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.tex").write_text("x")
+    with pytest.raises(FinepointError, match="holds no sequence"):
+        run_sequence(config)
+    (tmp_path / "s" / "thesis.tex").unlink()
+    run_sequence(replace(config, overlap="exclude"))
+    with pytest.raises(FinepointError, match="begun with lr"):
+        run_sequence(replace(config, lr=1e-3))
+    assert "allow" in run_sequence(config)  # the other way may be added
+
+
+def test_metrics_of_a_sequence_by_hand():
+    matrix = [[0.9, 0.2, 0.1], [0.8, 0.7, 0.1], [0.5, 0.75, 0.6]]
+    found = sequence_metrics(matrix)
+    assert found["average_accuracy"] == pytest.approx((0.5 + 0.75 + 0.6) / 3)
+    assert found["backward_transfer"] == pytest.approx(((0.5 - 0.9) + (0.75 - 0.7)) / 2)
+    assert found["forgetting"] == pytest.approx(((0.9 - 0.5) + (0.7 - 0.75)) / 2)
