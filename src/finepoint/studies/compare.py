@@ -5,8 +5,8 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -17,6 +17,7 @@ from finepoint.config import CompareConfig
 from finepoint.errors import FinepointError
 from finepoint.files import write_json
 from finepoint.packages import digest
+from finepoint.progress import progress
 from finepoint.studies.cells import check_sets
 from finepoint.studies.crews import LOST, Crew, Failure, Here, Outcome, Processes, Ray
 from finepoint.studies.estimate import estimate
@@ -97,8 +98,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         logger.info("%d of %d cells are done; results go to %s", len(_done(study, ledger)), study.size, folder)
         started = time.perf_counter()
         crew = _crew(study)
+        # In this process the runs show their own bars, and a terminal has room for one.
+        bar = progress("cells", study.size) if crew.size > 1 else nullcontext(lambda done: None)
         try:
-            _run(study, ledger, crew)
+            with bar as advance:
+                advance(len(_done(study, ledger)))
+                _run(study, ledger, crew, advance)
         except KeyboardInterrupt:
             done = len(_done(study, ledger))
             logger.warning("interrupted: %d of %d cells are done; the same command goes on", done, study.size)
@@ -114,7 +119,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     }
 
 
-def _run(study: Study, ledger: Ledger, crew: Crew) -> None:
+def _run(study: Study, ledger: Ledger, crew: Crew, advance: Callable[[int], None] = lambda done: None) -> None:
     """Gives out cells until none is left. A cell whose process was lost is given out once more."""
     running: set[Cell | None] = set()
     lost: set[Cell | None] = set()
@@ -136,6 +141,7 @@ def _run(study: Study, ledger: Ledger, crew: Crew) -> None:
         ledger.keep(cell, outcome)
         if cell is not None:
             logger.info("%s", _line(study, ledger, cell, clock))
+            advance(1)
 
 
 def _todo(study: Study, ledger: Ledger) -> list[Cell]:
