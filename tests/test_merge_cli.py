@@ -15,6 +15,7 @@ from finepoint.cli import main
 from finepoint.cli.options import parse
 from finepoint.config import MergeConfig
 from finepoint.data import Choices
+from finepoint.measuring import coefficients
 from finepoint.measuring.scoring import choice_likelihoods
 from test_adapter import assert_same_adapter
 from test_merging import applied, make
@@ -91,11 +92,16 @@ def test_tuning_prints_what_it_tried(capsys, model, tokenizer, folders, model_fo
     assert SparseAdapter.load(tmp_path / "m").count == found["entries"]
     table = finepoint(capsys, *arguments, tmp_path / "n", "--limit", 8)
     assert f"weights tried on {data}" in table
-    hard = write_lines(tmp_path / "hard.jsonl", [
-        {"prompt": f"{a}{b}:", "choices": [" x", " yy"], "answer": int(a > "d")} for a in "abcdefgh" for b in "ab"
-    ])  # fmt: skip
-    error = finepoint(capsys, "merge", *folders[:2], "--model", model_folder, "--tune", hard, "--tune-by", "nll",
-                      "--output", tmp_path / "o", status=2)  # fmt: skip
+
+
+def test_a_base_that_does_best_is_left_alone(capsys, folders, model_folder, tmp_path, monkeypatch):
+    def worse_the_more(model, tokenizer, merged, examples, measure):
+        return 0.0 if merged is None else sum(part["weight"] for part in merged.info["merge"]["parts"])
+
+    monkeypatch.setattr(coefficients, "_measured", worse_the_more)
+    text = write_lines(tmp_path / "t.jsonl", [{"text": "hello you"}])
+    error = finepoint(capsys, "merge", *folders[:2], "--model", model_folder, "--tune", text, "--output",
+                      tmp_path / "o", status=2)  # fmt: skip
     assert "nothing does better than the base model" in error
 
 
