@@ -249,7 +249,7 @@ DAMAGE = {
     "shape": (None, lambda c: c["weights"][NAME].update(shape=[2**60, 2**60]), "not a list of sizes"),
     "type": (None, lambda c: c["weights"][NAME].update(dtype="complex64"), "dtype 'complex64'"),
     "checksum": (None, lambda c: c["weights"][NAME].update(base_checksum=None), "checksum of the base"),
-    "version": (None, lambda c: c.update(format_version=3), "format version 3; this finepoint reads 1 and 2"),
+    "version": (None, lambda c: c.update(format_version=4), "format version 4; this finepoint reads 1, 2, 3"),
     "weights": (None, lambda c: c.update(weights=[1]), "damaged"),
 }  # fmt: skip
 

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -92,3 +94,108 @@ def test_what_cannot_be_is_refused_and_changes_nothing(three):
         finepoint.AdapterSet(other).add("a", adapters["a"])
     assert switch.active == ("c",)
     assert_same_bits(expected["c"], snapshot(model))
+
+
+def test_scale_gives_the_base_plus_so_much_of_the_change(three):
+    model, adapters, expected = three
+    base = snapshot(model)
+    switch = held(model, adapters)
+    switch.set(["a", "c"])
+    switch.scale("a", 0.5)
+    switch.set("a")
+    half = snapshot(model)
+    switch.disable()
+    assert_same_bits(base, snapshot(model))
+    with finepoint.wise_ft(adapters["a"], model, 0.5).applied(model):
+        assert_same_bits(half, snapshot(model))
+    switch.set("a")
+    assert_same_bits(half, snapshot(model))  # over switches too
+    switch.scale("a", 0)
+    assert_same_bits(base, snapshot(model))
+    switch.scale("a", 1)
+    assert_same_bits(expected["a"], snapshot(model))
+    for factor in (0.3, -2.0, 1.7):
+        switch.scale("a", factor)
+    switch.disable()
+    assert_same_bits(base, snapshot(model))
+
+
+def test_the_scale_of_one_leaves_the_others(three):
+    model, adapters, _ = three
+    switch = held(model, adapters)
+    switch.set(["c", "a"])
+    together = snapshot(model)
+    switch.scale("a", 3.0)
+    assert switch.active == ("c", "a")
+    assert any(not torch.equal(value, together[name]) for name, value in snapshot(model).items())
+    switch.scale("a", 1.0)
+    assert_same_bits(together, snapshot(model))
+    with pytest.raises(FinepointError, match="no adapter 'd'"):
+        switch.scale("d", 1.0)
+    with pytest.raises(FinepointError, match="the scale of 'a' is nan; expected a finite number"):
+        switch.scale("a", float("nan"))
+    assert_same_bits(together, snapshot(model))
+
+
+def test_using_puts_back_what_was_on_also_after_an_exception(three):
+    model, adapters, expected = three
+    switch = held(model, adapters)
+    switch.set("a")
+    with switch.using("b") as same:
+        assert same is model
+        assert_same_bits(expected["b"], snapshot(model))
+    assert_same_bits(expected["a"], snapshot(model))
+    with pytest.raises(KeyError), switch.using("c"):
+        raise KeyError
+    assert_same_bits(expected["a"], snapshot(model))
+
+
+def test_a_switch_inside_using_is_an_error_and_changes_nothing(three):
+    model, adapters, expected = three
+    switch = held(model, adapters)
+    with switch.using("b"):
+        for change in (
+            lambda: switch.set("a"), switch.disable, lambda: switch.scale("b", 2.0), lambda: switch.remove("b"),
+            lambda: switch.add("e", adapters["a"]), lambda: switch.using("a").__enter__(),
+        ):  # fmt: skip
+            with pytest.raises(FinepointError, match="in use by this thread; leave its `using` block first"):
+                change()
+        assert_same_bits(expected["b"], snapshot(model))
+    switch.set("a")
+    with pytest.raises(FinepointError, match="cannot both be on"), switch.using(["a", "b"]):
+        pass
+    assert_same_bits(expected["a"], snapshot(model))
+
+
+def test_threads_that_generate_see_their_own_adapter_only(three):
+    model, adapters, _ = three
+    base = snapshot(model)
+    switch = held(model, adapters)
+    for name in adapters:
+        switch.scale(name, 8.0)  # or all of them would write the same
+    prompt = torch.tensor([[5, 6, 7, 8]])
+
+    def written(name):
+        with switch.using(name):
+            return model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+    alone = {name: written(name) for name in adapters}
+    assert len({tuple(tokens[0].tolist()) for tokens in alone.values()}) == 3
+    with ThreadPoolExecutor(4) as threads:
+        turns = list(adapters) * 6
+        for name, tokens in zip(turns, threads.map(written, turns), strict=True):
+            assert torch.equal(tokens, alone[name])
+    assert_same_bits(base, snapshot(model))
+
+
+def test_a_switch_waits_for_another_threads_using(three):
+    model, adapters, expected = three
+    switch = held(model, adapters)
+    with ThreadPoolExecutor(1) as threads:
+        with switch.using("a"):
+            waiting = threads.submit(switch.set, "b")
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+            assert_same_bits(expected["a"], snapshot(model))
+        waiting.result(timeout=10)
+    assert_same_bits(expected["b"], snapshot(model))

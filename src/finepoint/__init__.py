@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finepoint.adapters.adapter import SparseAdapter
     from finepoint.adapters.interpolation import lines, wise_ft
+    from finepoint.adapters.merging import merge
     from finepoint.adapters.switching import AdapterSet
     from finepoint.choosing.rules import RULES, register
     from finepoint.choosing.selection import Selection, select
@@ -29,6 +30,7 @@ _HOMES = {
     "SparseTuner": "finepoint.training.tuner",
     "TrainConfig": "finepoint.config",
     "lines": "finepoint.adapters.interpolation",
+    "merge": "finepoint.adapters.merging",
     "register": "finepoint.choosing.rules",
     "select": "finepoint.choosing.selection",
     "target_weights": "finepoint.choosing.weights",
@@ -45,6 +47,7 @@ __all__ = [
     "SparseTuner",
     "TrainConfig",
     "lines",
+    "merge",
     "register",
     "select",
     "target_weights",

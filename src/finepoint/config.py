@@ -237,6 +237,41 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Combine adapters of one base model into one adapter; look at their interference first with --dry-run.
+
+    Args:
+        adapter: adapter folders, also without their flag: `finepoint merge DIR DIR ..`
+        how: sum (task arithmetic), mean, ties, dare, breadcrumbs or consensus; on shared entries first, last or error
+        weights: a factor for each adapter, in their order, may be negative; 1 where not given
+        options: the method's options, e.g. density=0.5 for ties, drop=0.5 seed=1 for dare
+        model: the base model; needed for half-precision adapters where their deltas matter, and for --tune
+        tune: search the weights that do best on these examples, a JSON Lines file; needs --model
+        tune_by: accuracy or nll (likelihood); accuracy where the examples have one
+        limit: at most so many of these examples, always the same
+        dry_run: print how far the adapters interfere, pair by pair, and merge nothing
+        output: folder to write; required unless --dry-run
+        compact: write positions as gaps, in one or two bytes each instead of four; as exact
+        overwrite: allow an output folder that holds something
+        json: print one JSON object on stdout
+    """
+
+    adapter: list[str] = field(default_factory=list, metadata={"positional": True})
+    how: Literal["sum", "mean", "ties", "dare", "breadcrumbs", "consensus", "first", "last", "error"] = "sum"
+    weights: list[float] = field(default_factory=list)
+    options: dict[str, float] = field(default_factory=dict)
+    model: str | None = None
+    tune: str | None = None
+    tune_by: Literal["accuracy", "nll"] | None = None
+    limit: int | None = None
+    dry_run: bool = False
+    output: str | None = None
+    compact: bool = False
+    overwrite: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Fetch the data of a recipe and write it as JSON Lines; without a name, list the recipes.
 

@@ -29,7 +29,10 @@ class Change:
     numbers: Tensor
     """(k,) float32 deltas (float64 over float64), or (k,) values in the weight's dtype, or the whole weight"""
     base: str = ""
-    """checksum of the base's values at the indices; empty for `full`"""
+    """checksum of the base's values at the indices; empty for `full` and where there are parts"""
+    parts: tuple[tuple[Tensor, str], ...] = ()
+    """of a merged change: the indices and the base's checksum of each change it was made of, where the base itself was
+    not at hand to take one over all of them"""
 
     def __len__(self) -> int:
         return self.numbers.numel()
@@ -37,6 +40,14 @@ class Change:
     def positions(self) -> Tensor:
         """The flat indices this change writes to, (k,) int64."""
         return torch.arange(self.numbers.numel()) if self.kind == "full" else self.indices
+
+    def checksums(self) -> tuple[tuple[Tensor, str], ...]:
+        """What is known of the base: indices and the checksum of its values there."""
+        return self.parts or (() if self.kind == "full" else ((self.indices, self.base),))
+
+    def lies_on(self, weight: Tensor) -> bool:
+        """Whether a weight of the right shape holds the base's values, wherever they are known."""
+        return all(checksum(gather(weight, indices)) == digest for indices, digest in self.checksums())
 
     def new_values(self, base: Tensor) -> Tensor:
         """What the entries become, given the base's values there: (k,), the base's dtype."""
@@ -106,7 +117,7 @@ class SparseAdapter(Mapping[str, Tensor]):
                 found.append(f"{name}: shape {tuple(weight.shape)} in the model, {change.shape} in the adapter")
             elif dtype != change.dtype:
                 found.append(f"{name}: {dtype} in the model, {change.dtype} in the adapter; load it as {change.dtype}")
-            elif change.kind != "full" and checksum(gather(weight, change.indices)) != change.base:
+            elif not change.lies_on(weight):
                 found.append(f"{name}: its values are not those of the base model the adapter was trained on")
         return found
 

@@ -1,12 +1,14 @@
 """The adapter folder: one safetensors file that says everything, and a readable copy of its configuration.
 
 `finepoint.safetensors` holds for each weight `<name>.indices` (int32 where they fit, else int64), or the `<name>.gaps`
-between them (format version 2), with `<name>.delta` or `<name>.value`; or `<name>.full`. Its metadata holds the
-configuration. Since that is all one file, replacing it is atomic. `finepoint_config.json` repeats the configuration for
-people and hubs; `load` does not read it.
+between them (format version 2), with `<name>.delta` or `<name>.value`; or `<name>.full`. A merged change that has no
+checksum over all its entries adds the indices of its parts, `<name>.parts.<number>.indices` or `.gaps` (version 3);
+the configuration lists their checksums. The file's metadata holds the configuration. Since that is all one file,
+replacing it is atomic. `finepoint_config.json` repeats the configuration for people and hubs; `load` does not read it.
 """
 
 import json
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from finepoint.adapters.gaps import from_gaps, to_gaps
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_atomic, write_json, write_text
 
-VERSIONS = (1, 2)  # 2: some indices are written as gaps
+VERSIONS = (1, 2, 3)  # 2: some indices are written as gaps; 3: some changes have parts
 TENSORS = "finepoint.safetensors"
 CONFIG = "finepoint_config.json"
 KINDS = ("delta", "value", "full")
@@ -31,14 +33,14 @@ INT32_ENTRIES = 1 << 31
 def save(adapter: SparseAdapter, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
     """See `SparseAdapter.save`."""
     folder = claim_folder(folder, overwrite)
-    config = {"format_version": 2 if compact else 1} | _config(adapter)
+    parted = any(change.parts for change in adapter.changes.values())
+    config = {"format_version": 3 if parted else 2 if compact else 1} | _config(adapter)
     tensors: dict[str, Tensor] = {}
     for name, change in adapter.changes.items():
-        if change.kind != "full" and compact:
-            tensors[f"{name}.gaps"] = to_gaps(change.indices.cpu())
-        elif change.kind != "full":
-            narrow = torch.int32 if prod(change.shape) <= INT32_ENTRIES else torch.int64
-            tensors[f"{name}.indices"] = change.indices.to("cpu", narrow)
+        if change.kind != "full":
+            tensors |= _written(name, change.indices, change.shape, compact)
+        for i, (indices, _) in enumerate(change.parts):
+            tensors |= _written(f"{name}.parts.{i}", indices, change.shape, compact)
         tensors[f"{name}.{change.kind}"] = change.numbers.detach().cpu().contiguous()
     metadata = {"finepoint": json.dumps(config)}  # one key: their order in the file is not defined
     write_atomic(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
@@ -66,10 +68,18 @@ def load(folder: str | Path) -> SparseAdapter:
     return SparseAdapter(changes, config.get("info", {}))
 
 
+def _written(name: str, indices: Tensor, shape: tuple[int, ...], compact: bool) -> dict[str, Tensor]:
+    if compact:
+        return {f"{name}.gaps": to_gaps(indices.cpu())}
+    narrow = torch.int32 if prod(shape) <= INT32_ENTRIES else torch.int64
+    return {f"{name}.indices": indices.to("cpu", narrow)}
+
+
 def _config(adapter: SparseAdapter) -> dict[str, Any]:
     weights = {
         name: {"shape": list(change.shape), "dtype": change.dtype, "kind": change.kind, "count": len(change),
-               "base_checksum": change.base}
+               **({"part_checksums": [digest for _, digest in change.parts]} if change.parts
+                  else {"base_checksum": change.base})}
         for name, change in adapter.changes.items()
     }  # fmt: skip
     return {"count": adapter.count, "info": adapter.info, "weights": weights}
@@ -86,7 +96,7 @@ def _parsed(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise FinepointError(f"{path}: its finepoint configuration is damaged ({error})") from error
     if version not in VERSIONS:
         raise FinepointError(
-            f"{path} has format version {version!r}; this finepoint reads {' and '.join(map(str, VERSIONS))}"
+            f"{path} has format version {version!r}; this finepoint reads {', '.join(map(str, VERSIONS))}"
         )
     if not shaped or not isinstance(config.get("info", {}), dict):
         raise FinepointError(f"{path}: its finepoint configuration is damaged (weights or info)")
@@ -110,11 +120,26 @@ def _change(path: Path, name: str, facts: dict[str, Any], tensors: dict[str, Ten
     need(f"{name}.{kind}" in tensors, f"{name}.{kind} is missing from the file")
     numbers = tensors.pop(f"{name}.{kind}")
     need(bool(torch.isfinite(numbers).all()), "a number is not finite")
-    entries = prod(shape)
     if kind == "full":
         need(list(numbers.shape) == shape and numbers.dtype == FLOATS[dtype], "the stored weight has another form")
         return Change(tuple(shape), dtype, "full", torch.empty(0, dtype=torch.long), numbers)
 
+    indices = _indices(name, tensors, prod(shape), need)
+    need(numbers.shape == indices.shape, f"{len(indices)} indices, numbers of shape {tuple(numbers.shape)}")
+    need(facts.get("count") == len(indices), f"{facts.get('count')!r} entries announced, {len(indices)} in the file")
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    need(numbers.dtype == (FLOATS[dtype] if kind == "value" else wide), f"{kind} is stored as {numbers.dtype}")
+    digests: Any = facts.get("part_checksums", [facts.get("base_checksum")])
+    known = isinstance(digests, list) and len(digests) > 0 and all(isinstance(d, str) and d for d in digests)
+    need(known, "the checksum of the base values is missing")
+    if "part_checksums" not in facts:
+        return Change(tuple(shape), dtype, kind, indices, numbers, digests[0])
+    places = [_indices(f"{name}.parts.{i}", tensors, prod(shape), need) for i in range(len(digests))]
+    return Change(tuple(shape), dtype, kind, indices, numbers, "", tuple(zip(places, digests, strict=True)))
+
+
+def _indices(name: str, tensors: dict[str, Tensor], entries: int, need: Callable[[bool, str], None]) -> Tensor:
+    """Indices written as they are or as gaps, (k,) int64, checked; taken out of `tensors`."""
     if f"{name}.gaps" in tensors:
         gaps = tensors.pop(f"{name}.gaps")
         need(gaps.dtype in (torch.uint8, torch.uint16) and gaps.ndim == 1, "gaps are not a list of small integers")
@@ -124,16 +149,9 @@ def _change(path: Path, name: str, facts: dict[str, Any], tensors: dict[str, Ten
         indices = tensors.pop(f"{name}.indices")
         need(indices.dtype in (torch.int32, torch.int64) and indices.ndim == 1, "indices are not a list of integers")
         indices = indices.long()
-    need(numbers.shape == indices.shape, f"{len(indices)} indices, numbers of shape {tuple(numbers.shape)}")
-    need(facts.get("count") == len(indices), f"{facts.get('count')!r} entries announced, {len(indices)} in the file")
-    wide = torch.float64 if dtype == "float64" else torch.float32
-    need(numbers.dtype == (FLOATS[dtype] if kind == "value" else wide), f"{kind} is stored as {numbers.dtype}")
     need(bool((indices[1:] > indices[:-1]).all()), "indices are not ascending and unique")
     need(not len(indices) or (int(indices[0]) >= 0 and int(indices[-1]) < entries), "an index lies outside the weight")
-    base = facts.get("base_checksum")
-    need(isinstance(base, str) and base != "", "the checksum of the base values is missing")
-    assert isinstance(base, str)
-    return Change(tuple(shape), dtype, kind, indices, numbers, base)
+    return indices
 
 
 FLOATS = {

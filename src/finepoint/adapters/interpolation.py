@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.entries import checksum, gather, moved
@@ -73,16 +73,18 @@ def lines(adapter: SparseAdapter, model: nn.Module, alpha: float) -> SparseAdapt
     return scaled(adapter, model, factor)
 
 
-def _scaled(change: Change, weight: nn.Parameter, factor: float) -> Change:
-    positions = change.positions().to(weight.device)
-    base = gather(weight, positions)
+def between(change: Change, base: Tensor, factor: float) -> Tensor:
+    """base + factor x (trained - base) at a change's entries, in float64, rounded once: (k,), the base's dtype."""
     if factor == 1:
-        values = change.new_values(base)
-    elif change.kind == "delta":
-        values = moved(base, factor * change.numbers.to(base.device, torch.float64))
-    else:
-        values = moved(base, factor * (change.new_values(base).double() - base.double()))
-    values = values.to("cpu", weight.dtype)
+        return change.new_values(base)
+    if change.kind == "delta":
+        return moved(base, factor * change.numbers.to(base.device, torch.float64))
+    return moved(base, factor * (change.new_values(base).double() - base.double()))
+
+
+def _scaled(change: Change, weight: nn.Parameter, factor: float) -> Change:
+    base = gather(weight, change.positions())
+    values = between(change, base, factor).to("cpu", weight.dtype)
     if change.kind == "full":
         return Change(change.shape, change.dtype, "full", change.indices, values.reshape(change.shape))
     return Change(change.shape, change.dtype, "value", change.indices, values, checksum(base))

@@ -1,21 +1,25 @@
 """Several adapters of one model in memory: switching between them takes milliseconds and restores exact bits."""
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import isfinite
 
 from torch import Tensor, nn
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.entries import gather, overlap, scatter_
+from finepoint.adapters.interpolation import between
 from finepoint.errors import FinepointError
 
 
 @dataclass(frozen=True)
 class Swap:
-    """What switching writes into a weight: (k,) positions, the base's values there, the adapter's."""
+    """What switching writes into a weight: (k,) positions, the base's values there, the adapter's at its strength."""
 
     weight: nn.Parameter
+    change: Change
     indices: Tensor
     base: Tensor
     values: Tensor
@@ -24,7 +28,11 @@ class Swap:
 class AdapterSet:
     """Holds adapters ready to be switched on: everything is checked and computed when an adapter is added.
 
-    Each costs 8 bytes an entry for the positions and two values in the weight's dtype.
+    Each costs 8 bytes an entry for the positions and two values in the weight's dtype, besides the adapter itself.
+
+    Threads: every method waits for another thread's to end. `with adapters.using("a"): model.generate(..)` keeps what
+    is on until the block ends, so that no other thread switches in the middle of a generation; forward passes outside
+    of such a block are not guarded.
 
     Args:
         model: with no adapter applied and not being trained; it stays the same object.
@@ -34,17 +42,18 @@ class AdapterSet:
         self.model = model
         self.active: tuple[str, ...] = ()
         self._swaps: dict[str, dict[str, Swap]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._in_use = False
 
     def add(self, name: str, adapter: SparseAdapter) -> None:
         """Makes an adapter ready under a name.
 
         Raises:
-            FinepointError: the name is taken, or the adapter does not fit the model.
+            FinepointError: the name is taken, the adapter does not fit the model, or this thread is `using` the set.
         """
-        if name in self._swaps:
-            raise FinepointError(f"there is an adapter named {name!r} already; remove that one first")
-        with self._lock:
+        with self._changing():
+            if name in self._swaps:
+                raise FinepointError(f"there is an adapter named {name!r} already; remove that one first")
             active = self.active
             self._switch([])
             try:
@@ -55,9 +64,13 @@ class AdapterSet:
                 self._switch(active)
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter; it is switched off first."""
-        self._known(name)
-        with self._lock:
+        """Forgets an adapter; it is switched off first.
+
+        Raises:
+            FinepointError: an unknown name, or this thread is `using` the set.
+        """
+        with self._changing():
+            self._known(name)
             self._switch([other for other in self.active if other != name])
             del self._swaps[name]
 
@@ -65,26 +78,81 @@ class AdapterSet:
         """Switches these adapters on and all others off.
 
         Raises:
-            FinepointError: an unknown name, or two adapters that share entries; nothing is changed then.
+            FinepointError: an unknown name, two adapters that share entries, or this thread is `using` the set; nothing
+                is changed then.
         """
-        names = [names] if isinstance(names, str) else list(names)
-        for name in names:
+        with self._changing():
+            self._set(names)
+
+    def scale(self, name: str, factor: float) -> None:
+        """The strength an adapter is on with from now: base + factor x (trained - base), in float64, rounded once.
+
+        1 gives the trained bits again, 0 the base's; it holds until the next `scale`, also over switches.
+
+        Raises:
+            FinepointError: an unknown name, a factor that is not finite, or this thread is `using` the set.
+        """
+        if not isfinite(factor):
+            raise FinepointError(f"the scale of {name!r} is {factor}; expected a finite number")
+        with self._changing():
             self._known(name)
-        for i, name in enumerate(names):
-            for other in names[:i]:
-                self._refuse_overlap(other, name)
-        with self._lock:
-            self._switch(names)
+            active = self.active
+            self._switch([other for other in active if other != name])
+            swaps = self._swaps[name]
+            self._swaps[name] = {
+                at: replace(swap, values=between(swap.change, swap.base, factor).to(swap.base))
+                for at, swap in swaps.items()
+            }
+            self._switch(active)
 
     def disable(self) -> None:
-        """Switches all adapters off: the base model, bit for bit."""
+        """Switches all adapters off: the base model, bit for bit.
+
+        Raises:
+            FinepointError: this thread is `using` the set.
+        """
         self.set([])
+
+    @contextmanager
+    def using(self, names: str | Sequence[str]) -> Iterator[nn.Module]:
+        """Inside, these adapters are on and stay on: other threads that switch or use wait until it ends.
+
+        Afterwards, also after an exception, what was on before is on again.
+
+        Raises:
+            FinepointError: as for `set`, which this thread cannot call inside, nor `using` again.
+        """
+        with self._changing():
+            before = self.active
+            self._set(names)
+            self._in_use = True
+            try:
+                yield self.model
+            finally:
+                self._in_use = False
+                self._switch(before)
 
     def __contains__(self, name: object) -> bool:
         return name in self._swaps
 
     def __len__(self) -> int:
         return len(self._swaps)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._lock:
+            if self._in_use:  # by this thread: the lock keeps out all others
+                raise FinepointError("the adapters are in use by this thread; leave its `using` block first")
+            yield
+
+    def _set(self, names: str | Sequence[str]) -> None:
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            self._known(name)
+        for i, name in enumerate(names):
+            for other in names[:i]:
+                self._refuse_overlap(other, name)
+        self._switch(names)
 
     def _switch(self, names: Sequence[str]) -> None:
         # First all that goes, then all that comes: what two adapters share ends as the one that stays has it.
@@ -111,4 +179,4 @@ class AdapterSet:
 def _swap(weight: nn.Parameter, change: Change) -> Swap:
     indices = change.positions().to(weight.device)
     base = gather(weight, indices)
-    return Swap(weight, indices, base, change.new_values(base).to(weight.device, weight.dtype))
+    return Swap(weight, change, indices, base, change.new_values(base).to(weight.device, weight.dtype))

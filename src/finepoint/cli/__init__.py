@@ -18,6 +18,7 @@ COMMANDS = {
     "report": "write the page of a study: figures, tables, data",
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",
+    "merge": "combine adapters into one, see how they interfere",
     "data": "list the data recipes, write one as JSON Lines",
     "rules": "list the rules with formula and source",
 }

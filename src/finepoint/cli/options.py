@@ -1,7 +1,7 @@
 """Flags and YAML from a configuration's fields, by jsonargparse.
 
 What we add to it is spelling: dashes for underscores, lists given one after the other or by repeating the flag
-(`--id a=x --id b=y`), bare switches (`--overwrite`), `name=value` pairs for mappings, one folder without its flag.
+(`--id a=x --id b=y`), bare switches (`--overwrite`), `name=value` pairs for mappings, folders without their flag.
 """
 
 import argparse
@@ -81,8 +81,8 @@ def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:
 
 
 def _positional(word: str, known: dict[str, Field[Any]]) -> str:
-    for name in ("folder", "name"):
-        if name in known:
+    for name, field in known.items():
+        if name in ("folder", "name") or field.metadata.get("positional"):
             return name
     raise FinepointError(f"{word!r} belongs to no flag; `--help` lists the flags and what they take")
 
