@@ -14,7 +14,7 @@ from finepoint.adapters.entries import checksum, gather
 from finepoint.adapters.merging import METHODS, merge
 from finepoint.adapters.verification import verify
 from finepoint.errors import FinepointError
-from test_adapter import assert_same_adapter
+from test_adapter import assert_same_adapter, rewrite
 
 NAMES = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
 
@@ -298,6 +298,35 @@ def test_a_merged_adapter_lives_on_as_any(tmp_path, dtype, compact, with_model):
             SparseAdapter.load(tmp_path / "n").apply(wrong)
 
 
+def shifted(tensors, key, by):
+    tensors[key] = tensors[key] + by
+
+
+PART = f"{NAMES[0]}.parts.1.indices"
+DAMAGED_PARTS = {
+    "missing": (lambda t: t.pop(PART), None, "parts.1.indices is missing"),
+    "outside": (lambda t: shifted(t, PART, 2000), None, "an index lies outside the weight"),
+    "descending": (lambda t: t.update({PART: t[PART].flip(0)}), None, "ascending and unique"),
+    "negative": (lambda t: shifted(t, PART, -2000), None, "an index lies outside the weight"),
+    "one too many": (lambda t: t.update({PART.replace("1", "7"): t[PART].clone()}), None, "does not mention"),
+    "floats": (lambda t: t.update({PART: t[PART].float()}), None, "not a list of integers"),
+    "no checksums": (None, lambda c: c["weights"][NAMES[0]].update(part_checksums=[]), "checksum .* is missing"),
+    "a number": (None, lambda c: c["weights"][NAMES[0]].update(part_checksums=[1, 2]), "checksum .* is missing"),
+    "no list": (None, lambda c: c["weights"][NAMES[0]].update(part_checksums="ab"), "checksum .* is missing"),
+    "one too few": (None, lambda c: c["weights"][NAMES[0]]["part_checksums"].pop(), "does not mention"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PARTS)
+def test_damaged_parts_are_refused_by_name(tmp_path, damage):
+    change_tensors, change_config, message = DAMAGED_PARTS[damage]
+    model = tiny_llama()
+    folder = merge([make(model, 1), make(model, 2)]).save(tmp_path / "m")
+    rewrite(folder, change_tensors, change_config)
+    with pytest.raises(FinepointError, match=f"embed_tokens.*{message}"):
+        SparseAdapter.load(folder)
+
+
 def test_the_same_entries_keep_one_checksum():
     model = tiny_llama()
     a = make(model, 1)
@@ -340,6 +369,9 @@ def broken(adapter, **facts):
     return SparseAdapter(adapter.changes | {name: Change(**(change.__dict__ | facts))})
 
 
+DEEP = "model.layers.2.mlp.up_proj.weight"
+
+
 def refusals():
     model = tiny_llama()
     a, b = make(model, 1), make(model, 2)
@@ -368,6 +400,8 @@ def refusals():
         "error": (lambda: merge([a, b], how="error"), "embed_tokens.weight: the adapters share .* entries"),
         "too large": (lambda: merge([a, b], [1e200, 1]), "embed_tokens.weight: the merged numbers do not fit"),
         "model": (lambda: merge([a, make(tiny_llama(seed=4), 2)], model=model), "adapter 2: the adapter does not fit"),
+        "no such weight": (lambda: merge([a, make(tiny_llama(layers=3), 2, names=[DEEP])], model=model),
+                           f"adapter 2: .* {DEEP}: the model has no such weight"),
         "nothing left": (lambda: merge([make(model, 1, among=(0, 0.5)), make(model, 2, among=(0.5, 1))],
                                        how="consensus"), "merging by 'consensus' leaves no entry"),
     }  # fmt: skip

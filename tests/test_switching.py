@@ -2,9 +2,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import finepoint
 from conftest import assert_same_bits, snapshot, tiny_llama
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.lowrank import whole
 from finepoint.errors import FinepointError
 from test_adapter import trained
 
@@ -135,6 +138,24 @@ def test_the_scale_of_one_leaves_the_others(three):
     with pytest.raises(FinepointError, match="the scale of 'a' is nan; expected a finite number"):
         switch.scale("a", float("nan"))
     assert_same_bits(together, snapshot(model))
+
+
+def test_a_new_head_is_not_scaled():
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                         num_attention_heads=4, num_labels=3, pad_token_id=0)  # fmt: skip
+    model = LlamaForSequenceClassification(config)
+    adapter = SparseAdapter({name: whole(weight + 1) for name, weight in model.named_parameters()},
+                            {"task": "classification"})  # fmt: skip
+    switch = held(model, {"a": adapter})
+    switch.set("a")
+    switch.scale("a", 0.5)
+    found = snapshot(model)
+    switch.disable()
+    base = snapshot(model)
+    assert torch.equal(found["score.weight"], base["score.weight"] + 1)
+    torch.testing.assert_close(found["model.norm.weight"], base["model.norm.weight"] + 0.5)
+    with finepoint.wise_ft(adapter, model, 0.5).applied(model):
+        assert_same_bits(found, snapshot(model))
 
 
 def test_using_puts_back_what_was_on_also_after_an_exception(three):

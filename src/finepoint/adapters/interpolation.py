@@ -31,7 +31,7 @@ def scaled(adapter: SparseAdapter, model: nn.Module, factor: float | Callable[[s
     if getattr(model, "_finepoint_applied", None):
         raise FinepointError("an adapter is applied to the model, which must be the base here; revert it first")
     weights = dict(model.named_parameters(remove_duplicate=False))
-    kept = new_head(model) if adapter.info.get("task") == "classification" else []
+    kept = unscaled(adapter, model)
     changes = {
         name: change if name in kept else _scaled(change, weights[name], factor(name) if callable(factor) else factor)
         for name, change in adapter.changes.items()
@@ -71,6 +71,11 @@ def lines(adapter: SparseAdapter, model: nn.Module, alpha: float) -> SparseAdapt
         return alpha + (1 - alpha) * rise
 
     return scaled(adapter, model, factor)
+
+
+def unscaled(adapter: SparseAdapter, model: nn.Module) -> list[str]:
+    """The weights of a classifier's new head, whose base was drawn at random and is nothing to go back to."""
+    return new_head(model) if adapter.info.get("task") == "classification" else []
 
 
 def between(change: Change, base: Tensor, factor: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.entries import gather, overlap, scatter_
-from finepoint.adapters.interpolation import between
+from finepoint.adapters.interpolation import between, unscaled
 from finepoint.errors import FinepointError
 
 
@@ -19,7 +19,8 @@ class Swap:
     """What switching writes into a weight: (k,) positions, the base's values there, the adapter's at its strength."""
 
     weight: nn.Parameter
-    change: Change
+    change: Change | None
+    """what `scale` scales; None for a classifier's new head, which stays as trained"""
     indices: Tensor
     base: Tensor
     values: Tensor
@@ -59,7 +60,10 @@ class AdapterSet:
             try:
                 adapter.check(self.model)
                 weights = dict(self.model.named_parameters(remove_duplicate=False))
-                self._swaps[name] = {at: _swap(weights[at], change) for at, change in adapter.changes.items()}
+                fixed = unscaled(adapter, self.model)
+                self._swaps[name] = {
+                    at: _swap(weights[at], change, at not in fixed) for at, change in adapter.changes.items()
+                }
             finally:
                 self._switch(active)
 
@@ -87,7 +91,8 @@ class AdapterSet:
     def scale(self, name: str, factor: float) -> None:
         """The strength an adapter is on with from now: base + factor x (trained - base), in float64, rounded once.
 
-        1 gives the trained bits again, 0 the base's; it holds until the next `scale`, also over switches.
+        1 gives the trained bits again, 0 the base's; it holds until the next `scale`, also over switches. A
+        classifier's new head, which has no base, stays as it was trained.
 
         Raises:
             FinepointError: an unknown name, a factor that is not finite, or this thread is `using` the set.
@@ -99,10 +104,7 @@ class AdapterSet:
             active = self.active
             self._switch([other for other in active if other != name])
             swaps = self._swaps[name]
-            self._swaps[name] = {
-                at: replace(swap, values=between(swap.change, swap.base, factor).to(swap.base))
-                for at, swap in swaps.items()
-            }
+            self._swaps[name] = {at: _scaled(swap, factor) for at, swap in swaps.items()}
             self._switch(active)
 
     def disable(self) -> None:
@@ -176,7 +178,14 @@ class AdapterSet:
                 raise FinepointError(f"{a!r} and {b!r} share {shared} entries of {weight}: they cannot both be on")
 
 
-def _swap(weight: nn.Parameter, change: Change) -> Swap:
+def _swap(weight: nn.Parameter, change: Change, scales: bool) -> Swap:
     indices = change.positions().to(weight.device)
     base = gather(weight, indices)
-    return Swap(weight, change, indices, base, change.new_values(base).to(weight.device, weight.dtype))
+    values = change.new_values(base).to(weight.device, weight.dtype)
+    return Swap(weight, change if scales else None, indices, base, values)
+
+
+def _scaled(swap: Swap, factor: float) -> Swap:
+    if swap.change is None:
+        return swap
+    return replace(swap, values=between(swap.change, swap.base, factor).to(swap.base))
