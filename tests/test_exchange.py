@@ -238,6 +238,41 @@ def test_a_density_that_keeps_nothing_or_is_none(tmp_path):
             extract(base, tuned, density)
 
 
+def test_a_change_between_classifiers_is_extracted(tmp_path):
+    folder = saved(tiny_llama(), tmp_path / "m")
+    model = load_model(folder, labels=["no", "yes"], device="cpu")
+    base = saved(model, tmp_path / "base")
+    with torch.no_grad():
+        model.score.weight[0, 3] += 1
+        model.model.norm.weight[2] += 1
+    extract(base, saved(model, tmp_path / "tuned"))[0].save(tmp_path / "a")
+    adapter = SparseAdapter.load(tmp_path / "a")
+    back = load_model(base, labels=adapter.info["labels"], device="cpu")
+    adapter.apply(back)
+    assert_same_bits(snapshot(model), snapshot(back))
+
+
+def test_names_without_the_models_prefix(tmp_path):
+    """Files of older models leave it out, and transformers puts it back."""
+
+    def shorten(tensors):
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    model = tiny_llama(tied=False)
+    saved(model, tmp_path / "long")
+    short = changed_copy(tmp_path / "long", tmp_path / "short", shorten)
+    adapter = adapter_of(model, "all")
+    adapter.save(tmp_path / "a")
+    export(short, str(tmp_path / "a"), "merged", str(tmp_path / "out"))
+    with adapter.applied(model):
+        assert_same_bits(snapshot(model), snapshot(loaded(tmp_path / "out")))
+        tuned = snapshot(model)
+    again, _ = extract(short, str(tmp_path / "out"))
+    with again.applied(model):
+        assert_same_bits(tuned, snapshot(model))
+
+
 # --- merged
 
 
@@ -535,6 +570,22 @@ def test_damaged_imports_are_refused_by_name(tmp_path, damage):
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     with pytest.raises(FinepointError, match=HOSTILE[damage][1]):
         import_adapter(str(tmp_path / "shira"), folder)
+
+
+def test_positions_saved_as_floats_are_read(tmp_path):
+    """PEFT writes them so on Windows."""
+    model = tiny_llama()
+    folder = saved(model, tmp_path / "m")
+    adapter = adapter_of(model, "q")
+    adapter.save(tmp_path / "a")
+    export(folder, str(tmp_path / "a"), "shira", str(tmp_path / "shira"))
+    path = tmp_path / "shira" / "adapter_model.safetensors"
+    save_file({key: tensor.float() for key, tensor in load_file(path).items()}, path)
+    back = import_adapter(str(tmp_path / "shira"), folder)
+    with adapter.applied(model):
+        expected = snapshot(model)
+    with back.applied(model):
+        assert_same_bits(expected, snapshot(model))
 
 
 def test_imports_that_are_something_else(tmp_path):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from finepoint.choosing.weights import target_weights
     from finepoint.config import TrainConfig
     from finepoint.errors import FinepointError
+    from finepoint.exchange.extract import extract
+    from finepoint.exchange.formats import export, import_adapter
     from finepoint.training.run import train
     from finepoint.training.tuner import SparseTuner
 
@@ -28,6 +30,9 @@ _HOMES = {
     "SparseAdapter": "finepoint.adapters.adapter",
     "SparseTuner": "finepoint.training.tuner",
     "TrainConfig": "finepoint.config",
+    "export": "finepoint.exchange.formats",
+    "extract": "finepoint.exchange.extract",
+    "import_adapter": "finepoint.exchange.formats",
     "lines": "finepoint.adapters.interpolation",
     "register": "finepoint.choosing.rules",
     "select": "finepoint.choosing.selection",
@@ -44,6 +49,9 @@ __all__ = [
     "SparseAdapter",
     "SparseTuner",
     "TrainConfig",
+    "export",
+    "extract",
+    "import_adapter",
     "lines",
     "register",
     "select",

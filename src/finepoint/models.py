@@ -141,7 +141,9 @@ def model_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *COMPANIONS]))
+        # Folders below and consolidated files hold the same weights once more, in other layouts.
+        others = ["*/*", "consolidated*"]
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *COMPANIONS], ignore_patterns=others))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FinepointError(f"cannot fetch model {name!r}: {reason}") from error

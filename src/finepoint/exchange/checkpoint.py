@@ -74,12 +74,23 @@ class Checkpoint:
         """
         if name not in self.ties:
             raise FinepointError(f"{self.name} has no weight {name!r}")
-        if found := [tied for tied in self.ties[name] if tied in self.tensors]:
+        spelled = [name for tied in self.ties[name] for name in (tied, tied.removeprefix(self._prefix))]
+        if found := [name for name in dict.fromkeys(spelled) if name in self.tensors]:
             return found
         raise FinepointError(
-            f"{self.name} does not store {name!r} under this name; its files have another layout than the model, "
-            "which only loading it with transformers can translate"
+            f"{self.name} does not store {name!r} under this name: its files have another layout than the model, which "
+            "transformers translates; load the model, apply the adapter there and save_pretrained it"
         )
+
+    def weight_of(self, tensor: str) -> str | None:
+        """The weight that a tensor of the files is, by the name adapters use; None where it is none of the model."""
+        group = self.ties.get(tensor) or self.ties.get(f"{self._prefix}{tensor}")
+        return group[0] if group else None
+
+    @property
+    def _prefix(self) -> str:
+        """What files of older models leave out of the names: `wte.weight` for `transformer.wte.weight`."""
+        return f"{getattr(self.outline, 'base_model_prefix', '')}."
 
     @property
     def dtype(self) -> str:

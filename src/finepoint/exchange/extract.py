@@ -69,7 +69,7 @@ def extract(base: str, tuned: str, density: float | None = None) -> tuple[Sparse
             rows[difference.name] |= {"kept": len(indices), "kept_energy": kept}
     if not changes:
         raise FinepointError(f"{tuned} equals {base} bit for bit: there is no change to extract")
-    return SparseAdapter(changes, _info(base, tuned, density, rows)), list(rows.values())
+    return SparseAdapter(changes, _info(before, after, density, rows)), list(rows.values())
 
 
 def comparable(before: Checkpoint, after: Checkpoint) -> list[str]:
@@ -97,7 +97,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, str]:
     """Weight name to tensor name. Copies of a tied weight must agree, else the files contradict the configuration."""
     found: dict[str, str] = {}
     for tensor in checkpoint.tensors:
-        name = checkpoint.ties.get(tensor, (tensor,))[0]
+        name = checkpoint.weight_of(tensor) or tensor
         if name in found and not torch.equal(checkpoint.read(tensor), checkpoint.read(found[name])):
             raise FinepointError(
                 f"{checkpoint.name} ties {tensor!r} to {found[name]!r}, but stores other values for it"
@@ -129,8 +129,8 @@ def _largest(
     """Indices by weight of the largest changes; fills `rows`."""
     if not 0 < density <= 1:
         raise FinepointError(f"density is {density}; it is a share of all entries, in (0, 1]; or give --all")
-    total = sum(torch.Size(before.tensors[before.stored(name)[0]].shape).numel()
-                for name in names if name in before.ties)  # fmt: skip
+    weights = [before.stored(name)[0] for name in names if name in before.ties]
+    total = sum(torch.Size(before.tensors[tensor].shape).numel() for tensor in weights)
     k = int(density * total + 0.5)
     if not k:
         raise FinepointError(f"density {density} keeps none of {total} entries; use at least {1 / total:.2g}")
@@ -163,15 +163,22 @@ def _change(difference: Difference, indices: Tensor) -> Change:
     return Change(tuple(difference.base.shape), dtype, "value", indices, values, checksum(base))
 
 
-def _info(base: str, tuned: str, density: float | None, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _info(
+    before: Checkpoint, after: Checkpoint, density: float | None, rows: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     sums = {key: sum(row[key] for row in rows.values()) for key in ("size", "changed", "kept", "energy", "kept_energy")}
-    return {
-        "base_model": base,
-        "extracted_from": tuned,
-        "density": sums["kept"] / sums["size"] if density is not None else None,
+    info: dict[str, Any] = {
+        "base_model": before.name,
+        "extracted_from": after.name,
+        "lossless": density is None,
+        "density": sums["kept"] / sums["size"],
         "changed": sums["changed"],
         "kept_energy": sums["kept_energy"] / sums["energy"] if sums["energy"] else 1.0,
     }
+    model: Any = after.outline
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        info |= {"task": "classification", "labels": list(model.config.id2label.values())}
+    return info
 
 
 def _bits(tensor: Tensor) -> Tensor:

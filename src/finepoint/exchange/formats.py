@@ -60,14 +60,13 @@ def export(
         if layout == "merged":
             found = write_merged(adapter, checkpoint, into, kept)
         else:
-            loaded = SparseAdapter.load(adapter)
-            patches = lay_over(loaded, checkpoint)
+            patches = lay_over(SparseAdapter.load(adapter), checkpoint)
             if layout == "vllm-patch":
                 found = write_patch(patches, checkpoint, into, kept)
             elif layout == "sparta":
                 found = write_sparta(patches, checkpoint, into)
             else:
-                found = write_peft_sparse(layout, patches, checkpoint, into, loaded.info)
+                found = write_peft_sparse(layout, patches, checkpoint, into)
     size = sum(file.stat().st_size for file in Path(output).iterdir() if file.is_file())
     return {"format": layout, "output": output, "bytes": size, **found}
 

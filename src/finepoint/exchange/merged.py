@@ -47,6 +47,7 @@ def write_merged(folder: str, checkpoint: Checkpoint, into: Path, dtype: str | N
         adapter = SparseAdapter.load(folder)
         info = adapter.info
         rewrites, added, found = _sparse(lay_over(adapter, checkpoint), checkpoint, dtype)
+        found["entries"] = adapter.count
     places = _write_shards(checkpoint, into, dtype, rewrites, added)
     _write_companions(checkpoint, into, dtype, places, info, bool(added))
     return {"changed_weights": len(rewrites) + len(added), "dtype": dtype or checkpoint.dtype, **found}

@@ -29,9 +29,7 @@ SUFFIXES = {
 }  # fmt: skip
 
 
-def write_peft_sparse(
-    layout: str, patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Path, info: Mapping[str, Any]
-) -> dict[str, Any]:
+def write_peft_sparse(layout: str, patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Path) -> dict[str, Any]:
     """Writes a folder for `PeftModel.from_pretrained`; `inexact` counts the values that PEFT's sum will miss.
 
     Raises:
@@ -55,7 +53,7 @@ def write_peft_sparse(
         inexact += missed
     save_file(tensors, into / PEFT_TENSORS, {"format": "pt"})
     config |= {
-        "base_model_name_or_path": info.get("base_model") or checkpoint.name,
+        "base_model_name_or_path": checkpoint.name,
         "target_modules": sorted(name.removesuffix(".weight") for name in patches),
         "modules_to_save": None, "init_weights": True, "inference_mode": True, "task_type": "CAUSAL_LM",
     }  # fmt: skip
