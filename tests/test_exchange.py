@@ -1,6 +1,7 @@
 """Adapters out of checkpoints and into other layouts: against transformers, PEFT and peft-sparta as they are."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -435,6 +436,39 @@ def test_a_classifier_is_merged_with_its_head(tmp_path):
             export(folder, str(tmp_path / "a"), layout, str(tmp_path / "other"))
 
 
+# --- gguf
+
+CONVERTER = """#!{python}
+import pathlib, shutil, sys
+folder, _, file, _, kind = sys.argv[1:]
+if kind == "f16":
+    sys.exit("first line\\nno such architecture")
+shutil.copyfile(pathlib.Path(folder) / "model.safetensors", file)
+"""
+
+
+def test_gguf_is_left_to_llama_cpps_converter(tmp_path, monkeypatch):
+    """With a stand-in that copies what it is given: ours is to merge, call it, and clear away."""
+    model = tiny_llama()
+    folder = saved(model, tmp_path / "m")
+    adapter_of(model).save(tmp_path / "a")
+    arguments = (folder, str(tmp_path / "a"), "gguf", str(tmp_path / "out"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(FinepointError, match="needs llama.cpp's converter"):
+        export(*arguments)
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "convert_hf_to_gguf.py"
+    script.write_text(CONVERTER.format(python=sys.executable))
+    script.chmod(0o755)
+    with pytest.raises(FinepointError, match=r"convert_hf_to_gguf\.py failed: no such architecture"):
+        export(*arguments, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    export(*arguments)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    export(*arguments[:2], "merged", str(tmp_path / "merged"))
+    assert_same_bits(load_file(tmp_path / "merged" / WHOLE), load_file(tmp_path / "out" / "model.gguf"))
+
+
 # --- PEFT's sparse layouts
 
 
@@ -534,8 +568,6 @@ def test_layouts_say_what_they_cannot_hold(tmp_path):
         export(folder, str(tmp_path / "dense"), "shira", str(tmp_path / "out"))
     with pytest.raises(FinepointError, match="leave out --dtype"):
         export(folder, str(tmp_path / "all"), "shira", str(tmp_path / "out"), dtype="float32")
-    with pytest.raises(FinepointError, match="convert_hf_to_gguf.py"):
-        export(folder, str(tmp_path / "all"), "gguf", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     export(folder, str(tmp_path / "dense"), "supertuning", str(tmp_path / "out"))
 

@@ -235,14 +235,14 @@ class ExtractConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write an adapter in another layout: merged into its model, for PEFT, peft-sparta or vLLM.
+    """Write an adapter in another layout: merged into its model, for PEFT, peft-sparta, vLLM, llama.cpp.
 
     Args:
         model: the base: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
-        adapter: adapter folder; for merged also LoRA or DoRA as PEFT writes them
-        format: merged, shira, supertuning, sparta, vllm-patch; gguf tells the way there
+        adapter: adapter folder; for merged and gguf also LoRA or DoRA as PEFT writes them
+        format: merged, shira, supertuning, sparta, vllm-patch, or gguf (with llama.cpp's converter on the PATH)
         output: folder to write
-        dtype: of the written weights (merged, vllm-patch); auto keeps the base's
+        dtype: of the written weights (merged, gguf, vllm-patch); auto keeps the base's
         overwrite: allow an output folder that holds something
         json: print one JSON object on stdout
     """

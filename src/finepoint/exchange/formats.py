@@ -8,6 +8,7 @@ from finepoint.adapters.lowrank import PEFT_CONFIG, is_peft
 from finepoint.config import DType, ExportFormat, ImportFormat
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import INDEX, Checkpoint, open_checkpoint
+from finepoint.exchange.gguf import converter, write_gguf
 from finepoint.exchange.merged import write_merged
 from finepoint.exchange.overlay import lay_over
 from finepoint.exchange.patch import write_patch
@@ -15,11 +16,6 @@ from finepoint.exchange.peft_sparse import read_peft_sparse, write_peft_sparse
 from finepoint.exchange.sparta import TENSORS as SPARTA_TENSORS
 from finepoint.exchange.sparta import read_sparta, write_sparta
 from finepoint.files import fill_folder
-
-GGUF_ROUTE = (
-    "gguf is written by llama.cpp alone: export with --format merged, then run "
-    "`python convert_hf_to_gguf.py OUTPUT` of llama.cpp on the folder (docs/exchange.md)"
-)
 
 
 def export(
@@ -34,10 +30,10 @@ def export(
 
     Args:
         model: the base, as `--model` takes it.
-        adapter: adapter folder; for `merged` also LoRA or DoRA as PEFT writes them.
+        adapter: adapter folder; for `merged` and `gguf` also LoRA or DoRA as PEFT writes them.
         layout: see docs/exchange.md.
         output: folder to write.
-        dtype: of the written weights (`merged`, `vllm-patch`); `auto` keeps the base's.
+        dtype: of the written weights (`merged`, `gguf`, `vllm-patch`); `auto` keeps the base's.
 
     Returns:
         What was written, JSON-ready: entries, and what the layout could not keep.
@@ -46,12 +42,12 @@ def export(
         FinepointError: the adapter does not belong to the model or does not fit the layout; the folder is not empty.
     """
     if layout == "gguf":
-        raise FinepointError(GGUF_ROUTE)
+        converter()  # before any work
     kept = None if dtype == "auto" else dtype
-    if kept and layout not in ("merged", "vllm-patch"):
+    if kept and layout not in ("merged", "gguf", "vllm-patch"):
         raise FinepointError(f"{layout} holds changes, which have no dtype of the model's; leave out --dtype")
-    if is_peft(adapter) and layout != "merged":
-        raise FinepointError(f"{adapter} is PEFT's already; only merged can be made of it")
+    if is_peft(adapter) and layout not in ("merged", "gguf"):
+        raise FinepointError(f"{adapter} is PEFT's already; only merged and gguf can be made of it")
     checkpoint = open_checkpoint(model)
     _refuse_own_folder(output, checkpoint)
     # A folder with old shards would be loaded together with the new ones.
@@ -59,6 +55,8 @@ def export(
     with fill_folder(output, overwrite, replaces) as into:
         if layout == "merged":
             found = write_merged(adapter, checkpoint, into, kept)
+        elif layout == "gguf":
+            found = write_gguf(adapter, checkpoint, into, kept)
         else:
             patches = lay_over(SparseAdapter.load(adapter), checkpoint)
             if layout == "vllm-patch":
