@@ -226,7 +226,7 @@ def test_the_users_mistakes_are_one_line_and_exit_status_2(trained, model_folder
         (["data", "nonesuch", "--output", tmp_path / "d"], "vader"),
         ([*export, "--format", "gguf"], "convert_hf_to_gguf.py"),
         ([*export, "--format", "onnx"], "'merged', 'shira', 'supertuning'"),
-        ([*export, "--format", "merged", "--model", "no/such-model"], "cannot fetch model 'no/such-model'"),
+        ([*export[:2], "no/such-model", *export[3:], "--format", "merged"], "cannot fetch model 'no/such-model'"),
         ([*export[:-1], trained["adapter"], "--format", "merged"], "is not empty"),
         ([*extract, "--tuned", model_folder], "either --density"),
         ([*extract, "--tuned", model_folder, "--all", "--density", "0.1"], "either --density"),

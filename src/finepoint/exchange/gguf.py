@@ -37,11 +37,14 @@ def write_gguf(adapter: str, checkpoint: Checkpoint, into: Path, dtype: str | No
         FinepointError: as for `write_merged`; no converter, or one that fails (with its last line).
     """
     command = converter()
-    with tempfile.TemporaryDirectory(dir=into) as folder:
-        found = write_merged(adapter, checkpoint, Path(folder), dtype)
+    with tempfile.TemporaryDirectory(dir=into) as temporary:
+        # The converter names the model after its folder.
+        folder = Path(temporary) / f"{Path(checkpoint.name).stem}-{Path(adapter).resolve().name}"
+        folder.mkdir()
+        found = write_merged(adapter, checkpoint, folder, dtype)
         if found["dtype"] not in TYPES:
             raise FinepointError(f"gguf holds no {found['dtype']}; give --dtype, one of {', '.join(TYPES)}")
-        arguments = [command, folder, "--outfile", str(into / FILE), "--outtype", TYPES[found["dtype"]]]
+        arguments = [command, str(folder), "--outfile", str(into / FILE), "--outtype", TYPES[found["dtype"]]]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode or not (into / FILE).is_file():
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it says nothing"]
