@@ -293,6 +293,7 @@ def test_merged_loads_without_finepoint_and_equals_apply(tmp_path, model, dtype,
         assert torch.equal(logits(model), logits(back))
     names = {path.name for path in (tmp_path / "m").iterdir()}
     assert names == {path.name for path in (tmp_path / "out").iterdir()}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == make_tokenizer().get_vocab()
     if shards:
         for at in ("m", "out"):

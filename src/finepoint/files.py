@@ -105,6 +105,7 @@ def fill_folder(path: str | Path, overwrite: bool, replaces: Sequence[str] = ())
                     if stale.name not in made:
                         stale.unlink()
             for name in sorted(made):
+                (Path(temporary) / name).chmod(0o644)  # safetensors keeps files private; results are meant to be shared
                 (Path(temporary) / name).replace(folder / name)
     finally:
         if not existed and not any(folder.iterdir()):
