@@ -124,6 +124,30 @@ def test_a_baseline_is_trained_and_evaluated(trained, model_folder, tmp_path):
     assert list(json.loads(done.stdout)["adapters"]) == [str(tmp_path / "b"), f"{tmp_path / 'b'} x 0.5"]
 
 
+def test_an_adapter_goes_out_and_comes_back(trained, model_folder, tmp_path):
+    adapter = ["--model", model_folder, "--adapter", trained["adapter"]]
+    out = json.loads(finepoint("export", *adapter, "--format", "merged", "--output", tmp_path / "m", "--json").stdout)
+    assert out["entries"] == trained["record"]["trained"]
+    assert out["bytes"] > out["rounded"] == 0
+    pair = ["extract", "--base", model_folder, "--tuned", tmp_path / "m"]
+    found = json.loads(finepoint(*pair, "--all", "--output", tmp_path / "all", "--json").stdout)
+    assert found["entries"] == found["changed"] == sum(row["kept"] for row in found["weights"])
+    assert found["lossless"] is True
+    top = finepoint(*pair, "--density", "0.01", "--output", tmp_path / "top", "--compact").stdout
+    assert "% of the change" in top
+    assert "down_proj" in top
+    finepoint("verify", "--model", model_folder, tmp_path / "top")
+    text = finepoint("export", *adapter, "--format", "shira", "--output", tmp_path / "shira").stdout
+    assert "fill what the layout asks for" in text
+    back = ["--model", model_folder, "--output"]
+    finepoint("import", tmp_path / "shira", *back, tmp_path / "b")
+    same = json.loads(
+        finepoint("import", "--from", "shira", tmp_path / "shira", *back, tmp_path / "c", "--json").stdout
+    )
+    assert same["entries"] == trained["record"]["trained"]
+    finepoint("verify", "--model", model_folder, tmp_path / "b")
+
+
 def test_a_yaml_file_gives_the_flags_and_a_flag_overrides_it(trained, model_folder, tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text(
@@ -183,6 +207,8 @@ def test_flags_that_cannot_be_read(arguments, message):
 
 def test_the_users_mistakes_are_one_line_and_exit_status_2(trained, model_folder, tmp_path):
     train = ["train", "--model", model_folder, "--data", trained["data"], "--output", tmp_path / "o"]
+    export = ["export", "--model", model_folder, "--adapter", trained["adapter"], "--output", tmp_path / "o"]
+    extract = ["extract", "--base", model_folder, "--output", tmp_path / "o"]
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"text": }\n')
     for arguments, message in (
@@ -198,6 +224,14 @@ def test_the_users_mistakes_are_one_line_and_exit_status_2(trained, model_folder
         (["inspect", tmp_path / "nowhere"], "is not an adapter folder"),
         (["eval", "--model", model_folder], "nothing to evaluate on"),
         (["data", "nonesuch", "--output", tmp_path / "d"], "vader"),
+        ([*export, "--format", "gguf"], "convert_hf_to_gguf.py"),
+        ([*export, "--format", "onnx"], "'merged', 'shira', 'supertuning'"),
+        ([*export[:2], "no/such-model", *export[3:], "--format", "merged"], "cannot fetch model 'no/such-model'"),
+        ([*export[:-1], trained["adapter"], "--format", "merged"], "is not empty"),
+        ([*extract, "--tuned", model_folder], "either --density"),
+        ([*extract, "--tuned", model_folder, "--all", "--density", "0.1"], "either --density"),
+        ([*extract, "--tuned", model_folder, "--all"], "no change to extract"),
+        (["import", model_folder, "--model", model_folder, "--output", tmp_path / "o"], "holds neither"),
     ):  # fmt: skip
         done = finepoint(*arguments, status=2)
         assert message in done.stderr, done.stderr

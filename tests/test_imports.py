@@ -15,11 +15,12 @@ import finepoint
 ROOT = Path(finepoint.__file__).parent
 # What each room may import from; `choosing` and `adapters` know nothing of each other.
 ALLOWED = {
-    "cli": {"reporting", "studies", "measuring", "training", "adapters", "choosing", "recipes", "ground"},
+    "cli": {"reporting", "studies", "measuring", "training", "exchange", "adapters", "choosing", "recipes", "ground"},
     # A report reads what a study left, and inspects adapters; of how a study runs it knows nothing.
     "reporting": {"studies", "adapters", "choosing", "ground"},
     "studies": {"measuring", "training", "adapters", "choosing", "ground"},
     "measuring": {"training", "adapters", "choosing", "recipes", "ground"},
+    "exchange": {"adapters", "choosing", "ground"},
     "training": {"adapters", "choosing", "ground"},
     "adapters": {"ground"},
     "choosing": {"ground"},

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from finepoint.choosing.weights import target_weights
     from finepoint.config import TrainConfig
     from finepoint.errors import FinepointError
+    from finepoint.exchange.extract import extract
+    from finepoint.exchange.formats import export, import_adapter
     from finepoint.training.run import train
     from finepoint.training.tuner import SparseTuner
 
@@ -29,6 +31,9 @@ _HOMES = {
     "SparseAdapter": "finepoint.adapters.adapter",
     "SparseTuner": "finepoint.training.tuner",
     "TrainConfig": "finepoint.config",
+    "export": "finepoint.exchange.formats",
+    "extract": "finepoint.exchange.extract",
+    "import_adapter": "finepoint.exchange.formats",
     "lines": "finepoint.adapters.interpolation",
     "merge": "finepoint.adapters.merging",
     "register": "finepoint.choosing.rules",
@@ -46,6 +51,9 @@ __all__ = [
     "SparseAdapter",
     "SparseTuner",
     "TrainConfig",
+    "export",
+    "extract",
+    "import_adapter",
     "lines",
     "merge",
     "register",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+ExportFormat = Literal["merged", "shira", "supertuning", "sparta", "vllm-patch", "gguf"]
+ImportFormat = Literal["auto", "shira", "supertuning", "sparta"]
 TargetsOption = str | list[str] | dict[str, float]
 
 
@@ -203,6 +205,79 @@ class ReportConfig:
 
     folder: str
     output: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Make an adapter of the difference between two checkpoints, read weight by weight.
+
+    Args:
+        base: the model before: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
+        tuned: the model after, of the same shape and dtype
+        output: folder to write
+        density: share of all entries to keep, those that changed most, in (0, 1]
+        all: keep every entry that changed: applied to the base, it gives the tuned checkpoint bit for bit
+        compact: write the gaps between positions in one or two bytes instead of the positions in four
+        overwrite: allow an output folder that holds something
+        json: print one JSON object on stdout
+    """
+
+    base: str
+    tuned: str
+    output: str
+    density: float | None = None
+    all: bool = False
+    compact: bool = False
+    overwrite: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write an adapter in another layout: merged into its model, for PEFT, peft-sparta, vLLM, llama.cpp.
+
+    Args:
+        model: the base: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
+        adapter: adapter folder; for merged and gguf also LoRA or DoRA as PEFT writes them
+        format: merged, shira, supertuning, sparta, vllm-patch, or gguf (with llama.cpp's converter on the PATH)
+        output: folder to write
+        dtype: of the written weights (merged, gguf, vllm-patch); auto keeps the base's
+        overwrite: allow an output folder that holds something
+        json: print one JSON object on stdout
+    """
+
+    model: str
+    adapter: str
+    format: ExportFormat
+    output: str
+    dtype: DType = "auto"
+    overwrite: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Make an adapter of somebody else's: PEFT's SHiRA and Super-Tuning, peft-sparta's files.
+
+    Args:
+        folder: their folder, also without its flag: `finepoint import DIR ..`
+        model: the base it was trained on: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
+        output: folder to write
+        format: shira, supertuning or sparta; auto tells it by the files; --from is the same flag
+        dtype: of the weights the adapter will be applied to; auto for the base's
+        compact: write the gaps between positions in one or two bytes instead of the positions in four
+        overwrite: allow an output folder that holds something
+        json: print one JSON object on stdout
+    """
+
+    folder: str
+    model: str
+    output: str
+    format: ImportFormat = field(default="auto", metadata={"also": "from"})
+    dtype: DType = "auto"
+    compact: bool = False
+    overwrite: bool = False
     json: bool = False
 
 

@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,54 @@ def claim_folder(path: str | Path, overwrite: bool) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise FinepointError(f"cannot use {folder} as an output folder: {error.strerror}") from error
+    refuse_occupied(folder, overwrite)
+    return folder
+
+
+def refuse_occupied(path: str | Path, overwrite: bool) -> None:
+    """Refuses a folder that holds something, where `overwrite` is not given; makes nothing.
+
+    Raises:
+        FinepointError: the folder is not empty, is a file, or cannot be read.
+    """
+    folder = Path(path)
+    try:
+        occupied = folder.exists() and any(folder.iterdir())
     except OSError as error:
         raise FinepointError(f"cannot use {folder} as an output folder: {error.strerror}") from error
     if occupied and not overwrite:
         raise FinepointError(f"{folder} is not empty; choose another --output or give --overwrite")
-    return folder
+
+
+@contextmanager
+def fill_folder(path: str | Path, overwrite: bool, replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary folder to write into, whose files move to `path` at the end; nothing does after an exception.
+
+    Args:
+        overwrite: allow a folder that holds something; files of the same names are replaced, others stay.
+        replaces: patterns of files that may not stay, since they would be taken for part of what is written.
+
+    Raises:
+        FinepointError: the folder is not empty, is a file, or cannot be made.
+    """
+    existed = Path(path).exists()
+    folder = claim_folder(path, overwrite)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            yield Path(temporary)
+            made = {file.name for file in Path(temporary).iterdir()}
+            for pattern in replaces:
+                for stale in folder.glob(pattern):
+                    if stale.name not in made:
+                        stale.unlink()
+            for name in sorted(made):
+                (Path(temporary) / name).chmod(0o644)  # safetensors keeps files private; results are meant to be shared
+                (Path(temporary) / name).replace(folder / name)
+    finally:
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def claim_file(path: str | Path, overwrite: bool) -> Path:

@@ -32,6 +32,9 @@ GEMMA3 = {
 }
 GEMMA3_GGUF = "gemma-3-270m-q4_k_m.gguf"
 
+# What a model folder holds beside weights and must not lose when it is copied.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+
 # Known shapes, for questions about models that nobody wants to fetch first: `shape_of` alone knows these names.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -104,6 +107,46 @@ def shape_of(name: str, dtype: DType = "auto", device: str = "cpu") -> Any:
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
             raise FinepointError(f"{name!r} is no causal language model: {reason}") from error
+
+
+def outline(folder: Path) -> Any:
+    """The model that a folder's files belong to, of the class that saved them, on the meta device.
+
+    Raises:
+        FinepointError: transformers has no such model, or cannot read its configuration.
+    """
+    with _quiet():
+        config = _loaded(transformers.AutoConfig, str(folder))
+        saved_as = getattr(transformers, (config.architectures or [""])[0], None)
+        try:
+            with torch.device("meta"):
+                if saved_as:
+                    return saved_as._from_config(config)
+                return transformers.AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise FinepointError(f"{folder} is no model that transformers knows: {reason}") from error
+
+
+def model_folder(name: str) -> Path:
+    """Where a model's files lie; of a hub id, the safetensors, configuration and tokenizer files are fetched.
+
+    Raises:
+        FinepointError: there is no such model.
+    """
+    place = Path(_place(name))
+    if place.is_dir():
+        return place
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        # Folders below and consolidated files hold the same weights once more, in other layouts.
+        others = ["*/*", "consolidated*"]
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", *COMPANIONS], ignore_patterns=others))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FinepointError(f"cannot fetch model {name!r}: {reason}") from error
 
 
 def load_tokenizer(name: str) -> Any:

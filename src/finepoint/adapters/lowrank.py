@@ -40,6 +40,18 @@ def load_merged(folder: str | Path, model: nn.Module) -> SparseAdapter:
     Raises:
         FinepointError: a damaged file, a kind of adapter other than plain LoRA and DoRA, a model it does not fit.
     """
+    tensors, scaling, transposed = read_peft(folder)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    changes = {name: whole(new) for name, _, new in merged(tensors, scaling, weights, transposed, str(folder))}
+    return SparseAdapter(changes, info_of(folder))
+
+
+def read_peft(folder: str | Path) -> tuple[dict[str, Tensor], float, bool]:
+    """A PEFT folder's tensors, the factor of its products, and whether the base keeps (in, out) matrices.
+
+    Raises:
+        FinepointError: a damaged file, a kind of adapter other than plain LoRA and DoRA.
+    """
     path = Path(folder) / PEFT_TENSORS
     config = _read_json(Path(folder) / PEFT_CONFIG)
     for option, plain in PLAIN.items():
@@ -49,13 +61,7 @@ def load_merged(folder: str | Path, model: nn.Module) -> SparseAdapter:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise FinepointError(f"cannot read {path}: {error}") from error
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    scaling = config["lora_alpha"] / config["r"]
-    changes = {
-        name: whole(new)
-        for name, _, new in merged(tensors, scaling, weights, bool(config.get("fan_in_fan_out")), str(folder))
-    }
-    return SparseAdapter(changes, info_of(folder))
+    return tensors, config["lora_alpha"] / config["r"], bool(config.get("fan_in_fan_out"))
 
 
 def merged(

@@ -6,6 +6,7 @@ Exit status: 0 done; 2 the user's mistake, one line on stderr; 1 our fault.
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 
 COMMANDS = {
     "demo": "fine-tune a small real model and compare: the quickest look",
@@ -19,6 +20,9 @@ COMMANDS = {
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",
     "merge": "combine adapters into one, see how they interfere",
+    "extract": "make an adapter of the difference of two checkpoints",
+    "export": "write an adapter merged, or for PEFT, peft-sparta, vLLM",
+    "import": "make an adapter of one of PEFT's or peft-sparta's",
     "data": "list the data recipes, write one as JSON Lines",
     "rules": "list the rules with formula and source",
 }
@@ -50,7 +54,8 @@ def _run(command: str, arguments: list[str]) -> int:
     from finepoint.cli.options import parse
     from finepoint.errors import FinepointError
 
-    module = import_module(f"finepoint.cli.{command}")
+    # A command that is a word of Python's has a module with the customary underscore: import -> import_.py.
+    module = import_module(f"finepoint.cli.{command}{'_' if iskeyword(command) else ''}")
     try:
         config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
         from finepoint.progress import log_to_stderr

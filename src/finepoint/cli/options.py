@@ -55,11 +55,13 @@ def parse(
 def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
     """The arguments as jsonargparse wants them: one `--name=value` each, lists and mappings as JSON."""
     given: dict[str, list[str]] = {}
+    # A field may have a second name, which only flags know: that of a Python keyword can be no field's.
+    also = {field.metadata["also"]: name for name, field in known.items() if "also" in field.metadata}
     name = None
     for word in arguments:
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
-            name = flag.replace("-", "_")
+            name = also.get(flag, flag.replace("-", "_"))
             given.setdefault(name, [])
             if equals:
                 given[name].append(value)

@@ -1,0 +1,191 @@
+"""A Hugging Face folder read weight by weight: its safetensors shards, never the whole model at once."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from finepoint.errors import FinepointError
+from finepoint.models import model_folder, outline
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes a weight may have, by safetensors' name for them."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies, and its form."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    """torch's name for floating-point numbers, safetensors' for others"""
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in DTYPES.values()
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The tensors of a model folder, by the names they have in its files, and the model they belong to."""
+
+    name: str
+    """as the user gave it"""
+    folder: Path
+    tensors: dict[str, Stored]
+    """shard after shard, in the files' order"""
+    outline: nn.Module
+    """the model on the meta device: shapes without numbers"""
+    ties: dict[str, tuple[str, ...]]
+    """all names of a weight of the model, by each of them; the first is the one adapters use"""
+
+    def read(self, tensor: str) -> Tensor:
+        """One tensor, by its name in the files: a copy, on the CPU.
+
+        Raises:
+            FinepointError: its shard cannot be read.
+        """
+        with opened(self.folder / self.tensors[tensor].file) as file:
+            return file.get_tensor(tensor).clone()
+
+    def weight(self, name: str) -> Tensor:
+        """A weight of the model, under whichever of its tied names it is stored.
+
+        Raises:
+            FinepointError: it is not stored, or its shard cannot be read.
+        """
+        return self.read(self.stored(name)[0])
+
+    def stored(self, name: str) -> list[str]:
+        """The names under which a weight of the model lies in the files: several where copies of a tied weight do.
+
+        Raises:
+            FinepointError: the model has no such weight, or its files store it in another form.
+        """
+        if name not in self.ties:
+            raise FinepointError(f"{self.name} has no weight {name!r}")
+        spelled = [name for tied in self.ties[name] for name in (tied, tied.removeprefix(self._prefix))]
+        if found := [name for name in dict.fromkeys(spelled) if name in self.tensors]:
+            return found
+        raise FinepointError(
+            f"{self.name} does not store {name!r} under this name: its files have another layout than the model, which "
+            "transformers translates; load the model, apply the adapter there and save_pretrained it"
+        )
+
+    def weight_of(self, tensor: str) -> str | None:
+        """The weight that a tensor of the files is, by the name adapters use; None where it is none of the model."""
+        group = self.ties.get(tensor) or self.ties.get(f"{self._prefix}{tensor}")
+        return group[0] if group else None
+
+    @property
+    def _prefix(self) -> str:
+        """What files of older models leave out of the names: `wte.weight` for `transformer.wte.weight`."""
+        return f"{getattr(self.outline, 'base_model_prefix', '')}."
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most of its numbers."""
+        sizes: dict[str, int] = defaultdict(int)
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += torch.Size(tensor.shape).numel() if tensor.is_float else 0
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """Reads the headers of all shards and checks that they are whole and agree with the index.
+
+    Args:
+        name: as `--model` takes it; a hub id is fetched.
+
+    Raises:
+        FinepointError: no such model, no safetensors files, a missing or truncated shard, an index that does not fit
+            its shards, quantised weights.
+    """
+    folder = model_folder(name)
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise FinepointError(f"{name} is quantised; its weights have no exact counterpart here, so give its base model")
+    index = _index(folder)
+    tensors: dict[str, Stored] = {}
+    for shard in dict.fromkeys(index.values()) if index else [WHOLE]:
+        for tensor, stored in _header(folder, shard).items():
+            if index and index.get(tensor) != shard:
+                raise FinepointError(f"{folder / shard} holds {tensor!r}, which {INDEX} places elsewhere or nowhere")
+            tensors[tensor] = stored
+    if missing := set(index) - set(tensors):
+        raise FinepointError(f"{folder / INDEX} lists {min(missing)!r}, which its shard {index[min(missing)]} lacks")
+    model = outline(folder)
+    return Checkpoint(name, folder, tensors, model, _ties(model))
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor to shard; empty where everything is in one file."""
+    if (folder / WHOLE).is_file():
+        return {}
+    if not (folder / INDEX).is_file():
+        raise FinepointError(
+            f"{folder} has neither {WHOLE} nor {INDEX}; load the model with transformers and save_pretrained it"
+        )
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise FinepointError(f"{folder / INDEX} has no weight_map")
+    for shard in found.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise FinepointError(f"{folder / INDEX} names the shard {shard!r}, which is no file of this folder")
+        if not (folder / shard).is_file():
+            raise FinepointError(f"{folder / INDEX} names the shard {shard}, which is missing")
+    return found
+
+
+def _header(folder: Path, shard: str) -> dict[str, Stored]:
+    with opened(folder / shard) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        return {
+            key: Stored(shard, tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
+            for key, part in slices.items()
+        }
+
+
+def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        groups[id(weight)].append(name)
+    return {name: tuple(group) for group in groups.values() for name in group}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; what is wrong with it is told by its name.
+
+    Raises:
+        FinepointError: missing, truncated or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise FinepointError(f"cannot read {path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FinepointError: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FinepointError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise FinepointError(f"{path} holds no JSON object")
+    return found

@@ -1,0 +1,178 @@
+"""A base with an adapter written into its files: a Hugging Face folder that needs no finepoint."""
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.entries import scatter_
+from finepoint.adapters.lowrank import PREFIX, info_of, is_peft, merged, read_peft
+from finepoint.errors import FinepointError
+from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint, opened, read_json
+from finepoint.exchange.overlay import Patch, lay_over, narrowed
+from finepoint.models import COMPANIONS
+from finepoint.progress import tracked
+
+Rewrite = Callable[[Tensor], Tensor]
+"""A stored weight to what it becomes; may write into it."""
+
+
+def write_merged(folder: str, checkpoint: Checkpoint, into: Path, dtype: str | None) -> dict[str, Any]:
+    """Copies a model's folder with an adapter written into the weights it changes; the rest keeps its bytes.
+
+    Everything is checked before the first byte is written. Memory holds the adapter and one shard, and only of shards
+    that change.
+
+    Args:
+        folder: an adapter of finepoint's, or LoRA or DoRA as PEFT writes them.
+        into: an empty folder.
+        dtype: of all weights; None keeps the base's.
+
+    Raises:
+        FinepointError: the adapter does not belong to the model; the weight is named.
+    """
+    if is_peft(folder):
+        info: Mapping[str, Any] = info_of(folder)
+        rewrites, added = _low_rank(folder, checkpoint, info)
+        found: dict[str, int] = {}
+    else:
+        adapter = SparseAdapter.load(folder)
+        info = adapter.info
+        rewrites, added, found = _sparse(lay_over(adapter, checkpoint), checkpoint, dtype)
+        found["entries"] = adapter.count
+    places = _write_shards(checkpoint, into, dtype, rewrites, added)
+    _write_companions(checkpoint, into, dtype, places, info, bool(added))
+    return {"changed_weights": len(rewrites) + len(added), "dtype": dtype or checkpoint.dtype, **found}
+
+
+def _sparse(
+    patches: Mapping[str, Patch], checkpoint: Checkpoint, dtype: str | None
+) -> tuple[dict[str, Rewrite], dict[str, Tensor], dict[str, int]]:
+    """How each stored tensor is rewritten, the tensors that are new, and what rounding cost."""
+    rewrites: dict[str, Rewrite] = {}
+    added: dict[str, Tensor] = {}
+    lost = {"rounded": 0, "vanished": 0}
+    for name, patch in patches.items():
+        if patch.base is None:
+            values, _ = narrowed(name, patch, dtype or checkpoint.dtype)
+            added[name] = values.reshape(patch.shape)
+            continue
+        stored = checkpoint.stored(name)
+        values, cost = narrowed(name, patch, dtype or checkpoint.tensors[stored[0]].dtype)
+        lost = {key: lost[key] + cost[key] for key in lost}
+        for tensor in stored:
+            rewrites[tensor] = _writer(patch.indices, values)
+    return rewrites, added, lost
+
+
+def _writer(indices: Tensor, values: Tensor) -> Rewrite:
+    def write(weight: Tensor) -> Tensor:
+        weight = weight.to(values.dtype).contiguous()
+        scatter_(weight, indices, values)
+        return weight
+
+    return write
+
+
+def _low_rank(
+    folder: str, checkpoint: Checkpoint, info: Mapping[str, Any]
+) -> tuple[dict[str, Rewrite], dict[str, Tensor]]:
+    """LoRA and DoRA, added to a weight when its turn comes, and the tensors that are new."""
+    tensors, scaling, transposed = read_peft(folder)
+    by_weight: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        module, low_rank, _ = key.removeprefix(PREFIX).partition(".lora_")
+        by_weight[f"{module}.weight" if low_rank else module][key] = tensor
+    rewrites: dict[str, Rewrite] = {}
+    added: dict[str, Tensor] = {}
+    for name, own in by_weight.items():
+        if name not in checkpoint.ties and name in own and info.get("task") == "classification":
+            added[name] = own[name].to(getattr(torch, checkpoint.dtype))
+            continue
+
+        def write(weight: Tensor, own: dict[str, Tensor] = own, name: str = name) -> Tensor:
+            return next(iter(merged(own, scaling, {name: weight}, transposed, folder)))[2]
+
+        for stored in checkpoint.stored(name):
+            # Tried on the shape alone, so that what does not fit is refused before anything is written.
+            write(torch.zeros(checkpoint.tensors[stored].shape, device="meta"))
+            rewrites[stored] = write
+    return rewrites, added
+
+
+def _write_shards(
+    checkpoint: Checkpoint, into: Path, dtype: str | None, rewrites: Mapping[str, Rewrite], added: dict[str, Tensor]
+) -> dict[str, str]:
+    """Writes the shards; returns where each tensor lies. New tensors go into the last shard."""
+    shards: dict[str, list[str]] = defaultdict(list)
+    for tensor, stored in checkpoint.tensors.items():
+        shards[stored.file].append(tensor)
+    last = next(reversed(shards))
+    places = {tensor: shard for shard, tensors in shards.items() for tensor in tensors} | dict.fromkeys(added, last)
+    for shard in tracked("writing", list(shards)):
+        extra = added if shard == last else {}
+        if dtype is None and not extra and not rewrites.keys() & set(shards[shard]):
+            shutil.copyfile(checkpoint.folder / shard, into / shard)
+            continue
+        with opened(checkpoint.folder / shard) as file:
+            tensors = {name: file.get_tensor(name) for name in shards[shard]}
+            metadata = file.metadata() or {"format": "pt"}
+        for name in tensors:
+            if name in rewrites:
+                tensors[name] = rewrites[name](tensors[name].clone())
+            if dtype is not None and tensors[name].is_floating_point():
+                tensors[name] = tensors[name].to(getattr(torch, dtype))
+        save_file(tensors | extra, into / shard, metadata)
+    return places
+
+
+def _write_companions(
+    checkpoint: Checkpoint, into: Path, dtype: str | None, places: dict[str, str], info: Mapping[str, Any], head: bool
+) -> None:
+    """Configuration, tokenizer and generation files, and the index of the shards."""
+    for pattern in COMPANIONS:
+        for file in sorted(checkpoint.folder.glob(pattern)):
+            if file.is_file() and file.name != INDEX:
+                shutil.copyfile(file, into / file.name)
+    if set(places.values()) != {WHOLE}:
+        size = sum(_bytes(into / shard) for shard in set(places.values()))
+        _put_json(into / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    config = read_json(into / "config.json")
+    if head:
+        config = _classifier(checkpoint, info)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    if head or dtype is not None:
+        _put_json(into / "config.json", config)
+
+
+def _classifier(checkpoint: Checkpoint, info: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the model with a classification head in place of its own."""
+    labels = dict(enumerate(info["labels"]))
+    config = transformers.AutoConfig.from_pretrained(
+        checkpoint.folder, id2label=labels, label2id={label: i for i, label in labels.items()}
+    )
+    try:
+        model = transformers.AutoModelForSequenceClassification._model_mapping[type(config)]
+    except KeyError as error:
+        raise FinepointError(f"transformers has no classifier of type {config.model_type}") from error
+    config.architectures = [model.__name__]
+    return json.loads(config.to_json_string(use_diff=True))
+
+
+def _bytes(shard: Path) -> int:
+    with shard.open("rb") as file:
+        return shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def _put_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,80 @@
+"""An adapter laid over a checkpoint's files: what it writes where, checked weight by weight."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.entries import checksum, gather
+from finepoint.errors import FinepointError
+from finepoint.exchange.checkpoint import Checkpoint
+from finepoint.progress import tracked
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What an adapter writes into one weight; numbers in the dtype the adapter was trained in."""
+
+    shape: tuple[int, ...]
+    indices: Tensor
+    """(k,) int64, ascending"""
+    base: Tensor | None
+    """(k,) the base's values there; None for a new classification head, which has no base"""
+    values: Tensor
+    """(k,) what they become"""
+    delta: Tensor
+    """(k,) the trained change, float32 (float64 of float64); values - base where only the values were kept"""
+
+
+def lay_over(adapter: SparseAdapter, checkpoint: Checkpoint) -> dict[str, Patch]:
+    """Patches by weight name; one weight of the checkpoint is in memory at a time.
+
+    Raises:
+        FinepointError: the adapter belongs to another base; the weight is named.
+    """
+    found = {}
+    for name in tracked("checking the base", list(adapter)):
+        change = adapter.changes[name]
+        if name not in checkpoint.ties and change.kind == "full" and adapter.info.get("task") == "classification":
+            values = change.numbers.reshape(-1)
+            found[name] = Patch(change.shape, change.positions(), None, values, values)
+        else:
+            found[name] = _patch(name, change, checkpoint)
+    return found
+
+
+def _patch(name: str, change: Change, checkpoint: Checkpoint) -> Patch:
+    weight = checkpoint.weight(name)
+    if tuple(weight.shape) != change.shape:
+        raise FinepointError(f"the adapter does not fit {checkpoint.name}: {name} has shape {tuple(weight.shape)} "
+                             f"there, {change.shape} in the adapter")  # fmt: skip
+    positions = change.positions()
+    base = gather(weight, positions).to(getattr(torch, change.dtype))
+    if change.kind != "full" and checksum(base) != change.base:
+        raise FinepointError(f"the adapter does not fit {checkpoint.name}: the values of {name} are not those of the "
+                             f"base it was trained on")  # fmt: skip
+    values = change.new_values(base)
+    wide = torch.promote_types(base.dtype, torch.float32)
+    delta = change.numbers if change.kind == "delta" else values.to(wide) - base.to(wide)
+    return Patch(change.shape, positions, base, values, delta)
+
+
+def narrowed(name: str, patch: Patch, dtype: str) -> tuple[Tensor, dict[str, int]]:
+    """A patch's values in a file's dtype, with how many were rounded and how many of the changes vanished by that.
+
+    Raises:
+        FinepointError: the file's dtype is wider than the adapter's, whose base was rounded where it does not say.
+    """
+    target: torch.dtype = getattr(torch, dtype)
+    if torch.promote_types(patch.values.dtype, target) != patch.values.dtype:
+        own = str(patch.values.dtype).removeprefix("torch.")
+        raise FinepointError(f"{name}: the adapter was trained on weights rounded to {own}, the model stores {dtype}; "
+                             f"give --dtype {own} to write the model that was trained")  # fmt: skip
+    values = patch.values.to(target)
+    changed = patch.values != patch.base if patch.base is not None else torch.ones_like(values, dtype=torch.bool)
+    same = values == patch.base.to(target) if patch.base is not None else ~changed
+    return values, {
+        "rounded": int((values.to(patch.values.dtype) != patch.values).sum()),
+        "vanished": int((changed & same).sum()),
+    }

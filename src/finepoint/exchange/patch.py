@@ -1,0 +1,52 @@
+"""Sparse patches in checkpoint coordinates, as vLLM takes them (pull requests 50723 and 53751).
+
+`patch.safetensors` holds `<tensor>.indices` (k,) int32, flat, ascending, and `<tensor>.values` (k,), the new values
+in the tensor's dtype; `patch.json` lists the tensors with name, shape and dtype, named as the base's files name them.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from finepoint.errors import FinepointError
+from finepoint.exchange.checkpoint import Checkpoint
+from finepoint.exchange.overlay import Patch, narrowed
+
+TENSORS = "patch.safetensors"
+LIST = "patch.json"
+INT32_ENTRIES = 1 << 31
+
+
+def write_patch(patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Path, dtype: str | None) -> dict[str, Any]:
+    """Writes the patch; entries whose stored value stays the same are left out.
+
+    Args:
+        dtype: of the values; None for that of each stored tensor.
+
+    Raises:
+        FinepointError: a new classification head; a tensor too large for int32 positions.
+    """
+    tensors, rows = {}, []
+    found = {"entries": 0, "rounded": 0, "vanished": 0}
+    for name, patch in patches.items():
+        if patch.base is None:
+            raise FinepointError(f"a patch replaces values of the base, and {name} is new; export as merged")
+        for tensor in checkpoint.stored(name):
+            stored = checkpoint.tensors[tensor]
+            if patch.indices.numel() and int(patch.indices[-1]) >= INT32_ENTRIES:
+                raise FinepointError(f"{tensor} is too large for the int32 positions of a patch; export as merged")
+            values, lost = narrowed(name, patch, dtype or stored.dtype)
+            moves = values != patch.base.to(values.dtype)
+            tensors[f"{tensor}.indices"] = patch.indices[moves].int()
+            tensors[f"{tensor}.values"] = values[moves]
+            kept = str(values.dtype).removeprefix("torch.")
+            rows.append({"name": tensor, "shape": list(stored.shape), "dtype": kept, "count": int(moves.sum())})
+            found["entries"] += int(moves.sum())
+            found = found | {key: found[key] + lost[key] for key in lost}
+    save_file(tensors, into / TENSORS)
+    listed = {"base_model": checkpoint.name, "patches": rows}
+    (into / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    return found

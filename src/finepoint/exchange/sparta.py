@@ -1,0 +1,81 @@
+"""peft-sparta's saved form of SpaRTA: float32 changes with a row of positions for each, for every weight of the model.
+
+`sparse_deltas.safetensors` holds `indices.<weight>` (k, dimensions) int32 and `deltas.<weight>` (k,) float32, empty
+where nothing changes; `config.json` is the base's, with the base's place under `sparta_pretrained_model`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from finepoint.adapters.adapter import Change
+from finepoint.errors import FinepointError
+from finepoint.exchange.checkpoint import Checkpoint, opened, read_json
+from finepoint.exchange.overlay import Patch
+from finepoint.exchange.reading import change_of
+
+TENSORS = "sparse_deltas.safetensors"
+
+
+def write_sparta(patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Path) -> dict[str, Any]:
+    """Writes a folder for `peft_sparta.SpaRTAforCausalLM`, which adds in float32 to a base loaded in bfloat16.
+
+    `inexact` counts the values that this loader will not hit, among them all that bfloat16 cannot hold.
+
+    Raises:
+        FinepointError: a new classification head, for which peft-sparta has another form.
+    """
+    tensors = {}
+    inexact = 0
+    for name, weight in checkpoint.outline.named_parameters():
+        tensors[f"indices.{name}"] = torch.empty(0, weight.ndim, dtype=torch.int32)
+        tensors[f"deltas.{name}"] = torch.empty(0)
+    for name, patch in patches.items():
+        if patch.base is None:
+            raise FinepointError(f"sparta holds no new classification head, and {name} is one; export as merged")
+        name = checkpoint.ties[name][0]
+        delta = patch.delta.float()
+        places = torch.unravel_index(patch.indices, patch.shape)
+        tensors[f"indices.{name}"] = torch.stack(places, dim=1).int().contiguous()
+        tensors[f"deltas.{name}"] = delta
+        loaded = (patch.base.bfloat16().float() + delta).bfloat16()
+        inexact += int((loaded.double() != patch.values.double()).sum())
+    save_file(tensors, into / TENSORS)
+    is_folder = Path(checkpoint.name).exists() or checkpoint.name.count("/") != 1
+    place = str(checkpoint.folder.resolve()) if is_folder else checkpoint.name
+    config = read_json(checkpoint.folder / "config.json") | {"sparta_pretrained_model": place}
+    (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return {"entries": sum(len(patch.indices) for patch in patches.values()), "inexact": inexact}
+
+
+def read_sparta(folder: Path, checkpoint: Checkpoint, dtype: str | None) -> dict[str, Change]:
+    """The changes peft-sparta would make; entries whose change is 0 are left out.
+
+    Args:
+        dtype: of the weights they are added to; None for the base's.
+
+    Raises:
+        FinepointError: a damaged file, a weight the base lacks, a classification adapter.
+    """
+    with opened(folder / TENSORS) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    if "deltas.score.weight" in tensors and "score.weight" not in checkpoint.ties:
+        raise FinepointError(f"{folder} is a classifier of peft-sparta, whose head is stored elsewhere; "
+                             "save it merged there and use extract")  # fmt: skip
+    changes = {}
+    for key in [key for key in tensors if key.startswith("deltas.")]:
+        name = key.removeprefix("deltas.")
+        if f"indices.{name}" not in tensors:
+            raise FinepointError(f"{folder / TENSORS} has no indices.{name}")
+        delta, places = tensors.pop(key), tensors.pop(f"indices.{name}")
+        if len(delta):
+            found = change_of(name, places.T, delta, checkpoint, dtype, round_first=False)
+            if len(found):
+                changes[checkpoint.ties[name][0]] = found
+    if tensors:
+        raise FinepointError(f"{folder / TENSORS} holds {min(tensors)!r}, which belongs to no weight")
+    return changes
