@@ -58,6 +58,16 @@ def results(folder):
     return found
 
 
+def alike(one, other):
+    """Equal but for the last bits: a process that compiles the kernel and one that reads it from the cache, or another
+    number of threads, add up in another order."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return other == (pytest.approx(one, rel=1e-3, abs=1e-5) if isinstance(one, float) else one)
+
+
 # The plan
 
 
@@ -273,7 +283,7 @@ def test_several_processes_give_the_same_results(config, tmp_path, executor, mon
     torch.set_num_threads(threads)
     many = replace(config, output=str(tmp_path / "many"), workers=os.cpu_count(), executor=executor)
     compare(many)
-    assert results(tmp_path / "many") == results(tmp_path / "study")
+    assert alike(results(tmp_path / "many"), results(tmp_path / "study"))
 
 
 class Unlucky:
@@ -389,11 +399,11 @@ def test_kill_9_loses_at_most_the_cell_in_hand(config, tmp_path):
         process.communicate()
         kept = results(tmp_path / "study")
         assert len(kept) >= wanted
-        assert kept.items() <= whole.items() or all(kept[name] == whole[name] for name in kept)
+        assert all(alike(kept[name], whole[name]) for name in kept)
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["done"] == 6
-    assert results(tmp_path / "study") == whole
+    assert alike(results(tmp_path / "study"), whole)
 
 
 def test_ctrl_c_says_how_to_go_on(config, tmp_path):

@@ -11,7 +11,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -95,7 +95,8 @@ class Processes:
     def start(self, job: Job) -> None:
         process, line = self.idle.pop() if self.idle else self._hire()
         self.busy[line] = process, job
-        line.send(job)
+        with suppress(OSError):  # a process that is gone already: `wait` will find it so
+            line.send(job)
 
     def wait(self) -> tuple[Job, Outcome]:
         line = wait(list(self.busy))[0]
@@ -103,7 +104,7 @@ class Processes:
         process, job = self.busy.pop(line)
         try:
             outcome: Outcome = line.recv()
-        except EOFError:  # its end closes with the process
+        except (EOFError, OSError):  # its end closes with the process, with the job unread perhaps
             return job, LOST
         self.idle.append((process, line))
         return job, outcome
