@@ -6,8 +6,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import finepoint
 from conftest import assert_same_bits, snapshot, tiny_llama
-from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.lowrank import whole
+from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.errors import FinepointError
 from test_adapter import trained
 
@@ -144,7 +143,7 @@ def test_a_new_head_is_not_scaled():
     config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
                          num_attention_heads=4, num_labels=3, pad_token_id=0)  # fmt: skip
     model = LlamaForSequenceClassification(config)
-    adapter = SparseAdapter({name: whole(weight + 1) for name, weight in model.named_parameters()},
+    adapter = SparseAdapter({name: Change.whole(weight + 1) for name, weight in model.named_parameters()},
                             {"task": "classification"})  # fmt: skip
     switch = held(model, {"a": adapter})
     switch.set("a")

@@ -1,4 +1,4 @@
-"""Writing without losing anything: whole files or none, and no folder overwritten by accident."""
+"""Writing without losing anything: whole files or none, no folder overwritten by accident, one process at a time."""
 
 import json
 import os
@@ -46,6 +46,21 @@ def _put(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically, indented."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FinepointError: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FinepointError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise FinepointError(f"{path} holds no JSON object")
+    return found
 
 
 def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -122,3 +137,24 @@ def claim_file(path: str | Path, overwrite: bool) -> Path:
     if file.is_dir() or (file.exists() and not overwrite):
         raise FinepointError(f"{file} exists already; choose another --output or give --overwrite")
     return file
+
+
+@contextmanager
+def alone(place: Path, busy: str | None = None) -> Iterator[None]:
+    """Inside, no other process on this machine is working on the same folder; the lock goes with its process.
+
+    Args:
+        busy: what to say where another one is, instead of waiting for it.
+
+    Raises:
+        FinepointError: another process works there and `busy` is given.
+    """
+    import fcntl  # not on Windows, where the rest of this file works
+
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise FinepointError(busy) from error
+        yield

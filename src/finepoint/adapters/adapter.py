@@ -13,6 +13,7 @@ from finepoint.adapters.entries import checksum, gather, moved, overlap, scatter
 from finepoint.errors import FinepointError
 
 Kind = Literal["delta", "value", "full"]
+APPLIED = "_finepoint_applied"  # the attribute of a model that lists what is applied to it
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Change:
     parts: tuple[tuple[Tensor, str], ...] = ()
     """of a merged change: the indices and the base's checksum of each change it was made of, where the base itself was
     not at hand to take one over all of them"""
+
+    @staticmethod
+    def whole(weight: Tensor) -> "Change":
+        """A weight's value as it is now, whatever it was before; it shares memory with a weight on the CPU."""
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return Change(tuple(weight.shape), dtype, "full", torch.empty(0, dtype=torch.long), weight.detach().cpu())
 
     def __len__(self) -> int:
         return self.numbers.numel()
@@ -177,7 +184,17 @@ class SparseAdapter(Mapping[str, Tensor]):
             self.revert(model)
 
 
+def check_base(model: nn.Module) -> None:
+    """Refuses a model whose values are not the base's alone.
+
+    Raises:
+        FinepointError: an adapter is applied to it.
+    """
+    if getattr(model, APPLIED, None):
+        raise FinepointError("an adapter is applied to the model, which must be the base here; revert it first")
+
+
 def _applied(model: nn.Module) -> list[tuple[SparseAdapter, dict[str, Tensor]]]:
     """The adapters applied to a model, first to last, with the bits they replaced: kept on the model itself, so that
     they live exactly as long and a deep copy of the model can be reverted too."""
-    return model.__dict__.setdefault("_finepoint_applied", [])
+    return model.__dict__.setdefault(APPLIED, [])

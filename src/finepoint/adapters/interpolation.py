@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import Change, SparseAdapter, check_base
 from finepoint.adapters.entries import checksum, gather, moved
 from finepoint.errors import FinepointError
 from finepoint.models import block_of, new_head
@@ -28,8 +28,7 @@ def scaled(adapter: SparseAdapter, model: nn.Module, factor: float | Callable[[s
         FinepointError: the adapter does not fit the model, or one is applied to it now.
     """
     adapter.check(model)
-    if getattr(model, "_finepoint_applied", None):
-        raise FinepointError("an adapter is applied to the model, which must be the base here; revert it first")
+    check_base(model)
     weights = dict(model.named_parameters(remove_duplicate=False))
     kept = unscaled(adapter, model)
     changes = {

@@ -1,6 +1,5 @@
 """LoRA and DoRA as PEFT writes them, merged into whole weights, so that all methods are applied and measured alike."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.format import CONFIG
 from finepoint.errors import FinepointError
+from finepoint.files import read_json
 
 PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -31,7 +31,7 @@ def is_peft(folder: str | Path) -> bool:
 
 def info_of(folder: str | Path) -> dict[str, Any]:
     """What finepoint wrote of a PEFT adapter's origin: base model, task, labels, ..; empty where it wrote nothing."""
-    return _read_json(Path(folder) / CONFIG).get("info", {}) if (Path(folder) / CONFIG).is_file() else {}
+    return read_json(Path(folder) / CONFIG).get("info", {}) if (Path(folder) / CONFIG).is_file() else {}
 
 
 def load_merged(folder: str | Path, model: nn.Module) -> SparseAdapter:
@@ -42,7 +42,7 @@ def load_merged(folder: str | Path, model: nn.Module) -> SparseAdapter:
     """
     tensors, scaling, transposed = read_peft(folder)
     weights = dict(model.named_parameters(remove_duplicate=False))
-    changes = {name: whole(new) for name, _, new in merged(tensors, scaling, weights, transposed, str(folder))}
+    changes = {name: Change.whole(new) for name, _, new in merged(tensors, scaling, weights, transposed, str(folder))}
     return SparseAdapter(changes, info_of(folder))
 
 
@@ -53,7 +53,7 @@ def read_peft(folder: str | Path) -> tuple[dict[str, Tensor], float, bool]:
         FinepointError: a damaged file, a kind of adapter other than plain LoRA and DoRA.
     """
     path = Path(folder) / PEFT_TENSORS
-    config = _read_json(Path(folder) / PEFT_CONFIG)
+    config = read_json(Path(folder) / PEFT_CONFIG)
     for option, plain in PLAIN.items():
         if config.get(option) not in plain:
             raise FinepointError(f"{folder}: {option} is {config.get(option)!r}; only plain LoRA and DoRA are read")
@@ -99,24 +99,8 @@ def merged(
         yield name, new, torch.where(new == base, base, new.to(base.dtype)).contiguous()
 
 
-def whole(weight: Tensor) -> Change:
-    """A weight's new value as a change, on the CPU."""
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return Change(tuple(weight.shape), dtype, "full", torch.empty(0, dtype=torch.long), weight.detach().cpu())
-
-
 def _sum(base: Tensor, a: Tensor, b: Tensor, scaling: float, name: str) -> Tensor:
     if (b.shape[0], a.shape[1]) != tuple(base.shape):
         raise FinepointError(f"{name} is {tuple(base.shape)} in the model, {b.shape[0]} x {a.shape[1]} in the adapter")
     wide = torch.promote_types(base.dtype, torch.float32)
     return base.to(wide) + scaling * (b.detach().to(wide) @ a.to(wide))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FinepointError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise FinepointError(f"{path} holds no JSON object")
-    return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finepoint.adapters.adapter import Change, Kind, SparseAdapter
+from finepoint.adapters.adapter import Change, Kind, SparseAdapter, check_base
 from finepoint.adapters.alignment import Aligned, aligned
 from finepoint.adapters.entries import checksum, gather, moved
 from finepoint.errors import FinepointError
@@ -282,8 +282,7 @@ def _method(how: str, options: Mapping[str, float]) -> tuple[Callable[..., Tenso
 
 
 def _check_base(adapters: Sequence[SparseAdapter], model: nn.Module) -> None:
-    if getattr(model, "_finepoint_applied", None):
-        raise FinepointError("an adapter is applied to the model, which must be the base here; revert it first")
+    check_base(model)
     for number, adapter in enumerate(adapters, 1):
         try:
             adapter.check(model)

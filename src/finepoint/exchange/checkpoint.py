@@ -1,6 +1,5 @@
 """A Hugging Face folder read weight by weight: its safetensors shards, never the whole model at once."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finepoint.errors import FinepointError
+from finepoint.files import read_json
 from finepoint.models import model_folder, outline
 
 WHOLE = "model.safetensors"
@@ -174,18 +174,3 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise FinepointError(f"cannot read {path}: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        FinepointError: the file cannot be read, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FinepointError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise FinepointError(f"{path} holds no JSON object")
-    return found

@@ -16,8 +16,9 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import scatter_
 from finepoint.adapters.lowrank import PREFIX, info_of, is_peft, merged, read_peft
 from finepoint.errors import FinepointError
-from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint, opened, read_json
+from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint, opened
 from finepoint.exchange.overlay import Patch, lay_over, narrowed
+from finepoint.files import read_json
 from finepoint.models import COMPANIONS
 from finepoint.progress import tracked
 

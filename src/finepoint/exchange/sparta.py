@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from finepoint.adapters.adapter import Change
 from finepoint.errors import FinepointError
-from finepoint.exchange.checkpoint import Checkpoint, opened, read_json
+from finepoint.exchange.checkpoint import Checkpoint, opened
 from finepoint.exchange.overlay import Patch
 from finepoint.exchange.reading import change_of
+from finepoint.files import read_json
 
 TENSORS = "sparse_deltas.safetensors"
 

@@ -38,10 +38,10 @@ class Desk:
     model: Any = None
     tokenizer: Any = None
     places: dict[tuple[str, int | None], Workplace] = field(default_factory=dict)
-    sets: dict[str, list[Example]] = field(default_factory=dict)
+    sets: dict[tuple[str, int | None], list[Example]] = field(default_factory=dict)
 
     @staticmethod
-    def at(study: Study, base: Mapping[str, Any] | None = None) -> "Desk":
+    def at(study: Study) -> "Desk":
         """A desk with the study's model on it.
 
         Raises:
@@ -49,18 +49,19 @@ class Desk:
         """
         config = study.config
         model = load_model(config.model, config.dtype)
-        return Desk(study, Path(config.output), base, model, load_tokenizer(config.model))
+        return Desk(study, Path(config.output), model=model, tokenizer=load_tokenizer(config.model))
 
     def place(self, config: TrainConfig, task: str) -> Workplace:
         known = (task, config.max_length)
         if known not in self.places:
-            self.places[known] = workplace(config, self.model, self.tokenizer, read_examples(str(config.data)))
+            examples = self.examples(str(config.data), None)
+            self.places[known] = workplace(config, self.model, self.tokenizer, examples)
         return self.places[known]
 
     def examples(self, path: str, limit: int | None) -> list[Example]:
-        if path not in self.sets:
-            self.sets[path] = some(read_examples(path), limit)
-        return self.sets[path]
+        if (path, limit) not in self.sets:
+            self.sets[path, limit] = some(read_examples(path), limit)
+        return self.sets[path, limit]
 
     def evaluation(self, task: str | None) -> Evaluation:
         """The test sets: that of `task` is in distribution, all others are out of it."""
@@ -73,11 +74,11 @@ class Desk:
             max_length=config.train.get("max_length"),
             new_tokens=config.new_tokens,
             generate=config.generate,
-            trained_answers=self.trained_answers(task) if task else (),
+            trained_answers=self.trained_answers(task) if task and config.generate else (),
         )
 
     def trained_answers(self, task: str) -> list[str]:
-        return frequent_answers(read_examples(self.study.config.tasks[task]["train"]))
+        return frequent_answers(self.examples(self.study.config.tasks[task]["train"], None))
 
 
 def check_sets(config: CompareConfig) -> None:

@@ -1,6 +1,5 @@
 """`finepoint compare`: runs the cells of a study that are still to be run, and keeps every result as it comes."""
 
-import fcntl
 import json
 import logging
 import platform
@@ -15,7 +14,7 @@ from typing import Any
 
 from finepoint.config import CompareConfig
 from finepoint.errors import FinepointError
-from finepoint.files import write_json
+from finepoint.files import alone, read_json, write_json
 from finepoint.packages import digest
 from finepoint.progress import progress
 from finepoint.studies.cells import check_sets
@@ -43,10 +42,10 @@ class Ledger:
     @staticmethod
     def of(folder: Path) -> "Ledger":
         base = folder / "base.json"
-        found = Ledger(folder, json.loads(base.read_text(encoding="utf-8")) if base.is_file() else None)
+        found = Ledger(folder, read_json(base) if base.is_file() else None)
         for path in sorted((folder / "cells").glob("*.json")):
             if not path.name.endswith(".error.json"):
-                cell = json.loads(path.read_text(encoding="utf-8"))
+                cell = read_json(path)
                 found.cells[cell["id"]] = cell
         return found
 
@@ -231,7 +230,7 @@ def _arms_before(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, An
         if folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock", "cells"}:
             raise FinepointError(f"{folder} is not empty and holds no study; choose another --output")
         return []
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     if before.get("format") != FORMAT:
         raise FinepointError(
             f"{path} has format {before.get('format')}, this finepoint writes {FORMAT}; choose another --output"
@@ -258,11 +257,7 @@ def _alone(folder: Path) -> Iterator[None]:
         FinepointError: another one does.
     """
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FinepointError(f"another finepoint compare is at work in {folder}") from error
+    with alone(folder, busy=f"another finepoint compare is at work in {folder}"):
         yield
 
 

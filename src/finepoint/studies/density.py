@@ -5,7 +5,6 @@ them, the best of these with all. The judge is the lowest validation loss of a r
 arXiv:1502.07943, for the halving). Each trial starts afresh, so that its learning rate falls to zero as it would alone.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from finepoint.batches import learned
 from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
-from finepoint.files import claim_folder, write_json
+from finepoint.files import claim_folder, read_json, write_json
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import BLIND_RATES, GRADIENT_RATES
 from finepoint.training.run import RECORD, train
@@ -80,7 +79,7 @@ def train_auto(config: TrainConfig) -> dict[str, Any]:
     winner = best(rung, 1)[0]
     logger.info("density %g at learning rate %g validates best", winner["density"], winner["lr"])
     _move_up(folder / "search" / Trial(winner["density"], winner["lr"], winner["steps"]).id, folder)
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8")) | {"search": found}
+    record = read_json(folder / RECORD) | {"search": found}
     write_json(folder / RECORD, record)
     return record
 
@@ -120,7 +119,7 @@ def _run(config: TrainConfig, place: Workplace, trial: Trial, folder: Path) -> d
     """
     path = folder / f"{trial.id}.json"
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     settings = replace(config, density=trial.density, lr=trial.lr, steps=trial.steps, keep="best", save_every=None,
                        resume=False, overwrite=True, output=str(folder / trial.id))  # fmt: skip
     indices, _ = shared_selection(settings, place, folder)

@@ -9,7 +9,9 @@ import torch
 from finepoint.batches import encode
 from finepoint.data import read_examples, some
 from finepoint.models import load_tokenizer, shape_of
-from finepoint.studies.study import Study
+from finepoint.studies.study import Study, planned, train_config
+from finepoint.training.run import EVALUATIONS
+from finepoint.training.settings import steps_of
 
 SAMPLE = 64  # examples of a file whose lengths are looked at
 SHARE_OF_PEAK = 0.5  # of a matrix product's speed that a small model's passes reach
@@ -31,10 +33,10 @@ def estimate(study: Study) -> float:
 
     task = config.tasks[study.tasks[0]]
     examples = len(read_examples(task["train"]))
-    batch = config.train.get("batch_size", 16) * config.train.get("accumulation", 1)
-    steps = config.train.get("steps") or ceil(examples / batch * config.train.get("epochs", 1))
-    trained = tokens(task["train"], None) / examples * batch * steps
-    passes = ceil(steps / config.train.get("eval_every", max(1, steps // 5))) + 1
+    settings = train_config(study, planned(study, [], [])[0], config.output)
+    steps = steps_of(settings, examples)
+    trained = tokens(task["train"], None) / examples * settings.batch_size * settings.accumulation * steps
+    passes = ceil(steps / (settings.eval_every or max(1, steps // EVALUATIONS))) + 1
     scored = passes * tokens(task["validation"], config.validation_limit)
     scored += sum(tokens(files["test"], config.test_limit) for files in config.tasks.values())
     scored += 2 * sum(tokens(path, config.probe_limit) for path in config.probes.values())

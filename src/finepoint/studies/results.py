@@ -3,7 +3,6 @@
 Only JSON is read here, so that results can be looked at without the libraries that made them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.errors import FinepointError
+from finepoint.files import read_json
 
 FORMAT = 1
 
@@ -127,12 +127,9 @@ def _check_names(results: Results) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FinepointError(f"cannot read {path}: {error}; remove it and run `finepoint compare` again") from error
-    if not isinstance(found, dict):
-        raise FinepointError(f"{path} holds no JSON object; remove it and run `finepoint compare` again")
-    return found
+        return read_json(path)
+    except FinepointError as error:
+        raise FinepointError(f"{error}; remove it and run `finepoint compare` again") from error
 
 
 def best_lr(cells: Sequence[Cell], tuning: str = "best") -> float:

@@ -20,7 +20,7 @@ from finepoint.adapters.entries import gather, overlap
 from finepoint.config import SequenceConfig, TrainConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
-from finepoint.files import write_json
+from finepoint.files import read_json, write_json
 from finepoint.measuring.metrics import sequence_metrics
 from finepoint.measuring.scoring import accuracy
 from finepoint.models import load_model, load_tokenizer
@@ -47,7 +47,7 @@ class Walk:
         return list(self.tests)
 
     def adapter_folder(self, way: str, task: str) -> Path:
-        # Nothing can overlap with the first task: it is trained once for both ways.
+        # Nothing can overlap with the first task: it is trained, and measured, once for both ways.
         return self.folder / ("first" if task == self.tasks[0] else way) / task
 
 
@@ -66,7 +66,7 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
     folder = Path(config.output)
     _claim(folder, settings)
     walk = Walk(config, folder, load_model(config.model, config.dtype), load_tokenizer(config.model), _tests(config))
-    found: dict[str, Any] = {"tasks": walk.tasks, "base": _remembered(folder / "base.json", lambda: _row(walk, "base"))}
+    found: dict[str, Any] = {"tasks": walk.tasks, "base": _remembered(folder / "base.json", lambda: _row(walk))}
     for way in WAYS[config.overlap]:
         found[way] = _walk(walk, way)
     write_json(folder / "result.json", found | {"config": asdict(config), "versions": versions()})
@@ -82,17 +82,17 @@ def _walk(walk: Walk, way: str) -> dict[str, Any]:
             place = walk.adapter_folder(way, task)
             if not (place / RECORD).is_file():
                 _train(walk, way, task, place)
-            adapters.append(SparseAdapter.load(place))
-            adapters[-1].apply(walk.model)
-            records.append(json.loads((place / RECORD).read_text(encoding="utf-8")))
-            row = _remembered(walk.folder / f"row-{way}-{task}.json", lambda task=task: _row(walk, f"after {task}"))
+            adapter = SparseAdapter.load(place)
+            adapter.apply(walk.model)
+            adapters.append(adapter)
+            records.append(read_json(place / RECORD))
+            row = _remembered(place / "accuracies.json", lambda: _row(walk))
             matrix.append([row[name] for name in walk.tasks])
             logger.info("%s, after %s: %s", way, task, ", ".join(f"{name} {row[name]:.3f}" for name in walk.tasks))
         removable = [_removable(walk.model, adapters, i) for i in range(len(adapters))]
     finally:
         for adapter in reversed(adapters):
-            if any(adapter is applied for applied, _ in walk.model.__dict__.get("_finepoint_applied", [])):
-                adapter.revert(walk.model)
+            adapter.revert(walk.model)
     return {
         "matrix": matrix,
         **sequence_metrics(matrix),
@@ -120,7 +120,7 @@ def _train(walk: Walk, way: str, task: str, place: Path) -> None:
     fit(settings, where)
 
 
-def _row(walk: Walk, what: str) -> dict[str, float]:
+def _row(walk: Walk) -> dict[str, float]:
     """The accuracy on every task of the model as it is."""
     config = walk.config
     return {
@@ -143,12 +143,11 @@ def _removable(model: nn.Module, adapters: Sequence[SparseAdapter], which: int) 
     except FinepointError:
         return False  # a later one wrote over it
     back = not adapter.problems(model)  # the checksums are those of the base
-    kept = all(
-        torch.equal(now[name], was[name])
-        for other, was in zip(others, before, strict=True) for now in [values_of(model, other)] for name in was
-    )  # fmt: skip
+    after = [values_of(model, other) for other in others]
     adapter.apply(model)
-    return back and kept
+    return back and all(
+        torch.equal(now[name], was[name]) for now, was in zip(after, before, strict=True) for name in was
+    )
 
 
 def values_of(model: nn.Module, adapter: SparseAdapter) -> dict[str, torch.Tensor]:
@@ -164,7 +163,7 @@ def shared(a: SparseAdapter, b: SparseAdapter) -> int:
 def _remembered(path: Path, make: Any) -> dict[str, float]:
     if not path.is_file():
         write_json(path, make())
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _check(config: SequenceConfig) -> dict[str, Any]:
@@ -187,7 +186,7 @@ def _check(config: SequenceConfig) -> dict[str, Any]:
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     manifest = folder / MANIFEST
     if manifest.is_file():
-        before = json.loads(manifest.read_text(encoding="utf-8"))
+        before = read_json(manifest)
         for name, value in json.loads(json.dumps(settings)).items():
             if before.get(name) != value:
                 raise FinepointError(f"the sequence in {folder} was begun with {name} {before.get(name)}, not {value}; "

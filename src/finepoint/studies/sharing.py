@@ -1,10 +1,8 @@
 """Work that cells share, done once: gradients for scoring, and the entries that a rule chooses by them."""
 
-import fcntl
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
@@ -17,7 +15,7 @@ from torch import nn
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.statistics import Statistics, stream_statistics
 from finepoint.config import TrainConfig
-from finepoint.files import write_atomic, write_json
+from finepoint.files import alone, read_json, write_atomic, write_json
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.workplace import Workplace, select_for
 
@@ -36,7 +34,7 @@ def shared_selection(config: TrainConfig, place: Workplace, folder: Path) -> tup
     with alone(made):
         if not (made / "selection.json").is_file():
             _select(config, place, made, folder / "statistics")
-    return made, json.loads((made / "selection.json").read_text(encoding="utf-8"))
+    return made, read_json(made / "selection.json")
 
 
 def _select(config: TrainConfig, place: Workplace, made: Path, store: Path) -> None:
@@ -81,12 +79,3 @@ def key(config: TrainConfig, parts: Sequence[str]) -> str:
     """A name for everything among the settings that decides a result; the files' contents are the study's business."""
     values = {part: value for part, value in asdict(config).items() if part in parts}
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def alone(place: Path) -> Iterator[None]:
-    """Inside, no other process on this machine is working on the same place; a lock dies with its process."""
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

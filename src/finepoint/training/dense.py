@@ -95,11 +95,7 @@ class DenseTuner:
     ) -> SparseAdapter:
         """The trained weights, whole, as an adapter on the CPU; `store` and `full` change nothing here."""
         self.follow_()
-        changes = {
-            name: Change(tuple(weight.shape), str(weight.dtype).removeprefix("torch."), "full",
-                         torch.empty(0, dtype=torch.long), weight.detach().cpu().clone())
-            for name, weight in self.weights.items()
-        }  # fmt: skip
+        changes = {name: Change.whole(weight.detach().cpu().clone()) for name, weight in self.weights.items()}
         return SparseAdapter(changes, dict(info or {}))
 
     def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> Path:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.format import CONFIG
-from finepoint.adapters.lowrank import PEFT_TENSORS, merged, whole
+from finepoint.adapters.lowrank import PEFT_TENSORS, merged
 from finepoint.errors import FinepointError
 from finepoint.files import write_json
 from finepoint.training.tuner import CONTAINER
@@ -94,7 +94,7 @@ class PeftTuner:
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
     ) -> SparseAdapter:
         """The merged weights, whole, as an adapter on the CPU; `store` and `full` change nothing here."""
-        return SparseAdapter({name: whole(stored) for name, _, _, stored in self.merged()}, dict(info or {}))
+        return SparseAdapter({name: Change.whole(stored) for name, _, _, stored in self.merged()}, dict(info or {}))
 
     def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> Path:
         """Writes PEFT's files, and what the adapter says of itself beside them; returns the file with the tensors."""

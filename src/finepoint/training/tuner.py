@@ -205,18 +205,14 @@ class TrainedEntries(nn.Module):
         return int((gather(self.weight, self.indices) != self.base).sum())
 
     def change(self, store: str) -> Change:
-        shape, dtype = self._form()
+        shape, dtype = tuple(self.weight.shape), str(self.weight.dtype).removeprefix("torch.")
         indices, base = self.indices.cpu().long(), checksum(self.base)
         if store == "value" or (store == "auto" and self.weight.itemsize == 2):
             return Change(shape, dtype, "value", indices, gather(self.weight, self.indices).cpu(), base)
         return Change(shape, dtype, "delta", indices, self.delta.detach().cpu().clone(), base)
 
     def whole(self) -> Change:
-        shape, dtype = self._form()
-        return Change(shape, dtype, "full", torch.empty(0, dtype=torch.long), self.weight.detach().cpu().clone())
-
-    def _form(self) -> tuple[tuple[int, ...], str]:
-        return tuple(self.weight.shape), str(self.weight.dtype).removeprefix("torch.")
+        return Change.whole(self.weight.detach().cpu().clone())
 
     # The hooks. Bound methods, not closures, so that a deep copy of the model has hooks on its own copies.
 
