@@ -183,7 +183,19 @@ class TrainedEntries(nn.Module):
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.delta = nn.Parameter(torch.zeros(len(indices), dtype=wide, device=weight.device))
         self.stale = False
-        self.register_load_state_dict_post_hook(lambda module, keys: setattr(module, "stale", True))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes deltas from a state dict; where that says which entries they are of, they must be these.
+
+        Raises:
+            FinepointError: the deltas are of other entries.
+        """
+        kept = state_dict.pop(f"{prefix}indices", None)
+        if kept is not None and not torch.equal(kept.to(self.indices), self.indices):
+            raise FinepointError(f"the deltas of {self.name} to be loaded belong to other entries than the model's; "
+                                 "choose the entries as that run did")  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.stale = True
 
     @property
     def weight(self) -> nn.Parameter:
@@ -294,18 +306,32 @@ class _GatheredWeight(torch.autograd.Function):
 class _StandIn:
     """Puts the gathering identity in a weight's place while its module runs, for modules of any kind."""
 
-    def __init__(self, entries: TrainedEntries, attribute: str) -> None:
+    def __init__(self, entries: TrainedEntries, owner: nn.Module, attribute: str) -> None:
         self.entries = entries
+        self.owner = owner
         self.attribute = attribute
 
     def enter(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and self.entries.delta.requires_grad:
             weight = self.entries.weight
             stand_in = _GatheredWeight.apply(weight.detach(), self.entries.delta, self.entries)
-            module._parameters[self.attribute] = stand_in
+            self.owner._parameters[self.attribute] = stand_in
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters[self.attribute] = self.entries.weight
+        self.owner._parameters[self.attribute] = self.entries.weight
+
+
+class _Bypass(_StandIn):
+    """Stands in for the head's weight while the whole model runs and is told to do without the head's forward.
+
+    TRL's trainers call `model(.., fused_lm_head=True)` and multiply by `lm_head.weight` themselves: hooks on the head
+    would see nothing, and its entries would silently get no gradient.
+    """
+
+    def enter_if_fused(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("fused_lm_head"):
+            self.entries.before_forward(self.owner, args)
+            self.enter(module, args)
 
 
 def _attach(model: nn.Module, entries: TrainedEntries) -> list[RemovableHandle]:
@@ -323,10 +349,19 @@ def _attach(model: nn.Module, entries: TrainedEntries) -> list[RemovableHandle]:
             elif attribute == "weight" and forward is nn.Embedding.forward and _is_plain(module):
                 handles.append(module.register_forward_hook(entries.after_embedding, with_kwargs=True))
             else:
-                stand_in = _StandIn(entries, attribute)
+                stand_in = _StandIn(entries, module, attribute)
                 handles.append(module.register_forward_pre_hook(stand_in.enter))
                 handles.append(module.register_forward_hook(stand_in.leave, always_call=True))
+            if module is _head(model):
+                bypass = _Bypass(entries, module, attribute)
+                handles.append(model.register_forward_pre_hook(bypass.enter_if_fused, with_kwargs=True))
+                handles.append(model.register_forward_hook(bypass.leave, always_call=True))
     return handles
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The module of a language model's output matrix, where the model tells."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def _is_plain(embedding: nn.Module) -> bool:
