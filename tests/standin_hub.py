@@ -45,7 +45,13 @@ class Handler(BaseHTTPRequestHandler):
                 row = json.loads(line)
                 if row["key"] == "file":
                     self.files[repo][row["value"]["path"]] = base64.b64decode(row["value"]["content"])
-            self._send({"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}", "commitOid": COMMIT, "success": True})
+            self._send(
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}",
+                    "commitOid": COMMIT,
+                    "success": True,
+                }
+            )
         else:
             self._send({"error": f"what is {path}?"}, 404)
 
@@ -71,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._send({"error": f"what is {path}?"}, 404)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 - http.server's name
 
 
 @contextmanager

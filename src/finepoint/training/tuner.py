@@ -14,13 +14,12 @@ is frozen, keeps its layers and their forward, and always holds base + delta. Tw
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.hooks import RemovableHandle
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.entries import checksum, gather
@@ -67,7 +66,7 @@ class SparseTuner:
         container = nn.ModuleDict({name.replace(".", "/"): entries for name, entries in self.entries.items()})
         setattr(model, CONTAINER, container)
         follow_after_steps(container)
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Any] = []  # whatever `remove` takes off the model
         for entries in self.entries.values():
             self._handles += _attach(model, entries)
 
@@ -228,17 +227,20 @@ class TrainedEntries(nn.Module):
 
     # The hooks. Bound methods, not closures, so that a deep copy of the model has hooks on its own copies.
 
+    @torch.compiler.disable
     def before_forward(self, module: nn.Module, args: Any) -> None:
         if self.stale:
             # Through .data: if the deltas did not change after all, graphs that saved the weight stay valid.
             self._write_(self.weight.data)
 
+    @torch.compiler.disable
     def after_linear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.delta.requires_grad):
             return output
         x = args[0] if args else kwargs["input"]
         return _SampledLinear.apply(output, self.delta, x, self)
 
+    @torch.compiler.disable
     def after_embedding(
         self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
@@ -311,14 +313,35 @@ class _StandIn:
         self.owner = owner
         self.attribute = attribute
 
+    @torch.compiler.disable
     def enter(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and self.entries.delta.requires_grad:
             weight = self.entries.weight
             stand_in = _GatheredWeight.apply(weight.detach(), self.entries.delta, self.entries)
             self.owner._parameters[self.attribute] = stand_in
 
+    @torch.compiler.disable
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.owner._parameters[self.attribute] = self.entries.weight
+
+
+class _Eager:
+    """Keeps torch.compile out of a module: code compiled for the weight itself would pass by what stands in for it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.patched = "forward" not in vars(module)
+        if self.patched:  # a method, which a deep copy of the module binds to the copy
+            vars(module)["forward"] = MethodType(_eagerly, module)
+
+    def remove(self) -> None:
+        if self.patched:
+            vars(self.module).pop("forward", None)
+
+
+@torch.compiler.disable
+def _eagerly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(module).forward(module, *args, **kwargs)
 
 
 class _Bypass(_StandIn):
@@ -328,15 +351,16 @@ class _Bypass(_StandIn):
     would see nothing, and its entries would silently get no gradient.
     """
 
+    @torch.compiler.disable
     def enter_if_fused(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("fused_lm_head"):
             self.entries.before_forward(self.owner, args)
             self.enter(module, args)
 
 
-def _attach(model: nn.Module, entries: TrainedEntries) -> list[RemovableHandle]:
+def _attach(model: nn.Module, entries: TrainedEntries) -> list[Any]:
     """Hooks every module that uses the weight (several, if it is tied)."""
-    handles: list[RemovableHandle] = []
+    handles: list[Any] = []
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not entries.weight:
@@ -352,6 +376,7 @@ def _attach(model: nn.Module, entries: TrainedEntries) -> list[RemovableHandle]:
                 stand_in = _StandIn(entries, module, attribute)
                 handles.append(module.register_forward_pre_hook(stand_in.enter))
                 handles.append(module.register_forward_hook(stand_in.leave, always_call=True))
+                handles.append(_Eager(module))
             if module is _head(model):
                 bypass = _Bypass(entries, module, attribute)
                 handles.append(model.register_forward_pre_hook(bypass.enter_if_fused, with_kwargs=True))
