@@ -49,6 +49,15 @@ class Labelled:
     label: str
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A prompt, an answer that is preferred, and one that is not: what alignment by preferences learns from."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
 Example = Completion | Choices | Chat | Text | Labelled
 
 FORMS = (
@@ -66,6 +75,28 @@ def read_examples(path: str | Path) -> list[Example]:
     """
     rows = [(f"{path}, line {number}", _parsed(f"{path}, line {number}", line)) for number, line in _lines(Path(path))]
     return _alike(str(path), [(where, _example(where, row)) for where, row in rows])
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """The preference pairs of a JSON Lines file; empty lines are skipped.
+
+    Raises:
+        FinepointError: the file is missing or empty, or a line is malformed; file and line are named.
+    """
+    found = []
+    for number, line in _lines(Path(path)):
+        where = f"{path}, line {number}"
+        row = _parsed(where, line)
+        if not isinstance(row, dict) or set(row) - EXTRAS != {"prompt", "chosen", "rejected"}:
+            keys = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise FinepointError(f'{where}: {keys}; expected {{"prompt", "chosen", "rejected"}}')
+        pair = Pair(*(_string(where, row, key) for key in ("prompt", "chosen", "rejected")))
+        if pair.chosen == pair.rejected:
+            raise FinepointError(f"{where}: 'chosen' and 'rejected' are the same text")
+        found.append(pair)
+    if not found:
+        raise FinepointError(f'{path} holds no pair; expected one {{"prompt", "chosen", "rejected"}} a line')
+    return found
 
 
 def as_examples(rows: Iterable[Any]) -> list[Example]:

@@ -11,6 +11,7 @@ from keyword import iskeyword
 COMMANDS = {
     "demo": "fine-tune a small real model and compare: the quickest look",
     "train": "choose entries, train them in place, save an adapter",
+    "align": "the same by preferences (DPO) or rewards (GRPO)",
     "select": "choose entries only",
     "plan": "predict the peak memory of both",
     "eval": "measure a model and adapters: ID, OOD, forgetting",

@@ -202,9 +202,10 @@ class TrainedEntries(nn.Module):
 
     def follow_(self) -> None:
         """weight[indices] = base + delta, rounded once to the weight's dtype."""
-        self._write_(self.weight)
+        self.write_(self.weight)
 
-    def _write_(self, weight: Tensor) -> None:
+    def write_(self, weight: Tensor) -> None:
+        """The same into a tensor of the weight's own memory, e.g. its `.data`, which has no version counter."""
         wide = torch.promote_types(self.base.dtype, torch.float32)
         if weight.dtype != self.base.dtype or self.delta.dtype != wide:
             raise FinepointError(f"{self.name} was cast after SparseTuner; cast the model first, then make the tuner")
@@ -231,7 +232,7 @@ class TrainedEntries(nn.Module):
     def before_forward(self, module: nn.Module, args: Any) -> None:
         if self.stale:
             # Through .data: if the deltas did not change after all, graphs that saved the weight stay valid.
-            self._write_(self.weight.data)
+            self.write_(self.weight.data)
 
     @torch.compiler.disable
     def after_linear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
