@@ -7,14 +7,16 @@ import pytest
 import torch
 
 import finepoint
-from conftest import assert_same_bits, snapshot, write_lines
+from conftest import assert_same_bits, random_batches, snapshot, write_lines
 from finepoint.cli import main
 from finepoint.config import AlignConfig
 from finepoint.data import read_pairs
 from finepoint.errors import FinepointError
 from finepoint.integrations.align import align
+from finepoint.integrations.reference import Reference
 from finepoint.integrations.rewards import exact, line, number
 from finepoint.models import load_model
+from finepoint.training.lowrank import PeftTuner
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 PAIRS = [{"prompt": f"a{c}:", "chosen": " yes", "rejected": " no"} for c in "abcdefgh"]
@@ -72,6 +74,20 @@ def test_the_adapter_is_what_was_measured(model_folder, tmp_path, pairs, tokeniz
     assert adapter.count == record["trained"]
     results = adapter.info["results"]["pairs"]
     assert results["margin"] == record["after"]["margin"]
+
+
+def test_the_reference_of_low_rank_factors_is_the_base(llama):
+    batch = random_batches(1)[0]
+    expected = llama(**batch).logits
+    tuner = PeftTuner(llama, ["model.layers.0.self_attn.q_proj"], rank=2, alpha=4)
+    ref = Reference(llama, tuner.disabled)
+    with torch.no_grad():
+        for parameter in tuner.trained().values():
+            parameter.add_(0.3)
+    assert torch.equal(ref(**batch).logits, expected)
+    assert not torch.equal(llama(**batch).logits, expected)  # negative control
+    assert all(parameter.requires_grad for parameter in tuner.trained().values())
+    tuner.close()
 
 
 @pytest.mark.parametrize("arm", [{"rule": "random"}, {"rule": "gallop", "beta": 0.05}, {"baseline": "lora"}])
