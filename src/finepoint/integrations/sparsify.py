@@ -13,6 +13,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import gather
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Scope, select
+from finepoint.choosing.structure import Pooling
 from finepoint.choosing.weights import Targets
 from finepoint.errors import FinepointError
 from finepoint.integrations.given import scoring_batches
@@ -37,6 +38,8 @@ def sparsify(
     exclude: Sequence[Mapping[str, Tensor]] = (),
     whole: Sequence[str] = (),
     rule_options: Mapping[str, float] | None = None,
+    structure: str = "entry",
+    pooling: Pooling = "mean",
     scoring_examples: float = 256,
     scoring_memory: float = 1.0,
     batch_size: int = 16,
@@ -60,7 +63,7 @@ def sparsify(
         scoring_examples: how many examples gradients are taken over; a share where below 1. Ready batches are all used.
         batch_size: examples a scoring batch.
         max_length: longest scoring example in tokens; the model's context where not given.
-        count, scope, targets, exclude, rule_options, scoring_memory, seed: as for `finepoint.select`.
+        count, scope, targets, exclude, rule_options, structure, pooling, scoring_memory, seed: as for `select`.
 
     Returns:
         The very same model.
@@ -77,7 +80,7 @@ def sparsify(
             batches = scoring_batches(model, rule, data, tokenizer, scoring_examples, batch_size, max_length, seed)
         selection = select(
             model, batches, rule=rule, density=density, count=count, scope=scope, targets=targets, exclude=exclude,
-            seed=seed, scoring_memory=scoring_memory, rule_options=rule_options,
+            seed=seed, scoring_memory=scoring_memory, rule_options=rule_options, structure=structure, pooling=pooling,
         )  # fmt: skip
         facts = {key: value for key, value in selection.statistics.items() if key != "weights"}
         info |= {"rule": selection.rule, "density": facts.get("density"), "scope": scope, "seed": seed}
