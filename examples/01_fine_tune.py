@@ -1,6 +1,6 @@
 """Fine-tune on movie reviews, look at what was learned and forgotten, use the adapter and take it off again.
 
-python examples/01_fine_tune.py [--steps 40] (about three minutes on two cores)
+python examples/01_fine_tune.py [--steps 40] (a few minutes on two cores)
 """
 
 import torch

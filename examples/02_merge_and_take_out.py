@@ -1,6 +1,6 @@
 """Train two tasks on entries of their own, merge them, and take one out again, exactly.
 
-python examples/02_merge_and_take_out.py [--steps 40] (about six minutes on two cores)
+python examples/02_merge_and_take_out.py [--steps 40] (some minutes on two cores)
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Three rules, each at a rate of its own, on the same task: what is learned, what is forgotten, what they share.
 
-python examples/03_compare_rules.py [--steps 40] (about eight minutes on two cores; one seed ranks nothing:
+python examples/03_compare_rules.py [--steps 40] (some minutes on two cores; one seed ranks nothing:
 for more, see `finepoint compare`)
 """
 

@@ -4,6 +4,7 @@ It never computes anything itself: threads do not survive a fork. `client` is wh
 as `python`; commands, folders, output, environment and exit status are those of the caller.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -12,9 +13,10 @@ import socket
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
-HEAVY = ("torch", "transformers", "peft", "matplotlib.figure", "finepoint.cli", "finepoint.training.run",
+HEAVY = ("torch", "transformers", "peft", "matplotlib.figure", "finepoint.cli.options", "finepoint.training.run",
          "finepoint.training.lowrank", "finepoint.studies.compare", "finepoint.studies.sequence",
          "finepoint.measuring.evaluation", "finepoint.exchange.formats", "finepoint.reporting.report",
          "transformers.models.llama.modeling_llama")  # fmt: skip
@@ -57,10 +59,14 @@ class Warm:
 
 def serve(place):
     for name in HEAVY:
-        try:
+        with suppress(ImportError):  # an extra
             __import__(name)
-        except ImportError:
-            continue  # an extra
+    with suppress(ImportError):
+        from numba.core.registry import cpu_target
+
+        cpu_target.typing_context.refresh()
+        cpu_target.target_context.refresh()
+    gc.freeze()  # a collection in a child need not look through all this
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.bind(place)
