@@ -39,6 +39,14 @@ def test_a_page_runs_from_top_to_bottom(page, warm, given, tmp_path):
     assert done.stdout.count("\n-- ") + done.stdout.startswith("-- ") == len(blocks(page.read_text(), "python", "sh"))
 
 
+def test_no_block_trains_the_real_model():
+    for page in PAGES:
+        for block in blocks(page.read_text(), "python", "sh"):
+            assert block.is_marked or "smollm2" not in block.code, (
+                f"{page.name}, line {block.line}: say my-model, or mark the block '# takes minutes'"
+            )
+
+
 def test_messages_explained_are_those_of_the_code():
     # Strings that continue on the next line are joined, what is filled in becomes `..` as on the page.
     code = "".join(path.read_text() for path in sorted(Path(finepoint.__file__).parent.rglob("*.py")))

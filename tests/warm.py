@@ -15,6 +15,7 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from select import select
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib.figure", "finepoint.cli.options", "finepoint.training.run",
          "finepoint.training.lowrank", "finepoint.studies.compare", "finepoint.studies.sequence",
@@ -40,12 +41,17 @@ class Warm:
             (self.bin / name).write_text(CLIENT)
             (self.bin / name).chmod(0o755)
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # more cost more than they give where all is tiny
-        self.process = subprocess.Popen([sys.executable, __file__, self.place], stdout=subprocess.PIPE, env=one_thread)
+        command = [sys.executable, __file__, self.place]
+        # A session of its own, so that all it started ends with it; and it leaves when our end of its stdin closes.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=one_thread, start_new_session=True
+        )
         assert self.process.stdout.readline() == b"ready\n"
 
     def close(self):
-        self.process.kill()
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.process.stdin.close()
         self.process.stdout.close()
 
     def run(self, *command, folder, timeout=300, **environment):
@@ -72,7 +78,7 @@ def serve(place):
         server.bind(place)
         server.listen()
         print("ready", flush=True)
-        while True:
+        while server in select([server, sys.stdin], [], [])[0]:
             caller, _ = server.accept()
             message, descriptors, *_ = socket.recv_fds(caller, 1 << 20, 3)
             if os.fork() == 0:
