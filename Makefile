@@ -25,6 +25,7 @@ bench-quick: $(VENV)/.benchmarks
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html (its search box needs a server: python -m http.server -d site)"
 
 $(VENV)/.benchmarks: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -56,8 +56,8 @@ class Warm:
 
     def run(self, *command, folder, timeout=300, **environment):
         """What `python FILE ..` or `finepoint ..` does in a folder: the status and all output."""
-        known = os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}", "FINEPOINT_WARM": str(self.place),
-                              "HF_HUB_OFFLINE": "1"}  # fmt: skip
+        path = f"{self.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        known = os.environ | {"PATH": path, "FINEPOINT_WARM": str(self.place), "HF_HUB_OFFLINE": "1"}
         return subprocess.run([self.bin / command[0], *command[1:]], cwd=folder, env=known | environment,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
                               timeout=timeout)  # fmt: skip
