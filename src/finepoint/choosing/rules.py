@@ -52,6 +52,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+"""The rules by name, each with its function, formula and source."""
 ALIASES = {"sparta": "random", "saft": "gradient"}
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from keyword import iskeyword
+from types import ModuleType
 
 COMMANDS = {
     "demo": "fine-tune a small real model and compare: the quickest look",
@@ -55,8 +56,7 @@ def _run(command: str, arguments: list[str]) -> int:
     from finepoint.cli.options import parse
     from finepoint.errors import FinepointError
 
-    # A command that is a word of Python's has a module with the customary underscore: import -> import_.py.
-    module = import_module(f"finepoint.cli.{command}{'_' if iskeyword(command) else ''}")
+    module = module_of(command)
     try:
         config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
         from finepoint.progress import log_to_stderr
@@ -71,6 +71,11 @@ def _run(command: str, arguments: list[str]) -> int:
         print(f"finepoint {command}: interrupted", file=sys.stderr)
         return 130
     return status or 0
+
+
+def module_of(command: str) -> ModuleType:
+    """Where a command lives; one that is a word of Python's has the customary underscore: import -> import_.py."""
+    return import_module(f"finepoint.cli.{command}{'_' if iskeyword(command) else ''}")
 
 
 def _overview() -> str:
