@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finepoint import ranks
 from finepoint.batches import Packer, real_tokens
 from finepoint.errors import FinepointError
 from finepoint.files import write_atomic
@@ -41,6 +43,13 @@ class Tokens:
 
     def __sub__(self, other: "Tokens") -> "Tokens":
         return Tokens(self.real - other.real, self.places - other.places, self.seconds - other.seconds)
+
+    def of_all(self) -> "Tokens":
+        """Those of all processes together; the seconds are this one's."""
+        sums = torch.tensor([self.real, self.places], device=ranks.device())
+        ranks.add_up_(sums)
+        real, places = sums.tolist()
+        return Tokens(real, places, self.seconds)
 
     def rates(self) -> dict[str, float]:
         """Real tokens a second, and the share of all places that is padding."""
@@ -88,6 +97,21 @@ class LengthBuckets(Sampler[int]):
         return chain.from_iterable(batches + short)
 
 
+class TakePart(torch.autograd.Function):
+    """The loss itself; in its backward pass every trained parameter takes part, if only by no gradient.
+
+    DDP waits for all of them, and a batch may leave out some: experts without a token, an encoder without an image.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
 class SparseTrainer(Trainer):
     """A stock Trainer but for its loss, which costs less memory, and its checkpoints, which hold what is trained.
 
@@ -104,6 +128,8 @@ class SparseTrainer(Trainer):
         self.packer = packer
         self.tokens = Tokens()
         super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
+        # What is sharded by now is to be taken as it is: neither wrapped once more nor saved with its weights.
+        self.is_distributed_loading_by_transformers = any(map(ranks.is_sharded, self.model.parameters()))
 
     def get_train_dataloader(self) -> DataLoader:
         collator: Any = self.data_collator
@@ -120,12 +146,17 @@ class SparseTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = completion_loss(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and ranks.count() > 1:
+            loss = loss * ranks.count()  # divided by all processes' labels, and the gradients are averaged
+        if ranks.count() > 1 and torch.is_grad_enabled():
+            loss = TakePart.apply(loss, *self.tuner.trained().values())
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.tokens += Tokens(real_tokens(inputs), inputs["input_ids"].numel())
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
+        # With several processes the gradient tells, which all of them see, so that all stop at the same step.
+        if not torch.isfinite(loss) and ranks.count() == 1:
             raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         if self.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
             self.penalty()
@@ -151,7 +182,8 @@ class SparseTrainer(Trainer):
         self.tuner.follow_()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.keep(Path(output_dir or self.args.output_dir) / DELTAS)
+        if ranks.is_first():
+            self.keep(Path(output_dir or self.args.output_dir) / DELTAS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.restore_(Path(resume_from_checkpoint) / DELTAS)
@@ -211,7 +243,7 @@ class Watch(TrainerCallback):
         losses = [loss for _, loss in validation_losses(state)]
         first_best = losses.index(min(losses))
         if self.best and first_best == len(losses) - 1:
-            self.trainer.keep(self.best)
+            ranks.on_first(partial(self.trainer.keep, self.best))
         if self.patience and len(losses) - 1 - first_best >= self.patience:
             control.should_training_stop = True
 
@@ -223,6 +255,8 @@ class Watch(TrainerCallback):
             record |= (self.trainer.tokens - self.logged).rates()
             self.logged = self.trainer.tokens
         self.records.append(record)
+        if not ranks.is_first():
+            return
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if "eval_loss" in record:
