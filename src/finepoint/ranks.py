@@ -94,7 +94,7 @@ def device() -> Any:
 
 
 def on_first(work: Callable[[], Result]) -> Result:
-    """What `work` returns, done by the first process alone; the others wait for it, and its mistake is theirs too.
+    """What `work` returns, done by the first process alone, once all have come here; its mistake is that of all.
 
     Raises:
         FinepointError: raised by `work`, in every process.
@@ -102,6 +102,7 @@ def on_first(work: Callable[[], Result]) -> Result:
     if count() == 1:
         return work()
     outcome: list[Any] = [None, None]
+    _group().barrier()
     try:
         if is_first():
             outcome[0] = work()

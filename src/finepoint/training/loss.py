@@ -26,15 +26,15 @@ CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "l
 def completion_loss(model: Any, batch: Mapping[str, Any], items: Tensor | int | None = None) -> Tensor:
     """The mean cross-entropy over the labels of a batch: the model's own loss in less memory.
 
-    Works on any causal model whose logits are its head's output, wrapped by PEFT or DDP or not; for all others
-    (soft-capped or scaled logits, classifiers) it is the model's own loss, and for sharded ones, whose head is whole
+    Works on any causal model whose logits are its head's output, wrapped by PEFT or not; for all others (soft-capped or
+    scaled logits, classifiers) it is the model's own loss, and for sharded ones, whose head is whole
     only while the model runs.
 
     Args:
         batch: what the model's forward takes; `labels` may be those of the last positions only.
         items: labels to divide by, where a step has several batches; those of this batch if None.
     """
-    head = plain_head(_unwrapped(model))
+    head = plain_head(model)
     labels = batch["labels"]
     if head is None or labels.ndim != 2:
         return model(**batch, **({} if items is None else {"num_items_in_batch": items})).loss
@@ -94,16 +94,11 @@ def head_states(model: Any, head: nn.Module, batch: Mapping[str, Any]) -> Tensor
         return (args[0][:, :0], *args[1:])
 
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if "use_cache" in accepted(_unwrapped(model)):
+    if "use_cache" in accepted(model):
         inputs["use_cache"] = False  # keys and values of all layers, for a generation that does not come
     with head.register_forward_pre_hook(take):
         model(**inputs)
     return found[0]
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model that DDP has wrapped; any other as it is. Its forward is to be called through the wrapper."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 _PROBED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()

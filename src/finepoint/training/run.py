@@ -309,7 +309,6 @@ def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArgu
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        ddp_find_unused_parameters=False,  # `TakePart` sees to it that there are none
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )

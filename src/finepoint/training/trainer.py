@@ -97,21 +97,6 @@ class LengthBuckets(Sampler[int]):
         return chain.from_iterable(batches + short)
 
 
-class TakePart(torch.autograd.Function):
-    """The loss itself; in its backward pass every trained parameter takes part, if only by no gradient.
-
-    DDP waits for all of them, and a batch may leave out some: experts without a token, an encoder without an image.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
-
-
 class SparseTrainer(Trainer):
     """A stock Trainer but for its loss, which costs less memory, and its checkpoints, which hold what is trained.
 
@@ -121,6 +106,8 @@ class SparseTrainer(Trainer):
             their loss can be compared.
     """
 
+    tuner: Any
+
     def __init__(self, method: Method, packer: Packer | None = None, **kwargs: Any) -> None:
         self.tuner = method.tuner
         self.penalty = method.penalty
@@ -128,8 +115,11 @@ class SparseTrainer(Trainer):
         self.packer = packer
         self.tokens = Tokens()
         super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
-        # What is sharded by now is to be taken as it is: neither wrapped once more nor saved with its weights.
-        self.is_distributed_loading_by_transformers = any(map(ranks.is_sharded, self.model.parameters()))
+        if ranks.count() > 1:
+            # The model is taken as it is, sharded or not: what is trained is averaged here, once a step, always in one
+            # order. DDP rearranges its messages after the first step, and a resumed run would add up in another order.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.tuner.train_together()
 
     def get_train_dataloader(self) -> DataLoader:
         collator: Any = self.data_collator
@@ -148,8 +138,6 @@ class SparseTrainer(Trainer):
         loss = completion_loss(model, inputs, num_items_in_batch)
         if num_items_in_batch is not None and ranks.count() > 1:
             loss = loss * ranks.count()  # divided by all processes' labels, and the gradients are averaged
-        if ranks.count() > 1 and torch.is_grad_enabled():
-            loss = TakePart.apply(loss, *self.tuner.trained().values())
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -158,6 +146,8 @@ class SparseTrainer(Trainer):
         # With several processes the gradient tells, which all of them see, so that all stop at the same step.
         if not torch.isfinite(loss) and ranks.count() == 1:
             raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+        if self.accelerator.sync_gradients and ranks.count() > 1:
+            self.tuner.average_()
         if self.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
             self.penalty()
         return loss

@@ -69,7 +69,7 @@ class SparseTuner:
 
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
-        container = Deltas({name.replace(".", "/"): entries for name, entries in self.entries.items()})
+        container = self._deltas = Deltas({name.replace(".", "/"): entries for name, entries in self.entries.items()})
         setattr(model, CONTAINER, container)
         follow_after_steps(container)
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(container.meet)]
@@ -100,6 +100,19 @@ class SparseTuner:
         """Writes base + delta into the weights now. Only needed after changing deltas by hand."""
         for entries in self.entries.values():
             entries.follow_()
+
+    def train_together(self) -> None:
+        """From now on several processes train, each on batches of its own, and call `average_` before each step.
+
+        Raises:
+            FinepointError: other entries, or other weights there, in another process.
+        """
+        self._deltas.by_hand = True
+        self._deltas.compare()
+
+    def average_(self) -> None:
+        """The gradient of every delta becomes the mean over all processes: one message of `count` numbers."""
+        self._deltas.average_()
 
     def changed(self) -> int:
         """How many chosen entries hold another stored value than the base's (bits; the effective count)."""
@@ -177,9 +190,14 @@ class Deltas(nn.ModuleDict):
         super().__init__(entries)
         self.met = False
         self.averaging = False
+        self.by_hand = False
+        """whether somebody else calls `average_`"""
         if any(member.sharded for member in entries.values()):
             for member in entries.values():
                 member.delta.register_post_accumulate_grad_hook(self.gradient_made)
+
+    def members(self) -> list["TrainedEntries"]:
+        return list(self.values())  # type: ignore[arg-type]
 
     def meet(self, model: nn.Module, args: Any) -> None:
         """Before the first forward of a model that several processes train: they compare what they train.
@@ -189,19 +207,27 @@ class Deltas(nn.ModuleDict):
         """
         if self.met or torch.compiler.is_compiling():
             return
-        members: list[TrainedEntries] = list(self.values())  # type: ignore[arg-type]
-        refuse_flattened(members)
+        refuse_flattened(model, self.members())
         if within_ddp() or is_fsdp(model):
-            for entries in members:
+            for entries in self.members():
                 entries.sharded = is_fsdp(model)
-            ranks.check_alike("the choice of entries", (part for entries in members for part in entries.identity()))
-            self.met = True
+            self.compare()
+
+    def compare(self) -> None:
+        """Has all processes compare what they train.
+
+        Raises:
+            FinepointError: other entries, or other weights there, in another process.
+        """
+        parts = (part for entries in self.members() for part in entries.identity())
+        ranks.check_alike("the choice of entries", parts)
+        self.met = True
 
     def gradient_made(self, delta: Tensor) -> None:
         """Has the deltas beside a sharded model averaged when this backward pass is over, which happens once."""
-        if not self.averaging:
+        if not (self.averaging or self.by_hand):
             self.averaging = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.average_)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self.average_)
 
     def average_(self) -> None:
         """Every gradient becomes the mean over all processes. What earlier batches added is alike everywhere: it stays.
@@ -209,7 +235,7 @@ class Deltas(nn.ModuleDict):
         In one message and one order: which gradients a batch made, and when, may differ from process to process.
         """
         self.averaging = False
-        deltas: list[Tensor] = [member.delta for member in self.values()]
+        deltas = [member.delta for member in self.members()]
         gradients = [torch.zeros_like(delta) if delta.grad is None else delta.grad for delta in deltas]
         together = torch.cat(gradients)
         ranks.add_up_(together)
@@ -397,18 +423,20 @@ def leave_out_of_ddp(model: nn.Module) -> None:
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*earlier, *names})
 
 
-def refuse_flattened(members: Iterable["TrainedEntries"]) -> None:
+def refuse_flattened(model: nn.Module, members: Iterable["TrainedEntries"]) -> None:
     """Refuses a model whose weights have lost their entries.
 
     Raises:
         FinepointError: FSDP1 or ZeRO-3 has taken them.
     """
     for entries in members:
-        weight = entries._owner[0]._parameters.get(entries.attribute)
-        if weight is None:
-            raise FinepointError(ranks.FSDP1)
+        owner = entries._owner[0]
+        weight = owner._parameters.get(entries.attribute)
         if hasattr(weight, "ds_id"):  # DeepSpeed marks what ZeRO-3 has partitioned
             raise FinepointError(ranks.ZERO3)
+        # Both kinds of FSDP leave this mark, for torch.compile; the second one is told by the class.
+        if getattr(owner, "_is_fsdp_managed_module", False) and not is_fsdp(model):
+            raise FinepointError(ranks.FSDP1)
 
 
 def _attach(model: nn.Module, entries: TrainedEntries) -> list[RemovableHandle]:
