@@ -245,6 +245,10 @@ def mistakes(config):
     running = nn.parallel.DistributedDataParallel(tuner.model)
     attempt("entries", lambda: running(**random_batches(1)[0]))
 
+    tuner = SparseTuner(tiny_llama(), {"model.layers.0.mlp.up_proj.weight": torch.arange(3)})
+    tuner.model.model.layers[0].mlp.up_proj.weight.ds_id = 7  # as DeepSpeed marks what it has partitioned
+    attempt("zero3", lambda: tuner.model(**random_batches(1)[0]))
+
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     tuner = SparseTuner(tiny_llama(), {"model.layers.0.mlp.up_proj.weight": torch.arange(3)})
@@ -376,7 +380,8 @@ def test_a_mistake_is_the_mistake_of_all(config):
         assert "is not finite at step 3; the adapter of step 2 is in" in found["nan"]
         assert "of the scoring examples of process 1 is not that of process 0" in found["labels"]
         assert "the choice of entries of process 1 is not that of process 0" in found["entries"]
-        assert "use FSDP2" in found["fsdp1"]
+        assert "FSDP1 flattens weights" in found["fsdp1"]
+        assert "ZeRO-3 takes the weights apart" in found["zero3"]
     kept = SparseAdapter.load(f"{config.output}-nan")
     assert all(torch.isfinite(change.numbers).all() for change in kept.changes.values())
 
@@ -384,10 +389,12 @@ def test_a_mistake_is_the_mistake_of_all(config):
 def test_the_launchers_words_for_what_cannot_be_done_are_refused():
     with pytest.raises(FinepointError, match="FSDP1 .* --fsdp_version 2"):
         ranks.refuse_unfit({"ACCELERATE_USE_FSDP": "true"})
-    with pytest.raises(FinepointError, match="ZeRO-3 .* or ZeRO-2"):
-        ranks.refuse_unfit({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    with pytest.raises(FinepointError, match="ZeRO-3 .* use FSDP2"):
+        ranks.refuse_unfit(deepspeed | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
+    with pytest.raises(FinepointError, match="ZeRO-1 and ZeRO-2 .* without DeepSpeed"):
+        ranks.refuse_unfit(deepspeed | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
     ranks.refuse_unfit({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
-    ranks.refuse_unfit({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
 
 
 def others(config, classes):

@@ -49,7 +49,7 @@ def join() -> None:
     """Joins the processes that a launcher has started along with this one; does nothing where there is none.
 
     Raises:
-        FinepointError: the launcher asks for FSDP1 or ZeRO-3.
+        FinepointError: the launcher asks for FSDP1 or DeepSpeed.
     """
     if not launched():
         return
@@ -68,20 +68,21 @@ def join() -> None:
 FSDP1 = ("FSDP1 flattens weights, so that their entries have no positions to train; "
          "use FSDP2: accelerate launch --use_fsdp --fsdp_version 2")  # fmt: skip
 ZERO3 = ("ZeRO-3 takes the weights apart, so that their entries cannot be trained in place; "
-         "use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), or ZeRO-2")  # fmt: skip
+         "use FSDP2: accelerate launch --use_fsdp --fsdp_version 2")  # fmt: skip
+ZERO = ("ZeRO-1 and ZeRO-2 spread gradients and optimizer state over the processes, which are small here: a few "
+        "numbers for each trained entry; start it without DeepSpeed")  # fmt: skip
 
 
 def refuse_unfit(environment: Any) -> None:
     """Refuses what accelerate's launcher was told and sparse training in place cannot do.
 
     Raises:
-        FinepointError: FSDP1 or ZeRO-3.
+        FinepointError: FSDP1 or DeepSpeed.
     """
     if environment.get("ACCELERATE_USE_FSDP") == "true" and environment.get("FSDP_VERSION", "1") != "2":
         raise FinepointError(FSDP1)
-    zero3 = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" and zero3:
-        raise FinepointError(ZERO3)
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise FinepointError(ZERO3 if environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else ZERO)
 
 
 def device() -> Any:

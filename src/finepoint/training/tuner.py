@@ -205,7 +205,7 @@ class Deltas(nn.ModuleDict):
         Raises:
             FinepointError: other entries, or other weights there, in another process; FSDP1 or ZeRO-3.
         """
-        if self.met or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.met or ranks.count() == 1:
             return
         refuse_flattened(model, self.members())
         if within_ddp() or is_fsdp(model):
