@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from finepoint import ranks
 from finepoint.choosing.rules import Rule, rule_named
 from finepoint.choosing.statistics import Batch, Statistics, seeded_generator, stream_statistics
 from finepoint.choosing.structure import Pooling, tilings
@@ -81,6 +82,9 @@ def select(
 ) -> Selection:
     """Chooses the entries to train; the model is left exactly as found.
 
+    Several processes (torch.distributed) call it together with the same batches; each scores on its share and all
+    choose the same entries.
+
     Args:
         model: a model whose forward takes a batch and returns an output with a `loss`.
         batches: scoring examples, each a mapping with `labels`; only gradient rules need them.
@@ -119,9 +123,10 @@ def select(
 
     def scores() -> Iterator[Scored]:
         for name, statistics in stream(model, weights, batches, chosen_rule.needs, scoring_memory):
-            values = score(chosen_rule, name, weights[name], statistics, seed, options)
+            weight = ranks.whole(weights[name])  # of a sharded model one weight at a time is put together
+            values = score(chosen_rule, name, weight, statistics, seed, options)
             gradient = None if statistics.gradient is None else statistics.gradient.abs()
-            summary.see(name, weights[name], gradient)
+            summary.see(name, weight, gradient)
             values = cut[name].pooled(values, pooling)
             if name in taken:  # on a copy: a rule may have returned the weight itself
                 values = values.index_fill(0, taken[name].to(values.device), -torch.inf)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finepoint import ranks
 from finepoint.choosing.statistics import seeded_generator
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -69,7 +70,7 @@ class Summary:
 
 def at(tensor: Tensor, positions: Tensor) -> Tensor:
     """Entries at flat positions, as float32 on the CPU."""
-    return tensor.detach().reshape(-1)[positions.to(tensor.device)].float().cpu()
+    return ranks.whole(tensor).detach().reshape(-1)[positions.to(tensor.device)].float().cpu()
 
 
 def _mass(weight: Tensor, samples: int) -> Tensor:

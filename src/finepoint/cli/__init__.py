@@ -30,6 +30,9 @@ COMMANDS = {
 }
 
 
+TOGETHER = ("train", "select")  # what several processes do together
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    from finepoint import ranks
     from finepoint.cli.options import parse
     from finepoint.errors import FinepointError
 
@@ -62,10 +66,13 @@ def _run(command: str, arguments: list[str]) -> int:
         from finepoint.progress import log_to_stderr
 
         log_to_stderr()
+        if ranks.launched() and command not in TOGETHER:
+            raise FinepointError(f"{command} runs in one process; start it without torchrun or accelerate launch")
         status = module.run(config)
     except FinepointError as error:
         line = " ".join(str(error).split())
-        print(f"finepoint {command}: {line}", file=sys.stderr)
+        who = "" if ranks.is_first() else f"process {ranks.rank()}: "
+        print(f"finepoint {command}: {who}{line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"finepoint {command}: interrupted", file=sys.stderr)
