@@ -365,7 +365,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RulesConfig:
-    """List the rules and the baselines, each with its formula and source.
+    """List the rules, those of installed plug-ins too, and the baselines, each with its formula and source.
 
     Args:
         json: print one JSON object on stdout

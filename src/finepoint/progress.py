@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True)
 Step = TypeVar("Step")
+# torchao, which transformers imports where it is installed, reports the GPUs it finds no libraries for.
+CHATTY = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
@@ -43,3 +45,5 @@ def log_to_stderr(quiet: bool = False) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -56,6 +56,8 @@ def _run(command: str, arguments: list[str]) -> int:
 
     # A command that is a word of Python's has a module with the customary underscore: import -> import_.py.
     module = import_module(f"finepoint.cli.{command}{'_' if iskeyword(command) else ''}")
+    # For `--rule module:function`; last, so that no file lying about hides a package.
+    sys.path.append("")
     try:
         config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
         from finepoint.progress import log_to_stderr
