@@ -166,8 +166,10 @@ class EvalConfig:
         id: in-distribution sets, each NAME=FILE
         ood: out-of-distribution sets, each NAME=FILE
         probe: texts whose likelihood shows forgetting, each NAME=FILE
+        tasks: tasks of lm-evaluation-harness, by name; needs the extra lm-eval
+        include_path: folder with tasks of your own for lm-evaluation-harness, as YAML
         output: JSON file to write
-        limit: at most so many examples of each set, always the same
+        limit: at most so many examples of each set, always the same; of each task the first
         max_length: longest example in tokens; the model's context where not given
         scale: strengths at which each adapter is measured too (WiSE-FT), e.g. 0.25 0.5: base + strength x change
         generate: at most so many examples of each set are answered by generation as well; 0 for none
@@ -182,6 +184,8 @@ class EvalConfig:
     id: list[str] = field(default_factory=list)
     ood: list[str] = field(default_factory=list)
     probe: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
     output: str | None = None
     limit: int | None = None
     max_length: int | None = None

@@ -15,6 +15,7 @@ import transformers
 
 from finepoint.config import DType
 from finepoint.errors import FinepointError
+from finepoint.extras import needing
 from finepoint.packages import cache_folder, digest, fetch
 
 logger = logging.getLogger(__name__)
@@ -245,10 +246,8 @@ def _unpacked_gguf(file: Path) -> Path:
     folder = cache_folder() / "models" / f"{file.stem}-{digest(file)[:16]}"
     if (folder / "config.json").is_file():
         return folder
-    try:
+    with needing(f"reading {file.name}", "gguf"):
         import gguf  # noqa: F401 - transformers needs it
-    except ImportError as error:
-        raise FinepointError(f"reading {file.name} needs the package gguf: pip install 'finepoint[gguf]'") from error
     logger.warning("converting %s once (about half a minute)", file.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, _quiet():

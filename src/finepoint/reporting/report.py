@@ -12,6 +12,7 @@ import yaml
 
 from finepoint.config import ReportConfig
 from finepoint.errors import FinepointError
+from finepoint.extras import needing
 from finepoint.files import write_text
 from finepoint.reporting import overlap, tables, views
 from finepoint.reporting.tables import Table, between, change, fixed, general, size, table, text, whole
@@ -84,12 +85,10 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
 
 def _drawing_package() -> Any:
     """The figures' module, whose libraries are an extra."""
-    try:
+    with needing("the report", "report"):
         import jinja2  # noqa: F401
 
         from finepoint.reporting import figures
-    except ImportError as error:
-        raise FinepointError(f"the report needs the package {error.name}: pip install 'finepoint[report]'") from error
     return figures
 
 
