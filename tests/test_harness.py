@@ -99,8 +99,7 @@ def test_every_item_scores_as_with_our_own_scorer(tmp_path, limit):
 def test_tokens_do_cross_the_boundary_in_this_test():
     tokenizer = merging_tokenizer()
     crossing = 0
-    for row in ROWS:
-        prompt, choice = row["prompt"], row["choices"][0]
+    for prompt, choice in ((row["prompt"], choice) for row in ROWS for choice in row["choices"]):
         apart = tokenizer(prompt)["input_ids"] + tokenizer(choice)["input_ids"]
         crossing += tokenizer(prompt + choice)["input_ids"] != apart
     assert crossing > 0
@@ -110,7 +109,7 @@ def test_tasks_stand_beside_our_own_sets(tmp_path, model_folder):
     rows = [{"prompt": f"{a}{b}:", "choices": [" x", " yy"], "answer": int(a > "d")} for a in "abcdefgh" for b in "ab"]
     file = write_lines(tmp_path / "x.jsonl", rows)
     folder = task(tmp_path / "tasks", "letters", file)
-    task(tmp_path / "tasks", "spelled", file, output_type="generate_until", doc_to_target="{{choices[answer]}}",
+    task(tmp_path / "tasks", "spelled", file, output_type="generate_until", doc_to_choice=None, doc_to_target="{{choices[answer]}}",
          generation_kwargs={"until": ["\n"], "max_gen_toks": 3}, metric_list=[{"metric": "exact_match"}])  # fmt: skip
     (tmp_path / "tasks" / "both.yaml").write_text(
         json.dumps({"group": "both", "task": ["letters"], "aggregate_metric_list": [{"metric": "acc"}]})
