@@ -110,7 +110,8 @@ def test_tasks_stand_beside_our_own_sets(tmp_path, model_folder):
     file = write_lines(tmp_path / "x.jsonl", rows)
     folder = task(tmp_path / "tasks", "letters", file)
     task(tmp_path / "tasks", "spelled", file, output_type="generate_until", doc_to_choice=None,
-         doc_to_target="{{choices[answer]}}", generation_kwargs={"until": ["\n"], "max_gen_toks": 3}, metric_list=[{"metric": "exact_match"}])  # fmt: skip
+         doc_to_target="{{choices[answer]}}", generation_kwargs={"until": ["\n"], "max_gen_toks": 3},
+         metric_list=[{"metric": "exact_match"}])  # fmt: skip
     (tmp_path / "tasks" / "both.yaml").write_text(
         json.dumps({"group": "both", "task": ["letters"], "aggregate_metric_list": [{"metric": "acc"}]})
     )

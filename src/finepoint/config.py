@@ -9,6 +9,7 @@ from typing import Any, Literal
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 ExportFormat = Literal["merged", "shira", "supertuning", "sparta", "vllm-patch", "gguf"]
 ImportFormat = Literal["auto", "shira", "supertuning", "sparta"]
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 TargetsOption = str | list[str] | dict[str, float]
 
 
@@ -88,6 +89,7 @@ class TrainConfig(SelectConfig):
         eval_every: steps between evaluations on the validation examples; a fifth of the run where not given
         save_every: steps between checkpoints that --resume can go on from
         resume: go on from the last checkpoint in output
+        report_to: trackers that follow the run: tensorboard, trackio, wandb, mlflow; log.jsonl is always written
         store: float32 deltas, the exact trained values, or (auto) values of half-precision weights, which are smaller
         compact: write positions as gaps, in one or two bytes each instead of four; as exact
     """
@@ -115,6 +117,7 @@ class TrainConfig(SelectConfig):
     eval_every: int | None = None
     save_every: int | None = None
     resume: bool = False
+    report_to: list[Tracker] = field(default_factory=list)
     store: Literal["auto", "delta", "value"] = "auto"
     compact: bool = False
 

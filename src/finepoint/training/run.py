@@ -32,6 +32,7 @@ from finepoint.training.baselines import Setting, baseline_named, options_of
 from finepoint.training.interface import Method
 from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.settings import check, learning_rate, steps_of
+from finepoint.training.tracking import tracked
 from finepoint.training.trainer import NotFiniteError, SparseTrainer, Watch, validation_losses
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.workplace import Workplace, batches_of, packer_for, prepare, rows_of, scoring_rows, select_for
@@ -204,13 +205,29 @@ def _indices(
 def _run_trainer(
     run: Run, validation: list[Row] | None, packer: Packer | None, checkpoint: str | None
 ) -> dict[str, Any]:
-    """Trains; returns the steps, their losses and the seconds they took."""
+    """Trains, followed by trackers; returns the steps, their losses and the seconds they took."""
+    config, folder = run.config, run.folder
+    rows = [row for row in run.place.rows if learned(row)]
+    steps = steps_of(config, len(rows))
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint else None
+    if done and done >= steps:
+        raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
+    with tracked(config, folder, done) as (settings, followers):
+        arguments = _arguments(config, folder, steps, settings)
+        return _steps(run, arguments, followers, rows, validation, packer, checkpoint)
+
+
+def _steps(
+    run: Run,
+    arguments: TrainingArguments,
+    followers: list[Any],
+    rows: list[Row],
+    validation: list[Row] | None,
+    packer: Packer | None,
+    checkpoint: str | None,
+) -> dict[str, Any]:
     config, place, folder = run.config, run.place, run.folder
     set_seed(config.seed)
-    rows = [row for row in place.rows if learned(row)]
-    arguments = _arguments(config, folder, len(rows))
-    if checkpoint and (done := int(checkpoint.rpartition("-")[2])) >= arguments.max_steps:
-        raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
     trainer = SparseTrainer(
         run.method,
         packer,
@@ -220,6 +237,8 @@ def _run_trainer(
         data_collator=place.collator,
     )
     trainer.remove_callback(PrinterCallback)
+    for follower in followers:
+        trainer.add_callback(follower)
     if not checkpoint:
         (folder / LOG).unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of an earlier run: --resume must not find them
@@ -262,8 +281,7 @@ def _run_trainer(
     }
 
 
-def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArguments:
-    steps = steps_of(config, examples)
+def _arguments(config: TrainConfig, folder: Path, steps: int, tracking: Mapping[str, Any]) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
@@ -284,7 +302,7 @@ def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArgu
         save_steps=config.save_every or 500,
         save_total_limit=2,
         seed=config.seed,
-        report_to="none",
+        **tracking,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
