@@ -76,7 +76,6 @@ def test_the_core_needs_no_extra_and_every_extra_is_named(place):
         ["rules"],
         ["select", *model, *data, "--density", "0.01", "--output", tmp / "s"],
         [*train, "--output", tmp / "a", "--save-every", "2", "--validation", place["data"]],
-        [*train, "--output", tmp / "b", "--exclude", tmp / "a", "--dtype", "bfloat16"],
         [*train, "--output", tmp / "c", "--exclude", tmp / "a"],
         ["merge", tmp / "a", tmp / "c", "--output", tmp / "m"],
         ["eval", *model, "--adapter", tmp / "m", "--id", f"own={place['data']}", "--probe", f"t={place['text']}",
@@ -105,8 +104,9 @@ def test_the_core_needs_no_extra_and_every_extra_is_named(place):
     for extra, (status, out, err) in zip(needs, found[len(works) :], strict=True):
         assert status == 2, (extra, err)
         assert out == ""
-        assert len(err.strip().splitlines()) == 1, err
-        assert f"pip install 'finepoint[{extra}]'" in err, err
+        (line,) = [line for line in err.splitlines() if line.startswith("finepoint ")]  # beside the log
+        assert line.endswith(f"pip install 'finepoint[{extra}]'"), err
+        assert "Traceback" not in err
     assert imported == []
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 ExportFormat = Literal["merged", "shira", "supertuning", "sparta", "vllm-patch", "gguf"]
 ImportFormat = Literal["auto", "shira", "supertuning", "sparta"]
+Quantise = Literal["int8", "int4"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 TargetsOption = str | list[str] | dict[str, float]
 
@@ -34,6 +35,7 @@ class SelectConfig:
         max_length: longest example in tokens; the model's context where not given
         batch_size: examples a batch
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        quantise: hold the linear layers of the base in int8 or int4 (torchao); what is trained stays float
         seed: of everything random
         overwrite: allow an output folder that holds something
         json: print one JSON object on stdout
@@ -55,6 +57,7 @@ class SelectConfig:
     max_length: int | None = None
     batch_size: int = 16
     dtype: DType = "auto"
+    quantise: Quantise | None = None
     seed: int = 0
     overwrite: bool = False
     json: bool = False
@@ -178,6 +181,7 @@ class EvalConfig:
         generate: at most so many examples of each set are answered by generation as well; 0 for none
         new_tokens: most tokens to generate where an answer is written
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        quantise: hold the linear layers in int8 or int4, as the adapters' training did
         overwrite: replace the output file
         json: print one JSON object on stdout
     """
@@ -196,6 +200,7 @@ class EvalConfig:
     generate: int = 0
     new_tokens: int = 64
     dtype: DType = "auto"
+    quantise: Quantise | None = None
     overwrite: bool = False
     json: bool = False
 

@@ -5,10 +5,12 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from finepoint.quantised import float_values
+
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
-    """The entries at flat positions: (k,), the weight's dtype and device, a copy."""
-    return weight.detach().reshape(-1).index_select(0, indices.to(weight.device))
+    """The entries at flat positions: (k,), the weight's dtype and device, a copy; of a quantised weight its floats."""
+    return float_values(weight).reshape(-1).index_select(0, indices.to(weight.device))
 
 
 def scatter_(weight: Tensor, indices: Tensor, values: Tensor) -> None:

@@ -14,6 +14,7 @@ from finepoint.choosing.summary import Summary
 from finepoint.choosing.weights import Targets, match, target_weights
 from finepoint.errors import FinepointError
 from finepoint.models import block_of
+from finepoint.quantised import float_values
 
 Scope = Literal["global", "weight", "layer"]
 Threshold = Literal["exact", "sampled"]
@@ -139,7 +140,7 @@ def score(rule: Rule, name: str, weight: Tensor, statistics: Any, seed: int, opt
         FinepointError: the rule gave another shape, or a number that is not finite; or one that is not ours failed.
     """
     offered = {
-        "weight": weight.detach(),
+        "weight": float_values(weight),
         "gradient": statistics.gradient,
         "squared_gradient": statistics.squared_gradient,
         "generator": seeded_generator(seed, name),

@@ -158,7 +158,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     if labels and harness:
         raise FinepointError("the adapter is a classifier's, and tasks ask a language model; leave out --tasks")
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, labels)
+    model = load_model(config.model, config.dtype, labels, quantise=config.quantise)
     if labels:
         model.config.pad_token_id = padding_id(tokenizer)
     # LoRA's can be merged only now that the model is there; in the order given.

@@ -327,6 +327,7 @@ def _description(config: SelectConfig, place: Workplace, statistics: Mapping[str
     if isinstance(config, TrainConfig) and config.baseline:
         facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options}
     else:
+        facts |= {"quantise": config.quantise} if config.quantise else {}
         facts |= {"rule": rule_named(config.rule).name, "density": statistics.get("density"), "scope": config.scope}
     facts |= {
         "targets": config.targets,

@@ -39,6 +39,9 @@ def check(config: TrainConfig) -> None:
 def _check_baseline(config: TrainConfig) -> None:
     """Refuses unknown baselines and options, and settings that only choosing entries has."""
     baseline = baseline_named(config.baseline or "")
+    if config.quantise:
+        raise FinepointError(f"quantise is for choosing entries, and baseline {baseline.name!r} trains float weights; "
+                             "leave out --quantise or --baseline")  # fmt: skip
     options_of(baseline, config.baseline_options)
     defaults = TrainConfig(model=config.model, output=config.output)
     unused = ["density", "count", "indices", "exclude", "rule", "rule_options"]

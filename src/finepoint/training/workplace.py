@@ -36,7 +36,7 @@ def prepare(config: SelectConfig) -> Workplace:
     if len(labels) == 1:
         raise FinepointError(f"{config.data} knows only the label {labels[0]!r}; a classifier needs two")
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, labels, config.seed)
+    model = load_model(config.model, config.dtype, labels, config.seed, quantise=config.quantise)
     if labels:
         model.config.pad_token_id = padding_id(tokenizer)
     return workplace(config, model, tokenizer, examples, labels)
