@@ -144,7 +144,7 @@ def test_no_float_weight_is_kept_for_the_backward_pass(quantised):
         return tensor
 
     batch = random_batches(rows=5)[0]  # so that no activation has a weight's shape
-    shapes = {tuple(layer.weight.shape) for layer in quantised_layers(quantised).values()} - {(64, 32)}  # the head's
+    shapes = {(32, 32), (16, 32), (32, 16)}  # of attention, either way round; those of the MLP are also the head's
     with finepoint.SparseTuner(quantised, some_indices(quantised)):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             quantised(**batch).loss.backward()
