@@ -94,6 +94,7 @@ def test_the_core_needs_no_extra_and_every_extra_is_named(place):
         "report": ["report", tmp / "study"],
         "lm-eval": ["eval", *model, "--tasks", "hellaswag"],
         "gguf": ["eval", "--model", tmp / "model.gguf", "--id", f"own={place['data']}"],
+        "quantised": [*train, "--output", tmp / "q", "--quantise", "int8"],
         "tracking": [*train, "--output", tmp / "t", "--report-to", "tensorboard"],
         "wandb": [*train, "--output", tmp / "w", "--report-to", "wandb"],
         "mlflow": [*train, "--output", tmp / "f", "--report-to", "mlflow"],
