@@ -1,5 +1,6 @@
 """The report before merging, against plain sets and dense tensors."""
 
+import csv
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from conftest import tiny_llama
 from finepoint.adapters.interference import interference
+from finepoint.cli import main
 from finepoint.errors import FinepointError
 from test_merging import NAMES, dense, make, three
 
@@ -80,3 +82,22 @@ def test_another_base_is_refused():
     a, b = make(tiny_llama(), 1), make(tiny_llama(seed=3), 2)
     with pytest.raises(FinepointError, match="adapter b does not fit this model: .*embed_tokens"):
         interference({"a": a, "b": b}, tiny_llama())
+
+
+def test_the_report_draws_what_the_dry_run_prints(tmp_path, capsys):
+    model = tiny_llama()
+    for name, adapter in zip("abc", three(model), strict=True):
+        adapter.save(tmp_path / name)
+    folders = [str(tmp_path / name) for name in "abc"]
+    assert main(["report", *folders]) == 2
+    assert "--output is required" in capsys.readouterr().err
+    assert main(["report", *folders, "--output", str(tmp_path / "r"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["figures"] == ["jaccard", "layers"]
+    with (tmp_path / "r" / "data" / "interference.csv").open() as file:
+        drawn = [(row["a"], row["b"], row["scope"], int(row["shared"])) for row in csv.DictReader(file)]
+    rows = interference(dict(zip("abc", three(model), strict=True)))
+    assert drawn == [(row["a"], row["b"], row["scope"], row["shared"]) for row in rows]
+    most = max((row for row in rows if row["scope"] == "all"), key=lambda row: row["jaccard"])
+    assert f"{most['a']} and {most['b']} share most: {most['shared']:,}" in (tmp_path / "r" / "index.html").read_text()
+    assert main(["report", folders[0], folders[0], "--output", str(tmp_path / "s")]) == 2
+    assert "given twice" in capsys.readouterr().err

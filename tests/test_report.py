@@ -42,7 +42,7 @@ FEW = [arm("random", 0.1), arm("gallop", 0.1), arm("lora", kind="baseline")]
 
 
 def report(folder):
-    return write_report(ReportConfig(folder=str(folder)))
+    return write_report(ReportConfig(folder=[str(folder)]))
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +139,11 @@ def test_the_same_study_gives_the_same_page(small):
 def test_a_second_report_replaces_the_first_and_nothing_else(small, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FinepointError, match="no report"):
-        write_report(ReportConfig(folder=str(small), output=str(tmp_path)))
+        write_report(ReportConfig(folder=[str(small)], output=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    found = write_report(ReportConfig(folder=str(small), output=str(tmp_path / "r")))
+    found = write_report(ReportConfig(folder=[str(small)], output=str(tmp_path / "r")))
     (tmp_path / "r" / "data" / "old.csv").write_text("old")
-    write_report(ReportConfig(folder=str(small), output=str(tmp_path / "r")))
+    write_report(ReportConfig(folder=[str(small)], output=str(tmp_path / "r")))
     assert not (tmp_path / "r" / "data" / "old.csv").exists()
     assert found["report"].endswith("r/index.html")
 

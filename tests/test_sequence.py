@@ -1,15 +1,18 @@
+import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.config import SequenceConfig
+from finepoint.config import ReportConfig, SequenceConfig
 from finepoint.errors import FinepointError
 from finepoint.measuring.metrics import sequence_metrics
 from finepoint.models import load_model
+from finepoint.reporting.report import write_report
 from finepoint.studies import sequence
 from finepoint.studies.sequence import run_sequence, values_of
 
@@ -147,3 +150,31 @@ def test_metrics_of_a_sequence_by_hand():
     assert found["average_accuracy"] == pytest.approx((0.5 + 0.75 + 0.6) / 3)
     assert found["backward_transfer"] == pytest.approx(((0.5 - 0.9) + (0.75 - 0.7)) / 2)
     assert found["forgetting"] == pytest.approx(((0.9 - 0.5) + (0.7 - 0.75)) / 2)
+
+
+def test_the_report_shows_what_each_task_left_and_how_adapters_overlap(config):
+    found = run_sequence(config)
+    written = write_report(ReportConfig(folder=[config.output]))
+    assert written["figures"] == ["accuracies", "jaccard-exclude", "layers-exclude", "jaccard-allow", "layers-allow"]
+    folder = Path(config.output) / "report"
+    with (folder / "data" / "accuracies.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    after = {(row["way"], row["after"], row["task"]): float(row["accuracy"]) for row in rows}
+    for way in ("exclude", "allow"):
+        for i, first in enumerate(found["tasks"]):
+            assert after[way, "base", first] == found["base"][first]
+            for j, second in enumerate(found["tasks"]):
+                assert after[way, first, second] == found[way]["matrix"][i][j]
+    with (folder / "data" / "interference_allow.csv").open() as file:
+        pairs = {(row["a"], row["b"]): int(row["shared"]) for row in csv.DictReader(file) if row["scope"] == "all"}
+    a, b, c = found["tasks"]
+    overlaps = found["allow"]["overlaps"]
+    assert pairs == {(a, b): overlaps[0][1], (a, c): overlaps[0][2], (b, c): overlaps[1][2]}
+    assert f"{found['allow']['average_accuracy']:.3f}" in (folder / "index.html").read_text()
+
+
+def test_a_sequence_without_its_result_is_not_reported(config):
+    run_sequence(config)
+    (Path(config.output) / "result.json").unlink()
+    with pytest.raises(FinepointError, match="not finished"):
+        write_report(ReportConfig(folder=[config.output]))

@@ -207,15 +207,15 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write the page of a study: figures, tables, and their data.
+    """Write the page of a study, of a sequence, or of adapters side by side: figures, tables, and their data.
 
     Args:
-        folder: the --output of `finepoint compare`; an unfinished study is reported as far as it is
+        folder: the --output of `finepoint compare`, finished or not, or of `finepoint sequence`; or several adapters
         output: folder to write; DIR/report where not given; an earlier report there is replaced
         json: print one JSON object on stdout
     """
 
-    folder: str
+    folder: list[str]
     output: str | None = None
     json: bool = False
 

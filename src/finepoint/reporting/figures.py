@@ -7,7 +7,7 @@ apart.
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -349,6 +349,14 @@ def overlap(rows: Sequence[Row]) -> list[Panel]:
     return panels
 
 
+def pair_matrix(title: str, rows: Sequence[Row], names: Sequence[str]) -> Panel:
+    """Every two adapters' Jaccard overlap below the diagonal, that by chance above."""
+    same = {"arm": "a", "other_arm": "b", "jaccard": "jaccard", "expected_by_weight": "jaccard_by_chance"}
+    part = [{ours: row[theirs] for ours, theirs in same.items()} for row in rows]
+    side = 1.6 + 0.42 * len(names)
+    return panel(title, _matrix(part, list(names)), (max(PANEL[0], side + 0.6), side))
+
+
 def _matrix(rows: Sequence[Row], names: list[str]) -> Draw:
     def square(axes: Any, x: int, y: int, value: float | None, colour: str) -> None:
         if value is None:
@@ -373,6 +381,46 @@ def _matrix(rows: Sequence[Row], names: list[str]) -> Draw:
         axes.set_aspect("equal")
 
     return on
+
+
+def grid(title: str, lines: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]) -> Panel:
+    """Shares in [0, 1] as a grid of numbers, the stronger the higher."""
+
+    def on(axes: Any) -> None:
+        for y, line in enumerate(lines):
+            for x, column in enumerate(columns):
+                value = values[line, column]
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=ARM_COLOURS[0], alpha=0.7 * value,
+                                         linewidth=0, antialiased=False))  # fmt: skip
+                axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8.5)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set_xticks(range(len(columns)), [short(name, 14) for name in columns], rotation=35, ha="right")
+        axes.set_yticks(range(len(lines)), [short(name, 18) for name in lines])
+        axes.tick_params(length=0)
+
+    return panel(title, on, (1.4 + 0.75 * len(columns), 1.3 + 0.42 * len(lines)))
+
+
+def by_layer(rows: Sequence[Row]) -> list[Panel]:
+    """For every two adapters, their Jaccard overlap over the layers, with that by chance."""
+
+    def draw(found: list[Row]) -> Draw:
+        def on(axes: Any) -> None:
+            _grid(axes)
+            at = range(len(found))
+            axes.plot(at, [100 * row["jaccard"] for row in found], "-o", color=ARM_COLOURS[0], markersize=3)
+            axes.plot(at, [100 * row["jaccard_by_chance"] for row in found], ":", color=ARM_COLOURS[6])
+            every = max(1, len(found) // 8)
+            axes.set_xticks(at[::every], [row["scope"].removeprefix("layer ") for row in found[::every]])
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("layer")
+            axes.set_ylabel("common entries (%)")
+
+        return on
+
+    pairs = list(dict.fromkeys((row["a"], row["b"]) for row in rows))[:MOST_PANELS]
+    return [panel(f"{a}, {b}", draw(_of(rows, a=a, b=b)), (3.6, 2.5)) for a, b in pairs]
 
 
 def cost(results: Results) -> list[Panel]:

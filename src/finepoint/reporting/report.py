@@ -1,10 +1,7 @@
-"""The report of a study: one page that needs nothing but itself, with its data as CSV and its tables for papers."""
+"""`finepoint report`: the page of a study, of a sequence of tasks, or of adapters side by side."""
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,104 +9,62 @@ import yaml
 
 from finepoint.config import ReportConfig
 from finepoint.errors import FinepointError
-from finepoint.extras import needing
-from finepoint.files import write_text
 from finepoint.reporting import overlap, tables, views
-from finepoint.reporting.tables import Table, between, change, fixed, general, size, table, text, whole
+from finepoint.reporting.page import PAGE, Drawing, Page, Section, cleared, drawing_package, write_page
+from finepoint.reporting.tables import between, change, fixed, general, size, table, text, whole
 from finepoint.reporting.views import Row
 from finepoint.reporting.wording import DEFINITIONS, headline
-from finepoint.studies.results import Results, read_results
-
-OURS = "finepoint report"
-PAGE = 60  # rows of a table that fit a paper's page
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure: panels that share a caption; none where the study holds no data for it."""
-
-    name: str
-    title: str
-    caption: str
-    data: str
-    panels: Sequence[Any]
-    without: str
-    arms: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with its figures and tables."""
-
-    title: str
-    text: str
-    drawings: list[Drawing] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """Its address in the page."""
-        return re.sub(r"\W+", "-", self.title.lower()).strip("-")
+from finepoint.studies.results import SEQUENCE, Results, read_results
 
 
 def write_report(config: ReportConfig) -> dict[str, Any]:
     """Writes index.html, report.md, tables.tex, data/*.csv and figures/*.svg; returns what was written, JSON-ready.
 
     Raises:
-        FinepointError: no study in the folder, packages missing, or the output folder holds something else.
+        FinepointError: no results in the folder, packages missing, or the output folder holds something else.
     """
-    results = read_results(config.folder)
-    figures = _drawing_package()
-    folder = cleared(Path(config.output) if config.output else results.folder / "report")
+    first, *others = map(Path, config.folder)
+    if others and config.output is None:
+        raise FinepointError("--output is required: adapters side by side belong into no one's folder")
+    place = Path(config.output) if config.output else first / "report"
+    figures = drawing_package()
+    if others or (first / SEQUENCE).is_file():
+        from finepoint.reporting.side_by_side import adapters_page, sequence_page  # reads adapters, which takes torch
+
+        page = adapters_page(config.folder, figures) if others else sequence_page(first, figures)
+    else:
+        page = study_page(read_results(first), figures)
+    return write_page(page, cleared(place)) | {"summary": page.data.get("summary", [])}
+
+
+def study_page(results: Results, figures: Any) -> Page:
+    """The page of a study, finished or not."""
     data = view_data(results)
-    sections = build(results, data, figures)
-    drawings = [drawing for section in sections for drawing in section.drawings]
-    for name, rows in data.items():
-        if rows:
-            write_text(folder / "data" / f"{name}.csv", tables.to_csv(rows))
-    for drawing in drawings:
-        for i, panel in enumerate(drawing.panels):
-            write_text(folder / "figures" / f"{drawing.name}-{i + 1}.svg", figures.standalone(panel.svg))
-    write_text(folder / "tables.tex", latex(sections))
-    write_text(folder / "report.md", markdown(results, sections))
-    write_text(folder / "index.html", html(results, sections, data, figures))
-    return {
-        "report": str(folder / "index.html"),
-        "figures": [drawing.name for drawing in drawings if drawing.panels],
-        "left_out": {drawing.name: drawing.without for drawing in drawings if not drawing.panels},
-        "headline": headline(results),
-        "warnings": views.warnings(results),
-        "summary": data["summary"],
-    }
+    marks = {arm: figures.marker_svg(style) for arm, style in figures.styles(results).items()}
+    tasks = ", ".join(results.tasks)
+    return Page(
+        f"Sparse fine-tuning study: {tasks}", "Sparse fine-tuning, compared", byline(results), headline(results),
+        views.warnings(results), build(results, data, figures), data, DEFINITIONS, configuration(results), marks,
+    )  # fmt: skip
 
 
-def _drawing_package() -> Any:
-    """The figures' module, whose libraries are an extra."""
-    with needing("the report", "report"):
-        import jinja2  # noqa: F401
+def byline(results: Results) -> str:
+    """Model, tasks and extent of a study, its date and machine."""
+    study, seeds = results.study, len(results.seeds)
+    machine = study.get("machine")
+    parts = [
+        str(study["config"]["model"]), f"trained on {', '.join(results.tasks)}", f"{len(results.arms)} arms",
+        f"{len(results.cells)} runs", f"{seeds} seed{'s' if seeds > 1 else ''}", study.get("date"),
+        machine if not isinstance(machine, dict) else ", ".join(map(str, machine.values())),
+    ]  # fmt: skip
+    return " · ".join(str(part) for part in parts if part)
 
-        from finepoint.reporting import figures
-    return figures
 
-
-def cleared(folder: Path) -> Path:
-    """The folder, without what an earlier report left in it; refused if it holds something else.
-
-    Raises:
-        FinepointError: it is a file, or holds something and no report of ours.
-    """
-    page = folder / "index.html"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
-        ours = page.is_file() and OURS in page.read_text(encoding="utf-8", errors="replace")[:600]
-    except OSError as error:
-        raise FinepointError(f"cannot use {folder} as an output folder: {error.strerror}") from error
-    if occupied and not ours:
-        raise FinepointError(f"{folder} holds something that is no report; choose another --output")
-    for old in [*folder.glob("data/*.csv"), *folder.glob("figures/*.svg")]:
-        old.unlink()
-    return folder
+def configuration(results: Results) -> str:
+    """Everything that decided the results, as YAML: configuration, arms, data, versions, machine."""
+    keys = ("config", "arms", "data", "versions", "machine", "date")
+    chosen = {key: results.study[key] for key in keys if key in results.study}
+    return yaml.safe_dump(json.loads(json.dumps(chosen)), sort_keys=False, allow_unicode=True, width=100)
 
 
 def view_data(results: Results) -> dict[str, list[Row]]:
@@ -236,7 +191,8 @@ def _choices(results: Results, data: dict[str, list[Row]], figures: Any) -> Sect
         [
             Drawing("places", "Chosen share by layer and module",
                     "Stronger colour: a larger share of the weight, by its square root; one scale for a density.",
-                    "allocation", figures.places(data["allocation"], results), "no rule left its selection"),
+                    "allocation", figures.places(data["allocation"], results), "no rule left its selection",
+                    small=True),
             Drawing("overlap", "Overlap of the arms' choices",
                     "Below the diagonal: Jaccard overlap in per cent. Above: that of random choices with as many "
                     "entries in each weight.",
@@ -330,68 +286,3 @@ def _failures(data: dict[str, list[Row]]) -> Section:
     gone = table("missing", "Missing runs", "Called for by the grid, neither finished nor failed", data["missing"], RUN)
     words = "Nothing failed and nothing is missing." if not failed.rows + gone.rows else "Runs without a result."
     return Section("Failures", words, tables=[one for one in (failed, gone) if one.rows])
-
-
-def latex(sections: Sequence[Section]) -> str:
-    """The tables for a paper, one for each task; what fills pages is for the CSV."""
-    parts = ["% Tables of a finepoint study; \\usepackage{booktabs,graphicx}"]
-    for whole_table in (one for section in sections for one in section.tables if one.rows):
-        for one in tables.by_task(whole_table):
-            too_long = f"% {tables.escape_latex(one.title)}: {len(one.rows)} rows, too many for a page; see data/*.csv"
-            parts.append(too_long if len(one.rows) > PAGE else tables.to_latex(one))
-    return "\n\n".join(parts) + "\n"
-
-
-def markdown(results: Results, sections: Sequence[Section]) -> str:
-    """The report as Markdown, with its figures as files."""
-    clean = tables.escape_markdown
-    parts = ["# Results of a sparse fine-tuning study", clean(" ".join(headline(results)))]
-    if said := views.warnings(results):
-        parts.append("Held against these numbers:\n\n" + "\n".join(f"- {clean(one)}" for one in said))
-    for section in sections:
-        parts.append(f"## {section.title}\n\n{section.text}")
-        for one in section.tables:
-            if one.rows:
-                parts.append(f"**{clean(one.title)}.** {clean(one.caption)}.\n\n{tables.to_markdown(one)}")
-        for drawing in section.drawings:
-            shown = [
-                f"![{clean(panel.title)}](figures/{drawing.name}-{i + 1}.svg)" for i, panel in enumerate(drawing.panels)
-            ]
-            words = drawing.caption if shown else f"Left out: {drawing.without}."
-            parts.append(f"**{drawing.title}.** {words}" + ("\n\n" + "\n".join(shown) if shown else ""))
-    parts.append(
-        "## Definitions\n\n" + "\n".join(f"- **{clean(name)}**: {clean(words)}" for name, words in DEFINITIONS.items())
-    )
-    settings = configuration(results).replace("```", "'''")
-    parts.append(f"## Configuration\n\n```yaml\n{settings}```")
-    return "\n\n".join(parts) + "\n"
-
-
-def configuration(results: Results) -> str:
-    """Everything that decided the results, as YAML: configuration, arms, data, versions, machine."""
-    keys = ("config", "arms", "data", "versions", "machine", "date")
-    chosen = {key: results.study[key] for key in keys if key in results.study}
-    return yaml.safe_dump(json.loads(json.dumps(chosen)), sort_keys=False, allow_unicode=True, width=100)
-
-
-def html(results: Results, sections: Sequence[Section], data: dict[str, list[Row]], figures: Any) -> str:
-    """The page: text, tables and drawings in one file."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    styles = figures.styles(results)
-    marks = {arm: figures.marker_svg(style) for arm, style in styles.items()}
-    numbers = iter(range(1, 1 << 30))  # drawings must not share ids
-
-    def svg(raw: str) -> Markup:
-        return Markup(figures.themed(raw, f"d{next(numbers)}"))
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["groups"] = tables.GROUPS
-    template = environment.from_string(files("finepoint.reporting").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.render(
-        ours=OURS, study=results.study, config=results.study["config"], results=results, sections=sections,
-        sentences=headline(results), warnings=views.warnings(results), definitions=DEFINITIONS, marks=marks, svg=svg,
-        configuration=configuration(results), data=[name for name, rows in data.items() if rows],
-        colours=[(name, light) for name, light in figures.COLOURS.values()],
-    )  # fmt: skip

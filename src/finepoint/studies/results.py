@@ -13,6 +13,9 @@ from finepoint.errors import FinepointError
 from finepoint.files import read_json
 
 FORMAT = 1
+SEQUENCE, SEQUENCE_RESULT = "sequence.json", "result.json"
+WAYS = {"exclude": ("exclude",), "allow": ("allow",), "both": ("exclude", "allow")}
+"""The ways in which the tasks of a sequence may choose entries, by the setting that asks for them."""
 
 Cell = dict[str, Any]
 """One run of the grid: a task, an arm, a learning rate and a seed, with everything measured on it."""
@@ -172,3 +175,9 @@ def at_edge(results: Results, task: str, arm: str) -> bool:
     grid = first_seed(results, task, arm)
     rates = sorted({float(rate) for rate in results.arm(arm).get("lrs") or [cell["lr"] for cell in grid]})
     return bool(grid) and len(rates) > 1 and best_lr(grid, results.tuning) in (rates[0], rates[-1])
+
+
+def adapter_folder(folder: Path, way: str, task: str, tasks: Sequence[str]) -> Path:
+    """Where a task's adapter lies, trained one way or the other."""
+    # Nothing can overlap with the first task: it is trained, and measured, once for both ways.
+    return folder / ("first" if task == tasks[0] else way) / task

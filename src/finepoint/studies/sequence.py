@@ -24,12 +24,11 @@ from finepoint.files import read_json, write_json
 from finepoint.measuring.metrics import sequence_metrics
 from finepoint.measuring.scoring import accuracy
 from finepoint.models import load_model, load_tokenizer
+from finepoint.studies.results import SEQUENCE, SEQUENCE_RESULT, WAYS, adapter_folder
 from finepoint.training.run import RECORD, fit, versions
 from finepoint.training.workplace import Workplace, workplace
 
 logger = logging.getLogger(__name__)
-MANIFEST = "sequence.json"
-WAYS = {"exclude": ("exclude",), "allow": ("allow",), "both": ("exclude", "allow")}
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Walk:
         return list(self.tests)
 
     def adapter_folder(self, way: str, task: str) -> Path:
-        # Nothing can overlap with the first task: it is trained, and measured, once for both ways.
-        return self.folder / ("first" if task == self.tasks[0] else way) / task
+        return adapter_folder(self.folder, way, task, self.tasks)
 
 
 def run_sequence(config: SequenceConfig) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"tasks": walk.tasks, "base": _remembered(folder / "base.json", lambda: _row(walk))}
     for way in WAYS[config.overlap]:
         found[way] = _walk(walk, way)
-    write_json(folder / "result.json", found | {"config": asdict(config), "versions": versions()})
+    write_json(folder / SEQUENCE_RESULT, found | {"config": asdict(config), "versions": versions()})
     return found
 
 
@@ -184,7 +182,7 @@ def _check(config: SequenceConfig) -> dict[str, Any]:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    manifest = folder / MANIFEST
+    manifest = folder / SEQUENCE
     if manifest.is_file():
         before = read_json(manifest)
         for name, value in json.loads(json.dumps(settings)).items():
