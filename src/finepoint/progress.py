@@ -17,6 +17,8 @@ from finepoint import ranks
 
 console = Console(stderr=True)
 Step = TypeVar("Step")
+# torchao, which transformers imports where it is installed, reports the GPUs it finds no libraries for.
+CHATTY = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
@@ -49,3 +51,5 @@ def log_to_stderr(quiet: bool = False) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.ERROR if not ranks.is_first() else logging.WARNING if quiet else logging.INFO)
     log.propagate = False
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)

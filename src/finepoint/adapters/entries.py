@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from finepoint import ranks
+from finepoint.quantised import float_values
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
-    """The entries at flat positions: (k,), the weight's dtype and device, a copy.
+    """The entries at flat positions: (k,), the weight's dtype and device, a copy; of a quantised weight its floats.
 
     Those of a sharded weight come from all processes, each of which must ask for the same.
     """
     if ranks.is_sharded(weight):
         return _gather_sharded(weight, indices)
-    return weight.detach().reshape(-1).index_select(0, indices.to(weight.device))
+    return float_values(weight).reshape(-1).index_select(0, indices.to(weight.device))
 
 
 def _gather_sharded(weight: Tensor, indices: Tensor) -> Tensor:

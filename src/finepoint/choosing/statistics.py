@@ -14,6 +14,7 @@ from finepoint import ranks
 from finepoint.choosing.rules import wide
 from finepoint.errors import FinepointError
 from finepoint.progress import tracked
+from finepoint.quantised import as_floats
 
 Batch = Mapping[str, Any]
 """What a model's forward takes, `labels` among it; ignored positions are labelled -100."""
@@ -53,11 +54,16 @@ def stream_statistics(
         raise FinepointError("this rule scores by gradients and needs data; give --data (in Python: batches)")
     ranks.check_alike("a label of the scoring examples", (str(label_count(batch)).encode() for batch in batches))
     for chunk in _chunks(weights, memory):
-        sums = {need: {name: torch.zeros_like(wide(w.detach())) for name, w in chunk.items()} for need in wanted}
-        with undisturbed(model):
-            _accumulate_(sums, model, chunk, batches)
+        sums = {need: {name: zeros(w) for name, w in chunk.items()} for need in wanted}
+        with as_floats(model, chunk) as plain, undisturbed(model):
+            _accumulate_(sums, model, plain, batches)
         for name in chunk:
             yield name, Statistics(**{need: ranks.whole(sums[need].pop(name)) for need in wanted})
+
+
+def zeros(weight: Tensor) -> Tensor:
+    """The weight's shape and device, `wide`'s dtype; an ordinary tensor also where the weight is quantised."""
+    return torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
 
 
 def _chunks(weights: Mapping[str, nn.Parameter], memory: float) -> Iterator[dict[str, nn.Parameter]]:

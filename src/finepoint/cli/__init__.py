@@ -61,6 +61,8 @@ def _run(command: str, arguments: list[str]) -> int:
     from finepoint.errors import FinepointError
 
     module = module_of(command)
+    # For `--rule module:function`; last, so that no file lying about hides a package.
+    sys.path.append("")
     try:
         config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
         from finepoint.progress import log_to_stderr

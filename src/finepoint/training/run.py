@@ -33,6 +33,7 @@ from finepoint.training.baselines import Setting, baseline_named, options_of
 from finepoint.training.interface import Method
 from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.settings import check, check_processes, learning_rate, steps_of
+from finepoint.training.tracking import tracked
 from finepoint.training.trainer import NotFiniteError, SparseTrainer, Watch, validation_losses
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.workplace import Workplace, batches_of, packer_for, prepare, rows_of, scoring_rows, select_for
@@ -220,13 +221,29 @@ def _indices(
 def _run_trainer(
     run: Run, validation: list[Row] | None, packer: Packer | None, checkpoint: str | None
 ) -> dict[str, Any]:
-    """Trains; returns the steps, their losses and the seconds they took."""
+    """Trains, followed by trackers; returns the steps, their losses and the seconds they took."""
+    config, folder = run.config, run.folder
+    rows = [row for row in run.place.rows if learned(row)]
+    steps = steps_of(config, len(rows))
+    done = int(checkpoint.rpartition("-")[2]) if checkpoint else None
+    if done and done >= steps:
+        raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
+    with tracked(config, folder, done) as (settings, followers):
+        arguments = _arguments(config, folder, steps, settings)
+        return _steps(run, arguments, followers, rows, validation, packer, checkpoint)
+
+
+def _steps(
+    run: Run,
+    arguments: TrainingArguments,
+    followers: list[Any],
+    rows: list[Row],
+    validation: list[Row] | None,
+    packer: Packer | None,
+    checkpoint: str | None,
+) -> dict[str, Any]:
     config, place, folder = run.config, run.place, run.folder
     set_seed(config.seed)
-    rows = [row for row in place.rows if learned(row)]
-    arguments = _arguments(config, folder, len(rows))
-    if checkpoint and (done := int(checkpoint.rpartition("-")[2])) >= arguments.max_steps:
-        raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
     trainer = SparseTrainer(
         run.method,
         packer,
@@ -236,6 +253,8 @@ def _run_trainer(
         data_collator=place.collator,
     )
     trainer.remove_callback(PrinterCallback)
+    for follower in followers:
+        trainer.add_callback(follower)
     if not checkpoint:
         ranks.on_first(partial(_forget_earlier_run, folder))
     best = folder / BEST if config.keep == "best" else None
@@ -284,8 +303,7 @@ def _forget_earlier_run(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArguments:
-    steps = steps_of(config, examples)
+def _arguments(config: TrainConfig, folder: Path, steps: int, tracking: Mapping[str, Any]) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
@@ -306,7 +324,7 @@ def _arguments(config: TrainConfig, folder: Path, examples: int) -> TrainingArgu
         save_steps=config.save_every or 500,
         save_total_limit=2,
         seed=config.seed,
-        report_to="none",
+        **tracking,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -331,6 +349,7 @@ def _description(config: SelectConfig, place: Workplace, statistics: Mapping[str
     if isinstance(config, TrainConfig) and config.baseline:
         facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options}
     else:
+        facts |= {"quantise": config.quantise} if config.quantise else {}
         facts |= {"rule": rule_named(config.rule).name, "density": statistics.get("density"), "scope": config.scope}
     facts |= {
         "targets": config.targets,

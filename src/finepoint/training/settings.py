@@ -5,6 +5,7 @@ from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.training.baselines import baseline_named, options_of
+from finepoint.training.tracking import require
 
 
 def check(config: TrainConfig) -> None:
@@ -22,6 +23,7 @@ def check(config: TrainConfig) -> None:
         raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
     if learning_rate(config) <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    require(config.report_to)
     needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
     for name, given in needing:
         if given and config.validation is None:
@@ -38,6 +40,9 @@ def check(config: TrainConfig) -> None:
 def _check_baseline(config: TrainConfig) -> None:
     """Refuses unknown baselines and options, and settings that only choosing entries has."""
     baseline = baseline_named(config.baseline or "")
+    if config.quantise:
+        raise FinepointError(f"quantise is for choosing entries, and baseline {baseline.name!r} trains float weights; "
+                             "leave out --quantise or --baseline")  # fmt: skip
     options_of(baseline, config.baseline_options)
     defaults = TrainConfig(model=config.model, output=config.output)
     unused = ["density", "count", "indices", "exclude", "rule", "rule_options"]

@@ -17,6 +17,7 @@ each process writes its rows. Sharded later, the deltas are among what FSDP2 sha
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType, TracebackType
 from typing import Any
@@ -27,9 +28,10 @@ from torch.autograd.function import once_differentiable
 
 from finepoint import ranks
 from finepoint.adapters.adapter import Change, SparseAdapter
-from finepoint.adapters.entries import checksum, gather
+from finepoint.adapters.entries import checksum, gather, moved
 from finepoint.adapters.format import TENSORS
 from finepoint.errors import FinepointError
+from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.following import follow_after_steps, stop_following
 from finepoint.training.kernels import follow_, sampled_embedding_gradient, sampled_gradient
 
@@ -62,16 +64,20 @@ class SparseTuner:
                 first_name = names[id(weight)]
                 if first_name in self.entries:
                     raise FinepointError(f"{name!r} is tied to {first_name!r}: give the indices of one of them")
-                self.entries[first_name] = TrainedEntries(first_name, model, weight, positions)
+                kind = QuantisedEntries if is_quantised(weight) else TrainedEntries
+                self.entries[first_name] = kind(first_name, model, weight, positions)
         if not self.entries:
             raise FinepointError("there is no index to train; select some first")
 
+        quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedEntries)]
+        altered = {entries.name: entries.alter_ for entries in quantised}
+        self._handles: list[Any] = [*replace_forwards(model, altered)]  # whatever `remove` takes off the model
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
         container = self._deltas = Deltas({name.replace(".", "/"): entries for name, entries in self.entries.items()})
         setattr(model, CONTAINER, container)
         follow_after_steps(container)
-        self._handles: list[Any] = [model.register_forward_pre_hook(container.meet)]  # whatever `remove` takes off
+        self._handles.append(model.register_forward_pre_hook(container.meet))
         for entries in self.entries.values():
             self._handles += _attach(model, entries)
         leave_out_of_ddp(model)
@@ -152,7 +158,8 @@ class SparseTuner:
     def close(self) -> None:
         """Gives back the plain model with the trained values in its weights; closing twice is harmless.
 
-        `adapter()` beforehand keeps the change; `revert_()` beforehand gives back the base.
+        `adapter()` beforehand keeps the change; `revert_()` beforehand gives back the base. A quantised weight cannot
+        take the trained values: it is the base's again.
         """
         if not self._handles:
             return
@@ -340,6 +347,30 @@ class TrainedEntries(nn.Module):
             return output
         tokens = args[0] if args else kwargs["input"]
         return _SampledEmbedding.apply(output, self.delta, tokens, self, module.padding_idx)
+
+
+class QuantisedEntries(TrainedEntries):
+    """The chosen entries of a quantised weight, which stays as it is: its layer's forward adds the deltas."""
+
+    def alter_(self, weight: Tensor) -> None:
+        """weight[indices] = base + delta in the dequantised weight, which is a copy."""
+        follow_(weight, self.indices, self.base, self.delta)
+
+    def values(self) -> Tensor:
+        """base + delta, rounded once to the weight's float dtype: (k,)."""
+        return moved(self.base, self.delta.detach())
+
+    def write_(self, weight: Tensor) -> None:
+        self.stale = False
+
+    def changed(self) -> int:
+        return int((self.values() != self.base).sum())
+
+    def change(self, store: str) -> Change:
+        change = super().change("delta")
+        if store == "value" or (store == "auto" and self.base.itemsize == 2):
+            return replace(change, kind="value", numbers=self.values().cpu())
+        return change
 
 
 class _SampledLinear(torch.autograd.Function):

@@ -41,7 +41,8 @@ def prepare(config: SelectConfig) -> Workplace:
         raise FinepointError(f"{config.data} knows only the label {labels[0]!r}; a classifier needs two")
     tokenizer = load_tokenizer(config.model)
     # To be sharded it is loaded beside the device, which may not have room for all of it.
-    model = load_model(config.model, config.dtype, labels, config.seed, device="cpu" if wanted() else None)
+    device = "cpu" if wanted() else None
+    model = load_model(config.model, config.dtype, labels, config.seed, device=device, quantise=config.quantise)
     if labels:
         model.config.pad_token_id = padding_id(tokenizer)
     ranks.check_alike("the base model", _fingerprint(model))
