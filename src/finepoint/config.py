@@ -24,6 +24,8 @@ class SelectConfig:
         rule_options: the rule's options, e.g. epsilon=1e-6
         density: share of the target entries to train, in (0, 1]; 0.001 where no count is given
         count: how many entries to train, instead of density
+        structure: entry, or whole groups: row, column, block:RxC, head; density and count then are of groups
+        pooling: a group's score is the mean or the sum of its entries'
         scope: what competes with each other: all target entries, or those of one weight or one layer
         targets: linear (default), all, attention, mlp, short names (v,o), patterns, or a density for each pattern
         exclude: adapter folders whose entries may not be chosen
@@ -45,6 +47,8 @@ class SelectConfig:
     rule_options: dict[str, float] = field(default_factory=dict)
     density: float | None = None
     count: int | None = None
+    structure: str = "entry"
+    pooling: Literal["mean", "sum"] = "mean"
     scope: Literal["global", "weight", "layer"] = "global"
     targets: TargetsOption = "linear"
     exclude: list[str] = field(default_factory=list)

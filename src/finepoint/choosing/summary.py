@@ -34,8 +34,12 @@ class Summary:
         indices: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         plan: Sequence[Any],
+        structure: str = "entry",
     ) -> dict[str, Any]:
-        """JSON-ready: counts by weight, quantiles of |weight| and |gradient|, share of near-zero weights."""
+        """JSON-ready: counts by weight, quantiles of |weight| and |gradient|, share of near-zero weights.
+
+        `asked` counts what is chosen as a whole: entries, or groups of the structure.
+        """
         total = sum(weight.numel() for weight in weights.values())
         count = sum(len(chosen) for chosen in indices.values())
         chosen_weights = torch.cat([at(weights[name], chosen).abs() for name, chosen in indices.items()])
@@ -43,6 +47,7 @@ class Summary:
         all_weights = torch.cat([seen for seen, _ in self.seen.values()])
         summary: dict[str, Any] = {
             "entries": total,
+            "structure": structure,
             "asked": sum(budget.k for budget in plan),
             "chosen": count,
             "density": count / total,

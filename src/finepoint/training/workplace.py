@@ -76,6 +76,8 @@ def select_for(config: SelectConfig, place: Workplace, stream: Callable[..., Any
         scoring_memory=config.scoring_memory,
         threshold=config.threshold,
         rule_options=config.rule_options,
+        structure=config.structure,
+        pooling=config.pooling,
         stream=stream,
     )
 
