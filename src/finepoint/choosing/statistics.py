@@ -63,7 +63,10 @@ def stream_statistics(
 
 def zeros(weight: Tensor) -> Tensor:
     """The weight's shape and device, `wide`'s dtype; an ordinary tensor also where the weight is quantised."""
-    return torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if ranks.is_sharded(weight):  # as it is: each process adds up its own rows
+        return torch.zeros_like(weight.detach(), dtype=dtype)
+    return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
 
 
 def _chunks(weights: Mapping[str, nn.Parameter], memory: float) -> Iterator[dict[str, nn.Parameter]]:

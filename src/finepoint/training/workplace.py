@@ -35,6 +35,10 @@ class Workplace:
 def prepare(config: SelectConfig) -> Workplace:
     """Reads the data and loads the model they call for."""
     rule_named(config.rule)  # a misspelt rule should not wait for the model to load
+    if config.quantise and ranks.count() > 1:
+        raise FinepointError(
+            "a quantised base trains in one process; leave out --quantise, or start it without a launcher"
+        )
     examples = read_examples(config.data) if config.data else []
     labels = label_names(examples)
     if len(labels) == 1:
