@@ -11,7 +11,7 @@ import pytest
 from conftest import write_lines
 from finepoint import config as configs
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.cli import COMMANDS
+from finepoint.cli import COMMANDS, main
 from finepoint.cli.options import parse
 from finepoint.config import EvalConfig, TrainConfig
 from finepoint.errors import FinepointError
@@ -51,6 +51,13 @@ def test_help_of_every_command_lists_every_flag():
         for field in fields(config):
             line = next(line for line in shown.splitlines() if f"--{field.name.replace('_', '-')} " in line)
             assert len(line.split("(")[0].split(maxsplit=1)) == 2, f"{command}: {field.name} is not explained"
+
+
+def test_a_rule_is_found_in_the_folder_where_the_command_runs(tmp_path, monkeypatch):
+    (tmp_path / "near_rule.py").write_text("def score(weight): return weight")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as in the installed command
+    assert main(["plan", "--model", "llama-3-8b", "--rule", "near_rule:score", "--tokens", "8", "--json"]) == 0
 
 
 def test_the_number_of_flags_stays_bounded():

@@ -9,6 +9,8 @@ from typing import Any, Literal
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 ExportFormat = Literal["merged", "shira", "supertuning", "sparta", "vllm-patch", "gguf"]
 ImportFormat = Literal["auto", "shira", "supertuning", "sparta"]
+Quantise = Literal["int8", "int4"]
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 TargetsOption = str | list[str] | dict[str, float]
 
 
@@ -35,6 +37,7 @@ class SelectConfig:
         max_length: longest example in tokens; the model's context where not given
         batch_size: examples a batch
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        quantise: hold the linear layers of the base in int8 or int4 (torchao); what is trained stays float
         seed: of everything random
         overwrite: allow an output folder that holds something
         json: print one JSON object on stdout
@@ -58,6 +61,7 @@ class SelectConfig:
     max_length: int | None = None
     batch_size: int = 16
     dtype: DType = "auto"
+    quantise: Quantise | None = None
     seed: int = 0
     overwrite: bool = False
     json: bool = False
@@ -92,6 +96,7 @@ class TrainConfig(SelectConfig):
         eval_every: steps between evaluations on the validation examples; a fifth of the run where not given
         save_every: steps between checkpoints that --resume can go on from
         resume: go on from the last checkpoint in output
+        report_to: trackers that follow the run: tensorboard, trackio, wandb, mlflow; log.jsonl is always written
         store: float32 deltas, the exact trained values, or (auto) values of half-precision weights, which are smaller
         compact: write positions as gaps, in one or two bytes each instead of four; as exact
     """
@@ -119,6 +124,7 @@ class TrainConfig(SelectConfig):
     eval_every: int | None = None
     save_every: int | None = None
     resume: bool = False
+    report_to: list[Tracker] = field(default_factory=list)
     store: Literal["auto", "delta", "value"] = "auto"
     compact: bool = False
 
@@ -223,13 +229,16 @@ class EvalConfig:
         id: in-distribution sets, each NAME=FILE
         ood: out-of-distribution sets, each NAME=FILE
         probe: texts whose likelihood shows forgetting, each NAME=FILE
+        tasks: tasks of lm-evaluation-harness, by name; needs the extra lm-eval
+        include_path: folder with tasks of your own for lm-evaluation-harness, as YAML
         output: JSON file to write
-        limit: at most so many examples of each set, always the same
+        limit: at most so many examples of each set, always the same; of each task the first
         max_length: longest example in tokens; the model's context where not given
         scale: strengths at which each adapter is measured too (WiSE-FT), e.g. 0.25 0.5: base + strength x change
         generate: at most so many examples of each set are answered by generation as well; 0 for none
         new_tokens: most tokens to generate where an answer is written
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        quantise: hold the linear layers in int8 or int4, as the adapters' training did
         overwrite: replace the output file
         json: print one JSON object on stdout
     """
@@ -239,6 +248,8 @@ class EvalConfig:
     id: list[str] = field(default_factory=list)
     ood: list[str] = field(default_factory=list)
     probe: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
     output: str | None = None
     limit: int | None = None
     max_length: int | None = None
@@ -246,6 +257,7 @@ class EvalConfig:
     generate: int = 0
     new_tokens: int = 64
     dtype: DType = "auto"
+    quantise: Quantise | None = None
     overwrite: bool = False
     json: bool = False
 
@@ -422,7 +434,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RulesConfig:
-    """List the rules and the baselines, each with its formula and source.
+    """List the rules, those of installed plug-ins too, and the baselines, each with its formula and source.
 
     Args:
         json: print one JSON object on stdout

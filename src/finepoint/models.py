@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import transformers
 
-from finepoint.config import DType
+from finepoint.config import DType, Quantise
 from finepoint.errors import FinepointError
+from finepoint.extras import needing
 from finepoint.packages import cache_folder, digest, fetch
+from finepoint.quantised import quantise_, quantised_layers
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def load_model(
-    name: str, dtype: DType = "auto", labels: Sequence[str] = (), seed: int = 0, device: str | None = None
+    name: str,
+    dtype: DType = "auto",
+    labels: Sequence[str] = (),
+    seed: int = 0,
+    device: str | None = None,
+    quantise: Quantise | None = None,
 ) -> Any:
     """A causal language model, or a classifier where `labels` are given (its new head is drawn from `seed`).
 
@@ -60,9 +67,11 @@ def load_model(
         dtype: of the weights; `auto` keeps the checkpoint's, but takes float32 on a CPU that has no bfloat16
             arithmetic, where half precision would be many times slower.
         device: `cuda` where there is one, else `cpu`.
+        quantise: the linear layers of the blocks, by torchao, weights alone; a checkpoint of torchao's is quantised as
+            it is.
 
     Raises:
-        FinepointError: there is no such model, or it cannot be loaded.
+        FinepointError: there is no such model, or it cannot be loaded, or is quantised in another way.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
@@ -77,7 +86,17 @@ def load_model(
     if dtype == "auto" and _is_slow(model.dtype, device):
         logger.warning("this CPU has no bfloat16 arithmetic: loading in float32 (--dtype bfloat16 forces it)")
         model = model.float()
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if hasattr(model.config, "quantization_config"):
+        if not quantised_layers(model):
+            method = getattr(model.config.quantization_config, "quant_method", "an unknown way")
+            raise FinepointError(f"{name!r} is quantised by {method}; finepoint trains over torchao's weight-only "
+                                 "int8 and int4, or over plain weights")  # fmt: skip
+        _forget_quantizer_(model)
+    if quantise:
+        layers = [at for at, module in model.named_modules() if type(module) is torch.nn.Linear]
+        quantise_(model, quantise, [at for at in layers if block_of(model, f"{at}.weight")])
+    return model
 
 
 def shape_of(name: str, dtype: DType = "auto", device: str = "cpu") -> Any:
@@ -245,10 +264,8 @@ def _unpacked_gguf(file: Path) -> Path:
     folder = cache_folder() / "models" / f"{file.stem}-{digest(file)[:16]}"
     if (folder / "config.json").is_file():
         return folder
-    try:
+    with needing(f"reading {file.name}", "gguf"):
         import gguf  # noqa: F401 - transformers needs it
-    except ImportError as error:
-        raise FinepointError(f"reading {file.name} needs the package gguf: pip install 'finepoint[gguf]'") from error
     logger.warning("converting %s once (about half a minute)", file.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, _quiet():
@@ -268,7 +285,8 @@ def _unpacked_gguf(file: Path) -> Path:
 
 
 def _forget_quantizer_(model: Any) -> None:
-    """The weights are plain by now; what is left of the quantizer would make `save_pretrained` refuse."""
+    """The weights are plain by now, or torchao's, which say all themselves: what is left of the quantizer would make
+    `save_pretrained` and the Trainer refuse."""
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
         if attribute in vars(model):
             delattr(model, attribute)

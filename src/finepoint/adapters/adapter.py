@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finepoint.adapters.entries import checksum, gather, moved, overlap, scatter_
 from finepoint.errors import FinepointError
+from finepoint.quantised import Replaced, is_quantised, replace_forwards
 
 Kind = Literal["delta", "value", "full"]
 APPLIED = "_finepoint_applied"  # the attribute of a model that lists what is applied to it
@@ -128,20 +129,36 @@ class SparseAdapter(Mapping[str, Tensor]):
             elif dtype != change.dtype:
                 found.append(f"{name}: {dtype} in the model, {change.dtype} in the adapter; load it as {change.dtype}")
             elif not change.lies_on(weight):
-                found.append(f"{name}: its values are not those of the base model the adapter was trained on")
+                bits = self.info.get("quantise")
+                hint = f"; it was quantised: --quantise {bits}" if bits and not is_quantised(weight) else ""
+                found.append(f"{name}: its values are not those of the base model the adapter was trained on{hint}")
         return found
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, in_place: bool = True) -> None:
         """Refuses a model that this adapter does not belong to as it is now.
 
+        Args:
+            in_place: the adapter is to be written into the weights.
+
         Raises:
-            FinepointError: the first of its `problems`, or the model is being trained.
+            FinepointError: the first of its `problems`, or the model is being trained, or a weight to be written into
+                is quantised.
         """
         if hasattr(model, "finepoint"):
             raise FinepointError("the model is being trained; close its SparseTuner before applying an adapter")
         if problems := self.problems(model):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise FinepointError(f"the adapter does not fit this model: {problems[0]}{more}")
+        if in_place and (quantised := self.quantised_in(model)):
+            raise FinepointError(
+                f"{quantised[0]} is quantised: its entries share scales, so that none can be set on its own; use "
+                "`with adapter.applied(model)` or `adapter.attach(model)`, which add the change in the layer's forward"
+            )
+
+    def quantised_in(self, model: nn.Module) -> list[str]:
+        """Names of the weights this adapter changes that are quantised in the model."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return [name for name in self if is_quantised(parameters[name])]
 
     def apply(self, model: nn.Module) -> None:
         """Writes the adapter into the model's weights, exactly as they were at the end of training.
@@ -149,7 +166,8 @@ class SparseAdapter(Mapping[str, Tensor]):
         The bits it replaces are kept on the model, for `revert`. Adapters that share no entry can be applied together.
 
         Raises:
-            FinepointError: the model is not the one the adapter was trained on; nothing is changed then.
+            FinepointError: the model is not the one the adapter was trained on, or is quantised; nothing is changed
+                then.
         """
         self.check(model)
         weights = dict(model.named_parameters(remove_duplicate=False))
@@ -177,14 +195,74 @@ class SparseAdapter(Mapping[str, Tensor]):
         for name, values in originals.items():
             scatter_(weights[name], self[name], values)
 
+    def attach(self, model: nn.Module) -> "Attached":
+        """Adds the adapter to a model with quantised weights in its layers' forward; no quantised weight is changed.
+
+        From now on the quantised layers multiply by their float values, with this adapter's entries in place: the model
+        computes what the model with dequantised weights computes with the adapter applied, bit for bit.
+
+        Returns:
+            What takes it off again, by `remove()`.
+
+        Raises:
+            FinepointError: the model is not the one the adapter was trained on, or something is attached already.
+        """
+        self.check(model, in_place=False)
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        altered = {}
+        for name in self.quantised_in(model):
+            altered[name] = Overwrite(self[name], self.changes[name].new_values(gather(weights[name], self[name])))
+        layers = replace_forwards(model, altered)
+        rest = SparseAdapter({name: change for name, change in self.changes.items() if name not in altered})
+        rest.apply(model)
+        return Attached(model, layers, rest)
+
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Inside, the adapter is applied; afterwards, also after an exception, the original bits are back."""
+        """Inside, the adapter is applied; afterwards, also after an exception, the original bits are back.
+
+        To a quantised model it is attached.
+        """
+        self.check(model, in_place=False)
+        if self.quantised_in(model):
+            attached = self.attach(model)
+            try:
+                yield model
+            finally:
+                attached.remove()
+            return
         self.apply(model)
         try:
             yield model
         finally:
             self.revert(model)
+
+
+@dataclass(frozen=True)
+class Overwrite:
+    """Writes an adapter's (k,) values into a dequantised weight."""
+
+    indices: Tensor
+    values: Tensor
+
+    def __call__(self, weight: Tensor) -> None:
+        scatter_(weight, self.indices, self.values)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An adapter on a quantised model."""
+
+    model: nn.Module
+    layers: list[Replaced]
+    rest: SparseAdapter
+    """what it changes in weights that are not quantised, which is applied"""
+
+    def remove(self) -> None:
+        """Gives the model its own forward and bits again."""
+        for layer in self.layers:
+            layer.remove()
+        self.rest.revert(self.model)
 
 
 def check_base(model: nn.Module) -> None:

@@ -8,7 +8,8 @@ A rule is one function. Its parameters say what it needs, and it is given just t
     generator         a `torch.Generator` that depends on the seed and on the weight's name alone
 
 Gradients are float32 (float64 over float64 weights). Every further parameter is an option with a default
-(`--rule-options epsilon=1e-6`). A rule may be written as a formula, too: see `expressions.py`.
+(`--rule-options epsilon=1e-6`). A rule may be written as a formula, too (`expressions.py`), and those of other packages
+are found by name (`plugins.py`).
 """
 
 import inspect
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from finepoint.choosing.expressions import expression, is_expression
+from finepoint.choosing.plugins import function_of, offered, package_of
 from finepoint.errors import FinepointError
 
+OURS = "finepoint"
 NEEDS = ("weight", "gradient", "squared_gradient", "generator")
 
 
@@ -34,6 +37,8 @@ class Rule:
     score: Callable[..., Tensor]
     formula: str
     source: str
+    package: str = OURS
+    """what it comes from: finepoint, a package with its version, or a module"""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -52,31 +57,44 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+"""The rules by name, each with its function, formula and source."""
 ALIASES = {"sparta": "random", "saft": "gradient"}
 
 
-def register(name: str, score: Callable[..., Tensor], formula: str = "", source: str = "") -> Rule:
+def register(name: str, score: Callable[..., Tensor], formula: str = "", source: str = "", package: str = "") -> Rule:
     """Make a function known as a rule: `finepoint.register("mine", my_function)`.
 
+    Args:
+        formula: for the list of rules; the first line of the function's docstring where not given.
+        source: whom to cite.
+        package: what the function comes from; its module where not given.
+
     Raises:
-        FinepointError: an option of the function has no default.
+        FinepointError: an option of the function has no default, or one that is no number.
     """
-    rule = Rule(name, score, formula or (inspect.getdoc(score) or "").split("\n")[0], source)
-    for option, default in rule.options.items():
+    formula = formula or (inspect.getdoc(score) or "").split("\n")[0]
+    rule = Rule(name, score, formula, source, package or getattr(score, "__module__", ""))
+    try:
+        options = rule.options
+    except (TypeError, ValueError) as error:  # no function, or one that hides its parameters
+        raise FinepointError(f"rule {name!r} cannot be asked what it needs: {error}; give a plain function") from error
+    for option, default in options.items():
         if default is inspect.Parameter.empty:
             raise FinepointError(
                 f"rule {name!r} asks for {option!r}, which finepoint does not provide; it provides "
                 f"{', '.join(NEEDS)}, and every other parameter needs a default"
             )
+        if not isinstance(default, int | float):
+            raise FinepointError(f"rule {name!r} has the option {option!r} with default {default!r}; give a number")
     RULES[name] = rule
     return rule
 
 
 def rule_named(name: str) -> Rule:
-    """The rule called `name`, one of its aliases, the function at `module:function`, or a formula of w, g and f.
+    """The rule called `name`, one of its aliases, a plug-in's, the function at `module:function`, or a formula.
 
     Raises:
-        FinepointError: there is no such rule; the known ones are listed.
+        FinepointError: there is no such rule; the known ones are listed. Or a plug-in is broken.
     """
     if ":" in name:
         return _imported(name)
@@ -85,24 +103,41 @@ def rule_named(name: str) -> Rule:
         return RULES[name]
     if is_expression(name):
         return Rule(name, expression(name), name, "a formula")
-    known = [*RULES, *ALIASES]
+    plugins = offered()
+    if name in plugins:
+        return register(name, function_of(name, plugins[name]), package=package_of(plugins[name][0]))
+    known = [*RULES, *ALIASES, *plugins]
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise FinepointError(f"unknown rule {name!r}; {hint}known rules: {', '.join(known)}, module:function, "
                          "or a formula of w, g and f such as 'abs(g) / (abs(w) + 1e-6)'")  # fmt: skip
 
 
+def every_rule() -> tuple[list[Rule], list[str]]:
+    """finepoint's rules with those of all plug-ins that can be had, and what is wrong with the others."""
+    problems = []
+    for name, points in offered().items():
+        if name in ALIASES or (name in RULES and RULES[name].package == OURS):
+            problems.append(f"rule {name!r} of {package_of(points[0])} is hidden by finepoint's own of that name")
+            continue
+        try:
+            rule_named(name)
+        except FinepointError as error:
+            problems.append(str(error))
+    return list(RULES.values()), problems
+
+
 def _imported(path: str) -> Rule:
     module, _, function = path.partition(":")
     try:
-        return register(path, getattr(import_module(module), function), source=module)
+        return register(path, getattr(import_module(module), function), package=module)
     except (ImportError, AttributeError) as error:
         raise FinepointError(f"cannot import rule {path!r}: {error}") from error
 
 
 def _rule(name: str, formula: str, source: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     def add(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        register(name, score, formula, source)
+        register(name, score, formula, source, OURS)
         return score
 
     return add

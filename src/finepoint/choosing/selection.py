@@ -9,13 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from finepoint.choosing.rules import Rule, rule_named
+from finepoint import ranks
+from finepoint.choosing.rules import OURS, Rule, rule_named
 from finepoint.choosing.statistics import Batch, Statistics, seeded_generator, stream_statistics
 from finepoint.choosing.structure import Pooling, tilings
 from finepoint.choosing.summary import Summary
 from finepoint.choosing.weights import Targets, match, target_weights
 from finepoint.errors import FinepointError
 from finepoint.models import block_of
+from finepoint.quantised import float_values
 
 Scope = Literal["global", "weight", "layer"]
 Threshold = Literal["exact", "sampled"]
@@ -81,10 +83,13 @@ def select(
 ) -> Selection:
     """Chooses the entries to train; the model is left exactly as found.
 
+    Several processes (torch.distributed) call it together with the same batches; each scores on its share and all
+    choose the same entries.
+
     Args:
         model: a model whose forward takes a batch and returns an output with a `loss`.
         batches: scoring examples, each a mapping with `labels`; only gradient rules need them.
-        rule: a name from `finepoint.RULES`, or `module:function`.
+        rule: a name from `finepoint.RULES` or of a plug-in, or `module:function`.
         density: share of the target entries to choose, in (0, 1]; 0.001 where neither it nor `count` is given.
         count: how many to choose, instead of `density`.
         scope: `global` compares all target entries with each other, `layer` those of one decoder block, `weight`
@@ -119,9 +124,10 @@ def select(
 
     def scores() -> Iterator[Scored]:
         for name, statistics in stream(model, weights, batches, chosen_rule.needs, scoring_memory):
-            values = score(chosen_rule, name, weights[name], statistics, seed, options)
+            weight = ranks.whole(weights[name])  # of a sharded model one weight at a time is put together
+            values = score(chosen_rule, name, weight, statistics, seed, options)
             gradient = None if statistics.gradient is None else statistics.gradient.abs()
-            summary.see(name, weights[name], gradient)
+            summary.see(name, weight, gradient)
             values = cut[name].pooled(values, pooling)
             if name in taken:  # on a copy: a rule may have returned the weight itself
                 values = values.index_fill(0, taken[name].to(values.device), -torch.inf)
@@ -151,16 +157,24 @@ def score(rule: Rule, name: str, weight: Tensor, statistics: Any, seed: int, opt
     """The rule's scores of one weight: finite, the weight's shape.
 
     Raises:
-        FinepointError: the rule gave another shape, or a number that is not finite.
+        FinepointError: the rule gave another shape, or a number that is not finite; or one that is not ours failed.
     """
     offered = {
-        "weight": weight.detach(),
+        "weight": float_values(weight),
         "gradient": statistics.gradient,
         "squared_gradient": statistics.squared_gradient,
         "generator": seeded_generator(seed, name),
     }
-    with torch.no_grad():
-        scores = rule.score(**{need: offered[need] for need in rule.needs}, **options)
+    try:
+        with torch.no_grad():
+            scores = rule.score(**{need: offered[need] for need in rule.needs}, **options)
+    except Exception as error:
+        if rule.package == OURS:
+            raise
+        raise FinepointError(f"rule {rule.name!r} of {rule.package} failed on {name}: {type(error).__name__}: "
+                             f"{error}") from error  # fmt: skip
+    if not isinstance(scores, Tensor):
+        raise FinepointError(f"rule {rule.name!r} gave {type(scores).__name__} for {name}, not a tensor of scores")
     if scores.shape != weight.shape:
         raise FinepointError(f"rule {rule.name!r} gave scores of shape {tuple(scores.shape)} for {name}, "
                              f"which has shape {tuple(weight.shape)}")  # fmt: skip

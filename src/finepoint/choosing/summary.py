@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finepoint import ranks
 from finepoint.choosing.statistics import seeded_generator
+from finepoint.quantised import float_values
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 NEAR_ZERO = 1e-4  # below this |weight| a ratio rule is ruled by its epsilon
@@ -69,7 +71,7 @@ class Summary:
 
 def at(tensor: Tensor, positions: Tensor) -> Tensor:
     """Entries at flat positions, as float32 on the CPU."""
-    return tensor.detach().reshape(-1)[positions.to(tensor.device)].float().cpu()
+    return float_values(ranks.whole(tensor)).reshape(-1)[positions.to(tensor.device)].float().cpu()
 
 
 def _mass(weight: Tensor, samples: int) -> Tensor:

@@ -33,6 +33,14 @@ def print_scores(found: dict[str, Any]) -> None:
                 row += [f"{adapter[kind][name][measure]:.3f} ({signed(adapter[f'{kind}_change'][name])})"]
             rows.append(row)
             rows += more_rows(f"{kind} {name}", kind, name, found)
+    for task, metrics in found["base"].get("tasks", {}).items():
+        for metric, value in metrics.items():
+            if metric == "n" or "_stderr" in metric:
+                continue
+            row = [f"task {task}", metric, metrics.get("n", ""), round(value, 3)]
+            for adapter in found["adapters"].values():
+                row += [f"{adapter['tasks'][task][metric]:.3f} ({signed(adapter['tasks_change'][task][metric])})"]
+            rows.append(row)
     print_table(["set", "measure", "n", "base", *found["adapters"]], rows)
 
 

@@ -1,32 +1,39 @@
-"""finepoint rules: the rules, and the baselines they are measured against"""
+"""finepoint rules: the rules, those of plug-ins too, and the baselines they are measured against"""
+
+import logging
 
 from finepoint.cli.output import print_json, print_table
 from finepoint.config import RulesConfig
 
 CONFIG = RulesConfig
+logger = logging.getLogger(__name__)
 
 
 def run(config: RulesConfig) -> None:
-    from finepoint.choosing.rules import ALIASES, RULES
+    from finepoint.choosing.rules import ALIASES, OURS, every_rule
     from finepoint.training.baselines import BASELINES
 
-    other_names = {name: [alias for alias, rule in ALIASES.items() if rule == name] for name in RULES}
+    rules, problems = every_rule()
+    for problem in problems:
+        logger.warning("left out: %s", " ".join(problem.split()))
+    other_names = {rule.name: [alias for alias, name in ALIASES.items() if name == rule.name] for rule in rules}
     if config.json:
-        rules = {
-            rule.name: {"formula": rule.formula, "source": rule.source, "options": rule.options,
-                        "also": other_names[rule.name], "needs_data": rule.needs_data}
-            for rule in RULES.values()
+        listed = {
+            rule.name: {"formula": rule.formula, "source": rule.source, "package": rule.package,
+                        "options": rule.options, "also": other_names[rule.name], "needs_data": rule.needs_data}
+            for rule in rules
         }  # fmt: skip
-        print_json(rules | {"baselines": {
+        print_json(listed | {"baselines": {
             baseline.name: {"formula": baseline.formula, "source": baseline.source, "options": baseline.options,
                             "lr": baseline.lr}
             for baseline in BASELINES.values()
         }})  # fmt: skip
         return
     rows = [
-        [", ".join([rule.name, *other_names[rule.name]]), rule.formula, rule.source, _options(rule.options),
+        [", ".join([rule.name, *other_names[rule.name]]), rule.formula,
+         rule.source if rule.package == OURS else f"plug-in: {rule.package}", _options(rule.options),
          "yes" if rule.needs_data else "no"]
-        for rule in RULES.values()
+        for rule in rules
     ]  # fmt: skip
     print_table(["rule", "score (higher = train it)", "source", "options", "needs data"], rows)
     print()

@@ -1,5 +1,6 @@
 """Evaluation of a model and of adapters on it: in distribution, out of distribution, and probes for forgetting."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,13 @@ from finepoint.errors import FinepointError
 from finepoint.files import claim_file
 from finepoint.measuring.divergence import mean_kl
 from finepoint.measuring.generation import frequent_answers, generated
+from finepoint.measuring.harness import Harness
 from finepoint.measuring.metrics import changes
 from finepoint.measuring.scoring import accuracy, mean_nll
 from finepoint.models import load_model, load_tokenizer
 from finepoint.progress import progress
 
+logger = logging.getLogger(__name__)
 Sets = Mapping[str, Sequence[Example]]
 
 
@@ -33,11 +36,15 @@ class Evaluation:
     new_tokens: int = 64
     generate: int = 0
     """so many examples of each set are answered by generation too"""
+    harness: Harness | None = None
     trained_answers: Sequence[str] = ()
     """of the task trained on; see `frequent_answers`"""
 
     def scores(self, model: Any, tokenizer: Any, what: str = "model") -> dict[str, Any]:
-        """{"id": {name: {"accuracy", ..}}, "ood": {..}, "probe": {name: {"nll", "tokens"}}} of the model as it is."""
+        """{"id": {name: {"accuracy", ..}}, "ood": {..}, "probe": {name: {"nll", "tokens"}}} of the model as it is.
+
+        With a harness also "tasks": {name: {"acc", ..}}.
+        """
         found: dict[str, Any] = {}
         for kind in ("id", "ood", "probe"):
             found[kind] = {}
@@ -54,6 +61,9 @@ class Evaluation:
                         )  # fmt: skip
                         if self.generate and not isinstance(examples[0], Labelled):
                             found[kind][name]["generated"] = self._generated(model, tokenizer, examples)
+        if self.harness:
+            logger.info("%s: %s, by lm-evaluation-harness", what, ", ".join(self.harness.tasks))
+            found["tasks"] = self.harness.scores(model, tokenizer, context_length(model, self.max_length))
         return found
 
     def _generated(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
@@ -132,8 +142,11 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     if config.output:
         claim_file(config.output, config.overwrite)
     sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
-    if not any(sets.values()):
-        raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE")
+    if not any(sets.values()) and not config.tasks:
+        raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE, or --tasks NAME")
+    if config.include_path and not config.tasks:
+        raise FinepointError("include_path is where tasks lie; give --tasks NAME of one of them")
+    harness = Harness.of(config.tasks, config.include_path, config.limit) if config.tasks else None
     adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter if not is_peft(folder)}
     origins = [adapters[folder].info if folder in adapters else info_of(folder) for folder in config.adapter]
     tasks = {(info.get("task", "causal"), tuple(info.get("labels", ()))) for info in origins}
@@ -142,13 +155,15 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     labels = next(iter(tasks))[1] if tasks else ()
     if not labels and any(isinstance(s[0], Labelled) for kind in sets.values() for s in kind.values()):
         raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
+    if labels and harness:
+        raise FinepointError("the adapter is a classifier's, and tasks ask a language model; leave out --tasks")
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, labels)
+    model = load_model(config.model, config.dtype, labels, quantise=config.quantise)
     if labels:
         model.config.pad_token_id = padding_id(tokenizer)
     # LoRA's can be merged only now that the model is there; in the order given.
     adapters = {f: adapters[f] if f in adapters else load_merged(f, model) for f in config.adapter}
     trained = [example for examples in sets["id"].values() for example in examples]
-    evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens,
+    evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens, harness=harness,
                             generate=config.generate, trained_answers=frequent_answers(trained))  # fmt: skip
     return evaluate(model, tokenizer, evaluation, adapters, config.scale)

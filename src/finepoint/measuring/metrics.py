@@ -50,6 +50,8 @@ def changes(base: Scores, adapted: Scores) -> dict[str, Any]:
             name: adapted["probe"][name]["nll"] - base["probe"][name]["nll"] for name in adapted["probe"]
         },
     }  # fmt: skip
+    if "tasks" in adapted:
+        found["tasks_change"] = task_changes(base["tasks"], adapted["tasks"])
     if ood:
         before = sum(pair[0] for pair in ood.values()) / len(ood)
         after = sum(pair[1] for pair in ood.values()) / len(ood)
@@ -58,6 +60,15 @@ def changes(base: Scores, adapted: Scores) -> dict[str, Any]:
         found["collapse"] = collapse({name: accuracy for name, (_, accuracy) in ood.items()},
                                      {name: base["ood"][name].get("chance") for name in ood})  # fmt: skip
     return found
+
+
+def task_changes(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The signed change of every metric of every task of lm-evaluation-harness; not of errors and counts."""
+    return {
+        task: {name: value - base[task][name] for name, value in metrics.items()
+               if name != "n" and "_stderr" not in name and name in base[task]}
+        for task, metrics in adapted.items()
+    }  # fmt: skip
 
 
 def sequence_metrics(matrix: Sequence[Sequence[float]]) -> dict[str, float]:

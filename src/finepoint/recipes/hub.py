@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.errors import FinepointError
+from finepoint.extras import needing
 from finepoint.files import claim_folder, write_json_lines
 from finepoint.recipes.splits import split_by_group
 
@@ -84,10 +85,8 @@ def load(task: HubTask, split: str) -> list[Row]:
     Raises:
         FinepointError: `datasets` is not installed, or it cannot load the split.
     """
-    try:
+    with needing(task.hub, "hub"):
         from datasets import load_dataset
-    except ImportError as error:
-        raise FinepointError(f"{task.hub} comes with the package datasets: pip install 'finepoint[hub]'") from error
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of every retry
     logger.info("%s: %s, from the hub", task.hub, split)
     try:

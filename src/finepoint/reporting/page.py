@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.errors import FinepointError
+from finepoint.extras import needing
 from finepoint.files import write_text
 from finepoint.reporting import tables
 from finepoint.reporting.tables import Table
@@ -92,12 +93,10 @@ def drawing_package() -> Any:
     Raises:
         FinepointError: one of them is missing.
     """
-    try:
+    with needing("the report", "report"):
         import jinja2  # noqa: F401
 
         from finepoint.reporting import figures
-    except ImportError as error:
-        raise FinepointError(f"the report needs the package {error.name}: pip install 'finepoint[report]'") from error
     return figures
 
 

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from finepoint.errors import FinepointError
+from finepoint.extras import needing
 from finepoint.progress import log_to_stderr
 from finepoint.studies.cells import Desk, measure_base, run_cell
 from finepoint.studies.study import Cell, Study
@@ -162,10 +163,8 @@ class Ray:
     """Actors on a Ray cluster; the folder that the command runs in must be the same on all its machines."""
 
     def __init__(self, study: Study, size: int, address: str | None) -> None:
-        try:
+        with needing("--executor ray", "ray"):
             import ray
-        except ImportError as error:
-            raise FinepointError("--executor ray needs Ray: pip install 'finepoint[ray]'") from error
         self.ray = ray
         self.study = study
         try:

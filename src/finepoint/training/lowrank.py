@@ -14,6 +14,7 @@ from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.format import CONFIG
 from finepoint.adapters.lowrank import PEFT_TENSORS, merged
 from finepoint.errors import FinepointError
+from finepoint.extras import needing
 from finepoint.files import write_json
 from finepoint.training.tuner import CONTAINER
 
@@ -36,10 +37,8 @@ class PeftTuner:
         self, model: nn.Module, layers: Sequence[str], head: Sequence[str] = (), *, rank: int, alpha: float,
         dropout: float = 0.0, dora: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
-        try:
+        with needing("a LoRA or DoRA baseline", "peft"):
             import peft
-        except ImportError as error:
-            raise FinepointError("LoRA and DoRA need the package peft: pip install 'finepoint[peft]'") from error
         if hasattr(model, CONTAINER):
             raise FinepointError("the model has a tuner already; close that one first")
         self.model = model

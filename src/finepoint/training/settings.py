@@ -1,9 +1,11 @@
 """What a run is told: refused where it cannot be done, and spelled out where it is left open."""
 
+from finepoint import ranks
 from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.training.baselines import baseline_named, options_of
+from finepoint.training.tracking import require
 
 
 def check(config: TrainConfig) -> None:
@@ -21,6 +23,7 @@ def check(config: TrainConfig) -> None:
         raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
     if learning_rate(config) <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    require(config.report_to)
     needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
     for name, given in needing:
         if given and config.validation is None:
@@ -37,6 +40,9 @@ def check(config: TrainConfig) -> None:
 def _check_baseline(config: TrainConfig) -> None:
     """Refuses unknown baselines and options, and settings that only choosing entries has."""
     baseline = baseline_named(config.baseline or "")
+    if config.quantise:
+        raise FinepointError(f"quantise is for choosing entries, and baseline {baseline.name!r} trains float weights; "
+                             "leave out --quantise or --baseline")  # fmt: skip
     options_of(baseline, config.baseline_options)
     defaults = TrainConfig(model=config.model, output=config.output)
     unused = ["density", "count", "indices", "exclude", "rule", "rule_options"]
@@ -50,6 +56,13 @@ def _check_baseline(config: TrainConfig) -> None:
                                  f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
 
 
+def check_processes(config: TrainConfig) -> None:
+    """Refuses what several processes cannot do together."""
+    if ranks.count() > 1 and config.baseline:
+        raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
+                             "without a launcher")  # fmt: skip
+
+
 def learning_rate(config: TrainConfig) -> float:
     """The learning rate, by default the baseline's or that of the kind of rule: gradient rules need smaller steps."""
     if config.lr is not None:
@@ -60,8 +73,8 @@ def learning_rate(config: TrainConfig) -> float:
 
 
 def steps_of(config: TrainConfig, examples: int) -> int:
-    """How many optimizer steps a run over so many examples takes."""
+    """How many optimizer steps a run over so many examples takes; each process has a batch of its own."""
     if config.steps:
         return config.steps
     batches = -(-examples // config.batch_size)
-    return max(1, round(config.epochs * -(-batches // config.accumulation)))
+    return max(1, round(config.epochs * -(-batches // (config.accumulation * ranks.count()))))

@@ -10,9 +10,14 @@ is frozen, keeps its layers and their forward, and always holds base + delta. Tw
   hook. Tensor version counters do not tell (fused AdamW does not raise them). For optimizers that are not torch's, "a
   backward pass has touched the deltas" and "a state dict was loaded" are second witnesses: the next forward writes
   once more.
+
+With several processes the deltas are what is communicated: DDP sees no other parameter that is trained. Over weights
+that FSDP2 has sharded the deltas stay whole in every process and are averaged by a hook of their own; of the weights
+each process writes its rows. Sharded later, the deltas are among what FSDP2 shards.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType, TracebackType
 from typing import Any
@@ -21,10 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finepoint import ranks
 from finepoint.adapters.adapter import Change, SparseAdapter
-from finepoint.adapters.entries import checksum, gather
+from finepoint.adapters.entries import checksum, gather, moved
 from finepoint.adapters.format import TENSORS
 from finepoint.errors import FinepointError
+from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.following import follow_after_steps, stop_following
 from finepoint.training.kernels import follow_, sampled_embedding_gradient, sampled_gradient
 
@@ -35,7 +42,7 @@ class SparseTuner:
     """Makes chosen entries of a model trainable, in place; the model stays the same object.
 
     Args:
-        model: its parameters are frozen until `close`.
+        model: its parameters are frozen until `close`. Several processes make their tuners together.
         indices: flat positions by weight name, (k,) int64, ascending and unique, as `finepoint.select` gives them.
 
     Raises:
@@ -57,18 +64,23 @@ class SparseTuner:
                 first_name = names[id(weight)]
                 if first_name in self.entries:
                     raise FinepointError(f"{name!r} is tied to {first_name!r}: give the indices of one of them")
-                self.entries[first_name] = TrainedEntries(first_name, weight, positions)
+                kind = QuantisedEntries if is_quantised(weight) else TrainedEntries
+                self.entries[first_name] = kind(first_name, model, weight, positions)
         if not self.entries:
             raise FinepointError("there is no index to train; select some first")
 
+        quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedEntries)]
+        altered = {entries.name: entries.alter_ for entries in quantised}
+        self._handles: list[Any] = [*replace_forwards(model, altered)]  # whatever `remove` takes off the model
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
-        container = nn.ModuleDict({name.replace(".", "/"): entries for name, entries in self.entries.items()})
+        container = self._deltas = Deltas({name.replace(".", "/"): entries for name, entries in self.entries.items()})
         setattr(model, CONTAINER, container)
         follow_after_steps(container)
-        self._handles: list[Any] = []  # whatever `remove` takes off the model
+        self._handles.append(model.register_forward_pre_hook(container.meet))
         for entries in self.entries.values():
             self._handles += _attach(model, entries)
+        leave_out_of_ddp(model)
 
     def __enter__(self) -> "SparseTuner":
         return self
@@ -94,6 +106,19 @@ class SparseTuner:
         for entries in self.entries.values():
             entries.follow_()
 
+    def train_together(self) -> None:
+        """From now on several processes train, each on batches of its own, and call `average_` before each step.
+
+        Raises:
+            FinepointError: other entries, or other weights there, in another process.
+        """
+        self._deltas.by_hand = True
+        self._deltas.compare()
+
+    def average_(self) -> None:
+        """The gradient of every delta becomes the mean over all processes: one message of `count` numbers."""
+        self._deltas.average_()
+
     def changed(self) -> int:
         """How many chosen entries hold another stored value than the base's (bits; the effective count)."""
         self.follow_()
@@ -102,7 +127,7 @@ class SparseTuner:
     def norm(self, exclude: Iterable[str] = ()) -> float:
         """The Euclidean norm of all deltas but those of the excluded weights (a new head has no base to compare)."""
         left_out = set(exclude)
-        norms = [entries.delta.detach().double().norm() for name, entries in self.entries.items()
+        norms = [ranks.whole(entries.delta).detach().double().norm() for name, entries in self.entries.items()
                  if name not in left_out]  # fmt: skip
         return torch.stack(norms).norm().item() if norms else 0.0
 
@@ -133,7 +158,8 @@ class SparseTuner:
     def close(self) -> None:
         """Gives back the plain model with the trained values in its weights; closing twice is harmless.
 
-        `adapter()` beforehand keeps the change; `revert_()` beforehand gives back the base.
+        `adapter()` beforehand keeps the change; `revert_()` beforehand gives back the base. A quantised weight cannot
+        take the trained values: it is the base's again.
         """
         if not self._handles:
             return
@@ -163,6 +189,67 @@ class SparseTuner:
         self.follow_()
 
 
+class Deltas(nn.ModuleDict):
+    """The trained entries of a model, by weight name with slashes for dots."""
+
+    def __init__(self, entries: Mapping[str, "TrainedEntries"]) -> None:
+        super().__init__(entries)
+        self.met = False
+        self.averaging = False
+        self.by_hand = False
+        """whether somebody else calls `average_`"""
+        if any(member.sharded for member in entries.values()):
+            for member in entries.values():
+                member.delta.register_post_accumulate_grad_hook(self.gradient_made)
+
+    def members(self) -> list["TrainedEntries"]:
+        return list(self.values())  # type: ignore[arg-type]
+
+    def meet(self, model: nn.Module, args: Any) -> None:
+        """Before the first forward of a model that several processes train: they compare what they train.
+
+        Raises:
+            FinepointError: other entries, or other weights there, in another process; FSDP1 or ZeRO-3.
+        """
+        if torch.compiler.is_compiling() or self.met or ranks.count() == 1:
+            return
+        refuse_flattened(model, self.members())
+        if within_ddp() or is_fsdp(model):
+            for entries in self.members():
+                entries.sharded = is_fsdp(model)
+            self.compare()
+
+    def compare(self) -> None:
+        """Has all processes compare what they train.
+
+        Raises:
+            FinepointError: other entries, or other weights there, in another process.
+        """
+        parts = (part for entries in self.members() for part in entries.identity())
+        ranks.check_alike("the choice of entries", parts)
+        self.met = True
+
+    def gradient_made(self, delta: Tensor) -> None:
+        """Has the deltas beside a sharded model averaged when this backward pass is over, which happens once."""
+        if not (self.averaging or self.by_hand):
+            self.averaging = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.average_)
+
+    def average_(self) -> None:
+        """Every gradient becomes the mean over all processes. What earlier batches added is alike everywhere: it stays.
+
+        In one message and one order: which gradients a batch made, and when, may differ from process to process.
+        """
+        self.averaging = False
+        deltas = [member.delta for member in self.members()]
+        gradients = [torch.zeros_like(delta) if delta.grad is None else delta.grad for delta in deltas]
+        together = torch.cat(gradients)
+        ranks.add_up_(together)
+        together /= ranks.count()
+        for delta, mean in zip(deltas, together.split([len(delta) for delta in deltas]), strict=True):
+            delta.grad = mean.to(delta.dtype)
+
+
 class TrainedEntries(nn.Module):
     """The chosen entries of one weight: where they are, what they were, how far they have moved."""
 
@@ -170,11 +257,14 @@ class TrainedEntries(nn.Module):
     indices: Tensor
     base: Tensor
 
-    def __init__(self, name: str, weight: nn.Parameter, indices: Tensor) -> None:
+    def __init__(self, name: str, model: nn.Module, weight: nn.Parameter, indices: Tensor) -> None:
         super().__init__()
         _check(name, weight, indices)
         self.name = name
-        self._weight = (weight,)  # in a tuple: the weight belongs to the model, not to this module
+        owner, _, self.attribute = name.rpartition(".")
+        # In a tuple: it belongs to the model, not to this module. The owner, not the weight: FSDP2 exchanges that.
+        self._owner = (model.get_submodule(owner),)
+        self.sharded = ranks.is_sharded(weight)
         # In four bytes where they fit: they stay in memory as long as the training lasts.
         indices = indices.to(weight.device, torch.int32 if weight.numel() <= 1 << 31 else torch.long)
         self.register_buffer("indices", indices, persistent=False)
@@ -198,7 +288,13 @@ class TrainedEntries(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        return self._weight[0]
+        weight = self._owner[0]._parameters[self.attribute]
+        assert weight is not None
+        return weight
+
+    def identity(self) -> tuple[bytes, ...]:
+        """What all processes must have alike: the name, the positions and the base's values."""
+        return self.name.encode(), self.indices.cpu().numpy().tobytes(), checksum(self.base).encode()
 
     def follow_(self) -> None:
         """weight[indices] = base + delta, rounded once to the weight's dtype."""
@@ -209,7 +305,7 @@ class TrainedEntries(nn.Module):
         wide = torch.promote_types(self.base.dtype, torch.float32)
         if weight.dtype != self.base.dtype or self.delta.dtype != wide:
             raise FinepointError(f"{self.name} was cast after SparseTuner; cast the model first, then make the tuner")
-        follow_(weight, self.indices, self.base, self.delta)
+        follow_(weight, self.indices, self.base, ranks.whole(self.delta))
         self.stale = False
 
     def changed(self) -> int:
@@ -221,16 +317,18 @@ class TrainedEntries(nn.Module):
         indices, base = self.indices.cpu().long(), checksum(self.base)
         if store == "value" or (store == "auto" and self.weight.itemsize == 2):
             return Change(shape, dtype, "value", indices, gather(self.weight, self.indices).cpu(), base)
-        return Change(shape, dtype, "delta", indices, self.delta.detach().cpu().clone(), base)
+        return Change(shape, dtype, "delta", indices, ranks.whole(self.delta).detach().cpu().clone(), base)
 
     def whole(self) -> Change:
-        return Change.whole(self.weight.detach().cpu().clone())
+        return Change.whole(ranks.whole(self.weight).detach().cpu().clone())
 
     # The hooks. Bound methods, not closures, so that a deep copy of the model has hooks on its own copies.
 
     @torch.compiler.disable
     def before_forward(self, module: nn.Module, args: Any) -> None:
-        if self.stale:
+        # A sharded weight stands here put together for one forward: what is written to it is lost, and was written to
+        # the shards after the step.
+        if self.stale and not self.sharded:
             # Through .data: if the deltas did not change after all, graphs that saved the weight stay valid.
             self.write_(self.weight.data)
 
@@ -249,6 +347,30 @@ class TrainedEntries(nn.Module):
             return output
         tokens = args[0] if args else kwargs["input"]
         return _SampledEmbedding.apply(output, self.delta, tokens, self, module.padding_idx)
+
+
+class QuantisedEntries(TrainedEntries):
+    """The chosen entries of a quantised weight, which stays as it is: its layer's forward adds the deltas."""
+
+    def alter_(self, weight: Tensor) -> None:
+        """weight[indices] = base + delta in the dequantised weight, which is a copy."""
+        follow_(weight, self.indices, self.base, self.delta)
+
+    def values(self) -> Tensor:
+        """base + delta, rounded once to the weight's float dtype: (k,)."""
+        return moved(self.base, self.delta.detach())
+
+    def write_(self, weight: Tensor) -> None:
+        self.stale = False
+
+    def changed(self) -> int:
+        return int((self.values() != self.base).sum())
+
+    def change(self, store: str) -> Change:
+        change = super().change("delta")
+        if store == "value" or (store == "auto" and self.base.itemsize == 2):
+            return replace(change, kind="value", numbers=self.values().cpu())
+        return change
 
 
 class _SampledLinear(torch.autograd.Function):
@@ -313,17 +435,57 @@ class _StandIn:
         self.entries = entries
         self.owner = owner
         self.attribute = attribute
+        self.replaced: list[Tensor | None] = []
 
     @torch.compiler.disable
     def enter(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and self.entries.delta.requires_grad:
-            weight = self.entries.weight
+        weight = self.owner._parameters[self.attribute]
+        self.replaced.append(weight)
+        if torch.is_grad_enabled() and self.entries.delta.requires_grad and weight is not None:
             stand_in = _GatheredWeight.apply(weight.detach(), self.entries.delta, self.entries)
             self.owner._parameters[self.attribute] = stand_in
 
     @torch.compiler.disable
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.owner._parameters[self.attribute] = self.entries.weight
+        if self.replaced:  # empty where a hook before `enter` has raised
+            self.owner._parameters[self.attribute] = self.replaced.pop()  # type: ignore[assignment]
+
+
+def within_ddp() -> bool:
+    """Whether the forward that is running is that of a model wrapped in DistributedDataParallel."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether the model's parameters are sharded by FSDP2."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
+
+
+def leave_out_of_ddp(model: nn.Module) -> None:
+    """Has DDP keep its hands off buffers that no checkpoint holds, which it would send along before every forward.
+
+    They are constants: the positions and base values of the trained entries, the frequencies of rotary embeddings.
+    """
+    names = [f"{prefix}.{name}" if prefix else name for prefix, module in model.named_modules()
+             for name in module._non_persistent_buffers_set]  # fmt: skip
+    earlier = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*earlier, *names})
+
+
+def refuse_flattened(model: nn.Module, members: Iterable["TrainedEntries"]) -> None:
+    """Refuses a model whose weights have lost their entries.
+
+    Raises:
+        FinepointError: FSDP1 or ZeRO-3 has taken them.
+    """
+    for entries in members:
+        owner = entries._owner[0]
+        weight = owner._parameters.get(entries.attribute)
+        if hasattr(weight, "ds_id"):  # DeepSpeed marks what ZeRO-3 has partitioned
+            raise FinepointError(ranks.ZERO3)
+        # Both kinds of FSDP leave this mark, for torch.compile; the second one is told by the class.
+        if getattr(owner, "_is_fsdp_managed_module", False) and not is_fsdp(model):
+            raise FinepointError(ranks.FSDP1)
 
 
 class _Eager:

@@ -1,0 +1,301 @@
+"""Sparse training over a quantised base, against the same model with its dequantised weights as ordinary ones."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import finepoint
+from conftest import assert_same_bits, make_tokenizer, random_batches, write_lines
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.cli import main
+from finepoint.config import EvalConfig, SelectConfig, TrainConfig
+from finepoint.errors import FinepointError
+from finepoint.measuring.evaluation import evaluate_config
+from finepoint.models import load_model
+from finepoint.quantised import float_values, is_quantised, quantised_layers
+from finepoint.training.run import choose, train
+from reference import dense_masked_training, dense_top_k, mean_gradient
+
+pytest.importorskip("torchao")
+BITS = ["int8", "int4"]
+
+
+def wide_llama(seed=0, **more):
+    """Rows of 32 and 64 entries, so that int4 can group them."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=True, initializer_range=0.2, **more,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("wide")
+    wide_llama(attention_bias=True).save_pretrained(place)
+    make_tokenizer().save_pretrained(place)
+    return str(place)
+
+
+@pytest.fixture(params=BITS)
+def quantised(request, folder):
+    return load_model(folder, quantise=request.param)
+
+
+def as_plain(model):
+    """A copy whose quantised weights are ordinary parameters with their float values."""
+    twin = wide_llama(attention_bias=True)
+    values = {name: float_values(parameter) for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_(values[name])
+    return twin
+
+
+def codes(model):
+    """All bits of the model: integers, scales and plain weights."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if is_quantised(parameter):
+            inner, _ = parameter.__tensor_flatten__()
+            found |= {f"{name}.{part}": getattr(parameter, part).clone() for part in inner}
+        else:
+            found[name] = parameter.detach().clone()
+    return found
+
+
+def some_indices(model, every=7):
+    return {name: torch.arange(0, layer.weight.numel(), every) for name, layer in quantised_layers(model).items()}
+
+
+def test_the_linear_layers_of_the_blocks_are_quantised_and_nothing_else(quantised):
+    layers = quantised_layers(quantised)
+    assert len(layers) == 14
+    assert not is_quantised(quantised.lm_head.weight)
+    original = wide_llama(attention_bias=True)
+    for name, layer in layers.items():
+        error = (float_values(layer.weight) - original.get_parameter(name)).abs().max()
+        assert 0 < error < 0.15  # it is a quantisation, and one of this weight
+
+
+def test_before_a_step_it_is_the_dequantised_model_bit_for_bit(quantised):
+    batch = random_batches()[0]
+    with torch.no_grad():
+        expected = as_plain(quantised)(**batch).logits
+        with finepoint.SparseTuner(quantised, some_indices(quantised)):
+            assert torch.equal(quantised(**batch).logits, expected)
+        torch.testing.assert_close(quantised(**batch).logits, expected, rtol=1e-3, atol=1e-3)  # torchao's kernels
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_equals_dense_training_of_the_dequantised_weights(quantised, checkpointing):
+    indices = some_indices(quantised) | {"model.norm.weight": torch.arange(0, 32, 3)}
+    steps = [random_batches(seed=seed) for seed in range(4)]
+    before = codes(quantised)
+    plain = as_plain(quantised)
+
+    def adamw(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
+
+    dense = dense_masked_training(copy.deepcopy(plain), indices, steps, adamw)
+    if checkpointing:
+        getattr(quantised.train(), "activation_checkpointing_enable", quantised.gradient_checkpointing_enable)()
+    tuner = finepoint.SparseTuner(quantised, indices)
+    optimizer = adamw(tuner.parameters())
+    for step in steps:
+        for batch in step:
+            quantised(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    quantised.eval()
+    moved = tuner.adapter()
+    wanted = dict(dense.named_parameters(remove_duplicate=False))
+    for name, change in moved.changes.items():
+        trained = plain.get_parameter(name).detach().view(-1)[change.indices] + change.numbers
+        torch.testing.assert_close(trained, wanted[name].detach().view(-1)[change.indices], rtol=1e-4, atol=1e-5)
+        assert change.numbers.abs().max() > 1e-3
+    batch = random_batches(seed=9)[0]
+    with torch.no_grad():
+        trained = quantised(**batch).logits
+        torch.testing.assert_close(trained, dense(**batch).logits, rtol=1e-3, atol=1e-4)
+        tuner.revert_()
+        tuner.close()
+        assert_same_bits(before, codes(quantised))
+        assert all("forward" not in vars(layer) for layer in quantised_layers(quantised).values())
+        # The adapter computes what training computed, attached or on the dequantised model, bit for bit.
+        with moved.applied(quantised):
+            assert torch.equal(quantised(**batch).logits, trained)
+        with moved.applied(plain):
+            assert torch.equal(plain(**batch).logits, trained)
+    assert_same_bits(before, codes(quantised))
+
+
+def test_no_float_weight_is_kept_for_the_backward_pass(quantised):
+    kept = []
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    batch = random_batches(rows=5)[0]  # so that no activation has a weight's shape
+    shapes = {(32, 32), (16, 32), (32, 16)}  # of attention, either way round; those of the MLP are also the head's
+    with finepoint.SparseTuner(quantised, some_indices(quantised)):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            quantised(**batch).loss.backward()
+        assert kept
+        assert not shapes & set(kept)
+        assert all(parameter.grad is None for parameter in quantised_parameters(quantised))
+    plain = as_plain(quantised)  # the control: ordinary layers do keep theirs
+    kept.clear()
+    with finepoint.SparseTuner(plain, some_indices(quantised)), \
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):  # fmt: skip
+        plain(**batch).loss.backward()
+    assert shapes & set(kept)
+
+
+def quantised_parameters(model):
+    return [layer.weight for layer in quantised_layers(model).values()]
+
+
+@pytest.mark.parametrize("rule", ["gallop", "magnitude-high", "fisher", "random"])
+def test_rules_see_the_dequantised_weights(quantised, rule):
+    batches = random_batches()
+    before = codes(quantised)
+    for memory in (1.0, 0.2):
+        found = finepoint.select(quantised, batches, rule=rule, density=0.02, scoring_memory=memory)
+        expected = finepoint.select(as_plain(quantised), batches, rule=rule, density=0.02)
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        assert found.statistics["abs_weight"] == expected.statistics["abs_weight"]
+    assert_same_bits(before, codes(quantised))
+
+
+def test_gallop_equals_its_formula_over_the_dequantised_weights(quantised):
+    batches = random_batches()
+    plain = as_plain(quantised)
+    gradients = mean_gradient(plain, batches)
+    weights = {name: plain.get_parameter(name).detach() for name in quantised_layers(quantised)}
+    scores = {name: gradients[name].abs() / (weight.abs() + 1e-8) for name, weight in weights.items()}
+    expected = dense_top_k(scores, round(0.02 * sum(score.numel() for score in scores.values())))
+    found = finepoint.select(quantised, batches, rule="gallop", density=0.02)
+    shared = sum(int(torch.isin(found[name], expected[name]).sum()) for name in set(found) & set(expected))
+    assert shared >= found.count - 2  # float32 sums in another order may swap neighbours at the border
+
+
+def trained_adapter(model):
+    tuner = finepoint.SparseTuner(model, some_indices(model))
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+    model(**random_batches()[0]).loss.backward()
+    optimizer.step()
+    adapter = tuner.adapter(info={"quantise": "int8"})
+    tuner.revert_()
+    tuner.close()
+    return adapter
+
+
+def test_nothing_is_written_into_a_quantised_weight(quantised, tmp_path):
+    adapter = trained_adapter(quantised)
+    before = codes(quantised)
+    for refused in (adapter.apply, lambda model: finepoint.AdapterSet(model).add("a", adapter)):
+        with pytest.raises(FinepointError, match=r"is quantised: its entries share scales, .*adapter\.attach\(model\)"):
+            refused(quantised)
+    attached = adapter.attach(quantised)
+    for second in (adapter.attach, lambda model: finepoint.SparseTuner(model, some_indices(model))):
+        with pytest.raises(FinepointError, match="something is attached"):
+            second(quantised)
+    batch = random_batches()[0]
+    with torch.no_grad():
+        on = quantised(**batch).logits
+        attached.remove()
+        assert not torch.equal(quantised(**batch).logits, on)
+    with pytest.raises(ZeroDivisionError), adapter.applied(quantised):
+        raise ZeroDivisionError
+    assert all("forward" not in vars(layer) for layer in quantised_layers(quantised).values())
+    assert_same_bits(before, codes(quantised))
+    saved = SparseAdapter.load(adapter.save(tmp_path / "a"))
+    assert saved.problems(quantised) == []
+    with pytest.raises(FinepointError, match="not those of the base .*it was quantised: --quantise int8"):
+        saved.apply(wide_llama(attention_bias=True))
+    with torch.no_grad(), saved.applied(quantised):
+        assert torch.equal(quantised(**batch).logits, on)
+
+
+def test_a_deep_copy_trains_on_its_own(quantised):
+    with finepoint.SparseTuner(quantised, some_indices(quantised)):
+        twin = copy.deepcopy(quantised)
+        batch = random_batches()[0]
+        with torch.no_grad():
+            before = quantised(**batch).logits
+            for entries in twin.finepoint.values():
+                entries.delta.add_(0.05)
+            assert torch.equal(quantised(**batch).logits, before)
+            assert not torch.equal(twin(**batch).logits, before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"prompt": f"{a}{b}{c}:", "choices": [" yes", " no"], "answer": int(c > "d")}
+            for a in "abcdefgh" for b in "abcd" for c in "abcdefgh"]  # fmt: skip
+    return write_lines(tmp_path / "d.jsonl", rows)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_train_and_eval_through_the_commands(folder, data, tmp_path, bits, capsys):
+    adapter = str(tmp_path / "a")
+    arguments = {"model": folder, "data": data, "quantise": bits, "steps": 6, "batch_size": 8, "lr": 1e-2,
+                 "density": 0.05}  # fmt: skip
+    record = train(TrainConfig(**arguments, output=adapter, save_every=3))
+    assert record["changed"] > 0
+    assert record["last_loss"] < record["first_loss"]
+    assert SparseAdapter.load(adapter).info["quantise"] == bits
+    again = train(TrainConfig(**arguments | {"steps": 8}, output=adapter, save_every=3, resume=True))
+    assert again["steps"] == 8
+    sets = {"id": [f"own={data}"], "limit": 64}
+    found = evaluate_config(EvalConfig(model=folder, adapter=[adapter], quantise=bits, probe=[f"p={data}"], **sets))
+    assert found["adapters"][adapter]["probe"]["p"]["nll"] < found["base"]["probe"]["p"]["nll"]
+    with pytest.raises(FinepointError, match=f"it was quantised: --quantise {bits}"):
+        evaluate_config(EvalConfig(model=folder, adapter=[adapter], **sets))
+    with pytest.raises(FinepointError, match="leave out --quantise or --baseline"):
+        train(TrainConfig(model=folder, data=data, quantise=bits, baseline="lora", output=str(tmp_path / "l")))
+    selection = choose(SelectConfig(model=folder, data=data, quantise=bits, output=str(tmp_path / "s"), density=0.05))
+    assert json.loads((tmp_path / "s" / "selection.json").read_text())["config"]["quantise"] == bits
+    assert selection.count > 0
+    assert main(["inspect", adapter]) == 0
+    assert capsys.readouterr().out
+
+
+def test_int4_needs_rows_that_groups_divide(model_folder):
+    with pytest.raises(FinepointError, match=r"rows of model\.layers\.0.* cannot be divided so; give --quantise int8"):
+        load_model(str(model_folder), quantise="int4")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_checkpoint_that_torchao_quantised_is_trained_as_it_is(folder, data, tmp_path, bits):
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    config = Int8WeightOnlyConfig() if bits == "int8" else IntxWeightOnlyConfig(torch.int4, PerGroup(32))
+    saved = AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(config))
+    saved.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"))
+    assert len(quantised_layers(model)) == 14
+    record = train(TrainConfig(model=str(tmp_path / "model"), data=data, output=str(tmp_path / "a"), steps=4,
+                               batch_size=8, density=0.05))  # fmt: skip
+    assert record["changed"] > 0
+    with SparseAdapter.load(tmp_path / "a").applied(model):
+        assert model(**random_batches()[0]).loss.isfinite()
+
+
+def test_a_plain_model_is_untouched_by_all_this():
+    model = wide_llama()
+    assert not quantised_layers(model)
+    assert not any(is_quantised(parameter) for parameter in model.parameters())
+    assert not is_quantised(nn.Parameter(torch.ones(2)))
