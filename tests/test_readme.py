@@ -4,16 +4,42 @@ import copy
 import re
 from pathlib import Path
 
-from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
+import torch
+
+import finepoint
+from conftest import assert_same_bits, random_batches, snapshot, tiny_llama, write_lines
 from documents import blocks
 from finepoint.cli import COMMANDS
+from finepoint.models import load_model, load_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+def test_the_two_lines(tmp_path, monkeypatch, model_folder):
+    monkeypatch.chdir(tmp_path)
+    block, _ = blocks(README, "python")
+    write_lines(tmp_path / "train.jsonl", [{"prompt": f"{word} is", "completion": " so"} for word in "abcdefgh"])
+    names = {
+        "finepoint": finepoint,
+        "model": load_model(str(model_folder)),
+        "tokenizer": load_tokenizer(str(model_folder)),
+    }
+    given, base = names["model"], snapshot(names["model"])
+    training = (
+        "tuner = finepoint.tuner_of(model)\nfor delta in tuner.parameters(): delta.data += 1e-2\ntuner.follow_()\n"
+    )
+    exec(block.code.replace("\n...", f"\n{training}#"), names)
+    assert names["model"] is given
+    other = load_model(str(model_folder))
+    finepoint.load(other, "adapters/x")
+    changed = [name for name, value in snapshot(other).items() if not torch.equal(value, base[name])]
+    assert changed
+    assert all(torch.equal(snapshot(given)[name], snapshot(other)[name]) for name in base)
+
+
 def test_the_five_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks(README, "python")
+    _, block = blocks(README, "python")
     code = block.code
     model = tiny_llama()
     base_model = copy.deepcopy(model)
