@@ -82,8 +82,11 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def open(self, path):
+        self.visit(Path(path).resolve().as_uri())
+
+    def visit(self, address):
         self.events = []
-        self.call("Page.navigate", url=Path(path).resolve().as_uri())
+        self.call("Page.navigate", url=address)
         if not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._wait(lambda found: found.get("method") == "Page.loadEventFired")
 

@@ -126,3 +126,23 @@ def choice_file(tmp_path):
         for a in letters for b in letters[:4] for c in letters
     ]  # fmt: skip
     return write_lines(tmp_path / "choices.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory):
+    """A folder with what pages and examples take as given: `my-model`, and small files in place of real data."""
+    from documents import prepare
+
+    folder = tmp_path_factory.mktemp("given")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """A process that starts `finepoint` and Python scripts in milliseconds."""
+    from warm import Warm
+
+    server = Warm(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()

@@ -15,11 +15,24 @@ import finepoint
 ROOT = Path(finepoint.__file__).parent
 # What each room may import from; `choosing` and `adapters` know nothing of each other.
 ALLOWED = {
-    "cli": {"reporting", "studies", "measuring", "training", "exchange", "adapters", "choosing", "recipes", "ground"},
+    "cli": {
+        "integrations",
+        "reporting",
+        "studies",
+        "measuring",
+        "training",
+        "exchange",
+        "adapters",
+        "choosing",
+        "recipes",
+        "ground",
+    },
     # A report reads what a study left, and inspects adapters; of how a study runs it knows nothing.
     "reporting": {"studies", "adapters", "choosing", "ground"},
     "studies": {"measuring", "training", "adapters", "choosing", "ground"},
     "measuring": {"training", "adapters", "choosing", "recipes", "ground"},
+    # Other people's trainers: beside studies, below the command line.
+    "integrations": {"measuring", "training", "adapters", "choosing", "ground"},
     "exchange": {"adapters", "choosing", "ground"},
     "training": {"adapters", "choosing", "ground"},
     "adapters": {"ground"},

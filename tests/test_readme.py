@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
+from documents import blocks
 from finepoint.cli import COMMANDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -12,7 +13,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_the_five_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (block,) = blocks(README, "python")
+    code = block.code
     model = tiny_llama()
     base_model = copy.deepcopy(model)
     names = {"model": model, "base_model": base_model, "batches": random_batches()}

@@ -9,7 +9,7 @@ import torch
 
 import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama
-from finepoint.choosing.rules import ALIASES, RULES, rule_named
+from finepoint.choosing.rules import ALIASES, RULES, low_rank, rule_named
 from finepoint.choosing.selection import score
 from finepoint.choosing.statistics import stream_statistics
 from finepoint.choosing.weights import target_weights
@@ -49,8 +49,22 @@ def dense_formula(rule, model, batches):
         "magnitude-high": lambda n: weights[n].abs(),
         "snip": lambda n: (weights[n] * mean[n]).abs(),
         "fisher": lambda n: squared[n],
+        "lift": lambda n: weights[n].abs(),  # no matrix here has a rank above the rule's
+        "neuroada": lambda n: places(weights[n].abs()),
+        "gps": lambda n: places(mean[n].abs()),
     }
     return {name: formulas[rule](name) for name in weights}
+
+
+def places(values):
+    """Of every value, how many of its row are larger, negative; ties to the first; a fraction for the value itself."""
+    rows = values.reshape(-1, values.shape[-1])
+    found = torch.empty_like(rows)
+    for i, row in enumerate(rows.tolist()):
+        for j, value in enumerate(row):
+            larger = sum(other > value or (other == value and k < j) for k, other in enumerate(row))
+            found[i, j] = value / (1 + value) - larger
+    return found.view_as(values)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in EVERY_RULE if rule != "random"])
@@ -262,3 +276,45 @@ def test_a_rule_that_breaks_its_contract_is_refused(llama):
         finepoint.register("bad", lambda weight, temperature: weight)
     for name in ("test_rules:shapeless", "test_rules:infinite"):
         RULES.pop(name)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (3, 50, 40)])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_the_low_rank_is_nearly_the_best(shape, decay):
+    torch.manual_seed(0)
+    left, sizes, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    sizes = sizes * torch.exp(-decay * torch.arange(sizes.shape[-1]))
+    matrix = left @ (sizes[..., None, :, None].squeeze(-3) * right)
+    best = (left[..., :8] * sizes[..., None, :8]) @ right[..., :8, :]
+    found = low_rank(matrix, 8, torch.Generator().manual_seed(0))
+    assert torch.linalg.matrix_rank(found).max() == 8
+    assert (found - matrix).norm() <= 1.005 * (best - matrix).norm()
+    assert torch.equal(found, low_rank(matrix, 8, torch.Generator().manual_seed(0)))
+    once = low_rank(matrix, 8, torch.Generator().manual_seed(0), oversampling=0, rounds=0)
+    assert (once - matrix).norm() > 1.05 * (best - matrix).norm()  # without the rounds it is not
+
+
+def test_lift_scores_the_low_rank_part():
+    torch.manual_seed(0)
+    weight = torch.randn(50, 40)
+    rule = rule_named("lift")
+    found = rule.score(weight=weight, generator=torch.Generator().manual_seed(0), rank=4)
+    left, sizes, right = torch.linalg.svd(weight)
+    best = ((left[:, :4] * sizes[:4]) @ right[:4]).abs()
+    assert (found - best).norm() < 0.1 * best.norm() < (weight.abs() - best).norm()
+    with pytest.raises(FinepointError, match="rank is 0"):
+        rule.score(weight=weight, generator=torch.Generator(), rank=0)
+
+
+def test_every_neuron_gets_as_many_inputs():
+    model = tiny_llama()
+    sizes = {weight.shape[1] for weight in target_weights(model, "linear").values()}
+    chosen = finepoint.select(model, rule="neuroada", density=2 / min(sizes), scope="weight", targets="attention")
+    for name, indices in chosen.items():
+        out, features = model.get_parameter(name).shape
+        counts = torch.bincount(indices // features, minlength=out)
+        assert counts.max() - counts.min() <= 1
+        if features == min(sizes):
+            assert counts.tolist() == [2] * out
+            best = model.get_parameter(name).abs().topk(2).indices.sort().values
+            assert torch.equal(indices.view(out, 2) % features, best)

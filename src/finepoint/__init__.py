@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from finepoint.errors import FinepointError
     from finepoint.exchange.extract import extract
     from finepoint.exchange.formats import export, import_adapter
+    from finepoint.integrations.reference import reference
+    from finepoint.integrations.session import push_to_hub, report, tuner_of
+    from finepoint.integrations.sparsify import load, save, sparsify, unload
     from finepoint.training.run import train
     from finepoint.training.tuner import SparseTuner
 
@@ -35,11 +38,19 @@ _HOMES = {
     "extract": "finepoint.exchange.extract",
     "import_adapter": "finepoint.exchange.formats",
     "lines": "finepoint.adapters.interpolation",
+    "load": "finepoint.integrations.sparsify",
     "merge": "finepoint.adapters.merging",
+    "push_to_hub": "finepoint.integrations.session",
+    "reference": "finepoint.integrations.reference",
     "register": "finepoint.choosing.rules",
+    "report": "finepoint.integrations.session",
+    "save": "finepoint.integrations.sparsify",
     "select": "finepoint.choosing.selection",
+    "sparsify": "finepoint.integrations.sparsify",
     "target_weights": "finepoint.choosing.weights",
     "train": "finepoint.training.run",
+    "tuner_of": "finepoint.integrations.session",
+    "unload": "finepoint.integrations.sparsify",
     "wise_ft": "finepoint.adapters.interpolation",
 }
 
@@ -55,11 +66,19 @@ __all__ = [
     "extract",
     "import_adapter",
     "lines",
+    "load",
     "merge",
+    "push_to_hub",
+    "reference",
     "register",
+    "report",
+    "save",
     "select",
+    "sparsify",
     "target_weights",
     "train",
+    "tuner_of",
+    "unload",
     "wise_ft",
 ]
 

@@ -26,6 +26,8 @@ class SelectConfig:
         rule_options: the rule's options, e.g. epsilon=1e-6
         density: share of the target entries to train, in (0, 1]; 0.001 where no count is given
         count: how many entries to train, instead of density
+        structure: entry, or whole groups: row, column, block:RxC, head; density and count then are of groups
+        pooling: a group's score is the mean or the sum of its entries'
         scope: what competes with each other: all target entries, or those of one weight or one layer
         targets: linear (default), all, attention, mlp, short names (v,o), patterns, or a density for each pattern
         exclude: adapter folders whose entries may not be chosen
@@ -48,6 +50,8 @@ class SelectConfig:
     rule_options: dict[str, float] = field(default_factory=dict)
     density: float | None = None
     count: int | None = None
+    structure: str = "entry"
+    pooling: Literal["mean", "sum"] = "mean"
     scope: Literal["global", "weight", "layer"] = "global"
     targets: TargetsOption = "linear"
     exclude: list[str] = field(default_factory=list)
@@ -121,6 +125,59 @@ class TrainConfig(SelectConfig):
     save_every: int | None = None
     resume: bool = False
     report_to: list[Tracker] = field(default_factory=list)
+    store: Literal["auto", "delta", "value"] = "auto"
+    compact: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(SelectConfig):
+    """Align a model by preferences (DPO) or rewards (GRPO) through TRL, on chosen entries; measured before and after.
+
+    Args:
+        method: dpo learns from pairs of answers, grpo from a reward for answers the model samples itself
+        data: JSON Lines: {"prompt", "chosen", "rejected"} for dpo, {"prompt", "completion"} for grpo
+        validation: held-out rows of the same form, to measure on; those of --data where not given
+        validation_limit: at most so many of them, always the same
+        indices: folder of a selection or an adapter whose entries to train, instead of choosing by a rule
+        baseline: instead of chosen entries: lora or dora, to compare with
+        baseline_options: the baseline's options, e.g. rank=8 alpha=16
+        reward: for grpo: number, line, exact, or module:function of (answer, reference)
+        beta: how strongly the base holds back; 0.1 for dpo, 0 for grpo, where not given
+        generations: for grpo: answers sampled to each prompt, which are compared with each other
+        new_tokens: for grpo: most tokens of an answer
+        temperature: for grpo: of the sampling
+        lr: learning rate; 1e-4 for rules that look at gradients, 3e-3 for the others; a baseline has its own
+        steps: optimizer steps
+        batch_size: pairs (dpo) or answers (grpo: a multiple of generations) a batch; examples a scoring batch
+        accumulation: batches added up for one step
+        warmup: share of the steps over which the learning rate rises
+        schedule: how the learning rate falls afterwards
+        weight_decay: pulls the deltas to zero, i.e. towards the base model
+        clip: largest norm of the gradient of all that is trained; 0 for none
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time
+        store: float32 deltas, the exact trained values, or (auto) values of half-precision weights, which are smaller
+        compact: write positions as gaps, in one or two bytes each instead of four; as exact
+    """
+
+    method: Literal["dpo", "grpo"]
+    validation: str | None = None
+    validation_limit: int | None = 200
+    indices: str | None = None
+    baseline: Literal["lora", "dora"] | None = None
+    baseline_options: dict[str, float] = field(default_factory=dict)
+    reward: str = "number"
+    beta: float | None = None
+    generations: int = 8
+    new_tokens: int = 32
+    temperature: float = 1.0
+    lr: float | None = None
+    steps: int = 50
+    accumulation: int = 1
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    gradient_checkpointing: bool = False
     store: Literal["auto", "delta", "value"] = "auto"
     compact: bool = False
 

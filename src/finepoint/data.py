@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,15 @@ class Labelled:
     label: str
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A prompt, an answer that is preferred, and one that is not: what alignment by preferences learns from."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
 Example = Completion | Choices | Chat | Text | Labelled
 
 FORMS = (
@@ -64,17 +73,54 @@ def read_examples(path: str | Path) -> list[Example]:
     Raises:
         FinepointError: the file is missing, empty or mixed, or a line is malformed; file and line are named.
     """
-    rows = [(number, _example(f"{path}, line {number}", line)) for number, line in _lines(Path(path))]
-    if not rows:
-        raise FinepointError(f"{path} holds no example; expected one JSON object a line: {FORMS}")
-    form = type(rows[0][1])
-    for number, example in rows:
+    rows = [(f"{path}, line {number}", _parsed(f"{path}, line {number}", line)) for number, line in _lines(Path(path))]
+    return _alike(str(path), [(where, _example(where, row)) for where, row in rows])
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """The preference pairs of a JSON Lines file; empty lines are skipped.
+
+    Raises:
+        FinepointError: the file is missing or empty, or a line is malformed; file and line are named.
+    """
+    found = []
+    for number, line in _lines(Path(path)):
+        where = f"{path}, line {number}"
+        row = _parsed(where, line)
+        if not isinstance(row, dict) or set(row) - EXTRAS != {"prompt", "chosen", "rejected"}:
+            keys = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise FinepointError(f'{where}: {keys}; expected {{"prompt", "chosen", "rejected"}}')
+        pair = Pair(*(_string(where, row, key) for key in ("prompt", "chosen", "rejected")))
+        if pair.chosen == pair.rejected:
+            raise FinepointError(f"{where}: 'chosen' and 'rejected' are the same text")
+        found.append(pair)
+    if not found:
+        raise FinepointError(f'{path} holds no pair; expected one {{"prompt", "chosen", "rejected"}} a line')
+    return found
+
+
+def as_examples(rows: Iterable[Any]) -> list[Example]:
+    """Examples of rows in memory: dictionaries in one of the forms of a line, or examples already.
+
+    Raises:
+        FinepointError: there is none, they are mixed, or one is malformed; its number is named.
+    """
+    numbered = [(f"data, row {number}", row) for number, row in enumerate(rows)]
+    return _alike("data", [(at, row if isinstance(row, Example) else _example(at, row)) for at, row in numbered])
+
+
+def _alike(source: str, found: list[tuple[str, Example]]) -> list[Example]:
+    """The examples, which must be of one form."""
+    if not found:
+        raise FinepointError(f"{source} holds no example; expected one JSON object a line: {FORMS}")
+    form = type(found[0][1])
+    for where, example in found:
         if type(example) is not form:
             raise FinepointError(
-                f"{path}, line {number}: a {type(example).__name__.lower()} example in a file that began with "
+                f"{where}: a {type(example).__name__.lower()} example in a file that began with "
                 f"{form.__name__.lower()} examples; give each form its own file"
             )
-    return [example for _, example in rows]
+    return [example for _, example in found]
 
 
 def some(examples: list[Example], limit: int | None) -> list[Example]:
@@ -95,11 +141,14 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _example(where: str, line: str) -> Example:
+def _parsed(where: str, line: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise FinepointError(f"{where}: not JSON ({error}); expected {FORMS}") from error
+
+
+def _example(where: str, row: Any) -> Example:
     keys = set(row) - EXTRAS if isinstance(row, dict) else set()
     for wanted, make in _MAKERS:
         if keys == wanted:

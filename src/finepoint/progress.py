@@ -1,4 +1,7 @@
-"""Progress on stderr: bars where a person looks on, silence elsewhere; logs go there as well."""
+"""Progress on stderr: bars where a person looks on, silence elsewhere; logs go there as well.
+
+Of several processes that train together the first one speaks.
+"""
 
 import logging
 import sys
@@ -10,6 +13,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from finepoint import ranks
+
 console = Console(stderr=True)
 Step = TypeVar("Step")
 # torchao, which transformers imports where it is installed, reports the GPUs it finds no libraries for.
@@ -20,7 +25,8 @@ CHATTY = ("torchao", "torch.utils._pytree")
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar for `total` steps; inside, call the yielded function with the number of steps done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    silent = not (console.is_terminal and ranks.is_first())
+    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 
@@ -43,7 +49,7 @@ def log_to_stderr(quiet: bool = False) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("finepoint")
     log.handlers[:] = [handler]
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.setLevel(logging.ERROR if not ranks.is_first() else logging.WARNING if quiet else logging.INFO)
     log.propagate = False
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -104,6 +104,9 @@ class SparseAdapter(Mapping[str, Tensor]):
     def load(folder: str | Path) -> "SparseAdapter":
         """Reads an adapter folder and checks all of it; load(save(a)) equals a bit for bit.
 
+        Args:
+            folder: a folder, or (as a string) the id of an adapter on the hub, which is fetched.
+
         Raises:
             FinepointError: missing, truncated or inconsistent file, unknown version; the weight is named.
         """

@@ -5,16 +5,38 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from finepoint import ranks
 from finepoint.quantised import float_values
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
-    """The entries at flat positions: (k,), the weight's dtype and device, a copy; of a quantised weight its floats."""
+    """The entries at flat positions: (k,), the weight's dtype and device, a copy; of a quantised weight its floats.
+
+    Those of a sharded weight come from all processes, each of which must ask for the same.
+    """
+    if ranks.is_sharded(weight):
+        return _gather_sharded(weight, indices)
     return float_values(weight).reshape(-1).index_select(0, indices.to(weight.device))
+
+
+def _gather_sharded(weight: Tensor, indices: Tensor) -> Tensor:
+    local, first = ranks.own_rows(weight)
+    indices = indices.to(local.device)
+    mine = (indices >= first) & (indices < first + local.numel())
+    found = torch.zeros(len(indices), dtype=weight.dtype, device=local.device)
+    found[mine] = local.reshape(-1)[indices[mine] - first]
+    # As bytes, of which those of a process that does not hold the entry are 0: numbers would lose the sign of -0.0.
+    ranks.largest_(found.view(torch.uint8))
+    return found
 
 
 def scatter_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """Writes (k,) values to flat positions of a weight of any layout; no autograd, no other entry touched."""
+    if ranks.is_sharded(weight):
+        local, first = ranks.own_rows(weight)
+        mine = (indices >= first) & (indices < first + local.numel())
+        scatter_(local, indices[mine] - first, values[mine.to(values.device)])
+        return
     indices = indices.to(weight.device, torch.long)
     values = values.to(weight.device, weight.dtype)
     weight = weight.detach()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.gaps import from_gaps, to_gaps
+from finepoint.adapters.hub import card, fetch, is_hub_id
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_atomic, write_json, write_text
 
@@ -45,12 +46,14 @@ def save(adapter: SparseAdapter, folder: str | Path, overwrite: bool = False, co
     metadata = {"finepoint": json.dumps(config)}  # one key: their order in the file is not defined
     write_atomic(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
     write_json(folder / CONFIG, config)
-    write_text(folder / "README.md", _card(adapter))
+    write_text(folder / "README.md", card(adapter))
     return folder
 
 
 def load(folder: str | Path) -> SparseAdapter:
     """See `SparseAdapter.load`."""
+    if isinstance(folder, str) and is_hub_id(folder):
+        folder = fetch(folder)
     path = Path(folder) / TENSORS
     if not path.is_file():
         raise FinepointError(f"{folder} is not an adapter folder: it has no {TENSORS}")
@@ -157,17 +160,3 @@ def _indices(name: str, tensors: dict[str, Tensor], entries: int, need: Callable
 FLOATS = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
-
-
-def _card(adapter: SparseAdapter) -> str:
-    """A model card with what is known of the adapter."""
-    info = adapter.info
-    base = info.get("base_model", "")
-    facts = "".join(f"| {key} | {value} |\n" for key, value in info.items() if isinstance(value, str | int | float))
-    header = f"---\nlibrary_name: finepoint\nbase_model: {json.dumps(base)}\nbase_model_relation: adapter\n"
-    return (
-        f"{header}tags:\n- finepoint\n- sparse-fine-tuning\n---\n\n# A sparse adapter\n\n"
-        f"{adapter.count:,} trained entries in {len(adapter)} weights of `{base}`; the rest is the base's.\n\n"
-        f"| | |\n| --- | --- |\n{facts}\n"
-        "```python\nimport finepoint\n\nfinepoint.SparseAdapter.load('this folder').apply(model)\n```\n"
-    )

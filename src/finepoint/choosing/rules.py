@@ -8,7 +8,8 @@ A rule is one function. Its parameters say what it needs, and it is given just t
     generator         a `torch.Generator` that depends on the seed and on the weight's name alone
 
 Gradients are float32 (float64 over float64 weights). Every further parameter is an option with a default
-(`--rule-options epsilon=1e-6`). Rules of other packages are found by name as well (`plugins.py`).
+(`--rule-options epsilon=1e-6`). A rule may be written as a formula, too: see `expressions.py`. Rules of other packages
+are found by name as well (`plugins.py`).
 """
 
 import inspect
@@ -20,6 +21,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from finepoint.choosing.expressions import expression, is_expression
 from finepoint.choosing.plugins import function_of, offered, package_of
 from finepoint.errors import FinepointError
 
@@ -55,6 +57,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+"""The rules by name, each with its function, formula and source."""
 ALIASES = {"sparta": "random", "saft": "gradient"}
 
 
@@ -88,7 +91,7 @@ def register(name: str, score: Callable[..., Tensor], formula: str = "", source:
 
 
 def rule_named(name: str) -> Rule:
-    """The rule called `name`, one of its aliases, a plug-in's, or the function at `module:function`.
+    """The rule called `name`, an alias, a plug-in's, the function at `module:function`, or a formula of w, g and f.
 
     Raises:
         FinepointError: there is no such rule; the known ones are listed. Or a plug-in is broken.
@@ -101,10 +104,13 @@ def rule_named(name: str) -> Rule:
     plugins = offered()
     if name in plugins:
         return register(name, function_of(name, plugins[name]), package=package_of(plugins[name][0]))
+    if is_expression(name):
+        return Rule(name, expression(name), name, "a formula")
     known = [*RULES, *ALIASES, *plugins]
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise FinepointError(f"unknown rule {name!r}; {hint}known rules: {', '.join(known)}, or module:function")
+    raise FinepointError(f"unknown rule {name!r}; {hint}known rules: {', '.join(known)}, module:function, "
+                         "or a formula of w, g and f such as 'abs(g) / (abs(w) + 1e-6)'")  # fmt: skip
 
 
 def every_rule() -> tuple[list[Rule], list[str]]:
@@ -177,3 +183,41 @@ def snip(weight: Tensor, gradient: Tensor) -> Tensor:
 @_rule("fisher", "mean over examples of (d log p(y|x) / dw)^2", "FISH, arXiv:2111.09839")
 def fisher(squared_gradient: Tensor) -> Tensor:
     return squared_gradient
+
+
+@_rule("lift", "|W'|, W' the best approximation of rank `rank`", "LIFT, arXiv:2506.00772")
+def lift(weight: Tensor, generator: torch.Generator, rank: float = 32) -> Tensor:
+    matrix = wide(weight)
+    return (low_rank(matrix, int(rank), generator) if weight.ndim > 1 else matrix).abs()
+
+
+@_rule("neuroada", "the place of |w| among the inputs of its output neuron (row)", "NeuroAda, arXiv:2510.18940")
+def neuroada(weight: Tensor) -> Tensor:
+    return by_row(wide(weight).abs())
+
+
+@_rule("gps", "the place of |mean g| among the inputs of its output neuron (row)", "GPS, arXiv:2312.10136")
+def gps(gradient: Tensor) -> Tensor:
+    return by_row(gradient.abs())
+
+
+def by_row(values: Tensor) -> Tensor:
+    """Scores by which the largest of every row come first, then all the second largest, ..; values: not negative."""
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    place = order.argsort(dim=-1).to(values.dtype)
+    return values / (1 + values) - place  # the fraction, below 1, decides between entries of one place
+
+
+def low_rank(matrix: Tensor, rank: int, generator: torch.Generator, oversampling: int = 8, rounds: int = 4) -> Tensor:
+    """The matrix (.., m, n) at a lower rank, nearly the best one: randomised subspace iteration (arXiv:0909.4061)."""
+    if rank < 1:
+        raise FinepointError(f"rank is {rank}; it is a number of dimensions, 1 or more")
+    if rank >= min(matrix.shape[-2:]):
+        return matrix
+    width = min(rank + oversampling, *matrix.shape[-2:])
+    start = torch.randn(matrix.shape[-1], width, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
+    for _ in range(rounds):  # each sharpens the gap between what is kept and what is not
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    left, sizes, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ (left[..., :rank] * sizes[..., None, :rank]) @ right[..., :rank, :]

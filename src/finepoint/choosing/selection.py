@@ -1,5 +1,6 @@
 """Scores to indices: exactly the entries with the highest scores, without ever holding all scores."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from finepoint import ranks
 from finepoint.choosing.rules import OURS, Rule, rule_named
 from finepoint.choosing.statistics import Batch, Statistics, seeded_generator, stream_statistics
+from finepoint.choosing.structure import Pooling, tilings
 from finepoint.choosing.summary import Summary
 from finepoint.choosing.weights import Targets, match, target_weights
 from finepoint.errors import FinepointError
@@ -19,7 +22,7 @@ from finepoint.quantised import float_values
 Scope = Literal["global", "weight", "layer"]
 Threshold = Literal["exact", "sampled"]
 Scored = tuple[str, Tensor, Tensor | None]
-"""A weight's name, its scores and, where the rule uses it, its gradient; all of the weight's shape."""
+"""A weight's name, the scores of its entries or groups, and each entry's |gradient| where the rule uses gradients."""
 
 SLICE = 1 << 22  # scores looked at in one go: bounds the temporaries of one large weight
 SAMPLE = 1 << 20  # scores from which --threshold sampled estimates its thresholds
@@ -74,9 +77,14 @@ def select(
     scoring_memory: float = 1.0,
     threshold: Threshold = "exact",
     rule_options: Mapping[str, float] | None = None,
+    structure: str = "entry",
+    pooling: Pooling = "mean",
     stream: Callable[..., Iterator[tuple[str, Statistics]]] = stream_statistics,
 ) -> Selection:
     """Chooses the entries to train; the model is left exactly as found.
+
+    Several processes (torch.distributed) call it together with the same batches; each scores on its share and all
+    choose the same entries.
 
     Args:
         model: a model whose forward takes a batch and returns an output with a `loss`.
@@ -93,6 +101,10 @@ def select(
         threshold: `exact` gives exactly k entries; `sampled` takes all that reach a threshold estimated from a
             sample of the scores (the lean SAFT), so the count is near k.
         rule_options: the rule's options, e.g. `{"epsilon": 1e-6}`.
+        structure: `entry`; or whole groups of entries, each scored by the `pooling` of its entries' scores: `row` and
+            `column` of a weight as it is stored, `block:RxC`, `head` (of an attention projection). Density and count
+            then are shares and numbers of groups, and a group with an excluded entry is not chosen.
+        pooling: `mean`, which puts groups of different sizes on one scale, or `sum`.
         stream: where statistics come from; another one with `stream_statistics`' parameters may have kept them.
 
     Raises:
@@ -102,26 +114,31 @@ def select(
     chosen_rule = rule_named(rule)
     options = checked_options(chosen_rule, rule_options or {})
     weights = target_weights(model, targets)
-    taken = _union(exclude)
-    plan = budgets(model, weights, taken, density=density, count=count, scope=scope, targets=targets)
+    cut = tilings(model, weights, structure)
+    taken = {name: cut[name].tiles(indices) for name, indices in _union(exclude).items() if name in cut}
+    sizes = {name: tiling.count for name, tiling in cut.items()}
+    held = {name: len(tiles) for name, tiles in taken.items()}
+    plan = budgets(model, sizes, held, density=density, count=count, scope=scope, targets=targets)
     batches = list(batches or ())
     summary = Summary(seed)
 
     def scores() -> Iterator[Scored]:
         for name, statistics in stream(model, weights, batches, chosen_rule.needs, scoring_memory):
-            values = score(chosen_rule, name, weights[name], statistics, seed, options)
+            weight = ranks.whole(weights[name])  # of a sharded model one weight at a time is put together
+            values = score(chosen_rule, name, weight, statistics, seed, options)
             gradient = None if statistics.gradient is None else statistics.gradient.abs()
-            summary.see(name, weights[name], gradient)
+            summary.see(name, weight, gradient)
+            values = cut[name].pooled(values, pooling)
             if name in taken:  # on a copy: a rule may have returned the weight itself
-                values = values.view(-1).index_fill(0, taken[name].to(values.device), -torch.inf)
-            yield name, values, gradient
+                values = values.index_fill(0, taken[name].to(values.device), -torch.inf)
+            yield name, values, gradient if cut[name].is_entries else None
 
     choose = sampled if threshold == "sampled" else exact
-    indices, gradients = choose(scores, plan, weights, seed)
-    indices = {name: indices[name] for name in weights if len(indices.get(name, ()))}
+    tiles, gradients = choose(scores, plan, sizes, seed)
+    indices = {name: cut[name].indices(tiles[name]) for name in weights if len(tiles.get(name, ()))}
     if not indices:
         raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
-    return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan))
+    return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan, structure))
 
 
 def checked_options(rule: Rule, options: Mapping[str, float]) -> dict[str, float]:
@@ -130,6 +147,9 @@ def checked_options(rule: Rule, options: Mapping[str, float]) -> dict[str, float
         if name not in rule.options:
             known = ", ".join(f"{option}={default}" for option, default in rule.options.items()) or "none"
             raise FinepointError(f"rule {rule.name!r} has no option {name!r}; its options: {known}")
+    for name, default in rule.options.items():
+        if default is inspect.Parameter.empty and name not in options:
+            raise FinepointError(f"rule {rule.name!r} leaves {name} open; give --rule-options {name}=..")
     return dict(options)
 
 
@@ -165,26 +185,30 @@ def score(rule: Rule, name: str, weight: Tensor, statistics: Any, seed: int, opt
 
 def budgets(
     model: nn.Module,
-    weights: Mapping[str, Tensor],
-    taken: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    taken: Mapping[str, int],
     *,
     density: float | None,
     count: int | None,
     scope: Scope,
     targets: Targets,
 ) -> list[Budget]:
-    """How many entries to choose out of which weights; the counts add up to exactly round(density x entries)."""
+    """How many entries (or groups) to choose out of which weights; the counts add up to exactly round(density x all).
+
+    Args:
+        sizes: how many every target weight has.
+        taken: how many of them may not be chosen.
+    """
     parts: list[tuple[list[str], float, int | None]]
     if isinstance(targets, Mapping):
         if density is not None or count is not None:
             raise FinepointError("targets give a density for each pattern; leave out density and count")
-        parts = [(names, share, None) for names, share in _pattern_parts(model, weights, targets)]
+        parts = [(names, share, None) for names, share in _pattern_parts(model, sizes, targets)]
     else:
         if density is not None and count is not None:
             raise FinepointError(f"both density {density} and count {count} are given; give one of them")
-        parts = [(list(weights), density if density is not None else 1e-3, count)]
+        parts = [(list(sizes), density if density is not None else 1e-3, count)]
 
-    sizes = {name: weight.numel() for name, weight in weights.items()}
     plan = []
     for names, share, fixed in parts:
         total = sum(sizes[name] for name in names)
@@ -192,7 +216,7 @@ def budgets(
         if not 1 <= k <= total:
             raise FinepointError(f"count is {k}; the targets have {total} entries, so give 1 to {total}")
         groups = _groups(model, names, scope)
-        free = [sum(sizes[name] - len(taken.get(name, ())) for name in group) for group in groups]
+        free = [sum(sizes[name] - taken.get(name, 0) for name in group) for group in groups]
         if k > sum(free):
             raise FinepointError(f"{k} entries are asked for and {sum(free)} are left after exclude; lower the density")
         shares = allocate([sum(sizes[name] for name in group) for group in groups], free, k)
@@ -210,7 +234,7 @@ def _count(density: float, total: int) -> int:
 
 
 def _pattern_parts(
-    model: nn.Module, weights: Mapping[str, Tensor], targets: Mapping[str, float]
+    model: nn.Module, weights: Iterable[str], targets: Mapping[str, float]
 ) -> list[tuple[list[str], float]]:
     """The weights of every pattern with its density; a weight that several match belongs to the first."""
     free = dict.fromkeys(weights)
@@ -325,9 +349,9 @@ Chosen = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Indices by weight, and the |gradient| at them (empty where the rule uses none)."""
 
 
-def exact(scores: Callable[[], Iterable[Scored]], plan: Sequence[Budget], weights: Iterable[str], seed: int) -> Chosen:
+def exact(scores: Callable[[], Iterable[Scored]], plan: Sequence[Budget], sizes: Iterable[str], seed: int) -> Chosen:
     """Exactly k entries for each budget: one pass over the scores, bounded memory."""
-    names = list(weights)
+    names = list(sizes)
     source = {name: i for i, name in enumerate(names)}
     pools = [TopK(budget.k) for budget in plan]
     pool_of = {name: pool for budget, pool in zip(plan, pools, strict=True) for name in budget.names}
@@ -349,14 +373,14 @@ def exact(scores: Callable[[], Iterable[Scored]], plan: Sequence[Budget], weight
 
 
 def sampled(
-    scores: Callable[[], Iterable[Scored]], plan: Sequence[Budget], weights: Mapping[str, Tensor], seed: int
+    scores: Callable[[], Iterable[Scored]], plan: Sequence[Budget], sizes: Mapping[str, int], seed: int
 ) -> Chosen:
     """All entries that reach a threshold estimated from a random sample: two passes, no candidates held, k near.
 
     The lean form of SAFT (Stuttgart master thesis 134, 2024): the threshold of a budget is the (k+1)-th largest of
     its scores in expectation, read off a uniform sample of about `SAMPLE` scores of all weights.
     """
-    total = sum(weight.numel() for weight in weights.values())
+    total = sum(sizes.values())
     samples: dict[str, Tensor] = {}
     for name, values, _ in scores():
         flat = values.view(-1)
@@ -367,7 +391,7 @@ def sampled(
     thresholds: dict[str, float] = {}
     for budget in plan:
         sample = torch.cat([samples[name] for name in budget.names]).sort(descending=True).values
-        share = budget.k / sum(weights[name].numel() for name in budget.names)
+        share = budget.k / sum(sizes[name] for name in budget.names)
         # At least one sampled score must lie above the threshold, or it would not be an estimate.
         rank = max(1, round(share * len(sample)))
         thresholds |= dict.fromkeys(budget.names, sample[rank - 1].item())

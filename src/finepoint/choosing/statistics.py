@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finepoint import ranks
 from finepoint.choosing.rules import wide
 from finepoint.errors import FinepointError
 from finepoint.progress import tracked
-from finepoint.quantised import as_floats
+from finepoint.quantised import as_floats, is_quantised
 
 Batch = Mapping[str, Any]
 """What a model's forward takes, `labels` among it; ignored positions are labelled -100."""
@@ -39,6 +40,9 @@ def stream_statistics(
     A smaller `memory` (in (0, 1]) makes more passes over the same batches and gives the same numbers bit for bit;
     at least one weight is held at a time. Between two yields the model is exactly as it was found.
 
+    Several processes share the examples, and each gets the same sums. Of a sharded model each holds the sums of its own
+    rows, and a weight's statistics are put together as it is yielded.
+
     Raises:
         FinepointError: a gradient is asked for and there is no batch, no label, or a loss that is not finite.
     """
@@ -48,17 +52,21 @@ def stream_statistics(
         return
     if not batches:
         raise FinepointError("this rule scores by gradients and needs data; give --data (in Python: batches)")
+    ranks.check_alike("a label of the scoring examples", (str(label_count(batch)).encode() for batch in batches))
     for chunk in _chunks(weights, memory):
         sums = {need: {name: zeros(w) for name, w in chunk.items()} for need in wanted}
         with as_floats(model, chunk) as plain, undisturbed(model):
             _accumulate_(sums, model, plain, batches)
         for name in chunk:
-            yield name, Statistics(**{need: sums[need].pop(name) for need in wanted})
+            yield name, Statistics(**{need: ranks.whole(sums[need].pop(name)) for need in wanted})
 
 
 def zeros(weight: Tensor) -> Tensor:
-    """The weight's shape and device, `wide`'s dtype; an ordinary tensor also where the weight is quantised."""
-    return torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    """The weight's shape and device, `wide`'s dtype; an ordinary tensor where the weight is quantised."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if is_quantised(weight):
+        return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    return torch.zeros_like(weight.detach(), dtype=dtype)  # of a sharded weight this process's rows
 
 
 def _chunks(weights: Mapping[str, nn.Parameter], memory: float) -> Iterator[dict[str, nn.Parameter]]:
@@ -120,16 +128,18 @@ def _accumulate_(
     if not total:
         raise FinepointError("every label of the scoring examples is ignored (-100): nothing to compute a gradient of")
     device = next(model.parameters()).device
-    count = 0
+    sharded = ranks.is_sharded(next(iter(weights.values())))
+    share = None
 
     def collect(name: str, weight: Tensor) -> None:
         assert weight.grad is not None
+        assert share is not None
         # The model's loss is a mean over its labels: times their number, it is the sum.
         gradient = wide(weight.grad)
         if "gradient" in sums:
-            sums["gradient"][name].add_(gradient, alpha=count / total)
+            sums["gradient"][name].add_(gradient, alpha=share.factor)
         if per_example:
-            scaled = gradient * count
+            scaled = gradient * share.count
             sums["squared_gradient"][name].addcmul_(scaled, scaled, value=1 / len(batches))
         weight.grad = None
 
@@ -138,13 +148,45 @@ def _accumulate_(
             weight.requires_grad_(True)
             # Collected as soon as it is made, so that one dense gradient exists at a time beside the sums.
             stack.callback(weight.register_post_accumulate_grad_hook(partial(collect, name)).remove)
-        for batch, count in zip(tracked("scoring examples", batches), counts, strict=True):
-            if not count:
-                continue
-            loss = model(**on_device(batch, device)).loss
+        for share in tracked("scoring examples", _shares(batches, counts, sharded, per_example)):
+            loss = model(**on_device(share.batch, device)).loss
             if not torch.isfinite(loss):
                 raise FinepointError(f"the loss of a scoring batch is {loss.item()}; is --dtype too narrow?")
-            loss.backward()
+            (loss if share.scale is None else loss * share.scale).backward()
+    if not sharded:
+        for parts in sums.values():
+            for part in parts.values():
+                ranks.add_up_(part)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A batch that this process scores on."""
+
+    batch: Batch
+    count: int
+    """of its labels"""
+    factor: float
+    """of its gradient in the mean over all labels of all batches"""
+    scale: float | None = None
+    """of its loss"""
+
+
+def _shares(batches: Sequence[Batch], counts: Sequence[int], sharded: bool, per_example: bool) -> list[_Share]:
+    """What falls to this process: every so manieth batch, those without a label left out.
+
+    The layers of a sharded model run in all processes together: all get equally many batches, the last of them perhaps
+    one that counts nothing. FSDP2 averages their gradients as they are made, so squares are taken of one example
+    after the other, by all processes alike.
+    """
+    total = sum(counts)
+    scored = [(batch, count) for batch, count in zip(batches, counts, strict=True) if count]
+    if sharded and not per_example:
+        scored += [(scored[0][0], 0)] * (-len(scored) % ranks.count())
+        mine = scored[ranks.rank() :: ranks.count()]
+        return [_Share(batch, count, ranks.count() / total, scale=count) for batch, count in mine]
+    mine = scored if sharded else scored[ranks.rank() :: ranks.count()]
+    return [_Share(batch, count, count / total) for batch, count in mine]
 
 
 def label_count(batch: Batch) -> int:

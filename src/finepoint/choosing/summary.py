@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finepoint import ranks
 from finepoint.choosing.statistics import seeded_generator
 from finepoint.quantised import float_values
 
@@ -35,8 +36,12 @@ class Summary:
         indices: Mapping[str, Tensor],
         gradients: Mapping[str, Tensor],
         plan: Sequence[Any],
+        structure: str = "entry",
     ) -> dict[str, Any]:
-        """JSON-ready: counts by weight, quantiles of |weight| and |gradient|, share of near-zero weights."""
+        """JSON-ready: counts by weight, quantiles of |weight| and |gradient|, share of near-zero weights.
+
+        `asked` counts what is chosen as a whole: entries, or groups of the structure.
+        """
         total = sum(weight.numel() for weight in weights.values())
         count = sum(len(chosen) for chosen in indices.values())
         chosen_weights = torch.cat([at(weights[name], chosen).abs() for name, chosen in indices.items()])
@@ -44,6 +49,7 @@ class Summary:
         all_weights = torch.cat([seen for seen, _ in self.seen.values()])
         summary: dict[str, Any] = {
             "entries": total,
+            "structure": structure,
             "asked": sum(budget.k for budget in plan),
             "chosen": count,
             "density": count / total,
@@ -65,7 +71,7 @@ class Summary:
 
 def at(tensor: Tensor, positions: Tensor) -> Tensor:
     """Entries at flat positions, as float32 on the CPU."""
-    return float_values(tensor).reshape(-1)[positions.to(tensor.device)].float().cpu()
+    return float_values(ranks.whole(tensor)).reshape(-1)[positions.to(tensor.device)].float().cpu()
 
 
 def _mass(weight: Tensor, samples: int) -> Tensor:

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from keyword import iskeyword
+from types import ModuleType
 
 COMMANDS = {
     "demo": "fine-tune a small real model and compare: the quickest look",
     "train": "choose entries, train them in place, save an adapter",
+    "align": "the same by preferences (DPO) or rewards (GRPO)",
     "select": "choose entries only",
     "plan": "predict the peak memory of both",
     "eval": "measure a model and adapters: ID, OOD, forgetting",
@@ -26,6 +28,9 @@ COMMANDS = {
     "data": "list the data recipes, write one as JSON Lines",
     "rules": "list the rules with formula and source",
 }
+
+
+TOGETHER = ("train", "select")  # what several processes do together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    from finepoint import ranks
     from finepoint.cli.options import parse
     from finepoint.errors import FinepointError
 
-    # A command that is a word of Python's has a module with the customary underscore: import -> import_.py.
-    module = import_module(f"finepoint.cli.{command}{'_' if iskeyword(command) else ''}")
+    module = module_of(command)
     # For `--rule module:function`; last, so that no file lying about hides a package.
     sys.path.append("")
     try:
@@ -63,15 +68,23 @@ def _run(command: str, arguments: list[str]) -> int:
         from finepoint.progress import log_to_stderr
 
         log_to_stderr()
+        if ranks.launched() and command not in TOGETHER:
+            raise FinepointError(f"{command} runs in one process; start it without torchrun or accelerate launch")
         status = module.run(config)
     except FinepointError as error:
         line = " ".join(str(error).split())
-        print(f"finepoint {command}: {line}", file=sys.stderr)
+        who = "" if ranks.is_first() else f"process {ranks.rank()}: "
+        print(f"finepoint {command}: {who}{line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"finepoint {command}: interrupted", file=sys.stderr)
         return 130
     return status or 0
+
+
+def module_of(command: str) -> ModuleType:
+    """Where a command lives; one that is a word of Python's has the customary underscore: import -> import_.py."""
+    return import_module(f"finepoint.cli.{command}{'_' if iskeyword(command) else ''}")
 
 
 def _overview() -> str:

@@ -144,13 +144,25 @@ def _plain(message: str) -> str:
 
 def help_text(config: type, command: str) -> str:
     """Usage, what the command does, and every flag with its meaning and default."""
-    summary = (inspect.getdoc(config) or "").split("\n")[0]
-    meanings = descriptions(config)
-    lines = [f"usage: finepoint {command} [--config FILE.yaml] [--flag value ..]", "", summary, ""]
-    for field in fields(config):
-        default = "required" if _is_required(field) else f"default: {_default(field)}"
-        lines.append(f"  {_flag(field.name):<24} {meanings.get(field.name, '')} ({default})")
+    lines = [f"usage: finepoint {command} [--config FILE.yaml] [--flag value ..]", "", summary(config), ""]
+    for flag, meaning, default in flags(config):
+        shown = default if default == "required" else f"default: {default}"
+        lines.append(f"  {flag:<24} {meaning} ({shown})")
     return "\n".join(lines)
+
+
+def summary(config: type) -> str:
+    """What a command does, in the first sentence of its configuration's docstring."""
+    return (inspect.getdoc(config) or "").split("\n")[0]
+
+
+def flags(config: type) -> list[tuple[str, str, str]]:
+    """Every flag of a command, its meaning, and its default or `required`."""
+    meanings = descriptions(config)
+    return [
+        (_flag(field.name), meanings.get(field.name, ""), "required" if _is_required(field) else _default(field))
+        for field in fields(config)
+    ]
 
 
 def descriptions(config: type) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """finepoint select --model M --data F --rule R --density D --output DIR"""
 
+from finepoint import ranks
 from finepoint.cli.output import print_json, print_table
 from finepoint.config import SelectConfig
 
@@ -10,6 +11,8 @@ def run(config: SelectConfig) -> None:
     from finepoint.training.run import choose
 
     selection = choose(config)
+    if not ranks.is_first():
+        return
     statistics = selection.statistics
     if config.json:
         print_json({"output": config.output, "rule": selection.rule, **statistics})

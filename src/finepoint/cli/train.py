@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from finepoint import ranks
 from finepoint.cli.output import print_json, print_table
 from finepoint.config import TrainConfig
+from finepoint.errors import FinepointError
 
 CONFIG = TrainConfig
 
@@ -11,10 +13,15 @@ CONFIG = TrainConfig
 def run(config: TrainConfig) -> None:
     if config.density == "auto":
         from finepoint.studies.density import train_auto as train
+
+        if ranks.launched():
+            raise FinepointError("the search of --density auto runs in one process; start it without a launcher")
     else:
         from finepoint.training.run import train
 
     record = train(config)
+    if not ranks.is_first():
+        return
     if config.json:
         print_json({"output": config.output, **record})
         return

@@ -308,9 +308,18 @@ def places(rows: Sequence[Row], results: Results) -> list[Panel]:
         for arm in _values(_of(rows, task=task), "arm"):
             found = _of(rows, task=task, arm=arm)
             alike = [row["share"] for row in rows if results.arm(row["arm"])["density"] == results.arm(arm)["density"]]
-            size = PANEL[0] * 0.75, 1.2 + 0.13 * max(6, len(_values(found, "layer")))
-            panels.append(panel(f"{arm}, {task}" if len(tasks) > 1 else arm, _heat(found, max(alike)), size))
+            panels.append(heat_map(f"{arm}, {task}" if len(tasks) > 1 else arm, found, max(alike)))
     return panels
+
+
+def heat_map(title: str, rows: Sequence[Row], top: float) -> Panel:
+    """Layers (down) and modules (across), each shaded by its share of chosen entries; `top` is the darkest.
+
+    Args:
+        rows: of one selection, as `reporting.overlap.spread` gives them.
+    """
+    size = PANEL[0] * 0.75, 1.2 + 0.13 * max(6, len(_values(rows, "layer")))
+    return panel(title, _heat(rows, top), size)
 
 
 def _heat(rows: Sequence[Row], top: float) -> Draw:

@@ -25,15 +25,21 @@ def allocation(results: Results) -> list[Row]:
     for task in results.tasks:
         for arm in results.arms:
             cell = chosen_cell(results, task, arm)
-            sums: dict[tuple[str, str], list[int]] = {}
-            for name, weight in _sizes(cell).items() if cell else ():
-                total = sums.setdefault(place(name), [0, 0])  # a module may hold a weight and a bias
-                total[0] += weight["chosen"]
-                total[1] += weight["size"]
-            for (layer, module), (chosen, size) in sums.items():
-                rows.append({"task": task, "arm": arm, "layer": layer, "module": module, "chosen": chosen, "size": size,
-                             "share": chosen / size if size else 0.0})  # fmt: skip
+            rows += [{"task": task, "arm": arm, **row} for row in spread(_sizes(cell) if cell else {})]
     return rows
+
+
+def spread(sizes: Sizes) -> list[Row]:
+    """How the entries of one selection spread over layers and modules: a row for each weight's place."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for name, weight in sizes.items():
+        total = sums.setdefault(place(name), [0, 0])  # a module may hold a weight and a bias
+        total[0] += weight["chosen"]
+        total[1] += weight["size"]
+    return [
+        {"layer": layer, "module": module, "chosen": chosen, "size": size, "share": chosen / size if size else 0.0}
+        for (layer, module), (chosen, size) in sums.items()
+    ]
 
 
 def chosen_cell(results: Results, task: str, arm: str) -> Cell | None:

@@ -21,7 +21,18 @@ from finepoint.training.workplace import Workplace, select_for
 
 # What decides a gradient, and what besides decides a choice by it.
 STATISTIC = ("model", "data", "targets", "scoring_examples", "max_length", "batch_size", "dtype", "seed")
-CHOICE = (*STATISTIC, "rule", "rule_options", "density", "count", "scope", "exclude", "threshold")
+CHOICE = (
+    *STATISTIC,
+    "rule",
+    "rule_options",
+    "density",
+    "count",
+    "structure",
+    "pooling",
+    "scope",
+    "exclude",
+    "threshold",
+)
 
 
 def shared_selection(config: TrainConfig, place: Workplace, folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
+from finepoint import ranks
 from finepoint.batches import IGNORED, accepted
 from finepoint.choosing.statistics import undisturbed
 
@@ -26,7 +27,8 @@ def completion_loss(model: Any, batch: Mapping[str, Any], items: Tensor | int | 
     """The mean cross-entropy over the labels of a batch: the model's own loss in less memory.
 
     Works on any causal model whose logits are its head's output, wrapped by PEFT or not; for all others (soft-capped or
-    scaled logits, classifiers) it is the model's own loss.
+    scaled logits, classifiers) it is the model's own loss, and for sharded ones, whose head is whole
+    only while the model runs.
 
     Args:
         batch: what the model's forward takes; `labels` may be those of the last positions only.
@@ -68,7 +70,7 @@ def log_likelihoods(model: Any, inputs: Mapping[str, Any], rows: Tensor, columns
 def plain_head(model: Any) -> nn.Module | None:
     """The module whose output is the model's logits as they are, or None where more happens to them."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or model.config.is_encoder_decoder:
+    if head is None or model.config.is_encoder_decoder or any(ranks.is_sharded(w) for w in head.parameters()):
         return None
     text = model.config.get_text_config()
     if any(getattr(text, name, None) not in (None, 1) for name in CHANGED_LOGITS):

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ class PeftTuner:
         self._peft.save_pretrained(str(folder), save_embedding_layers=False)
         write_json(folder / CONFIG, {"info": adapter.info})
         return folder / PEFT_TENSORS
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes what the base computes."""
+        with self._peft.disable_adapter():
+            yield
 
     def revert_(self) -> None:
         """Sets the factors, magnitudes and a new head back to where they began, where they change nothing."""

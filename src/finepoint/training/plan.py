@@ -78,8 +78,9 @@ def plan(config: PlanConfig) -> Plan:
     _check(config, context_length(model, None))
     weights = target_weights(model, config.targets)
     # Spread by size: where the rule would put them does not change the sum.
+    sizes = {name: weight.numel() for name, weight in weights.items()}
     spread = budgets(
-        model, weights, {}, density=config.density, count=config.count, scope="weight", targets=config.targets
+        model, sizes, {}, density=config.density, count=config.count, scope="weight", targets=config.targets
     )
     counts = {budget.names[0]: budget.k for budget in spread}
     scoring, stepping = process_bytes() if device == "cpu" else (0, 0)
@@ -88,7 +89,7 @@ def plan(config: PlanConfig) -> Plan:
         selection = {"process": scoring} | _selection(config, rule, model, weights, counts, device)
     return Plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        entries=sum(weight.numel() for weight in weights.values()),
+        entries=sum(sizes.values()),
         trained=sum(counts.values()),
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import finepoint
+from finepoint import ranks
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
 from finepoint.adapters.lowrank import PEFT_CONFIG, PEFT_TENSORS
@@ -31,7 +32,7 @@ from finepoint.progress import progress
 from finepoint.training.baselines import Setting, baseline_named, options_of
 from finepoint.training.interface import Method
 from finepoint.training.memory import peak_bytes, reset_peak
-from finepoint.training.settings import check, learning_rate, steps_of
+from finepoint.training.settings import check, check_processes, learning_rate, steps_of
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import NotFiniteError, SparseTrainer, Watch, validation_losses
 from finepoint.training.tuner import SparseTuner
@@ -61,14 +62,19 @@ class Run:
     facts: dict[str, Any]
     """what the adapter says of itself"""
 
-    def save(self) -> tuple[SparseAdapter, Path]:
-        """Writes the change as it stands into the run's folder; returns it as an adapter, and the tensors' file."""
-        tuner = self.method.tuner
-        adapter = tuner.adapter(self.config.store, self.head, self.facts)
-        file = tuner.save(self.folder, adapter, self.config.compact)
+    def save(self) -> tuple[SparseAdapter, int]:
+        """Writes the change as it stands into the run's folder; returns it as an adapter, and the tensors' bytes.
+
+        All processes put it together, the first one writes it.
+        """
+        adapter = self.method.tuner.adapter(self.config.store, self.head, self.facts)
+        return adapter, ranks.on_first(partial(self._write, adapter))
+
+    def _write(self, adapter: SparseAdapter) -> int:
+        file = self.method.tuner.save(self.folder, adapter, self.config.compact)
         for name in (PEFT_TENSORS, PEFT_CONFIG) if file.name == TENSORS else (TENSORS,):
             (self.folder / name).unlink(missing_ok=True)  # of an earlier run by another method
-        return adapter, file
+        return file.stat().st_size
 
 
 def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, Any]:
@@ -90,6 +96,8 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
 def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[str, Any], SparseAdapter]:
     """`train`, which also returns the trained change: of every method in one form, so that all are measured alike.
 
+    Several processes call it together; the first one writes, and all return the same.
+
     Returns:
         The record, and the change: that of the chosen entries, or of a baseline's whole weights (LoRA's merged).
 
@@ -97,8 +105,10 @@ def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[s
         FinepointError: as for `train`.
     """
     check(config)
-    folder = claim_folder(config.output, config.overwrite or config.resume)
-    checkpoint = _checkpoint(folder) if config.resume else None
+    ranks.join()
+    check_processes(config)
+    folder = ranks.on_first(partial(claim_folder, config.output, config.overwrite or config.resume))
+    checkpoint = ranks.on_first(partial(_checkpoint, folder)) if config.resume else None
     place = workplace or prepare(config)
     validation = rows_of(config, place, config.validation, "validation example", config.validation_limit)
     packer = packer_for(place) if config.packing else None
@@ -122,7 +132,7 @@ def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[s
                 f"training changed none of the {tuner.count} chosen weights: every update was lost to rounding in "
                 f"{place.model.dtype}; give a larger --lr than {learning_rate(config)}"
             )
-        adapter, file = run.save()
+        adapter, size = run.save()
     finally:
         tuner.revert_()
         tuner.close()
@@ -130,7 +140,7 @@ def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[s
         "baseline": config.baseline,
         "trained": tuner.count,
         "changed": changed,
-        "adapter_bytes": file.stat().st_size,
+        "adapter_bytes": size,
         "seconds": round(time.perf_counter() - started, 2),
         "selection_seconds": round(selection_seconds, 2),
         "peak_bytes": peak,
@@ -141,7 +151,7 @@ def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[s
         "config": asdict(config),
         "versions": versions(),
     }
-    write_json(folder / RECORD, record)
+    ranks.on_first(partial(write_json, folder / RECORD, record))
     return record, adapter
 
 
@@ -151,13 +161,19 @@ def choose(config: SelectConfig) -> Selection:
     Raises:
         FinepointError: whatever the user can mend.
     """
-    folder = claim_folder(config.output, config.overwrite)
+    ranks.join()
+    folder = ranks.on_first(partial(claim_folder, config.output, config.overwrite))
     place = prepare(config)
     selection = select_for(config, place)
     with SparseTuner(place.model, selection) as tuner:
-        tuner.adapter(info=_description(config, place, selection.statistics)).save(folder, overwrite=True)
-    write_json(folder / "selection.json", {"statistics": selection.statistics, "config": asdict(config)})
+        adapter = tuner.adapter(info=_description(config, place, selection.statistics))
+    ranks.on_first(partial(_write_selection, folder, adapter, config, selection))
     return selection
+
+
+def _write_selection(folder: Path, adapter: SparseAdapter, config: SelectConfig, selection: Selection) -> None:
+    adapter.save(folder, overwrite=True)
+    write_json(folder / "selection.json", {"statistics": selection.statistics, "config": asdict(config)})
 
 
 def versions() -> dict[str, str]:
@@ -240,8 +256,7 @@ def _steps(
     for follower in followers:
         trainer.add_callback(follower)
     if not checkpoint:
-        (folder / LOG).unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of an earlier run: --resume must not find them
+        ranks.on_first(partial(_forget_earlier_run, folder))
     best = folder / BEST if config.keep == "best" else None
     with progress("training", arguments.max_steps) as advance:
         watch = Watch(trainer, folder / LOG, advance, best, config.patience)
@@ -261,7 +276,7 @@ def _steps(
             raise FinepointError("the best evaluation lies before the checkpoint, and that run did not keep it; "
                                  "train afresh, or go on with --keep last")  # fmt: skip
         trainer.restore_(best)
-        best.unlink()
+        ranks.on_first(best.unlink)
     place.model.eval()
     logged = [record["loss"] for record in watch.records if "loss" in record]
     losses = validation_losses(trainer.state)
@@ -277,8 +292,15 @@ def _steps(
         "stopped_early": output.global_step < trainer.args.max_steps,
         "train_seconds": round(output.metrics["train_runtime"], 2),
         "step_seconds": round(trainer.tokens.seconds / watch.steps, 4),
-        **trainer.tokens.rates(),
+        **trainer.tokens.of_all().rates(),
+        "processes": ranks.count(),
     }
+
+
+def _forget_earlier_run(folder: Path) -> None:
+    """Takes away what `--resume` must not find and the log must not go on from."""
+    (folder / LOG).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _arguments(config: TrainConfig, folder: Path, steps: int, tracking: Mapping[str, Any]) -> TrainingArguments:

@@ -1,5 +1,6 @@
 """What a run is told: refused where it cannot be done, and spelled out where it is left open."""
 
+from finepoint import ranks
 from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
@@ -55,6 +56,13 @@ def _check_baseline(config: TrainConfig) -> None:
                                  f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
 
 
+def check_processes(config: TrainConfig) -> None:
+    """Refuses what several processes cannot do together."""
+    if ranks.count() > 1 and config.baseline:
+        raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
+                             "without a launcher")  # fmt: skip
+
+
 def learning_rate(config: TrainConfig) -> float:
     """The learning rate, by default the baseline's or that of the kind of rule: gradient rules need smaller steps."""
     if config.lr is not None:
@@ -65,8 +73,8 @@ def learning_rate(config: TrainConfig) -> float:
 
 
 def steps_of(config: TrainConfig, examples: int) -> int:
-    """How many optimizer steps a run over so many examples takes."""
+    """How many optimizer steps a run over so many examples takes; each process has a batch of its own."""
     if config.steps:
         return config.steps
     batches = -(-examples // config.batch_size)
-    return max(1, round(config.epochs * -(-batches // config.accumulation)))
+    return max(1, round(config.epochs * -(-batches // (config.accumulation * ranks.count()))))

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finepoint import ranks
 from finepoint.batches import Packer, real_tokens
 from finepoint.errors import FinepointError
 from finepoint.files import write_atomic
@@ -41,6 +43,13 @@ class Tokens:
 
     def __sub__(self, other: "Tokens") -> "Tokens":
         return Tokens(self.real - other.real, self.places - other.places, self.seconds - other.seconds)
+
+    def of_all(self) -> "Tokens":
+        """Those of all processes together; the seconds are this one's."""
+        sums = torch.tensor([self.real, self.places], device=ranks.device())
+        ranks.add_up_(sums)
+        real, places = sums.tolist()
+        return Tokens(real, places, self.seconds)
 
     def rates(self) -> dict[str, float]:
         """Real tokens a second, and the share of all places that is padding."""
@@ -97,6 +106,8 @@ class SparseTrainer(Trainer):
             their loss can be compared.
     """
 
+    tuner: Any
+
     def __init__(self, method: Method, packer: Packer | None = None, **kwargs: Any) -> None:
         self.tuner = method.tuner
         self.penalty = method.penalty
@@ -104,6 +115,11 @@ class SparseTrainer(Trainer):
         self.packer = packer
         self.tokens = Tokens()
         super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
+        if ranks.count() > 1:
+            # The model is taken as it is, sharded or not: what is trained is averaged here, once a step, always in one
+            # order. DDP rearranges its messages after the first step, and a resumed run would add up in another order.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.tuner.train_together()
 
     def get_train_dataloader(self) -> DataLoader:
         collator: Any = self.data_collator
@@ -120,13 +136,18 @@ class SparseTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = completion_loss(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and ranks.count() > 1:
+            loss = loss * ranks.count()  # divided by all processes' labels, and the gradients are averaged
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.tokens += Tokens(real_tokens(inputs), inputs["input_ids"].numel())
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
+        # With several processes the gradient tells, which all of them see, so that all stop at the same step.
+        if not torch.isfinite(loss) and ranks.count() == 1:
             raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+        if self.accelerator.sync_gradients and ranks.count() > 1:
+            self.tuner.average_()
         if self.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
             self.penalty()
         return loss
@@ -151,7 +172,8 @@ class SparseTrainer(Trainer):
         self.tuner.follow_()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.keep(Path(output_dir or self.args.output_dir) / DELTAS)
+        if ranks.is_first():
+            self.keep(Path(output_dir or self.args.output_dir) / DELTAS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.restore_(Path(resume_from_checkpoint) / DELTAS)
@@ -211,7 +233,7 @@ class Watch(TrainerCallback):
         losses = [loss for _, loss in validation_losses(state)]
         first_best = losses.index(min(losses))
         if self.best and first_best == len(losses) - 1:
-            self.trainer.keep(self.best)
+            ranks.on_first(partial(self.trainer.keep, self.best))
         if self.patience and len(losses) - 1 - first_best >= self.patience:
             control.should_training_stop = True
 
@@ -223,6 +245,8 @@ class Watch(TrainerCallback):
             record |= (self.trainer.tokens - self.logged).rates()
             self.logged = self.trainer.tokens
         self.records.append(record)
+        if not ranks.is_first():
+            return
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if "eval_loss" in record:

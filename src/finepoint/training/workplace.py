@@ -1,10 +1,13 @@
 """What a run works on: a model, its tokenizer and examples in tokens; and the choosing of entries there."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from finepoint import ranks
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.batches import Collator, Packer, Row, context_length, encode_all, learned, padding_id
 from finepoint.choosing.rules import rule_named
@@ -15,6 +18,7 @@ from finepoint.data import Example, label_names, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.models import load_model, load_tokenizer
 from finepoint.training.boundaries import PACKABLE, keeps_apart
+from finepoint.training.sharding import shard_, wanted
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,14 @@ def prepare(config: SelectConfig) -> Workplace:
     if len(labels) == 1:
         raise FinepointError(f"{config.data} knows only the label {labels[0]!r}; a classifier needs two")
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, labels, config.seed, quantise=config.quantise)
+    # To be sharded it is loaded beside the device, which may not have room for all of it.
+    device = "cpu" if wanted() else None
+    model = load_model(config.model, config.dtype, labels, config.seed, device, config.quantise)
     if labels:
         model.config.pad_token_id = padding_id(tokenizer)
+    ranks.check_alike("the base model", _fingerprint(model))
+    if wanted():
+        shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
     return workplace(config, model, tokenizer, examples, labels)
 
 
@@ -49,6 +58,14 @@ def workplace(
     limit = context_length(model, config.max_length)
     rows = encode_all(tokenizer, examples, limit, labels, "training example") if examples else []
     return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer))
+
+
+def _fingerprint(model: Any) -> Iterator[bytes]:
+    """Something of every weight that is another where the weight is: the sum of its bits, at the speed of memory."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, weight in model.named_parameters():
+        bits = weight.detach().view(kinds[weight.itemsize]).sum(dtype=torch.long)
+        yield f"{name} {tuple(weight.shape)} {bits.item()}".encode()
 
 
 def select_for(config: SelectConfig, place: Workplace, stream: Callable[..., Any] = stream_statistics) -> Selection:
@@ -76,6 +93,8 @@ def select_for(config: SelectConfig, place: Workplace, stream: Callable[..., Any
         scoring_memory=config.scoring_memory,
         threshold=config.threshold,
         rule_options=config.rule_options,
+        structure=config.structure,
+        pooling=config.pooling,
         stream=stream,
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finepoint import ranks
 from finepoint.adapters.entries import moved, scatter_
 
 try:
@@ -24,8 +25,13 @@ def follow_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> Non
     """weight[indices] = base + delta, added in the delta's precision and rounded once to the weight's dtype.
 
     weight: any shape and float dtype; indices (int32 or int64), base, delta: (k,). Where delta is 0 the base's bits
-    are kept.
+    are kept. Of a weight sharded by rows this process writes its own.
     """
+    if ranks.is_sharded(weight):
+        weight, first = ranks.own_rows(weight)
+        edges = torch.tensor([first, first + weight.numel()], dtype=indices.dtype, device=indices.device)
+        start, end = torch.searchsorted(indices, edges).tolist()
+        indices, base, delta = indices[start:end] - first, base[start:end], delta[start:end]
     if weight.dtype in ONE_PASS and weight.device.type == "cpu" and weight.is_contiguous():
         loop, bits = ONE_PASS[weight.dtype]
         loop(

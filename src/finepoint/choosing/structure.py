@@ -1,0 +1,126 @@
+"""Whole rows, columns, blocks or heads instead of single entries: how scores are grouped, and groups become indices.
+
+Every structure is a tiling of a weight by equal rectangles, so there is one way to pool scores and one to come back.
+A weight is seen as the matrix (out, in) that it is, one of one dimension as a column, a stack of matrices (experts)
+one under the other.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from finepoint.errors import FinepointError
+
+Pooling = Literal["mean", "sum"]
+STRUCTURES = "entry, row, column, block:RxC (e.g. block:16x16) or head"
+HEADS_IN_ROWS, HEADS_IN_COLUMNS = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A weight cut into rectangles of `height` x `width`, numbered row by row; those at the edges may be smaller."""
+
+    shape: tuple[int, ...]
+    height: int
+    width: int
+
+    @cached_property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the weight seen as a matrix."""
+        rows = prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+        return rows, prod(self.shape) // rows
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """How many rectangles there are from top to bottom and from left to right."""
+        rows, columns = self.matrix
+        return -(-rows // self.height), -(-columns // self.width)
+
+    @property
+    def count(self) -> int:
+        return prod(self.grid)
+
+    @property
+    def is_entries(self) -> bool:
+        return self.height == self.width == 1
+
+    def pooled(self, scores: Tensor, how: Pooling) -> Tensor:
+        """One score for each rectangle: (count,), from scores of the weight's shape."""
+        if self.is_entries:
+            return scores.reshape(-1)
+        total = _added_up(_added_up(scores.reshape(self.matrix), self.height, self.grid[0]).T, self.width, self.grid[1])
+        return (total.T if how == "sum" else total.T / self._sizes(total)).reshape(-1)
+
+    def tiles(self, indices: Tensor) -> Tensor:
+        """The rectangles that hold any of the entries at flat `indices`, ascending, each once."""
+        row, column = indices // self.matrix[1], indices % self.matrix[1]
+        return (row // self.height * self.grid[1] + column // self.width).unique()
+
+    def indices(self, tiles: Tensor) -> Tensor:
+        """The flat positions of all entries of these rectangles, ascending. tiles: (n,) int64, each once."""
+        if self.is_entries:
+            return tiles
+        rows, columns = self.matrix
+        top, left = tiles // self.grid[1] * self.height, tiles % self.grid[1] * self.width
+        row = top[:, None, None] + torch.arange(self.height, device=tiles.device)[:, None]
+        column = left[:, None, None] + torch.arange(self.width, device=tiles.device)
+        return (row * columns + column)[(row < rows) & (column < columns)].sort().values
+
+    def _sizes(self, like: Tensor) -> Tensor:
+        """The entries in each rectangle, as a (rows, columns) grid."""
+        down, across = (
+            torch.full((n,), step, dtype=like.dtype, device=like.device)
+            for n, step in zip(self.grid, (self.height, self.width), strict=True)
+        )
+        down[-1] = self.matrix[0] - (self.grid[0] - 1) * self.height
+        across[-1] = self.matrix[1] - (self.grid[1] - 1) * self.width
+        return down[:, None] * across
+
+
+def _added_up(matrix: Tensor, step: int, groups: int) -> Tensor:
+    """Sums of every `step` rows, the last of what is left: (groups, columns)."""
+    whole = len(matrix) // step
+    sums = matrix[: whole * step].reshape(whole, step, matrix.shape[1]).sum(1)
+    return sums if whole == groups else torch.cat([sums, matrix[whole * step :].sum(0, keepdim=True)])
+
+
+def tilings(model: nn.Module, weights: Mapping[str, Tensor], structure: str) -> dict[str, Tiling]:
+    """How each weight is cut by a structure.
+
+    Raises:
+        FinepointError: no such structure, or `head` for weights that are no attention projections.
+    """
+    return {
+        name: Tiling(tuple(weight.shape), *_tile(model, name, weight, structure)) for name, weight in weights.items()
+    }
+
+
+def _tile(model: nn.Module, name: str, weight: Tensor, structure: str) -> tuple[int, int]:
+    out, features = (len(weight), 1) if weight.ndim == 1 else (weight.shape[-2], weight.shape[-1])
+    if structure == "head":
+        return _head(model, name, out, features)
+    if block := re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", structure):
+        return int(block[1]), int(block[2])
+    tiles = {"entry": (1, 1), "row": (1, features), "column": (out, 1)}
+    if structure not in tiles:
+        raise FinepointError(f"structure is {structure!r}; it is {STRUCTURES}")
+    return tiles[structure]
+
+
+def _head(model: nn.Module, name: str, out: int, features: int) -> tuple[int, int]:
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kind = name.split(".")[-2] if "." in name else name
+    if kind in HEADS_IN_ROWS and out % size == 0:
+        return size, features
+    if kind in HEADS_IN_COLUMNS and features % size == 0:
+        return out, size
+    known = ", ".join([*HEADS_IN_ROWS, *HEADS_IN_COLUMNS])
+    raise FinepointError(f"{name} holds no attention heads of size {size}; with --structure head give "
+                         f"--targets attention (weights called {known})")  # fmt: skip

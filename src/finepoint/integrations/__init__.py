@@ -1,0 +1,1 @@
+"""At home with other people's trainers: two lines, the hub, TRL."""

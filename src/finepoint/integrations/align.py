@@ -1,0 +1,278 @@
+"""`finepoint align`: preferences or rewards, on chosen entries, through TRL; measured before and after."""
+
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+import finepoint
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.format import TENSORS
+from finepoint.adapters.lowrank import PEFT_CONFIG, PEFT_TENSORS
+from finepoint.batches import Collator, context_length, encode_all
+from finepoint.choosing.rules import rule_named
+from finepoint.config import AlignConfig
+from finepoint.data import some
+from finepoint.errors import FinepointError
+from finepoint.files import claim_folder, write_json
+from finepoint.integrations.methods import METHODS, Alignment, Measured, beta_of, on_cpu
+from finepoint.integrations.reference import Reference, as_it_is
+from finepoint.integrations.rewards import reward_named
+from finepoint.models import load_model, load_tokenizer
+from finepoint.progress import progress
+from finepoint.training.baselines import Setting, baseline_named, options_of
+from finepoint.training.interface import Tuner
+from finepoint.training.lowrank import PeftTuner
+from finepoint.training.memory import peak_bytes, reset_peak
+from finepoint.training.run import CHECKPOINTING, LOG, RECORD, versions
+from finepoint.training.trainer import NotFiniteError
+from finepoint.training.tuner import SparseTuner
+from finepoint.training.workplace import Workplace, select_for
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a run works on."""
+
+    model: Any
+    tokenizer: Any
+    rows: list[Any]
+    held_out: list[Any]
+    measured_on: str
+
+
+def align(config: AlignConfig) -> dict[str, Any]:
+    """Runs the whole of `finepoint align`; the adapter, the log and the record are in `config.output`.
+
+    Returns:
+        The record: `trained`, `changed`, `before`, `after`, `seconds`, `log` (a row a step), ..
+
+    Raises:
+        FinepointError: whatever the user can mend.
+    """
+    check(config)
+    folder = claim_folder(config.output, config.overwrite)
+    method = METHODS[config.method](config)
+    place = _prepare(config, method)
+    reset_peak()
+    started = time.perf_counter()
+    tuner, without, facts = _tuner(config, place, method)
+    selection_seconds = time.perf_counter() - started
+    logger.info("%d numbers to train, prepared in %.1f s", tuner.count, selection_seconds)
+    try:
+        before = method.measure(place.model, place.tokenizer, place.held_out)
+        logger.info("before: %s", _told(before.means))
+        log, seconds = _train(config, place, method, tuner, Reference(place.model, without), folder)
+        peak = peak_bytes()
+        place.model.eval()
+        after = method.measure(place.model, place.tokenizer, place.held_out)
+        logger.info("after: %s", _told(after.means))
+        changed, norm = tuner.changed(), tuner.norm()
+        if not changed:
+            raise FinepointError(f"training changed none of the {tuner.count} trained numbers; give a larger --lr than "
+                                 f"{learning_rate(config)}, or rows whose answers differ in reward")  # fmt: skip
+        facts |= {"results": {Path(place.measured_on).stem: after.means}}
+        file = tuner.save(folder, tuner.adapter(config.store, info=facts), config.compact)
+        for name in (PEFT_TENSORS, PEFT_CONFIG) if file.name == TENSORS else (TENSORS,):
+            (folder / name).unlink(missing_ok=True)  # of an earlier run by another method
+    finally:
+        tuner.revert_()
+        tuner.close()
+    record = {
+        "method": config.method, "baseline": config.baseline, "trained": tuner.count, "changed": changed,
+        "adapter_bytes": file.stat().st_size, "seconds": round(time.perf_counter() - started, 2),
+        "selection_seconds": round(selection_seconds, 2), "train_seconds": round(seconds, 2), "peak_bytes": peak,
+        "lr": learning_rate(config), "beta": beta_of(config), "update_norm": norm, "steps": len(log),
+        "measured_on": place.measured_on, "measured_rows": len(place.held_out), "before": before.means,
+        "after": after.means | _against(before, after), "log": log, "config": asdict(config), "versions": versions(),
+    }  # fmt: skip
+    write_json(folder / RECORD, record)
+    return record
+
+
+def check(config: AlignConfig) -> None:
+    """Refuses what can be refused before any work."""
+    try:
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise FinepointError("alignment needs the package trl: pip install 'finepoint[trl]'") from error
+    if config.data is None:
+        raise FinepointError("alignment needs rows to learn from; give --data FILE.jsonl")
+    for name in ("steps", "batch_size", "accumulation", "new_tokens"):
+        if getattr(config, name) < 1:
+            raise FinepointError(f"{name} is {getattr(config, name)}; give at least 1")
+    if learning_rate(config) <= 0:
+        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    if config.method == "grpo":
+        reward_named(config.reward)
+        if config.generations < 2:
+            raise FinepointError(f"generations is {config.generations}; answers are compared, so give at least 2")
+        answers = config.batch_size * config.accumulation
+        if answers % config.generations:
+            raise FinepointError(f"batch_size x accumulation is {answers} answers; give a multiple of the "
+                                 f"{config.generations} generations")  # fmt: skip
+    if config.baseline:
+        options_of(baseline_named(config.baseline), config.baseline_options)
+    elif config.baseline_options:
+        raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
+
+
+def learning_rate(config: AlignConfig) -> float:
+    """The learning rate, by default the baseline's or that of the kind of rule."""
+    if config.lr is not None:
+        return config.lr
+    if config.baseline:
+        return baseline_named(config.baseline).lr
+    return 1e-4 if rule_named(config.rule).needs_data else 3e-3
+
+
+def _prepare(config: AlignConfig, method: Alignment) -> Place:
+    rows = method.read(config.data or "")
+    held_out = method.read(config.validation) if config.validation else rows
+    model, tokenizer = load_model(config.model, config.dtype), load_tokenizer(config.model)
+    measured_on = config.validation or config.data or ""
+    return Place(model, tokenizer, rows, some(held_out, config.validation_limit), measured_on)
+
+
+def _tuner(config: AlignConfig, place: Place, method: Alignment) -> tuple[Tuner, Any, dict[str, Any]]:
+    """What trains, the context in which the model is the base, and what the adapter will say of itself."""
+    facts: dict[str, Any] = {
+        "base_model": config.model, "task": "causal", "method": config.method, "targets": config.targets,
+        "seed": config.seed, "data": config.data, "finepoint_version": finepoint.__version__,
+        "lr": learning_rate(config), "steps": config.steps, "batch_size": config.batch_size, "beta": beta_of(config),
+    }  # fmt: skip
+    if config.baseline:
+        baseline = baseline_named(config.baseline)
+        options = options_of(baseline, config.baseline_options)
+        setting = Setting(place.model, [], options, config.targets, config.seed, learning_rate(config),
+                          config.weight_decay)  # fmt: skip
+        low = baseline.make(setting).tuner
+        assert isinstance(low, PeftTuner)
+        return low, low.disabled, facts | {"baseline": baseline.name, "baseline_options": options}
+    if config.indices:
+        source = SparseAdapter.load(config.indices)
+        source.check(place.model)
+        sparse = SparseTuner(place.model, source)
+        chosen = source.info
+    else:
+        limit = context_length(place.model, config.max_length)
+        tokens = encode_all(place.tokenizer, method.examples(place.rows), limit)
+        collator = Collator.of(place.model, place.tokenizer)
+        selection = select_for(config, Workplace(place.model, place.tokenizer, [], tokens, collator))
+        sparse = SparseTuner(place.model, selection)
+        kept = {key: value for key, value in selection.statistics.items() if key != "weights"}
+        chosen = {"rule": selection.rule, "density": kept.get("density"), "scope": config.scope, "selection": kept}
+    facts |= {key: chosen[key] for key in ("rule", "density", "scope", "selection") if key in chosen}
+    return sparse, as_it_is(sparse), facts
+
+
+def _train(
+    config: AlignConfig, place: Place, method: Alignment, tuner: Tuner, reference: Reference, folder: Path
+) -> tuple[list[dict[str, Any]], float]:
+    """Trains; returns a row for each step, and the seconds it took."""
+    set_seed(config.seed)
+    with _quiet(), progress("aligning", config.steps) as advance:
+        arguments = _arguments(config, folder)
+        trainer = method.trainer(place.model, place.tokenizer, place.rows, reference, arguments)
+        trainer.remove_callback(PrinterCallback)
+        watch = Steps(tuner, folder / LOG, config.steps, advance)
+        trainer.add_callback(watch)
+        started = time.perf_counter()
+        try:
+            trainer.train()
+        except NotFiniteError as error:
+            raise FinepointError(f"{error}; try a smaller --lr than {learning_rate(config)}") from error
+    return watch.records, time.perf_counter() - started
+
+
+def _arguments(config: AlignConfig, folder: Path) -> dict[str, Any]:
+    """What DPO's and GRPO's settings have in common."""
+    return {
+        "output_dir": str(folder / "checkpoints"),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "learning_rate": learning_rate(config),
+        "lr_scheduler_type": config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": config.warmup if config.warmup < 1 else 0.999999,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.clip,
+        CHECKPOINTING: config.gradient_checkpointing,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,  # the weights have the dtype they were loaded in
+        "use_cpu": on_cpu(),
+        "dataloader_pin_memory": not on_cpu(),
+        "seed": config.seed,
+    }
+
+
+class Steps(TrainerCallback):
+    """Stops before a gradient that is not finite reaches the weights; writes the log; moves the progress bar."""
+
+    def __init__(self, tuner: Tuner, log: Path, steps: int, advance: Any) -> None:
+        self.tuner, self.log, self.steps, self.advance = tuner, log, steps, advance
+        self.records: list[dict[str, Any]] = []
+        log.unlink(missing_ok=True)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for name, parameter in self.tuner.trained().items():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise NotFiniteError(f"the gradient of {name} is not finite at step {state.global_step + 1}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        numbers = {key: float(value) for key, value in logs.items() if isinstance(value, int | float | str)}
+        record = {"step": state.global_step} | {key: v for key, v in numbers.items() if math.isfinite(v)}
+        self.records.append(record)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = {key: record[key] for key in ("loss", "reward", "rewards/margins", "rewards/accuracies")
+                 if key in record}  # fmt: skip
+        if state.global_step % 10 == 0 or state.global_step == self.steps:
+            logger.info("step %d of %d: %s", state.global_step, self.steps, _told(shown))
+
+
+def _against(before: Measured, after: Measured) -> dict[str, float]:
+    """Of preference margins: how they moved, pair by pair, which is what DPO trains (its reward is beta x that)."""
+    if "margin" not in after.means:
+        return {}
+    moved = [new - old for old, new in zip(before.rows, after.rows, strict=True)]
+    return {"margin_gain": sum(moved) / len(moved), "reward_accuracy": sum(m > 0 for m in moved) / len(moved)}
+
+
+def _told(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the libraries from drawing bars of their own and from warning about each other."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
+    disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        enable_progress_bar()

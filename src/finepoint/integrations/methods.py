@@ -1,0 +1,146 @@
+"""DPO and GRPO: their rows, their trainer of TRL's, and what is measured before and after."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, Protocol
+
+import torch
+
+from finepoint.batches import context_length
+from finepoint.config import AlignConfig
+from finepoint.data import Choices, Completion, Example, Pair, read_examples, read_pairs
+from finepoint.errors import FinepointError
+from finepoint.integrations.reference import Reference
+from finepoint.integrations.rewards import reward_named
+from finepoint.measuring.generation import prompt_ids, written
+from finepoint.measuring.scoring import choice_likelihoods
+
+Advance = Callable[[int], None]
+
+
+class Alignment(Protocol):
+    """What a run of `finepoint align` asks of its method."""
+
+    def read(self, path: str) -> list[Any]:
+        """The rows of a file."""
+
+    def examples(self, rows: Sequence[Any]) -> list[Example]:
+        """What a rule that looks at gradients scores on."""
+
+    def trainer(self, model: Any, tokenizer: Any, rows: Sequence[Any], reference: Reference, arguments: Any) -> Any:
+        """TRL's trainer, with one model in memory."""
+
+    def measure(self, model: Any, tokenizer: Any, rows: Sequence[Any]) -> "Measured":
+        """How good the model is on the rows, as it stands."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Means over rows, and the numbers of each row behind them."""
+
+    means: dict[str, float]
+    rows: list[float]
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Direct preference optimisation (arXiv:2305.18290): chosen answers become likelier than rejected ones."""
+
+    config: AlignConfig
+
+    def read(self, path: str) -> list[Pair]:
+        return read_pairs(path)
+
+    def examples(self, rows: Sequence[Pair]) -> list[Example]:
+        return [Completion(pair.prompt, pair.chosen) for pair in rows]
+
+    def trainer(self, model: Any, tokenizer: Any, rows: Sequence[Pair], reference: Reference, arguments: Any) -> Any:
+        from trl import DPOConfig, DPOTrainer
+
+        limit = context_length(model, self.config.max_length)
+        given = DPOConfig(**arguments, beta=beta_of(self.config), max_length=limit)
+        return DPOTrainer(model, reference, given, train_dataset=dataset(map(vars, rows)), processing_class=tokenizer)
+
+    def measure(self, model: Any, tokenizer: Any, rows: Sequence[Pair]) -> Measured:
+        """`accuracy`: share of pairs whose chosen answer is the likelier; `margin`: by how much, in nats, on average.
+
+        Summed over the answer's tokens, without an end token. The rows are the margins.
+        """
+        choices = [Choices(pair.prompt, (pair.chosen, pair.rejected), 0) for pair in rows]
+        limit = context_length(model, self.config.max_length)
+        scored = choice_likelihoods(model, tokenizer, choices, limit)
+        margins = [chosen - rejected for chosen, rejected in scored]
+        return Measured({"accuracy": mean(m > 0 for m in margins), "margin": mean(margins)}, margins)
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """Group relative policy optimisation (arXiv:2402.03300): answers better than their group's mean become likelier."""
+
+    config: AlignConfig
+
+    def read(self, path: str) -> list[Completion]:
+        rows = read_examples(path)
+        if not isinstance(rows[0], Completion):
+            raise FinepointError(f'{path}: grpo compares answers with a reference; expected {{"prompt", "completion"}}')
+        return rows  # type: ignore[return-value]
+
+    def examples(self, rows: Sequence[Completion]) -> list[Example]:
+        return list(rows)
+
+    def trainer(
+        self, model: Any, tokenizer: Any, rows: Sequence[Completion], reference: Reference, arguments: Any
+    ) -> Any:
+        from trl import GRPOConfig, GRPOTrainer
+
+        given = GRPOConfig(
+            **arguments, beta=0.0, num_generations=self.config.generations, temperature=self.config.temperature,
+            max_completion_length=self.config.new_tokens,
+        )  # fmt: skip
+        # Not by its own name: TRL calls what the model writes the completion.
+        asked = dataset([{"prompt": row.prompt, "reference": row.completion} for row in rows])
+        trainer = GRPOTrainer(model, self._rewards(), given, train_dataset=asked, processing_class=tokenizer)
+        # With beta given above, TRL would have loaded a second model.
+        trainer.beta = beta_of(self.config)
+        trainer.ref_model = reference if trainer.beta else None
+        return trainer
+
+    def _rewards(self) -> Any:
+        reward = reward_named(self.config.reward)
+
+        def rewards(completions: list[str], reference: list[str], **_: Any) -> list[float]:
+            return [float(reward(answer, right)) for answer, right in zip(completions, reference, strict=True)]
+
+        return rewards
+
+    def measure(self, model: Any, tokenizer: Any, rows: Sequence[Completion]) -> Measured:
+        """`reward`: the mean reward of what the model writes greedily. The rows are the rewards."""
+        reward = reward_named(self.config.reward)
+        prompts = [prompt_ids(tokenizer, row) for row in rows]
+        limit = context_length(model, self.config.max_length)
+        answers = written(model, tokenizer, prompts, limit, self.config.new_tokens)
+        found = [float(reward(answer.text, row.completion)) for answer, row in zip(answers, rows, strict=True)]
+        return Measured({"reward": mean(found)}, found)
+
+
+METHODS: dict[str, Callable[[AlignConfig], Alignment]] = {"dpo": DPO, "grpo": GRPO}
+
+
+def beta_of(config: AlignConfig) -> float:
+    """The strength of the pull towards the reference; the methods' customary ones where none is given."""
+    if config.beta is not None:
+        return config.beta
+    return 0.1 if config.method == "dpo" else 0.0
+
+
+def dataset(rows: Iterable[dict[str, str]]) -> Any:
+    """Rows as TRL takes them."""
+    from datasets import Dataset
+
+    return Dataset.from_list(list(rows))
+
+
+def on_cpu() -> bool:
+    """Whether training will be on the CPU."""
+    return not torch.cuda.is_available()

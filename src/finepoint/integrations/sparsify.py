@@ -1,0 +1,187 @@
+"""Two lines: `sparsify` makes a model ready for anybody's trainer, `save` keeps the change, `load` brings it back."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import finepoint
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.entries import gather
+from finepoint.choosing.rules import rule_named
+from finepoint.choosing.selection import Scope, select
+from finepoint.choosing.structure import Pooling
+from finepoint.choosing.weights import Targets
+from finepoint.errors import FinepointError
+from finepoint.integrations.given import scoring_batches
+from finepoint.integrations.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
+from finepoint.training.tuner import CONTAINER, SparseTuner
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def sparsify(
+    model: Model,
+    rule: str = "gallop",
+    density: float | None = None,
+    *,
+    data: Any = None,
+    tokenizer: Any = None,
+    indices: Mapping[str, Tensor] | None = None,
+    count: int | None = None,
+    scope: Scope = "global",
+    targets: Targets = "linear",
+    exclude: Sequence[Mapping[str, Tensor]] = (),
+    whole: Sequence[str] = (),
+    rule_options: Mapping[str, float] | None = None,
+    structure: str = "entry",
+    pooling: Pooling = "mean",
+    scoring_examples: float = 256,
+    scoring_memory: float = 1.0,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> Model:
+    """Chooses entries of a model and makes them, and them alone, trainable: by any trainer, in place.
+
+    The model stays the same object. `model.save_pretrained` now writes the adapter and what a trainer resumes from,
+    which is O(k); `unload` gives back the plain model.
+
+    Args:
+        model: a transformers model; everything in it is frozen but the deltas of the chosen entries.
+        rule: a name from `finepoint.RULES`, or `module:function`.
+        density: share of the target entries, in (0, 1]; 0.001 where neither it nor `count` is given.
+        data: what rules that look at gradients score on: a JSON Lines file, examples (as in its lines), rows of
+            `input_ids`, or ready batches. Other rules need none.
+        tokenizer: turns examples into tokens; not needed for the latter two.
+        indices: entries to train, by weight name (a selection, an adapter), instead of choosing by a rule.
+        whole: names of weights to train and store whole: the new head of a classifier, e.g. `["score.weight"]`.
+        scoring_examples: how many examples gradients are taken over; a share where below 1. Ready batches are all used.
+        batch_size: examples a scoring batch.
+        max_length: longest scoring example in tokens; the model's context where not given.
+        count, scope, targets, exclude, rule_options, structure, pooling, scoring_memory, seed: as for `select`.
+
+    Returns:
+        The very same model.
+
+    Raises:
+        FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
+    """
+    if hasattr(model, CONTAINER):
+        raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
+    info: dict[str, Any] = {"base_model": _name(model), "finepoint_version": finepoint.__version__}
+    if indices is None:
+        batches: list[Any] = []
+        if rule_named(rule).needs_data:
+            batches = scoring_batches(model, rule, data, tokenizer, scoring_examples, batch_size, max_length, seed)
+        selection = select(
+            model, batches, rule=rule, density=density, count=count, scope=scope, targets=targets, exclude=exclude,
+            seed=seed, scoring_memory=scoring_memory, rule_options=rule_options, structure=structure, pooling=pooling,
+        )  # fmt: skip
+        facts = {key: value for key, value in selection.statistics.items() if key != "weights"}
+        info |= {"rule": selection.rule, "density": facts.get("density"), "scope": scope, "seed": seed}
+        info |= {"targets": _json(targets), "selection": facts}
+        indices = selection
+    if isinstance(data, str | Path):
+        info["data"] = str(data)
+    chosen = dict(indices) | {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
+    attach(model, Session(SparseTuner(model, chosen), info, tuple(whole)))
+    return model
+
+
+def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool = False) -> Model:
+    """Writes an adapter into a model's weights; or makes it trainable, to go on from there.
+
+    Args:
+        adapter: a folder (a trainer's checkpoint is one), the id of an adapter on the hub, or an adapter.
+        trainable: its entries become trainable as by `sparsify`, with the deltas it holds. An adapter that stores
+            values (of half-precision weights) starts from exactly these, not from the wider deltas behind them.
+
+    Returns:
+        The very same model. An adapter that was not to be trained can be taken out by its own `revert`.
+
+    Raises:
+        FinepointError: no adapter is there, or it does not fit the model, which is unchanged then.
+    """
+    found = adapter if isinstance(adapter, SparseAdapter) else SparseAdapter.load(adapter)
+    if not trainable:
+        found.apply(model)
+        return model
+    found.check(model)
+    tuner = SparseTuner(model, found)
+    _start_from_(tuner, found)
+    whole = tuple(name for name, change in found.changes.items() if change.kind == "full")
+    attach(model, Session(tuner, dict(found.info), whole))
+    return model
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, results: Results | None = None,
+    overwrite: bool = False, compact: bool = False,
+) -> Path:  # fmt: skip
+    """Writes the adapter of a model: the change of one in training, or the one adapter applied to it.
+
+    Args:
+        results: what was measured, for the model card: data -> metric -> value.
+        overwrite: allow a folder that holds something.
+        compact: write positions as gaps, in one or two bytes each instead of four.
+
+    Raises:
+        FinepointError: the model has no change to save, or the folder holds something.
+    """
+    return adapter_of(model, results).save(folder, overwrite, compact)
+
+
+def unload(model: Model, *, revert: bool = False) -> Model:
+    """Ends the training of a model: the plain model again, its flags as they were.
+
+    Args:
+        revert: with the base's exact bits instead of the trained values.
+
+    Raises:
+        FinepointError: the model is not in training.
+    """
+    session = session_of(model)
+    if revert:
+        session.tuner.revert_()
+    session.hook.remove()
+    session.tuner.close()
+    for name in (SESSION, *ATTACHED):
+        model.__dict__.pop(name, None)
+    return model
+
+
+def _start_from_(tuner: SparseTuner, adapter: SparseAdapter) -> None:
+    """Sets the deltas to those of an adapter whose entries the tuner trains."""
+    weights = dict(tuner.model.named_parameters(remove_duplicate=False))
+    owners = {id(entries.weight): entries for entries in tuner.entries.values()}
+    missed = 0
+    for name, change in adapter.changes.items():
+        if not len(change):
+            continue
+        entries = owners[id(weights[name])]
+        values = change.new_values(entries.base)
+        wide = entries.delta.dtype
+        with torch.no_grad():
+            exact = change.kind == "delta"
+            entries.delta.copy_(change.numbers if exact else values.to(wide) - entries.base.to(wide))
+        entries.follow_()
+        missed += int((gather(entries.weight, entries.indices) != values).sum())
+    if missed:
+        logger.warning("%d entries lie so far from the base that base + delta rounds to another value", missed)
+
+
+def _name(model: Any) -> str:
+    """The id or folder that a model was loaded from."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def _json(targets: Targets) -> Any:
+    """Targets as JSON holds them."""
+    if isinstance(targets, str):
+        return targets
+    return dict(targets) if isinstance(targets, Mapping) else list(targets)

@@ -1,0 +1,161 @@
+"""`finepoint align`: DPO and GRPO on chosen entries and on low-rank factors, measured before and after."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import finepoint
+from conftest import assert_same_bits, random_batches, snapshot, write_lines
+from finepoint.cli import main
+from finepoint.config import AlignConfig
+from finepoint.data import read_pairs
+from finepoint.errors import FinepointError
+from finepoint.integrations.align import align
+from finepoint.integrations.reference import Reference
+from finepoint.integrations.rewards import exact, line, number
+from finepoint.models import load_model
+from finepoint.training.lowrank import PeftTuner
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+PAIRS = [{"prompt": f"a{c}:", "chosen": " yes", "rejected": " no"} for c in "abcdefgh"]
+SUMS = [{"prompt": f"{c}:", "completion": f" {i}"} for i, c in enumerate("abcdefgh")]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_lines(tmp_path / "pairs.jsonl", PAIRS)
+
+
+@pytest.fixture
+def sums(tmp_path):
+    return write_lines(tmp_path / "sums.jsonl", SUMS)
+
+
+def first_letter(answer, reference):
+    """A reward that a tiny model can find: words with many an `a`."""
+    return float(answer.count("a"))
+
+
+def settings(model_folder, tmp_path, method, data, **more):
+    given = {"model": str(model_folder), "output": str(tmp_path / "out"), "method": method, "data": data, "steps": 6,
+             "batch_size": 8, "density": 0.1, "lr": 3e-2, "schedule": "constant", "new_tokens": 6}  # fmt: skip
+    return AlignConfig(**given | more)
+
+
+@pytest.mark.parametrize("arm", [{"rule": "gallop"}, {"rule": "random"}, {"baseline": "lora"}])
+def test_dpo_makes_chosen_answers_likelier(arm, model_folder, tmp_path, pairs):
+    record = align(settings(model_folder, tmp_path, "dpo", pairs, **arm))
+    assert record["after"]["margin"] > record["before"]["margin"] + 1
+    assert record["after"]["reward_accuracy"] == 1.0
+    assert record["after"]["margin_gain"] == pytest.approx(record["after"]["margin"] - record["before"]["margin"])
+    assert [row["step"] for row in record["log"]] == list(range(1, 7))
+    assert record["log"][0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the reference is the policy, at first
+    assert record["log"][-1]["rewards/margins"] > 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["after"] == record["after"]
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 6
+    assert not (tmp_path / "out" / "checkpoints").exists() or not any((tmp_path / "out" / "checkpoints").iterdir())
+
+
+def test_the_adapter_is_what_was_measured(model_folder, tmp_path, pairs, tokenizer):
+    from finepoint.integrations.methods import DPO
+
+    config = settings(model_folder, tmp_path, "dpo", pairs, rule="random")
+    record = align(config)
+    model = load_model(str(model_folder))
+    base = snapshot(model)
+    adapter = finepoint.SparseAdapter.load(str(tmp_path / "out"))
+    with adapter.applied(model):
+        found = DPO(config).measure(model, tokenizer, read_pairs(pairs)).means
+    assert found["margin"] == pytest.approx(record["after"]["margin"], rel=1e-5)
+    assert_same_bits(base, snapshot(model))
+    assert adapter.info["method"] == "dpo"
+    assert adapter.count == record["trained"]
+    results = adapter.info["results"]["pairs"]
+    assert results["margin"] == record["after"]["margin"]
+
+
+def test_the_reference_of_low_rank_factors_is_the_base(llama):
+    batch = random_batches(1)[0]
+    expected = llama(**batch).logits
+    tuner = PeftTuner(llama, ["model.layers.0.self_attn.q_proj"], rank=2, alpha=4)
+    ref = Reference(llama, tuner.disabled)
+    with torch.no_grad():
+        for parameter in tuner.trained().values():
+            parameter.add_(0.3)
+    assert torch.equal(ref(**batch).logits, expected)
+    assert not torch.equal(llama(**batch).logits, expected)  # negative control
+    assert all(parameter.requires_grad for parameter in tuner.trained().values())
+    tuner.close()
+
+
+@pytest.mark.parametrize("arm", [{"rule": "random"}, {"rule": "gallop", "beta": 0.05}, {"baseline": "lora"}])
+def test_grpo_raises_the_reward(arm, model_folder, tmp_path, sums):
+    config = settings(model_folder, tmp_path, "grpo", sums, reward="test_align:first_letter", steps=30, lr=5e-2, **arm)
+    record = align(replace(config, density=0.3))
+    rewards = [row["reward"] for row in record["log"]]
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 1
+    assert record["changed"] > 0
+    assert record["beta"] == arm.get("beta", 0.0)
+    assert ("kl" in record["log"][-1]) == bool(record["beta"])
+
+
+def test_the_same_settings_give_the_same_adapter(model_folder, tmp_path, sums):
+    found = []
+    for name in ("a", "b"):
+        config = settings(
+            model_folder, tmp_path, "grpo", sums, reward="test_align:first_letter", rule="random", steps=3
+        )
+        align(replace(config, output=str(tmp_path / name)))
+        adapter = finepoint.SparseAdapter.load(str(tmp_path / name))
+        found.append(torch.cat([change.numbers for change in adapter.changes.values()]))
+    assert torch.equal(*found)
+    assert found[0].any()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [(" 125", " 125", (1, 1, 1)), (" 125\nQuestion: 3", " 125", (1, 1, 0)), ("1,250 apples", "1250", (1, 0, 0)),
+     ("It is -3.0.", "-3", (1, 0, 0)), ("124", "125", (0, 0, 0)), ("", "125", (0, 0, 0)), ("12", "125", (0, 0, 0))],
+)  # fmt: skip
+def test_rewards(answer, reference, expected):
+    assert (number(answer, reference), line(answer, reference), exact(answer, reference)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "dpo"], "give --data"),
+        (["--method", "dpo", "--data", "SUMS"], "line 1: the keys"),
+        (["--method", "grpo", "--data", "PAIRS"], "expected"),
+        (["--method", "grpo", "--data", "SUMS", "--batch-size", "6"], "a multiple of the 8 generations"),
+        (["--method", "grpo", "--data", "SUMS", "--reward", "nmber"], "known rewards: number, line, exact"),
+        (["--method", "grpo", "--data", "SUMS", "--reward", "no.such:thing"], "cannot import reward"),
+        (["--method", "grpo", "--data", "SUMS", "--generations", "1"], "at least 2"),
+        (["--method", "dpo", "--data", "PAIRS", "--baseline-options", "rank=1"], "without a baseline"),
+        (["--method", "ppo", "--data", "PAIRS"], "ppo"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, model_folder, tmp_path, pairs, sums, capsys):
+    flags = [{"SUMS": sums, "PAIRS": pairs}.get(flag, flag) for flag in flags]
+    assert main(["align", "--model", str(model_folder), "--output", str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert error.startswith("finepoint align: ")
+
+
+def test_on_the_command_line(model_folder, tmp_path, pairs, capsys):
+    command = ["align", "--model", str(model_folder), "--output", str(tmp_path / "out"), "--method", "dpo", "--data",
+               pairs, "--steps", "2", "--density", "0.1", "--rule", "random", "--batch-size", "4"]  # fmt: skip
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["steps"] == 2
+    assert main([*command, "--overwrite"]) == 0
+    assert "margin" in capsys.readouterr().out
+
+
+def test_without_trl_the_way_out_is_told(model_folder, tmp_path, pairs, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "trl", None)
+    with pytest.raises(FinepointError, match=r"finepoint\[trl\]"):
+        align(settings(model_folder, tmp_path, "dpo", pairs))

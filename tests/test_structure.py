@@ -1,0 +1,145 @@
+"""Whole rows, columns, blocks and heads, against loops over a dense matrix."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import finepoint
+from conftest import random_batches, tiny_llama
+from finepoint.choosing.rules import rule_named
+from finepoint.choosing.selection import score
+from finepoint.choosing.statistics import stream_statistics
+from finepoint.choosing.structure import Tiling
+from finepoint.choosing.weights import target_weights
+from finepoint.errors import FinepointError
+
+STRUCTURES = ["row", "column", "block:4x4", "block:3x5", "block:1000x2"]
+
+
+def groups_of(shape, height, width):
+    """Every group's flat positions, by walking over the matrix."""
+    rows, columns = shape
+    found = {}
+    for i in range(rows):
+        for j in range(columns):
+            found.setdefault((i // height, j // width), []).append(i * columns + j)
+    return [found[place] for place in sorted(found)]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.data())
+def test_pooling_and_coming_back_equal_a_walk_over_the_matrix(rows, columns, height, width, data):
+    tiling = Tiling((rows, columns), height, width)
+    groups = groups_of((rows, columns), height, width)
+    assert tiling.count == len(groups)
+    torch.manual_seed(0)
+    scores = torch.randn(rows, columns, dtype=torch.float64)
+    flat = scores.view(-1)
+    for how in ("mean", "sum"):
+        expected = torch.stack([getattr(flat[group], how)() for group in groups])
+        torch.testing.assert_close(tiling.pooled(scores, how), expected, rtol=1e-12, atol=1e-14)
+    chosen = data.draw(st.sets(st.integers(0, len(groups) - 1)))
+    tiles = torch.tensor(sorted(chosen), dtype=torch.long)
+    assert tiling.indices(tiles).tolist() == sorted(place for tile in chosen for place in groups[tile])
+    some = data.draw(st.sets(st.integers(0, rows * columns - 1)))
+    holding = [tile for tile, group in enumerate(groups) if some & set(group)]
+    assert tiling.tiles(torch.tensor(sorted(some), dtype=torch.long)).tolist() == holding
+
+
+def dense_groups(model, structure, rule, batches, count, pooling):
+    """The groups with the best pooled scores over all weights, by one sort."""
+    weights = target_weights(model, "linear")
+    about = rule_named(rule)
+    listed = []
+    for name, statistics in stream_statistics(model, weights, batches, about.needs):
+        scores = score(about, name, weights[name], statistics, 0, {}).view(-1)
+        out, features = weights[name].shape
+        if structure.startswith("block:"):
+            height, width = map(int, structure[6:].split("x"))
+        else:
+            height, width = {"row": (1, features), "column": (out, 1)}[structure]
+        for group in groups_of((out, features), height, width):
+            listed.append((getattr(scores[group], pooling)().item(), name, group))
+    listed.sort(key=lambda entry: -entry[0])
+    found = {}
+    for _, name, group in listed[:count]:
+        found.setdefault(name, []).extend(group)
+    return {name: sorted(places) for name, places in found.items()}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+def test_the_best_groups_are_chosen_whole_and_exactly_so_many(structure, pooling):
+    model, batches = tiny_llama(torch.float64), random_batches()
+    chosen = finepoint.select(model, batches, rule="gradient", count=7, structure=structure, pooling=pooling)
+    expected = dense_groups(model, structure, "gradient", batches, 7, pooling)
+    assert {name: indices.tolist() for name, indices in chosen.items()} == expected
+    assert (chosen.statistics["structure"], chosen.statistics["asked"]) == (structure, 7)
+    assert chosen.statistics["chosen"] == chosen.count
+
+
+def test_entries_are_what_they_were_without_a_structure(batches):
+    model = tiny_llama()
+    plain = finepoint.select(model, batches, density=0.05)
+    named = finepoint.select(model, batches, density=0.05, structure="entry")
+    blocks = finepoint.select(model, batches, density=0.05, structure="block:1x1")
+    assert all(torch.equal(plain[name], named[name]) and torch.equal(plain[name], blocks[name]) for name in plain)
+
+
+def test_density_is_the_share_of_groups_in_every_weight(batches):
+    model = tiny_llama()
+    chosen = finepoint.select(model, rule="random", density=0.25, structure="column", scope="weight")
+    for name, indices in chosen.items():
+        weight = model.get_parameter(name)
+        columns = indices % weight.shape[1]
+        assert len(columns.unique()) == round(0.25 * weight.shape[1])
+        assert len(indices) == len(columns.unique()) * weight.shape[0]
+
+
+def test_a_group_with_an_excluded_entry_is_not_chosen():
+    model = tiny_llama()
+    first = finepoint.select(model, rule="magnitude-high", count=3, structure="row")
+    one_each = {name: indices[:1] for name, indices in first.items()}
+    second = finepoint.select(model, rule="magnitude-high", count=3, structure="row", exclude=[one_each])
+    assert second.count
+    for name in first:
+        taken = set((first[name] // model.get_parameter(name).shape[1]).tolist())
+        rows = set((second.indices.get(name, torch.tensor([])) // model.get_parameter(name).shape[1]).tolist())
+        assert taken - rows  # the row with the excluded entry is gone
+
+
+def test_heads_are_rows_of_queries_and_columns_of_outputs():
+    model = tiny_llama()
+    size = model.config.head_dim
+    chosen = finepoint.select(model, rule="random", density=0.5, structure="head", targets="attention", scope="weight")
+    for name, indices in chosen.items():
+        out, features = model.get_parameter(name).shape
+        lines = indices % features if "o_proj" in name else indices // features
+        heads = (lines // size).unique()
+        assert len(indices) == len(heads) * size * (out if "o_proj" in name else features)
+
+
+def test_one_dimension_and_stacks_of_matrices():
+    assert Tiling((5,), 1, 1).count == 5
+    column = Tiling((2, 3, 4), 3, 1)  # two experts of three outputs: a column of one expert
+    assert column.count == 8
+    assert column.indices(torch.tensor([5])).tolist() == [13, 17, 21]
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [("rows", "it is entry, row, column"), ("block:0x3", "it is entry"), ("block:3", "it is entry"),
+     ("head", "--targets attention")],
+)  # fmt: skip
+def test_an_unknown_structure_is_refused(structure, message):
+    with pytest.raises(FinepointError, match=message):
+        finepoint.select(tiny_llama(), rule="random", density=0.5, structure=structure)
+
+
+def test_a_sampled_threshold_takes_whole_groups_too():
+    model = tiny_llama()
+    chosen = finepoint.select(model, rule="random", density=0.3, structure="row", threshold="sampled")
+    for name, indices in chosen.items():
+        rows = (indices // model.get_parameter(name).shape[1]).unique()
+        assert len(indices) == len(rows) * model.get_parameter(name).shape[1]
