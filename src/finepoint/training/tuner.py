@@ -360,7 +360,7 @@ class QuantisedEntries(TrainedEntries):
         """base + delta, rounded once to the weight's float dtype: (k,)."""
         return moved(self.base, ranks.whole(self.delta).detach())
 
-    def _write_(self, weight: Tensor) -> None:
+    def write_(self, weight: Tensor) -> None:
         self.stale = False
 
     def changed(self) -> int:
