@@ -8,8 +8,8 @@ A rule is one function. Its parameters say what it needs, and it is given just t
     generator         a `torch.Generator` that depends on the seed and on the weight's name alone
 
 Gradients are float32 (float64 over float64 weights). Every further parameter is an option with a default
-(`--rule-options epsilon=1e-6`). A rule may be written as a formula, too (`expressions.py`), and those of other packages
-are found by name (`plugins.py`).
+(`--rule-options epsilon=1e-6`). A rule may be written as a formula, too: see `expressions.py`. Rules of other packages
+are found by name as well (`plugins.py`).
 """
 
 import inspect
@@ -101,11 +101,11 @@ def rule_named(name: str) -> Rule:
     name = ALIASES.get(name, name)
     if name in RULES:
         return RULES[name]
-    if is_expression(name):
-        return Rule(name, expression(name), name, "a formula")
     plugins = offered()
     if name in plugins:
         return register(name, function_of(name, plugins[name]), package=package_of(plugins[name][0]))
+    if is_expression(name):
+        return Rule(name, expression(name), name, "a formula")
     known = [*RULES, *ALIASES, *plugins]
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from finepoint import ranks
 from finepoint.config import TrainConfig
 from finepoint.extras import needing
 from finepoint.files import read_json, write_json
@@ -59,7 +60,7 @@ def tracked(config: TrainConfig, folder: Path, done: int | None) -> Iterator[tup
     if not config.report_to:
         yield {"report_to": "none"}, []
         return
-    first = os.environ.get("RANK", "0") == "0"  # of several processes one reports
+    first = ranks.is_first()  # of several processes one reports
     name = run_name(folder, done is not None) if first else None
     writer = _writer(folder / FOLDER, done) if first and "tensorboard" in config.report_to else None
     others = [tracker for tracker in config.report_to if tracker != "tensorboard"]
@@ -70,7 +71,7 @@ def tracked(config: TrainConfig, folder: Path, done: int | None) -> Iterator[tup
             yield settings, [*_tensorboard(writer), Facts(config, writer)]
             failed = False
         finally:
-            for tracker in others:
+            for tracker in others if first else ():
                 END[tracker](import_module(tracker), failed)
             if writer:
                 writer.close()

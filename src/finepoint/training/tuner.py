@@ -354,11 +354,11 @@ class QuantisedEntries(TrainedEntries):
 
     def alter_(self, weight: Tensor) -> None:
         """weight[indices] = base + delta in the dequantised weight, which is a copy."""
-        follow_(weight, self.indices, self.base, self.delta)
+        follow_(weight, self.indices, self.base, ranks.whole(self.delta))
 
     def values(self) -> Tensor:
         """base + delta, rounded once to the weight's float dtype: (k,)."""
-        return moved(self.base, self.delta.detach())
+        return moved(self.base, ranks.whole(self.delta).detach())
 
     def write_(self, weight: Tensor) -> None:
         self.stale = False
