@@ -239,10 +239,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_adapter(config,
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, monkeypatch):
-    import finepoint.training.tuner as tuner_module
+    import finepoint.training.trained as trained_module
 
     monkeypatch.setattr(
-        tuner_module, "sampled_gradient", lambda dy, x, indices: torch.full((len(indices),), float("inf"))
+        trained_module, "sampled_gradient", lambda dy, x, indices: torch.full((len(indices),), float("inf"))
     )
     with pytest.raises(FinepointError, match="the gradient of .* is not finite at step 1"):
         run(config)

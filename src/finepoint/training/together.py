@@ -1,0 +1,109 @@
+"""The deltas of a model as several processes train them: compared before the first batch, averaged by k numbers."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finepoint import ranks
+from finepoint.errors import FinepointError
+from finepoint.training.trained import TrainedEntries
+
+
+class Deltas(nn.ModuleDict):
+    """The trained entries of a model, by weight name with slashes for dots."""
+
+    def __init__(self, entries: Mapping[str, TrainedEntries]) -> None:
+        super().__init__(entries)
+        self.met = False
+        self.averaging = False
+        self.by_hand = False
+        """whether somebody else calls `average_`"""
+        if any(member.sharded for member in entries.values()):
+            for member in entries.values():
+                member.delta.register_post_accumulate_grad_hook(self.gradient_made)
+
+    def members(self) -> list[TrainedEntries]:
+        return list(self.values())  # type: ignore[arg-type]
+
+    def meet(self, model: nn.Module, args: Any) -> None:
+        """Before the first forward of a model that several processes train: they compare what they train.
+
+        Raises:
+            FinepointError: other entries, or other weights there, in another process; FSDP1 or ZeRO-3.
+        """
+        if torch.compiler.is_compiling() or self.met or ranks.count() == 1:
+            return
+        refuse_flattened(model, self.members())
+        if within_ddp() or is_fsdp(model):
+            for entries in self.members():
+                entries.sharded = is_fsdp(model)
+            self.compare()
+
+    def compare(self) -> None:
+        """Has all processes compare what they train.
+
+        Raises:
+            FinepointError: other entries, or other weights there, in another process.
+        """
+        parts = (part for entries in self.members() for part in entries.identity())
+        ranks.check_alike("the choice of entries", parts)
+        self.met = True
+
+    def gradient_made(self, delta: Tensor) -> None:
+        """Has the deltas beside a sharded model averaged when this backward pass is over, which happens once."""
+        if not (self.averaging or self.by_hand):
+            self.averaging = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.average_)
+
+    def average_(self) -> None:
+        """Every gradient becomes the mean over all processes. What earlier batches added is alike everywhere: it stays.
+
+        In one message and one order: which gradients a batch made, and when, may differ from process to process.
+        """
+        self.averaging = False
+        deltas = [member.delta for member in self.members()]
+        gradients = [torch.zeros_like(delta) if delta.grad is None else delta.grad for delta in deltas]
+        together = torch.cat(gradients)
+        ranks.add_up_(together)
+        together /= ranks.count()
+        for delta, mean in zip(deltas, together.split([len(delta) for delta in deltas]), strict=True):
+            delta.grad = mean.to(delta.dtype)
+
+
+def within_ddp() -> bool:
+    """Whether the forward that is running is that of a model wrapped in DistributedDataParallel."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether the model's parameters are sharded by FSDP2."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
+
+
+def leave_out_of_ddp(model: nn.Module) -> None:
+    """Has DDP keep its hands off buffers that no checkpoint holds, which it would send along before every forward.
+
+    They are constants: the positions and base values of the trained entries, the frequencies of rotary embeddings.
+    """
+    names = [f"{prefix}.{name}" if prefix else name for prefix, module in model.named_modules()
+             for name in module._non_persistent_buffers_set]  # fmt: skip
+    earlier = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*earlier, *names})
+
+
+def refuse_flattened(model: nn.Module, members: Iterable[TrainedEntries]) -> None:
+    """Refuses a model whose weights have lost their entries.
+
+    Raises:
+        FinepointError: FSDP1 or ZeRO-3 has taken them.
+    """
+    for entries in members:
+        owner = entries._owner[0]
+        weight = owner._parameters.get(entries.attribute)
+        if hasattr(weight, "ds_id"):  # DeepSpeed marks what ZeRO-3 has partitioned
+            raise FinepointError(ranks.ZERO3)
+        # Both kinds of FSDP leave this mark, for torch.compile; the second one is told by the class.
+        if getattr(owner, "_is_fsdp_managed_module", False) and not is_fsdp(model):
+            raise FinepointError(ranks.FSDP1)
