@@ -103,6 +103,7 @@ def test_a_base_that_does_best_is_left_alone(capsys, folders, model_folder, tmp_
     error = finepoint(capsys, "merge", *folders[:2], "--model", model_folder, "--tune", text, "--output",
                       tmp_path / "o", status=2)  # fmt: skip
     assert "nothing does better than the base model" in error
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
