@@ -1,18 +1,23 @@
 """Whole rows, columns, blocks and heads, against loops over a dense matrix."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import finepoint
-from conftest import random_batches, tiny_llama
+from conftest import random_batches, tiny_gemma, tiny_llama
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import score
 from finepoint.choosing.statistics import stream_statistics
 from finepoint.choosing.structure import Tiling
 from finepoint.choosing.weights import target_weights
 from finepoint.errors import FinepointError
+from finepoint.training.kernels import plain
+from finepoint.training.kernels.lines import COLUMNS, ROWS, column_gradient, every, row_gradient, whole_lines
+from reference import dense_masked_training
 
 STRUCTURES = ["row", "column", "block:4x4", "block:3x5", "block:1000x2"]
 
@@ -143,3 +148,76 @@ def test_a_sampled_threshold_takes_whole_groups_too():
     for name, indices in chosen.items():
         rows = (indices // model.get_parameter(name).shape[1]).unique()
         assert len(indices) == len(rows) * model.get_parameter(name).shape[1]
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
+
+
+@pytest.mark.parametrize("structure", ["row", "column", "block:4x4"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma])
+def test_training_whole_groups_equals_dense_training_with_a_masked_gradient(structure, make):
+    batches = random_batches()
+    model = make(torch.float64)
+    reference = copy.deepcopy(model)
+    chosen = finepoint.select(model, rule="random", density=0.2, structure=structure)
+    tuner = finepoint.SparseTuner(model, chosen)
+    lines = {entries.axis for entries in tuner.entries.values()}
+    expected = {"row": {ROWS}, "column": {COLUMNS}, "block:4x4": {None}}[structure]
+    assert lines == expected if make is tiny_llama else lines <= {ROWS, COLUMNS, None}
+    optimizer = adamw(tuner.parameters())
+    for batch in batches:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    dense_masked_training(reference, chosen, [[batch] for batch in batches], adamw)
+    trained = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in reference.named_parameters(remove_duplicate=False):
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.data())
+def test_whole_lines_are_recognised_and_nothing_else_is(out, features, data):
+    places = sorted(data.draw(st.sets(st.integers(0, out * features - 1), min_size=1)))
+    found = whole_lines(torch.tensor(places), (out, features))
+    rows, columns = {place // features for place in places}, {place % features for place in places}
+    if len(places) == len(rows) * features:
+        assert found[0] == ROWS
+        assert set(found[1].tolist()) == rows
+    elif len(places) == len(columns) * out:
+        assert found[0] == COLUMNS
+        assert set(found[1].tolist()) == columns
+    else:
+        assert found is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_lines_equal_the_reference(dtype):
+    torch.manual_seed(0)
+    dy, x = torch.randn(2, 7, 10, dtype=dtype), torch.randn(2, 7, 6, dtype=dtype)
+    lines = torch.tensor([1, 4])
+    by_row = plain.reference(dy, x, every(lines, torch.arange(6), 6))
+    by_column = plain.reference(dy, x, every(torch.arange(10), lines, 6))
+    torch.testing.assert_close(row_gradient(dy, x, lines), by_row)
+    torch.testing.assert_close(column_gradient(dy, x[..., lines]), by_column)
+
+
+def test_whole_columns_keep_their_own_inputs_only():
+    def kept(structure):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 8, bias=False)})
+        indices = {"column": every(torch.arange(8), torch.tensor([3, 9]), 64), "entry": torch.arange(16) * 5}
+        finepoint.SparseTuner(model, {"layer.weight": indices[structure]})
+        x, sizes = torch.randn(100, 64), []
+
+        def keep(tensor):
+            sizes.append(tensor.numel() if tensor.shape[0] == 100 else 0)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model["layer"](x)
+        return sum(sizes)
+
+    assert kept("column") == 100 * 2
+    assert kept("entry") == 100 * 64

@@ -16,6 +16,7 @@ from finepoint.adapters.adapter import Change
 from finepoint.adapters.entries import checksum, gather, moved
 from finepoint.errors import FinepointError
 from finepoint.training.kernels import follow_, sampled_embedding_gradient, sampled_gradient
+from finepoint.training.kernels.lines import COLUMNS, ROWS, column_gradient, row_gradient, whole_lines
 
 
 class TrainedEntries(nn.Module):
@@ -24,6 +25,9 @@ class TrainedEntries(nn.Module):
     delta: nn.Parameter
     indices: Tensor
     base: Tensor
+    axis: int | None
+    lines: Tensor
+    """the rows or columns (by `axis`) that the entries are all of, if they are"""
 
     def __init__(self, name: str, model: nn.Module, weight: nn.Parameter, indices: Tensor) -> None:
         super().__init__()
@@ -33,6 +37,8 @@ class TrainedEntries(nn.Module):
         # In a tuple: it belongs to the model, not to this module. The owner, not the weight: FSDP2 exchanges that.
         self._owner = (model.get_submodule(owner),)
         self.sharded = ranks.is_sharded(weight)
+        self.axis, lines = whole_lines(indices.long(), tuple(weight.shape)) or (None, indices[:0].long())
+        self.register_buffer("lines", lines.to(weight.device), persistent=False)
         # In four bytes where they fit: they stay in memory as long as the training lasts.
         indices = indices.to(weight.device, torch.int32 if weight.numel() <= 1 << 31 else torch.long)
         self.register_buffer("indices", indices, persistent=False)
@@ -107,6 +113,14 @@ class TrainedEntries(nn.Module):
         x = args[0] if args else kwargs["input"]
         return _SampledLinear.apply(output, self.delta, x, self)
 
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dL/ddelta: (k,), from a linear layer's output gradient and what was saved of its input."""
+        if self.axis == COLUMNS:
+            return column_gradient(dy, x)
+        if self.axis == ROWS:
+            return row_gradient(dy, x, self.lines)
+        return sampled_gradient(dy, x, self.indices)
+
     @torch.compiler.disable
     def after_embedding(
         self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -146,7 +160,8 @@ class _SampledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, delta: Tensor, x: Tensor, entries: TrainedEntries) -> Tensor:
-        ctx.save_for_backward(x)
+        # Of whole columns only their inputs are needed, so that the layer's whole input may go.
+        ctx.save_for_backward(x.index_select(-1, entries.lines) if entries.axis == COLUMNS else x)
         ctx.entries = entries
         # Declared as changed in place, so that the output is itself and no view: models may add to it in place.
         ctx.mark_dirty(output)
@@ -157,7 +172,7 @@ class _SampledLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         ctx.entries.stale = True
-        return dy, sampled_gradient(dy, x, ctx.entries.indices), None, None
+        return dy, ctx.entries.gradient(dy, x), None, None
 
 
 class _SampledEmbedding(torch.autograd.Function):
