@@ -82,15 +82,27 @@ def is_fsdp(model: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
 
 
-def leave_out_of_ddp(model: nn.Module) -> None:
+class LeftOutOfDDP:
     """Has DDP keep its hands off buffers that no checkpoint holds, which it would send along before every forward.
 
     They are constants: the positions and base values of the trained entries, the frequencies of rotary embeddings.
     """
-    names = [f"{prefix}.{name}" if prefix else name for prefix, module in model.named_modules()
-             for name in module._non_persistent_buffers_set]  # fmt: skip
-    earlier = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*earlier, *names})
+
+    LIST = "_ddp_params_and_buffers_to_ignore"  # where DDP looks, on the model
+
+    def __init__(self, model: nn.Module) -> None:
+        names = [f"{prefix}.{name}" if prefix else name for prefix, module in model.named_modules()
+                 for name in module._non_persistent_buffers_set]  # fmt: skip
+        self.model = model
+        self.earlier = vars(model).get(self.LIST)
+        ignored = {*(self.earlier or ()), *names}
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+
+    def remove(self) -> None:
+        if self.earlier is None:
+            vars(self.model).pop(self.LIST, None)
+        else:
+            vars(self.model)[self.LIST] = self.earlier
 
 
 def refuse_flattened(model: nn.Module, members: Iterable[TrainedEntries]) -> None:

@@ -31,7 +31,7 @@ from finepoint.errors import FinepointError
 from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.following import follow_after_steps, stop_following
 from finepoint.training.hooks import attach
-from finepoint.training.together import Deltas, leave_out_of_ddp
+from finepoint.training.together import Deltas, LeftOutOfDDP
 from finepoint.training.trained import QuantisedEntries, TrainedEntries
 
 CONTAINER = "finepoint"  # the name under which the deltas hang on the model
@@ -79,7 +79,7 @@ class SparseTuner:
         self._handles.append(model.register_forward_pre_hook(container.meet))
         for entries in self.entries.values():
             self._handles += attach(model, entries)
-        leave_out_of_ddp(model)
+        self._handles.append(LeftOutOfDDP(model))
 
     def __enter__(self) -> "SparseTuner":
         return self
