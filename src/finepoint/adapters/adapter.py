@@ -158,7 +158,7 @@ class SparseAdapter(Mapping[str, Tensor]):
     def quantised_in(self, model: nn.Module) -> list[str]:
         """Names of the weights this adapter changes that are quantised in the model."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        return [name for name in self if is_quantised(parameters[name])]
+        return [name for name in self if name in parameters and is_quantised(parameters[name])]
 
     def apply(self, model: nn.Module) -> None:
         """Writes the adapter into the model's weights, exactly as they were at the end of training.
@@ -223,7 +223,6 @@ class SparseAdapter(Mapping[str, Tensor]):
 
         To a quantised model it is attached.
         """
-        self.check(model, in_place=False)
         if self.quantised_in(model):
             attached = self.attach(model)
             try:

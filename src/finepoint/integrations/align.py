@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -24,6 +23,7 @@ from finepoint.choosing.rules import rule_named
 from finepoint.config import AlignConfig
 from finepoint.data import some
 from finepoint.errors import FinepointError
+from finepoint.extras import needing
 from finepoint.files import claim_folder, write_json
 from finepoint.integrations.methods import METHODS, Alignment, Measured, beta_of, on_cpu
 from finepoint.integrations.reference import Reference, as_it_is
@@ -35,7 +35,7 @@ from finepoint.training.interface import Tuner
 from finepoint.training.lowrank import PeftTuner
 from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.run import CHECKPOINTING, LOG, RECORD, versions
-from finepoint.training.trainer import NotFiniteError
+from finepoint.training.trainer import NotFiniteError, refuse_not_finite
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.workplace import Workplace, select_for
 
@@ -104,10 +104,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
 
 def check(config: AlignConfig) -> None:
     """Refuses what can be refused before any work."""
-    try:
+    with needing("alignment", "trl"):
         import trl  # noqa: F401
-    except ImportError as error:
-        raise FinepointError("alignment needs the package trl: pip install 'finepoint[trl]'") from error
     if config.data is None:
         raise FinepointError("alignment needs rows to learn from; give --data FILE.jsonl")
     for name in ("steps", "batch_size", "accumulation", "new_tokens"):
@@ -231,9 +229,7 @@ class Steps(TrainerCallback):
         log.unlink(missing_ok=True)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for name, parameter in self.tuner.trained().items():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise NotFiniteError(f"the gradient of {name} is not finite at step {state.global_step + 1}")
+        refuse_not_finite(self.tuner.trained(), state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.advance(1)

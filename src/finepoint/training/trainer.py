@@ -4,7 +4,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -61,6 +61,17 @@ class Tokens:
 
 class NotFiniteError(FinepointError):
     """The loss or a gradient became NaN or infinite; what is trained is as the last good step left it."""
+
+
+def refuse_not_finite(trained: Mapping[str, torch.nn.Parameter], step: int) -> None:
+    """Stops before a step whose gradient is not finite.
+
+    Raises:
+        NotFiniteError: the first parameter with such a gradient is named.
+    """
+    for name, parameter in trained.items():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            raise NotFiniteError(f"the gradient of {name} is not finite at step {step}")
 
 
 class LengthBuckets(Sampler[int]):
@@ -208,9 +219,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         trained = self.trainer.tuner.trained()
-        for name, parameter in trained.items():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise NotFiniteError(f"the gradient of {name} is not finite at step {state.global_step + 1}")
+        refuse_not_finite(trained, state.global_step + 1)
         if all(parameter.grad is None for parameter in trained.values()):
             raise FinepointError("no chosen entry received a gradient: the loss does not depend on the target weights")
 
