@@ -93,6 +93,12 @@ def test_exactly_k_ascending_unique_in_range(llama, batches, rule, scope, densit
         assert 0 <= int(indices[0]) <= int(indices[-1]) < weights[name].numel()
 
 
+@pytest.mark.parametrize("given", [{"scope": "row"}, {"pooling": "median"}, {"threshold": "rough"}])
+def test_unknown_words_are_refused_with_the_known_ones(llama, given):
+    with pytest.raises(FinepointError, match=f"{next(iter(given))} is .* it is .* or "):
+        finepoint.select(llama, rule="random", density=0.01, **given)
+
+
 def test_scopes_spread_the_budget_as_they_say(llama, batches):
     density = 0.1
     weights = finepoint.target_weights(llama)

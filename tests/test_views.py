@@ -302,10 +302,21 @@ def test_chance_weight_by_weight_is_larger_where_both_prefer_a_weight():
     assert overlap.expected(sizes, {"c": {"chosen": 1, "size": 10}})["expected"] is None
 
 
-def test_a_missing_selection_is_named(tmp_path):
+def test_missing_selections_are_left_out_and_said(tmp_path):
+    """An archive of the results alone is reported all the same."""
     folder = write_study(tmp_path / "s", arms=[arm("gallop", 0.1), arm("random", 0.1)])
+    assert overlap.overlaps(read_results(folder))
     for path in (folder / "selections").iterdir():
         path.unlink()
+    results = read_results(folder)
+    assert overlap.overlaps(results) == []
+    assert any("lacks the entries" in warning for warning in views.warnings(results))
+
+
+def test_a_damaged_selection_is_named(tmp_path):
+    folder = write_study(tmp_path / "s", arms=[arm("gallop", 0.1), arm("random", 0.1)])
+    for path in (folder / "selections").iterdir():
+        path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(FinepointError, match="selections"):
         overlap.overlaps(read_results(folder))
 

@@ -3,8 +3,10 @@
 This file imports nothing heavy, so that help is instant.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 ExportFormat = Literal["merged", "shira", "supertuning", "sparta", "vllm-patch", "gguf"]
@@ -562,3 +564,31 @@ class DemoConfig:
     limit: int = 200
     overwrite: bool = False
     json: bool = False
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value, as YAML gives it, can stand in a field of this type."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in members
+    if origin in (Union, UnionType):
+        return any(fits(value, member) for member in members)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, members[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def spelled(kind: Any) -> list[str]:
+    """What may stand in a field of this type, for messages."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return [str(member) for member in members]
+    if origin in (Union, UnionType):
+        return [text for member in members if member is not NoneType for text in spelled(member)]
+    if origin in (list, dict):
+        return [f"a {'list' if origin is list else 'mapping'}"]
+    return [{int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]]

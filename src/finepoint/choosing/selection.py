@@ -4,7 +4,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,13 @@ def select(
         FinepointError: unknown rule or option, no target matched, a density that is out of range or chooses nothing,
             missing batches, scores that are not finite.
     """
+    for name, given, kind in (
+        ("scope", scope, Scope),
+        ("pooling", pooling, Pooling),
+        ("threshold", threshold, Threshold),
+    ):
+        if given not in get_args(kind):
+            raise FinepointError(f"{name} is {given!r}; it is {' or '.join(get_args(kind))}")
     chosen_rule = rule_named(rule)
     options = checked_options(chosen_rule, rule_options or {})
     weights = target_weights(model, targets)

@@ -107,12 +107,21 @@ def _tile(model: nn.Module, name: str, weight: Tensor, structure: str) -> tuple[
     out, features = (len(weight), 1) if weight.ndim == 1 else (weight.shape[-2], weight.shape[-1])
     if structure == "head":
         return _head(model, name, out, features)
-    if block := re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", structure):
+    if block := check_structure(structure):
         return int(block[1]), int(block[2])
-    tiles = {"entry": (1, 1), "row": (1, features), "column": (out, 1)}
-    if structure not in tiles:
+    return {"entry": (1, 1), "row": (1, features), "column": (out, 1)}[structure]
+
+
+def check_structure(structure: str) -> re.Match[str] | None:
+    """Refuses what is no structure; rows and columns of a block where it is one.
+
+    Raises:
+        FinepointError: no such structure.
+    """
+    block = re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", structure)
+    if not block and structure not in ("entry", "row", "column", "head"):
         raise FinepointError(f"structure is {structure!r}; it is {STRUCTURES}")
-    return tiles[structure]
+    return block
 
 
 def _head(model: nn.Module, name: str, out: int, features: int) -> tuple[int, int]:

@@ -60,21 +60,21 @@ def overlaps(results: Results) -> list[Row]:
     """
     rows = []
     for task in results.tasks:
-        cells = [cell for arm in results.arms if (cell := chosen_cell(results, task, arm)) and cell.get("indices")]
+        cells = [cell for arm in results.arms if (cell := chosen_cell(results, task, arm)) and results.chosen(cell)]
         for density in dict.fromkeys(results.arm(cell["arm"]).get("density") for cell in cells):
             rows += _pairs(results, "arms", [c for c in cells if results.arm(c["arm"]).get("density") == density])
     for arm in results.arms:
         for task in results.tasks:
-            rows += _pairs(results, "seeds", [cell for cell in tuned(results, task, arm) if cell.get("indices")])
+            rows += _pairs(results, "seeds", [cell for cell in tuned(results, task, arm) if results.chosen(cell)])
         found = [chosen_cell(results, task, arm) for task in results.tasks]
-        rows += _pairs(results, "tasks", [cell for cell in found if cell and cell.get("indices")])
+        rows += _pairs(results, "tasks", [cell for cell in found if cell and results.chosen(cell)])
     return rows
 
 
 def _pairs(results: Results, across: str, cells: Sequence[Cell]) -> list[Row]:
     if len(cells) < 2:
         return []
-    sizes, shared = counted([results.folder / cell["indices"] for cell in cells])
+    sizes, shared = counted([path for cell in cells if (path := results.chosen(cell))])
     rows = []
     for i, j in combinations(range(len(cells)), 2):
         one, other = cells[i], cells[j]

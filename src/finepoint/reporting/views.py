@@ -466,6 +466,8 @@ def warnings(results: Results) -> list[str]:
         found.append(f"{len(gone)} runs of the grid have not finished: {_arms(gone)}")
     if results.failures:
         found.append(f"{len(results.failures)} runs failed: {_arms(results.failures)}")
+    if lost := [cell for cell in results.cells if cell.get("indices") and not results.chosen(cell)]:
+        found.append(f"the folder lacks the entries that {len(lost)} runs chose: their overlap is left out")
     if not results.base:
         found.append("the base model has not been measured yet (no base.json)")
     return found

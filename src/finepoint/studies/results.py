@@ -66,6 +66,11 @@ class Results:
         """The finished runs of an arm on a task."""
         return [cell for cell in self.cells if cell["task"] == task and cell["arm"] == arm]
 
+    def chosen(self, cell: Cell) -> Path | None:
+        """The file of the entries that a run chose, where the folder still has it: an archive may have left it out."""
+        path = self.folder / cell["indices"] if cell.get("indices") else None
+        return path if path and path.is_file() else None
+
 
 def read_results(folder: str | Path) -> Results:
     """Reads the folder that `finepoint compare` wrote, finished or not.

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from finepoint.choosing.rules import rule_named
-from finepoint.config import CompareConfig, TrainConfig
+from finepoint.config import CompareConfig, TrainConfig, fits, spelled
 from finepoint.errors import FinepointError
 from finepoint.studies.results import best_lr
 from finepoint.training.baselines import baseline_named
-from finepoint.training.settings import refuse_quantised
+from finepoint.training.settings import check, refuse_quantised
 
 # Four rates each, so that every arm gets as many trials: a grid for each kind of method.
 GRADIENT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -102,7 +102,10 @@ def make_study(config: CompareConfig) -> Study:
         if not re.fullmatch(r"[\w+=,-][\w.+=,-]*", name):
             raise FinepointError(f"{name!r} cannot name files; use letters, digits and -_.+=,")
     _check_settings(config.train, "train")
-    return Study(config, arms, _trained_tasks(config))
+    study = Study(config, arms, _trained_tasks(config))
+    for cell in planned(study, [], []):
+        _check_cell(study, cell)
+    return study
 
 
 def planned(study: Study, cells: Sequence[dict[str, Any]], failures: Sequence[Mapping[str, Any]]) -> list[Cell]:
@@ -183,13 +186,23 @@ def _arm(entry: Mapping[str, Any], density: float | None, several: bool) -> Arm:
                tuple(entry.get("wise_ft", ())), tuple(entry.get("lines", ())), source)  # fmt: skip
 
 
+def _check_cell(study: Study, cell: Cell) -> None:
+    """Refuses what `finepoint train` would, before hours of other cells."""
+    try:
+        check(train_config(study, cell, study.config.output))
+    except FinepointError as error:
+        raise FinepointError(f"arm {cell.arm!r}: {error}") from error
+
+
 def _check_settings(settings: Mapping[str, Any], where: str) -> None:
-    known = {setting.name for setting in fields(TrainConfig)} - TAKEN
-    for name in settings:
+    kinds = {setting.name: setting.type for setting in fields(TrainConfig)}
+    for name, value in settings.items():
         if name in TAKEN:
             raise FinepointError(f"{where} gives {name!r}, which the study sets for every cell by itself")
-        if name not in known:
+        if name not in kinds:
             raise FinepointError(f"{where} gives {name!r}, which is no setting of finepoint train")
+        if not fits(value, kinds[name]):
+            raise FinepointError(f"{where} gives {name} {value!r}; it is {' or '.join(spelled(kinds[name]))}")
 
 
 def _trained_tasks(config: CompareConfig) -> tuple[str, ...]:

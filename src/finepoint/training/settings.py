@@ -2,6 +2,7 @@
 
 from finepoint import ranks
 from finepoint.choosing.rules import rule_named
+from finepoint.choosing.structure import check_structure
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.training.baselines import baseline_named, options_of
@@ -24,6 +25,7 @@ def check(config: TrainConfig) -> None:
         raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
     if learning_rate(config) <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    check_structure(config.structure)
     require(config.report_to)
     needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
     for name, given in needing:
