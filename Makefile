@@ -12,8 +12,10 @@ demo: $(INSTALLED)
 	$(BIN)/finepoint demo --output runs/demo --overwrite
 
 # Side by side in up to four processes of one thread each.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile -m "not slow and not faults"
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -24,7 +26,7 @@ test-faults: $(INSTALLED)
 
 # The oldest versions that pyproject.toml admits, in an environment of their own; there they warn of each other.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -W default -m "not slow and not faults"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -W default $(SIDE_BY_SIDE)
 
 # The wheel in an environment that sees the packages of $(VENV) and not the checkout: what a user gets from pip.
 wheel: $(INSTALLED)
