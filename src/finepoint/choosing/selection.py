@@ -114,13 +114,7 @@ def select(
         FinepointError: unknown rule or option, no target matched, a density that is out of range or chooses nothing,
             missing batches, scores that are not finite.
     """
-    for name, given, kind in (
-        ("scope", scope, Scope),
-        ("pooling", pooling, Pooling),
-        ("threshold", threshold, Threshold),
-    ):
-        if given not in get_args(kind):
-            raise FinepointError(f"{name} is {given!r}; it is {' or '.join(get_args(kind))}")
+    _check_words(scope=scope, pooling=pooling, threshold=threshold)
     chosen_rule = rule_named(rule)
     options = checked_options(chosen_rule, rule_options or {})
     weights = target_weights(model, targets)
@@ -151,6 +145,12 @@ def select(
     if not indices:
         raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
     return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan, structure))
+
+
+def _check_words(**given: str) -> None:
+    for name, kind in (("scope", Scope), ("pooling", Pooling), ("threshold", Threshold)):
+        if given[name] not in get_args(kind):
+            raise FinepointError(f"{name} is {given[name]!r}; it is {' or '.join(get_args(kind))}")
 
 
 def checked_options(rule: Rule, options: Mapping[str, float]) -> dict[str, float]:

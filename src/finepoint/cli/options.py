@@ -145,7 +145,9 @@ def _plain(message: str) -> str:
         given = text.rpartition("Given value: ")[2]
         option = re.search(r'"(\w+)"', text)
         if kinds and option:
-            expected = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds[1]).replace(", nothing", "")
+            expected = (
+                re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds[1]).replace(", nothing", "").replace("nothing, ", "")
+            )
             return f"option {_flag(option[1])}: expected {expected.replace(', ', ' or ')}, got {given}"
     for before, after in (
         ('Parser key "', 'option "'), ("typing.", ""),

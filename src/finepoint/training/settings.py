@@ -1,5 +1,9 @@
 """What a run is told: refused where it cannot be done, and spelled out where it is left open."""
 
+from importlib.metadata import version
+
+import torch
+
 from finepoint import ranks
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.structure import check_structure
@@ -8,6 +12,8 @@ from finepoint.errors import FinepointError
 from finepoint.training.baselines import baseline_named, options_of
 from finepoint.training.refreshing import schedule_of
 from finepoint.training.tracking import require
+
+RESUMES_TOGETHER = (5, 18)  # the transformers since which several processes on CPUs load an optimizer's state
 
 
 def check(config: TrainConfig) -> None:
@@ -93,6 +99,15 @@ def check_processes(config: TrainConfig) -> None:
     if ranks.count() > 1 and config.baseline:
         raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
                              "without a launcher")  # fmt: skip
+    if ranks.count() > 1 and config.resume and not resumes_together():
+        least = ".".join(map(str, RESUMES_TOGETHER))
+        raise FinepointError(f"several processes on CPUs go on from a checkpoint with transformers {least} or newer, "
+                             f"and here is {version('transformers')}; install that, or resume in one process")  # fmt: skip
+
+
+def resumes_together() -> bool:
+    """Whether several processes can go on from a checkpoint here."""
+    return torch.cuda.is_available() or tuple(map(int, version("transformers").split(".")[:2])) >= RESUMES_TOGETHER
 
 
 def learning_rate(config: TrainConfig) -> float:
