@@ -90,7 +90,7 @@ def select_and_train(config, sharded, steps_before_breaking=3):
     broken = replace(whole, output=f"{config.output}-broken")
     with breaking_off(steps_before_breaking), suppress(KeyboardInterrupt):
         train(broken)
-    if resumes_together():
+    if ranks.count() == 1 or resumes_together():
         train(replace(broken, resume=True))
         found["resumed"] = numbers_of(SparseAdapter.load(broken.output))
     else:

@@ -102,7 +102,7 @@ def check_processes(config: TrainConfig) -> None:
     if ranks.count() > 1 and config.resume and not resumes_together():
         least = ".".join(map(str, RESUMES_TOGETHER))
         raise FinepointError(f"several processes on CPUs go on from a checkpoint with transformers {least} or newer, "
-                             f"and here is {version('transformers')}; install that, or resume in one process")  # fmt: skip
+                             f"and here is {version('transformers')}; install that, or resume alone")  # fmt: skip
 
 
 def resumes_together() -> bool:
