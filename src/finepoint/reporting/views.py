@@ -37,6 +37,8 @@ def measures(cell: Cell) -> Row:
     collapse = changes.get("collapse") or {}
     found |= {f"collapse_{key}": number(collapse.get(key)) for key in ("count", "rate", "at_or_below_chance")}
     found["update_norm"] = number(cell.get("update_norm"))
+    validation = cell.get("validation") or {}
+    found |= {f"validation_{key}": number(validation.get(key)) for key in ("accuracy", "loss")}
     costs = ("trained", "changed", "adapter_bytes", "selection_seconds", "step_seconds", "train_seconds", "peak_bytes",
              "seconds", "tokens_per_second")  # fmt: skip
     found |= {key: number(cost.get(key)) for key in costs}
@@ -245,7 +247,8 @@ def budgets(rows: Sequence[Row]) -> list[list[Row]]:
 
 def paths(results: Results) -> list[Row]:
     """Learning and forgetting of each arm along its learning rates, at the first seed; `tuned` marks the rate kept."""
-    keys = ("id", "id_change", "ood", "ood_change", "nll_change", "kl", "update_norm")
+    keys = ("validation_accuracy", "validation_loss", "id", "id_change", "ood", "ood_change", "nll_change", "kl",
+            "update_norm")  # fmt: skip
     rows = []
     for task in results.tasks:
         for arm in results.arms:
