@@ -139,8 +139,7 @@ def select(
                 values = values.index_fill(0, taken[name].to(values.device), -torch.inf)
             yield name, values, gradient if cut[name].is_entries else None
 
-    choose = sampled if threshold == "sampled" else exact
-    tiles, gradients = choose(scores, plan, sizes, seed)
+    tiles, gradients = (sampled if threshold == "sampled" else exact)(scores, plan, sizes, seed)
     indices = {name: cut[name].indices(tiles[name]) for name in weights if len(tiles.get(name, ()))}
     if not indices:
         raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
