@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 from contextlib import contextmanager
 
 import pytest
@@ -56,6 +57,18 @@ def assert_same_bits(before, after):
     for name, value in before.items():
         assert value.dtype == after[name].dtype
         assert torch.equal(bits(value), bits(after[name])), name
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was():
+    """The command line takes finepoint's log for its process; the next test shall find it as it was."""
+    logs = [logging.getLogger(name) for name in ("finepoint", "finepoint.training")]
+    before = [(log.handlers[:], log.level, log.propagate) for log in logs]
+    yield
+    for log, (handlers, level, propagate) in zip(logs, before, strict=True):
+        log.handlers[:] = handlers
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 @pytest.fixture
