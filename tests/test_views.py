@@ -265,6 +265,18 @@ def test_warnings_name_what_is_wrong(tmp_path):
 # Overlap
 
 
+def test_arms_of_one_family_differ_in_density_alone(tmp_path):
+    rounded = arm("gallop", 0.1) | {"name": "gallop-bf16", "train": {"round_to": "bfloat16"}}
+    twin = arm("random", 0.1) | {"name": "again", "lrs": [1e-3]}
+    folder = write_study(tmp_path / "s", arms=[arm("gallop", 0.01), arm("gallop", 0.1), arm("gallop", 0.1, epsilon=1.0),
+                                               rounded, arm("random", 0.1), twin])  # fmt: skip
+    found = {row["arm"]: row["family"] for row in views.by_density(read_results(folder))}
+    assert found == {
+        "gallop-0.01": "gallop", "gallop-0.1": "gallop", "gallop-0.1-epsilon1": "gallop (epsilon 1.0)",
+        "gallop-bf16": "gallop (round_to bfloat16)", "random-0.1": "random-0.1", "again": "again",
+    }  # fmt: skip
+
+
 def test_overlap_is_that_of_plain_sets(results):
     rows = overlap.overlaps(results)
     assert {row["across"] for row in rows} == {"arms", "seeds", "tasks"}

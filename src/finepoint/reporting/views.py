@@ -3,7 +3,7 @@
 The confounds that let one rule look better than another for free (tuning, budget, movement) have a view each.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite, log10
 from statistics import fmean
 from typing import Any
@@ -212,15 +212,18 @@ def by_density(results: Results) -> list[Row]:
 
 
 def family(results: Results, arm: str) -> str:
-    """An arm without its density: the method and its options."""
-    about = results.arm(arm)
-    options = ", ".join(f"{key} {value}" for key, value in (about.get("options") or {}).items())
-    method = str(about.get("method", arm))
-    if options:
-        return f"{method} ({options})"
-    twins = [other for other in results.study["arms"] if other.get("method") == method]
-    same = [other for other in twins if other.get("density") == about.get("density") and not other.get("options")]
-    return method if len(same) == 1 else arm
+    """An arm without its density: the method, its options and its settings of training; or its name, where these are
+    those of another arm as well."""
+    mine = _settings(results.arm(arm))
+    if [_settings(other) for other in results.study["arms"]].count(mine) > 1:
+        return arm
+    method, options, train, _ = mine
+    said = ", ".join(f"{key} {value}" for key, value in {**options, **train}.items())
+    return f"{method or arm} ({said})" if said else str(method or arm)
+
+
+def _settings(about: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any], Any]:
+    return about.get("method"), about.get("options") or {}, about.get("train") or {}, about.get("density")
 
 
 def equal_budget(results: Results) -> list[Row]:
