@@ -58,7 +58,7 @@ if __name__ == "__main__":
     settings = json.loads(text)
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    model = load_model(folder, "float32", device="cpu")
+    model = load_model(folder, "float32", device="cpu", quantise=settings.get("quantise"))
     reset_peak()
     if phase == "training":
         train(model, settings)

@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finepoint.cli import main
 from finepoint.config import PlanConfig
 from finepoint.errors import FinepointError
+from finepoint.models import load_model
+from finepoint.quantised import is_quantised
 from finepoint.training import plan as planning
 from finepoint.training.ledger import Ledger
 from finepoint.training.plan import plan
@@ -31,7 +33,18 @@ def planned(model, **settings):
     """By the command line, in a process of its own."""
     flags = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in settings.items()]
     return json.loads(
-        run("-m", "finepoint", "plan", "--model", model, "--dtype=float32", "--device=cpu", "--json", *flags)
+        run(
+            "-m",
+            "finepoint",
+            "plan",
+            "--model",
+            model,
+            "--dtype=float32",
+            "--device=cpu",
+            "--json",
+            *([] if "rule" in settings else ["--rule=gallop"]),
+            *flags,
+        )
     )
 
 
@@ -71,6 +84,25 @@ def test_the_plan_holds_where_activations_dominate(long_llama):
     assert_close(found["selection"], measured(long_llama, "selection", **settings))
 
 
+def parts(tensor):
+    """What a tensor's bytes lie in."""
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]] if is_quantised(tensor) else [tensor]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")
+@pytest.mark.parametrize(("bits", "package", "share"), [("int8", "torchao", 0.5), ("nf4", "bitsandbytes", 0.25)])
+def test_the_plan_holds_over_a_quantised_base(long_llama, bits, package, share):
+    pytest.importorskip(package)
+    settings = {"density": 0.01, "batch_size": 2, "tokens": 512, "quantise": bits}
+    found = planned(long_llama, **settings)
+    tensors = [*load_model(str(long_llama), "float32", quantise=bits).parameters()]
+    held = sum(part.nbytes for tensor in tensors for part in parts(tensor))
+    assert found["training"]["weights"] == pytest.approx(held, rel=1e-3)  # and the rotations, a few kilobytes
+    assert held < share * planned(long_llama, **settings | {"quantise": "null"})["training"]["weights"]
+    assert_close(found["training"], measured(long_llama, "training", **settings))
+    assert_close(found["selection"], measured(long_llama, "selection", **settings))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")
 def test_the_plan_holds_with_checkpointing(long_llama):
     settings = {"density": 0.01, "batch_size": 2, "tokens": 512, "gradient_checkpointing": True}
@@ -90,9 +122,8 @@ def test_the_plan_holds_for_smollm2():
 
 
 def peaks(folder, **settings):
-    found = plan(
-        PlanConfig(model=str(folder), device="cuda", dtype="bfloat16", **{"batch_size": 2, "tokens": 16} | settings)
-    )
+    common = {"rule": "gallop", "device": "cuda", "dtype": "bfloat16", "batch_size": 2, "tokens": 16}
+    found = plan(PlanConfig(model=str(folder), **common | settings))
     return sum(found.training.values()), found.selection and sum(found.selection.values())
 
 
@@ -112,7 +143,7 @@ def test_more_of_anything_takes_more_memory(model_folder):
 
 
 def test_llama_3_8b():
-    found = plan(PlanConfig(model="llama-3-8b", dtype="bfloat16", device="cuda", batch_size=1))
+    found = plan(PlanConfig(model="llama-3-8b", rule="gallop", dtype="bfloat16", device="cuda", batch_size=1))
     assert found.parameters == 8_030_261_248
     assert found.trained == round(found.entries * 0.001) == 6_979_322
     assert found.training["weights"] == pytest.approx(2 * found.parameters, rel=1e-6)
@@ -140,7 +171,7 @@ def test_gemma_2b():
         ({"tokens": 100_000}, "tokens is 100000; give 2 to 8192"),
         ({"learned": 0}, "learned is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"scoring_memory": 2.0}, "scoring_memory is 2.0"),
+        ({"rule": "gallop", "scoring_memory": 2.0}, "scoring_memory is 2.0"),
     ],
 )
 def test_mistakes(settings, message):
@@ -149,7 +180,10 @@ def test_mistakes(settings, message):
 
 
 def test_the_command(model_folder, capsys):
-    assert main(["plan", "--model", str(model_folder), "--tokens", "16", "--batch-size", "2"]) == 0
+    settings = ["--model", str(model_folder), "--tokens", "16", "--batch-size", "2"]
+    assert main(["plan", *settings]) == 0
+    assert "selection" not in capsys.readouterr().out  # random looks at no example
+    assert main(["plan", *settings, "--rule", "gallop"]) == 0
     shown = capsys.readouterr().out
     for word in ("saved activations", "selection", "training", "peak"):
         assert word in shown

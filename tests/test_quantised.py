@@ -2,16 +2,29 @@
 
 import copy
 import json
+import shutil
+import sys
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import finepoint
 from conftest import assert_same_bits, make_tokenizer, random_batches, write_lines
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.verification import verify
 from finepoint.cli import main
 from finepoint.config import AlignConfig, CompareConfig, EvalConfig, SelectConfig, TrainConfig
 from finepoint.errors import FinepointError
@@ -22,10 +35,19 @@ from finepoint.models import load_model
 from finepoint.quantised import float_values, is_quantised, quantised_layers
 from finepoint.studies.compare import compare
 from finepoint.training.run import choose, train
+from finepoint.training.workplace import prepare
 from reference import dense_masked_training, dense_top_k, mean_gradient
 
 pytest.importorskip("torchao")
-BITS = ["int8", "int4"]
+NF4 = pytest.param("nf4", marks=pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes"))
+BITS = ["int8", "int4", NF4]
+CHECKPOINTS = {
+    "bnb-nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "bnb-nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "bnb-fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "bnb-int8": {"load_in_8bit": True},
+}
+"""How transformers has bitsandbytes quantise a model."""
 
 
 def wide_llama(seed=0, **more):
@@ -47,9 +69,44 @@ def folder(tmp_path_factory):
     return str(place)
 
 
-@pytest.fixture(params=BITS)
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    """A folder that transformers saved with weights of bitsandbytes, by its kind."""
+    pytest.importorskip("bitsandbytes")
+
+    @cache
+    def make(kind):
+        place = tmp_path_factory.mktemp(kind)
+        settings = BitsAndBytesConfig(**CHECKPOINTS[kind])
+        by_transformers(folder, quantization_config=settings).save_pretrained(place)
+        make_tokenizer().save_pretrained(place)
+        return str(place)
+
+    return make
+
+
+def by_transformers(folder, **more):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
+
+
+@pytest.fixture(params=[*BITS, *CHECKPOINTS])
 def quantised(request, folder):
+    if request.param in CHECKPOINTS:
+        return load_model(request.getfixturevalue("checkpoint")(request.param))
     return load_model(folder, quantise=request.param)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped files are not listed elsewhere")
+def test_the_float_weights_leave_the_memory(folder):
+    def is_mapped():
+        return f"{folder}/model.safetensors" in Path("/proc/self/maps").read_text()
+
+    plain = load_model(folder)
+    assert is_mapped()
+    del plain
+    quantised = load_model(folder, quantise="int8")
+    assert not is_mapped()
+    assert quantised.lm_head.weight is quantised.model.embed_tokens.weight  # still tied
 
 
 def as_plain(model):
@@ -94,7 +151,7 @@ def test_before_a_step_it_is_the_dequantised_model_bit_for_bit(quantised):
         expected = as_plain(quantised)(**batch).logits
         with finepoint.SparseTuner(quantised, some_indices(quantised)):
             assert torch.equal(quantised(**batch).logits, expected)
-        torch.testing.assert_close(quantised(**batch).logits, expected, rtol=1e-3, atol=1e-3)  # torchao's kernels
+        torch.testing.assert_close(quantised(**batch).logits, expected, rtol=1e-3, atol=1e-3)  # its own kernels
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -228,6 +285,8 @@ def test_nothing_is_written_into_a_quantised_weight(quantised, tmp_path):
         saved.apply(wide_llama(attention_bias=True))
     with torch.no_grad(), saved.applied(quantised):
         assert torch.equal(quantised(**batch).logits, on)
+    found = verify(saved, quantised)
+    assert 0.9 * saved.count < found["changed"] <= found["entries"] == saved.count
 
 
 def test_a_deep_copy_trains_on_its_own(quantised):
@@ -253,7 +312,7 @@ def data(tmp_path):
 def test_train_and_eval_through_the_commands(folder, data, tmp_path, bits, capsys):
     adapter = str(tmp_path / "a")
     arguments = {"model": folder, "data": data, "quantise": bits, "steps": 6, "batch_size": 8, "lr": 1e-2,
-                 "density": 0.05}  # fmt: skip
+                 "rule": "gallop", "density": 0.05}  # fmt: skip
     record = train(TrainConfig(**arguments, output=adapter, save_every=3))
     assert record["changed"] > 0
     assert record["last_loss"] < record["first_loss"]
@@ -271,18 +330,20 @@ def test_train_and_eval_through_the_commands(folder, data, tmp_path, bits, capsy
     assert json.loads((tmp_path / "s" / "selection.json").read_text())["config"]["quantise"] == bits
     assert selection.count > 0
     assert main(["inspect", adapter]) == 0
+    assert main(["verify", "--model", folder, adapter, "--quantise", bits]) == 0
     assert capsys.readouterr().out
 
 
-def test_a_study_over_a_quantised_base(folder, data, tmp_path):
+@pytest.mark.parametrize("bits", ["int8", NF4])
+def test_a_study_over_a_quantised_base(folder, data, tmp_path, bits):
     files = {"train": data, "validation": data, "test": data}
-    config = CompareConfig(model=folder, quantise="int8", tasks={"own": files}, output=str(tmp_path / "study"),
+    config = CompareConfig(model=folder, quantise=bits, tasks={"own": files}, output=str(tmp_path / "study"),
                            arms=[{"rule": "gallop", "density": 0.05, "lrs": [1e-2]}], seeds=[0], generate=0,
                            train={"steps": 6, "batch_size": 8, "scoring_examples": 16}, test_limit=64)  # fmt: skip
     assert not compare(config)["failed"]
     (cell,) = [json.loads(path.read_text()) for path in (tmp_path / "study" / "cells").glob("*.json")]
-    arguments = {"model": folder, "data": data, "validation": data, "keep": "best", "quantise": "int8", "lr": 1e-2,
-                 "density": 0.05, "steps": 6, "batch_size": 8, "scoring_examples": 16}  # fmt: skip
+    arguments = {"model": folder, "data": data, "validation": data, "keep": "best", "quantise": bits, "lr": 1e-2,
+                 "rule": "gallop", "density": 0.05, "steps": 6, "batch_size": 8, "scoring_examples": 16}  # fmt: skip
     alone = train(TrainConfig(**arguments, output=str(tmp_path / "alone")))
     assert cell["update_norm"] == alone["update_norm"]
     assert cell["validation"]["loss"] == alone["validation_loss"]
@@ -290,7 +351,7 @@ def test_a_study_over_a_quantised_base(folder, data, tmp_path):
     with pytest.raises(FinepointError, match="leave out quantise or the baseline"):
         compare(replace(config, arms=[{"baseline": "lora"}]))
     with pytest.raises(FinepointError, match="train gives 'quantise', which the study sets"):
-        compare(replace(config, train={"quantise": "int8"}))
+        compare(replace(config, train={"quantise": bits}))
 
 
 def letters(answer, reference):
@@ -298,20 +359,24 @@ def letters(answer, reference):
     return float(sum(map(ord, answer)))
 
 
+@pytest.mark.parametrize("bits", ["int8", NF4])
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-def test_alignment_over_a_quantised_base(folder, tmp_path, method):
+def test_alignment_over_a_quantised_base(folder, tmp_path, method, bits):
     if method == "dpo":
         rows = [{"prompt": f"a{c}:", "chosen": " yes", "rejected": " no"} for c in "abcdefgh"]
     else:
         rows = [{"prompt": f"{c}:", "completion": f" {i}"} for i, c in enumerate("abcdefgh")]
-    record = align(AlignConfig(
-        model=folder, quantise="int8", method=method, data=write_lines(tmp_path / "rows.jsonl", rows), steps=3, lr=3e-2,
+    config = AlignConfig(
+        model=folder, quantise=bits, method=method, data=write_lines(tmp_path / "rows.jsonl", rows), steps=3, lr=3e-2,
         batch_size=8, density=0.1, rule="random", new_tokens=4, beta=0.1, output=str(tmp_path / "out"),
         reward="test_quantised:letters",
-    ))  # fmt: skip
+    )  # fmt: skip
+    record = align(config)
     assert record["changed"] > 0
-    assert SparseAdapter.load(tmp_path / "out").info["quantise"] == "int8"
+    again = align(replace(config, indices=str(tmp_path / "out"), output=str(tmp_path / "again")))
+    assert [row["loss"] for row in again["log"]] == [row["loss"] for row in record["log"]], "the same entries"
+    assert SparseAdapter.load(tmp_path / "out").info["quantise"] == bits
 
 
 def test_the_reference_over_a_quantised_base_is_that_base(quantised):
@@ -332,11 +397,11 @@ def test_int4_needs_rows_that_groups_divide(model_folder):
         load_model(str(model_folder), quantise="int4")
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_checkpoint_that_torchao_quantised_is_trained_as_it_is(folder, data, tmp_path, bits):
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
-    from transformers import AutoModelForCausalLM, TorchAoConfig
+    from transformers import TorchAoConfig
 
     config = Int8WeightOnlyConfig() if bits == "int8" else IntxWeightOnlyConfig(torch.int4, PerGroup(32))
     saved = AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(config))
@@ -349,6 +414,151 @@ def test_a_checkpoint_that_torchao_quantised_is_trained_as_it_is(folder, data, t
     assert record["changed"] > 0
     with SparseAdapter.load(tmp_path / "a").applied(model):
         assert model(**random_batches()[0]).loss.isfinite()
+
+
+def values_by_bitsandbytes(model):
+    """The float values of the weights of bitsandbytes' own layers, by its functions alone."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    found = {}
+    for name, weight in model.named_parameters():
+        if type(weight).__name__ == "Params4bit":
+            found[name] = dequantize_4bit(weight.data, weight.quant_state)
+        elif type(weight).__name__ == "Int8Params":
+            found[name] = weight.data.float() * weight.SCB.view(-1, 1) / 127
+    return found
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_the_values_of_a_checkpoint_are_those_that_bitsandbytes_gives(folder, checkpoint, kind):
+    values = values_by_bitsandbytes(by_transformers(checkpoint(kind)))
+    model = load_model(checkpoint(kind))
+    layers = quantised_layers(model)
+    assert set(values) == set(layers)
+    assert len(values) == 14
+    for name, layer in layers.items():
+        assert type(layer) is nn.Linear
+        assert not layer.weight.requires_grad
+        assert layer.weight.shape == values[name].shape == (layer.out_features, layer.in_features)
+        if kind == "bnb-int8":  # bitsandbytes multiplies by 1 / 127
+            torch.testing.assert_close(float_values(layer.weight), values[name], rtol=3e-7, atol=0)
+        else:
+            assert torch.equal(float_values(layer.weight), values[name])
+    if kind == "bnb-nf4":  # what --quantise nf4 makes of the float checkpoint
+        ours = load_model(folder, quantise="nf4")
+        assert_same_bits(codes(ours), codes(model))
+    # A control: one scale of one weight that is a little larger is seen.
+    with torch.no_grad():
+        (layer := layers[name]).weight.parts["scales"].view(-1)[0].add_(1)
+    assert not torch.allclose(float_values(layer.weight), values[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bnb-nf4-double", "bnb-int8"])
+def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is(checkpoint, data, tmp_path, kind, monkeypatch):
+    arguments = {"model": checkpoint(kind), "data": data, "steps": 8, "batch_size": 8, "lr": 2e-2, "density": 0.05,
+                 "rule": "random"}  # fmt: skip
+    record = train(TrainConfig(**arguments, output=str(tmp_path / "a")))
+    assert record["changed"] > 0
+    assert record["last_loss"] < record["first_loss"]
+    sets = {"id": [f"own={data}"], "limit": 64, "probe": [f"p={data}"]}
+    found = evaluate_config(EvalConfig(model=checkpoint(kind), adapter=[str(tmp_path / "a")], **sets))
+    assert found["adapters"][str(tmp_path / "a")]["probe"]["p"]["nll"] < found["base"]["probe"]["p"]["nll"]
+    with pytest.raises(FinepointError, match="is quantised already; leave out --quantise"):
+        train(TrainConfig(**arguments, quantise="nf4", output=str(tmp_path / "b")))
+    for baseline in ("lora", "full"):
+        refused = arguments | {"rule": None, "density": None, "baseline": baseline, "output": str(tmp_path / "c")}
+        with pytest.raises(FinepointError, match="is quantised, and baselines train float weights"):
+            train(TrainConfig(**{name: value for name, value in refused.items() if value is not None}))
+    monkeypatch.setattr("finepoint.ranks.count", lambda: 2)
+    with pytest.raises(FinepointError, match="trains in one process; give a float base"):
+        prepare(TrainConfig(**arguments, output=str(tmp_path / "d")))
+    monkeypatch.undo()
+    # Another quantisation of the same model is another base, were its values ever so near.
+    other = load_model(checkpoint("bnb-nf4"))
+    with pytest.raises(FinepointError, match="not those of the base"):
+        SparseAdapter.load(tmp_path / "a").attach(other)
+
+
+def test_a_checkpoint_of_bitsandbytes_in_another_dtype_and_as_a_classifier(checkpoint):
+    model = load_model(checkpoint("bnb-nf4-double"), "bfloat16")
+    layers = quantised_layers(model)
+    wide = quantised_layers(load_model(checkpoint("bnb-nf4-double")))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for name, layer in wide.items():
+        assert torch.equal(float_values(layers[name].weight), float_values(layer.weight).bfloat16())
+    batch = random_batches()[0]
+    with finepoint.SparseTuner(model, some_indices(model)) as tuner:
+        model(**batch).loss.backward()
+        assert all(delta.grad.abs().sum() > 0 for delta in tuner.parameters())
+    classifier = load_model(checkpoint("bnb-int8"), labels=["a", "b"])
+    assert len(quantised_layers(classifier)) == 14
+    assert classifier.score.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_model_that_transformers_loaded_with_bitsandbytes(checkpoint, tmp_path, kind):
+    model = by_transformers(checkpoint(kind))
+    batch = random_batches()[0]
+    expected = load_model(checkpoint(kind))
+    adapter = trained_adapter(expected)
+    way_out = r"is in a layer of bitsandbytes, .* finepoint\.from_bitsandbytes_\(model\)"
+    if kind == "bnb-int8":
+        model(**batch)  # which moves the scales into the layer
+    before = values_by_bitsandbytes(by_transformers(checkpoint(kind)))
+    for refused in (
+        lambda: finepoint.select(model, rule="random", density=0.01),
+        lambda: finepoint.SparseTuner(model, some_indices(expected)),
+        lambda: adapter.apply(model),
+        lambda: adapter.attach(model),
+    ):
+        with pytest.raises(FinepointError, match=way_out):
+            refused()
+    assert type(model.model.layers[0].self_attn.q_proj) is not nn.Linear, "nothing has changed the model"
+    norms = {"model.norm.weight": torch.arange(4)}
+    finepoint.SparseTuner(model, norms).close()  # ordinary weights beside such layers are as ever
+
+    finepoint.sparsify(model, "random", 0.05, seed=3)
+    finepoint.sparsify(expected, "random", 0.05, seed=3)
+    assert set(quantised_layers(model)) == set(before)
+    assert torch.equal(model(**batch).logits, expected(**batch).logits)
+    rows = [{"input_ids": ids, "labels": ids} for ids in batch["input_ids"].tolist()]
+    arguments = TrainingArguments(tmp_path / "trainer", max_steps=2, learning_rate=1e-2, use_cpu=True, report_to=[],
+                                  save_strategy="no", disable_tqdm=True)  # fmt: skip
+    Trainer(model, arguments, train_dataset=rows).train()  # which refuses quantised models that it knows for such
+    finepoint.save(model, tmp_path / "a")
+    finepoint.unload(model, revert=True)
+    saved = SparseAdapter.load(tmp_path / "a")
+    assert saved.problems(load_model(checkpoint(kind))) == []
+    assert finepoint.from_bitsandbytes_(model) is model, "a second time it changes nothing"
+
+
+def test_what_cannot_be_taken_over_from_bitsandbytes_is_said(folder, checkpoint):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    fresh = nn.Sequential(nn.Linear(4, 4), bitsandbytes.nn.Linear4bit(64, 64))
+    wide = nn.Sequential(bitsandbytes.nn.Linear8bitLt(64, 64))
+    repacked = by_transformers(checkpoint("bnb-nf4"))
+    layer = repacked.model.layers[1].mlp.down_proj
+    state = layer.weight.quant_state  # as on a CPU with bfloat16 arithmetic
+    layer.weight.data, _ = bitsandbytes.functional._convert_weight_packed_for_cpu(layer.weight.data, state)
+    for model, why in ((fresh, "1, .* is not quantised yet"), (wide, "0, .* holds float weights"),
+                       (repacked, "down_proj, .* was repacked for this CPU")):  # fmt: skip
+        kinds = [type(module) for module in model.modules()]
+        with pytest.raises(FinepointError, match=why) as caught:
+            finepoint.from_bitsandbytes_(model)
+        assert "\n" not in str(caught.value)
+        assert [type(module) for module in model.modules()] == kinds
+    plain = wide_llama()
+    assert finepoint.from_bitsandbytes_(plain) is plain
+
+
+def test_other_quantisers_are_refused_by_name(folder, tmp_path):
+    for method in ("gptq", "awq"):
+        place = shutil.copytree(folder, tmp_path / method)
+        settings = json.loads((place / "config.json").read_text())
+        settings["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32, "zero_point": True}
+        (place / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(FinepointError, match=f"is quantised by {method}; .* torchao's .* bitsandbytes' nf4"):
+            load_model(str(place))
 
 
 def test_a_plain_model_is_untouched_by_all_this():

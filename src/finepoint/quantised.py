@@ -1,9 +1,10 @@
-"""Quantised weights: torchao's tensors, which hold a linear layer's weight in few bits and know its float values.
+"""Quantised weights: tensors that hold a linear layer's weight in few bits and know its float values, torchao's or
+`packed`, which are bitsandbytes'.
 
-No entry of such a weight can be set on its own: its float value is an integer times a scale that it shares with its row
-or group. So what is trained is added outside: a layer's forward is replaced, while something is attached to its model,
-by one that multiplies by the dequantised weight with the chosen entries as they should be. A weight's float values
-exist for one layer at a time, forward and backward.
+No entry of such a weight can be set on its own: its float value is one of a few numbers times a scale that it shares
+with its row or group. So what is trained is added outside: a layer's forward is replaced, while something is attached
+to its model, by one that multiplies by the dequantised weight with the chosen entries as they should be. A weight's
+float values exist for one layer at a time, forward and backward.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from finepoint.config import Quantise
 from finepoint.errors import FinepointError
 from finepoint.extras import needing
+from finepoint.packed import nf4
 
 GROUP = 32  # entries of a row that share a scale, in int4
 Alter = Callable[[Tensor], None]
@@ -34,14 +36,20 @@ def float_values(weight: Tensor) -> Tensor:
 
 
 def quantise_(model: nn.Module, bits: Quantise, layers: Sequence[str]) -> None:
-    """Quantises the weights of linear layers, by their modules' names: `int8` by rows, `int4` by groups of 32.
+    """Quantises the weights of linear layers, by their modules' names: `int8` by rows, `int4` by groups of 32, `nf4` by
+    blocks of 64.
 
     Int8WeightOnlyConfig and IntxWeightOnlyConfig of torchao, which run on any device. On the CPU torchao keeps each
-    four-bit number in a byte: int4 then costs accuracy and saves no more memory than int8.
+    four-bit number in a byte: int4 then costs accuracy and saves no more memory than int8. `nf4` is bitsandbytes',
+    without double quantisation, and packs two numbers a byte everywhere.
 
     Raises:
-        FinepointError: torchao is not installed, or a layer is too narrow for groups.
+        FinepointError: torchao or bitsandbytes is not installed, or a layer is too narrow for groups.
     """
+    if bits == "nf4":
+        for layer in map(model.get_submodule, layers):
+            layer.weight = nn.Parameter(nf4(layer.weight), requires_grad=False)  # type: ignore[arg-type]
+        return
     with needing(f"--quantise {bits}", "quantised"):
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
         from torchao.quantization.granularity import PerGroup

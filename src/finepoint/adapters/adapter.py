@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finepoint.adapters.base import differences
 from finepoint.adapters.entries import checksum, gather, moved, overlap, scatter_
 from finepoint.errors import FinepointError
+from finepoint.packed import check_weight
 from finepoint.quantised import Replaced, is_quantised, replace_forwards
 
 Kind = Literal["delta", "value", "full"]
@@ -159,6 +160,9 @@ class SparseAdapter(Mapping[str, Tensor]):
         """
         if hasattr(model, "finepoint"):
             raise FinepointError("the model is being trained; close its SparseTuner before applying an adapter")
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in self.changes.keys() & parameters.keys():
+            check_weight(name, parameters[name])
         if problems := self.problems(model):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise FinepointError(f"the adapter does not fit this model: {problems[0]}{more}")

@@ -175,7 +175,8 @@ class AdapterSet:
     def _refuse_overlap(self, a: str, b: str) -> None:
         for weight in set(self._swaps[a]) & set(self._swaps[b]):
             if shared := overlap(self._swaps[a][weight].indices, self._swaps[b][weight].indices):
-                raise FinepointError(f"{a!r} and {b!r} share {shared} entries of {weight}: they cannot both be on")
+                raise FinepointError(f"{a!r} and {b!r} share {shared} entries of {weight}: they cannot both be on; "
+                                     "choose one's with another seed, or with exclude of the other's")  # fmt: skip
 
 
 def _swap(weight: nn.Parameter, change: Change, scales: bool) -> Swap:

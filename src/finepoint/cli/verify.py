@@ -16,7 +16,7 @@ def run(config: VerifyConfig) -> None:
     adapter = SparseAdapter.load(config.folder)
     dtypes = {change.dtype for change in adapter.changes.values()}
     dtype = config.dtype or (dtypes.pop() if len(dtypes) == 1 else "auto")
-    model = load_model(config.model, cast(DType, dtype), adapter.info.get("labels", ()))
+    model = load_model(config.model, cast(DType, dtype), adapter.info.get("labels", ()), quantise=config.quantise)
     found = verify(adapter, model)
     if config.json:
         print_json({"adapter": config.folder, "model": config.model, **found})

@@ -30,9 +30,10 @@ from finepoint.choosing.selection import SLICE, budgets, score
 from finepoint.choosing.statistics import stream_statistics
 from finepoint.choosing.warmup import warm_up_
 from finepoint.choosing.weights import target_weights
-from finepoint.config import PlanConfig
+from finepoint.config import PlanConfig, Quantise
 from finepoint.errors import FinepointError
 from finepoint.models import shape_of
+from finepoint.quantised import quantise_
 from finepoint.training.ledger import Ledger
 from finepoint.training.memory import resident_bytes
 from finepoint.training.run import CHECKPOINTING  # the process that trains has it in memory, and this one stands for it
@@ -77,7 +78,7 @@ def plan(config: PlanConfig) -> Plan:
     """
     rule = rule_named(config.rule)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = shape_of(config.model, config.dtype, device)
+    model = shape_of(config.model, config.dtype, device, config.quantise)
     _check(config, context_length(model, None))
     weights = target_weights(model, config.targets)
     # Spread by size: where the rule would put them does not change the sum.
@@ -86,7 +87,7 @@ def plan(config: PlanConfig) -> Plan:
         model, sizes, {}, density=config.density, count=config.count, scope="weight", targets=config.targets
     )
     counts = {budget.names[0]: budget.k for budget in spread}
-    scoring, stepping = process_bytes() if device == "cpu" else (0, 0)
+    scoring, stepping = process_bytes(config.quantise) if device == "cpu" else (0, 0)
     selection = None
     if rule.needs_data:
         selection = {"process": scoring} | _selection(config, rule, model, weights, counts, device)
@@ -101,20 +102,22 @@ def plan(config: PlanConfig) -> Plan:
     )
 
 
-def process_bytes() -> tuple[int, int]:
+def process_bytes(quantise: Quantise | None) -> tuple[int, int]:
     """Resident memory of this process once it has scored a toy, and once it has trained one.
 
     Libraries, threads and compiled kernels are then in place.
     """
-    layer = nn.Linear(64, 64)
+    toy = nn.ModuleDict({"layer": nn.Linear(64, 64)})
+    if quantise:
+        quantise_(toy, quantise, ["layer"])
 
     def backward() -> None:
-        query, key, value = layer(torch.ones(3, 1, 1, 256, 64))
+        query, key, value = toy["layer"](torch.ones(3, 1, 1, 256, 64, requires_grad=True))
         scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
 
     backward()
     scoring = resident_bytes()
-    with SparseTuner(layer, {"weight": torch.arange(64)}) as tuner:
+    with SparseTuner(toy, {"layer.weight": torch.arange(64)}) as tuner:
         optimizer = torch.optim.AdamW(tuner.parameters(), fused=True)
         backward()
         optimizer.step()
