@@ -17,8 +17,8 @@ folder = f"{given.output}/movies"
 
 record = finepoint.train(
     finepoint.TrainConfig(
-        model=given.model, data=f"{vader}/movies-train.jsonl", rule="gallop", density=1e-3, steps=given.steps,
-        scoring_examples=64, output=folder, overwrite=True,
+        model=given.model, data=f"{vader}/movies-train.jsonl", density=1e-3, steps=given.steps, output=folder,
+        overwrite=True,
     )
 )  # fmt: skip
 print(f"{record['trained']:,} weights trained in {record['seconds']:.0f} s, {record['adapter_bytes']:,} bytes")

@@ -581,7 +581,7 @@ def test_a_folder_holds_the_adapter_of_its_last_run_alone(config):
         ({"density": 0.1}, "density is for choosing entries, which baseline 'full' does not do"),
         ({"count": 7}, "leave out --count or --baseline"),
         ({"indices": "x"}, "leave out --indices"),
-        ({"rule": "random"}, "leave out --rule"),
+        ({"rule": "gallop"}, "leave out --rule"),
         ({"targets": "attention"}, "leave out --targets"),
         ({"baseline_options": {"rank": 3}}, "baseline 'full' has no option 'rank'; its options: none"),
         ({"baseline": "lora", "baseline_options": {"rank": 0.5}}, "rank is 0.5; it is a whole number from 1"),

@@ -17,7 +17,8 @@ from finepoint.training.run import train
 def config(model_folder, choice_file, tmp_path, monkeypatch):
     monkeypatch.setattr(density, "DENSITIES", (0.01, 0.05, 0.2))
     return TrainConfig(model=str(model_folder), data=choice_file, validation=choice_file, validation_limit=32, steps=8,
-                       output=str(tmp_path / "run"), density="auto", batch_size=8, scoring_examples=16)  # fmt: skip
+                       output=str(tmp_path / "run"), rule="gallop", density="auto", batch_size=8,
+                       scoring_examples=16)  # fmt: skip
 
 
 def test_each_rung_is_longer_and_keeps_the_best(config, tmp_path):

@@ -6,6 +6,7 @@ are not installed.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -65,6 +66,15 @@ def without_extras(commands):
 def place(model_folder, choice_file, tmp_path):
     text = write_lines(tmp_path / "text.jsonl", [{"text": "hello you"}, {"text": "abc"}])
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for method in ("bitsandbytes", "torchao"):
+        folder = shutil.copytree(model_folder, tmp_path / method)
+        settings = json.loads((folder / "config.json").read_text())
+        settings["quantization_config"] = {
+            "quant_method": method,
+            "load_in_4bit": True,
+            "quant_type": "int4_weight_only",
+        }
+        (folder / "config.json").write_text(json.dumps(settings))
     write_study(tmp_path / "study")
     return {"model": model_folder, "data": choice_file, "text": text, "tmp": tmp_path}
 
@@ -95,14 +105,18 @@ def test_the_core_needs_no_extra_and_every_extra_is_named(place):
         "lm-eval": ["eval", *model, "--tasks", "hellaswag"],
         "gguf": ["eval", "--model", tmp / "model.gguf", "--id", f"own={place['data']}"],
         "quantised": [*train, "--output", tmp / "q", "--quantise", "int8"],
+        "bitsandbytes": [*train, "--output", tmp / "n", "--quantise", "nf4"],
         "tracking": [*train, "--output", tmp / "t", "--report-to", "tensorboard"],
         "wandb": [*train, "--output", tmp / "w", "--report-to", "wandb"],
         "mlflow": [*train, "--output", tmp / "f", "--report-to", "mlflow"],
     }
-    *found, imported = without_extras([*works, *needs.values()])
+    wanted = [*needs.items()]
+    for method, extra in {"bitsandbytes": "bitsandbytes", "torchao": "quantised"}.items():  # checkpoints of theirs
+        wanted.append((extra, ["eval", "--model", tmp / method, "--id", f"own={place['data']}"]))
+    *found, imported = without_extras([*works, *(line for _, line in wanted)])
     for line, (status, _, err) in zip(works, found, strict=False):
         assert status == 0, (line, err)
-    for extra, (status, out, err) in zip(needs, found[len(works) :], strict=True):
+    for (extra, _), (status, out, err) in zip(wanted, found[len(works) :], strict=True):
         assert status == 2, (extra, err)
         assert out == ""
         (line,) = [line for line in err.splitlines() if line.startswith("finepoint ")]  # beside the log

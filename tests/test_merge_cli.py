@@ -76,6 +76,12 @@ def test_dry_run_reports_and_writes_nothing(capsys, folders, model_folder, tmp_p
     assert set(tmp_path.iterdir()) == before
 
 
+def test_dry_run_says_where_two_hold_the_same_entries(capsys, model, folders, tmp_path):
+    assert "the same entries" not in finepoint(capsys, "merge", *folders, "--dry-run")
+    scaled = merge([SparseAdapter.load(folders[0])], [0.5]).save(tmp_path / "scaled")
+    assert finepoint(capsys, "merge", folders[0], scaled, "--dry-run").count("the same entries") == 1
+
+
 def test_tuning_prints_what_it_tried(capsys, model, tokenizer, folders, model_folder, tmp_path):
     prompts, choices = [f"{a}{b}:" for a in "abcdefgh" for b in "abcd"], (" x", " yy", " z", " u")
     with merge([SparseAdapter.load(f) for f in folders[:2]], [1.25, 0.5]).applied(model):

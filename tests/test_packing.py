@@ -160,7 +160,8 @@ def config(model_folder, tmp_path):
     rows = [{"prompt": letters[: 1 + i % 8] * (1 + i % 3) + ":", "completion": " " + letters[i % 5] * (1 + i % 4)}
             for i in range(120)]  # fmt: skip
     return TrainConfig(model=str(model_folder), data=write_lines(tmp_path / "d.jsonl", rows), steps=9, batch_size=8,
-                       output=str(tmp_path / "run"), density=0.05, lr=1e-2, packing=True, dtype="float64")  # fmt: skip
+                       output=str(tmp_path / "run"), rule="gallop", density=0.05, lr=1e-2, packing=True,
+                       dtype="float64")  # fmt: skip
 
 
 def test_packed_training_logs_its_tokens_and_equals_training_without_packing(config, tmp_path):

@@ -66,7 +66,7 @@ def assert_equal(found, wanted, exact=True):
 def config(model_folder, choice_file, tmp_path):
     """Of one process; several get the same examples a step with less accumulation."""
     return TrainConfig(model=str(model_folder), data=choice_file, output=str(tmp_path / "run"), density=DENSITY,
-                       lr=1e-2, steps=5, batch_size=4)  # fmt: skip
+                       rule="gallop", lr=1e-2, steps=5, batch_size=4)  # fmt: skip
 
 
 # What the processes run. Each returns plain results, which the tests below compare.
@@ -243,10 +243,10 @@ def mistakes(config):
         (Path(config.output) / "precious.txt").write_text("x")
     torch.distributed.barrier()
     attempt("occupied", lambda: train(config))
-    attempt("baseline", lambda: train(replace(config, baseline="lora", density=None)))
+    attempt("baseline", lambda: train(replace(config, baseline="lora", rule="random", density=None)))
     with poisoned(number=1, step=3):
         attempt("nan", lambda: train(replace(config, output=f"{config.output}-nan")))
-    attempt("labels", lambda: select(tiny_llama(), random_batches(2, rows=2 + ranks.rank()), density=DENSITY))
+    attempt("labels", lambda: select(tiny_llama(), random_batches(2, rows=2 + ranks.rank()), rule="gallop"))
 
     tuner = SparseTuner(tiny_llama(), {"model.layers.0.mlp.up_proj.weight": torch.arange(3) + ranks.rank()})
     running = nn.parallel.DistributedDataParallel(tuner.model)

@@ -35,7 +35,7 @@ LINEAR = round(2 * (16 * 16 * 2 + 16 * 8 * 2 + 16 * 24 * 3) * 0.05)  # a twentie
 @pytest.fixture
 def config(model_folder, choice_file, tmp_path):
     return TrainConfig(model=str(model_folder), data=choice_file, output=str(tmp_path / "run"), density=0.05, lr=1e-2,
-                       steps=6, batch_size=8, refresh="every:2", scoring_examples=32)  # fmt: skip
+                       rule="gallop", steps=6, batch_size=8, refresh="every:2", scoring_examples=32)  # fmt: skip
 
 
 def run(config, **changes):

@@ -211,9 +211,11 @@ def test_an_exception_while_scoring_leaves_the_model_as_found(llama):
     flags = [parameter.requires_grad for parameter in llama.parameters()]
     llama.train()
     with pytest.raises(FinepointError, match="every label of the scoring examples is ignored"):
-        finepoint.select(llama, [{"input_ids": torch.ones(1, 3).long(), "labels": torch.full((1, 3), -100)}])
+        finepoint.select(
+            llama, [{"input_ids": torch.ones(1, 3).long(), "labels": torch.full((1, 3), -100)}], rule="saft"
+        )
     with pytest.raises(ValueError, match="input_ids"):
-        finepoint.select(llama, [{"nonsense": 1, "labels": torch.ones(1, 3).long()}])
+        finepoint.select(llama, [{"nonsense": 1, "labels": torch.ones(1, 3).long()}], rule="saft")
     assert flags == [parameter.requires_grad for parameter in llama.parameters()]
     assert llama.training
     assert all(parameter.grad is None for parameter in llama.parameters())

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 import finepoint
 from conftest import random_batches, tiny_llama
 from finepoint.choosing.selection import Budget, TopK, allocate, exact, largest
+from finepoint.config import AlignConfig, PlanConfig, SelectConfig, SequenceConfig, TrainConfig
 from finepoint.errors import FinepointError
 from reference import dense_top_k
 
@@ -99,16 +100,28 @@ def test_unknown_words_are_refused_with_the_known_ones(llama, given):
         finepoint.select(llama, rule="random", density=0.01, **given)
 
 
+def test_without_a_rule_entries_are_drawn_at_random(llama):
+    drawn = finepoint.select(llama, rule="random", density=0.05, seed=3)
+    given = finepoint.select(llama, density=0.05, seed=3)
+    assert given.rule == "random"
+    assert {name: at.tolist() for name, at in given.items()} == {name: at.tolist() for name, at in drawn.items()}
+    for config in (SelectConfig, TrainConfig, PlanConfig, SequenceConfig, AlignConfig):
+        assert config.__dataclass_fields__["rule"].default == "random"
+    model = finepoint.sparsify(llama, density=0.05, seed=3)
+    trained = finepoint.tuner_of(model).adapter()
+    assert {name: trained[name].tolist() for name in trained} == {name: at.tolist() for name, at in drawn.items()}
+
+
 def test_scopes_spread_the_budget_as_they_say(llama, batches):
     density = 0.1
     weights = finepoint.target_weights(llama)
-    by_weight = finepoint.select(llama, batches, density=density, scope="weight")
+    by_weight = finepoint.select(llama, batches, rule="gallop", density=density, scope="weight")
     for name, weight in weights.items():
         assert abs(len(by_weight[name]) - density * weight.numel()) <= 1
-    by_layer = finepoint.select(llama, batches, density=density, scope="layer")
+    by_layer = finepoint.select(llama, batches, rule="gallop", density=density, scope="layer")
     shares = [sum(len(by_layer[n]) for n in by_layer if f".{i}." in n) for i in range(2)]
     assert abs(shares[0] - shares[1]) <= 1
-    everywhere = finepoint.select(llama, batches, density=density, scope="global")
+    everywhere = finepoint.select(llama, batches, rule="gallop", density=density, scope="global")
     assert {n: len(i) for n, i in everywhere.items()} != {n: len(i) for n, i in by_weight.items()}
 
 
@@ -135,15 +148,15 @@ def test_a_density_for_each_pattern(llama):
 
 
 def test_excluded_entries_are_never_chosen_and_the_count_stays_exact(llama, batches):
-    first = finepoint.select(llama, batches, density=0.3)
-    second = finepoint.select(llama, batches, density=0.3, exclude=[first])
+    first = finepoint.select(llama, batches, rule="gallop", density=0.3)
+    second = finepoint.select(llama, batches, rule="gallop", density=0.3, exclude=[first])
     assert first.count == second.count
     for name in set(first) & set(second):
         assert not torch.isin(first[name], second[name]).any()
-    third = finepoint.select(llama, batches, density=0.4, exclude=[first, second])
+    third = finepoint.select(llama, batches, rule="gallop", density=0.4, exclude=[first, second])
     assert third.count + first.count + second.count == sum(w.numel() for w in finepoint.target_weights(llama).values())
     with pytest.raises(FinepointError, match="are left after exclude"):
-        finepoint.select(llama, batches, density=0.5, exclude=[first, second])
+        finepoint.select(llama, batches, rule="gallop", density=0.5, exclude=[first, second])
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ def config(model_folder, tmp_path):
     }
     tasks = {name: {"train": file, "test": file} for name, file in files.items()}
     return SequenceConfig(model=str(model_folder), tasks=tasks, output=str(tmp_path / "s"), density=0.1, lr=1e-2,
-                          train={"steps": 6, "batch_size": 8, "scoring_examples": 16}, test_limit=24)  # fmt: skip
+                          rule="gallop", train={"steps": 6, "batch_size": 8, "scoring_examples": 16},
+                          test_limit=24)  # fmt: skip
 
 
 def adapters(config, way):
@@ -54,6 +55,14 @@ def test_each_task_owns_its_entries_and_any_can_go(config):
     assert len(set(own["trained"])) == 1
     sets = [positions(adapter) for adapter in adapters(config, "exclude")]
     assert len(sets[0] | sets[1] | sets[2]) == sum(map(len, sets))
+
+
+def test_random_choices_of_the_tasks_share_what_chance_gives(config):
+    """Not all their entries, as choices from one seed would."""
+    found = run_sequence(replace(config, rule="random", overlap="allow", train={"steps": 1}))["allow"]
+    (count,) = set(found["trained"])
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert found["overlaps"][a][b] == pytest.approx(0.1 * count, abs=5 * (0.1 * 0.9 * count) ** 0.5)
 
 
 def test_the_matrix_is_that_of_adapters_applied_one_after_the_other(config):

@@ -87,9 +87,9 @@ def test_the_best_groups_are_chosen_whole_and_exactly_so_many(structure, pooling
 
 def test_entries_are_what_they_were_without_a_structure(batches):
     model = tiny_llama()
-    plain = finepoint.select(model, batches, density=0.05)
-    named = finepoint.select(model, batches, density=0.05, structure="entry")
-    blocks = finepoint.select(model, batches, density=0.05, structure="block:1x1")
+    plain = finepoint.select(model, batches, rule="gallop", density=0.05)
+    named = finepoint.select(model, batches, rule="gallop", density=0.05, structure="entry")
+    blocks = finepoint.select(model, batches, rule="gallop", density=0.05, structure="block:1x1")
     assert all(torch.equal(plain[name], named[name]) and torch.equal(plain[name], blocks[name]) for name in plain)
 
 

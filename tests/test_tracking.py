@@ -17,7 +17,7 @@ from finepoint.training.trainer import SparseTrainer
 @pytest.fixture
 def config(model_folder, choice_file, tmp_path):
     return {"model": str(model_folder), "data": choice_file, "output": str(tmp_path / "movies"), "density": 0.05,
-            "steps": 6, "save_every": 2, "batch_size": 8}  # fmt: skip
+            "rule": "gallop", "steps": 6, "save_every": 2, "batch_size": 8}  # fmt: skip
 
 
 def break_at(monkeypatch, step):

@@ -80,6 +80,19 @@ def test_before_a_step_outputs_are_bit_identical(model, batches):
         assert torch.equal(model(**batches[0]).logits, expected[0])
 
 
+def test_a_sequential_model_computes_and_trains():
+    """It runs all its children, among them the one that holds the deltas."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    dense, x = copy.deepcopy(model), torch.randn(7, 5)
+    dense(x).square().sum().backward()
+    with finepoint.SparseTuner(model, {"0.weight": torch.arange(0, 20, 3)}) as tuner:
+        assert torch.equal(model(x), dense(x))
+        model(x).square().sum().backward()
+        (delta,) = tuner.parameters()
+        torch.testing.assert_close(delta.grad, dense[0].weight.grad.flatten()[::3])
+
+
 def test_a_negative_zero_keeps_its_bits():
     layer = torch.nn.Linear(2, 2)
     with torch.no_grad():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from finepoint.integrations.reference import reference
     from finepoint.integrations.session import push_to_hub, report, tuner_of
     from finepoint.integrations.sparsify import load, save, sparsify, unload
+    from finepoint.models import from_bitsandbytes_
     from finepoint.training.aged import AgedAdamW
     from finepoint.training.run import train
     from finepoint.training.tuner import SparseTuner
@@ -39,6 +40,7 @@ _HOMES = {
     "TrainConfig": "finepoint.config",
     "export": "finepoint.exchange.formats",
     "extract": "finepoint.exchange.extract",
+    "from_bitsandbytes_": "finepoint.models",
     "import_adapter": "finepoint.exchange.formats",
     "lines": "finepoint.adapters.interpolation",
     "load": "finepoint.integrations.sparsify",
@@ -69,6 +71,7 @@ __all__ = [
     "TrainConfig",
     "export",
     "extract",
+    "from_bitsandbytes_",
     "import_adapter",
     "lines",
     "load",

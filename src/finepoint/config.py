@@ -11,9 +11,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 ExportFormat = Literal["merged", "shira", "supertuning", "sparta", "vllm-patch", "gguf"]
 ImportFormat = Literal["auto", "shira", "supertuning", "sparta"]
-Quantise = Literal["int8", "int4"]
+Quantise = Literal["int8", "int4", "nf4"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 TargetsOption = str | list[str] | dict[str, float]
+
+DEFAULT_RULE = "random"
+"""What nothing measured so far beats at equal forgetting, and needs no pass over the data: docs/study.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class SelectConfig:
         model: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
         data: training examples, a JSON Lines file; some rules need none
         output: folder to write
-        rule: which entries; `finepoint rules` lists them; or module:function
+        rule: which entries; `finepoint rules` lists them; or module:function, or a formula of w and g
         rule_options: the rule's options, e.g. epsilon=1e-6
         density: share of the target entries to train, in (0, 1]; 0.001 where no count is given
         count: how many entries to train, instead of density
@@ -39,7 +42,8 @@ class SelectConfig:
         max_length: longest example in tokens; the model's context where not given
         batch_size: examples a batch
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
-        quantise: hold the linear layers of the base in int8 or int4 (torchao); what is trained stays float
+        quantise: hold the linear layers of the base in int8 or int4 (torchao) or nf4 (bitsandbytes); what is trained
+            stays float
         seed: of everything random
         overwrite: allow an output folder that holds something
         json: print one JSON object on stdout
@@ -48,7 +52,7 @@ class SelectConfig:
     model: str
     output: str
     data: str | None = None
-    rule: str = "gallop"
+    rule: str = DEFAULT_RULE
     rule_options: dict[str, float] = field(default_factory=dict)
     density: float | None = None
     count: int | None = None
@@ -209,12 +213,13 @@ class PlanConfig:
         padded: examples differ in length (the longest has so many tokens), so that attention needs a mask
         gradient_checkpointing: recompute activations in the backward pass
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
+        quantise: the linear layers of the base are held in int8 or int4 (torchao) or nf4 (bitsandbytes)
         device: cpu (which counts the process with its libraries) or cuda; where not given, what training would use
         json: print one JSON object on stdout
     """
 
     model: str
-    rule: str = "gallop"
+    rule: str = DEFAULT_RULE
     density: float | None = None
     count: int | None = None
     targets: TargetsOption = "linear"
@@ -225,6 +230,7 @@ class PlanConfig:
     padded: bool = True
     gradient_checkpointing: bool = False
     dtype: DType = "auto"
+    quantise: Quantise | None = None
     device: Literal["cpu", "cuda"] | None = None
     json: bool = False
 
@@ -249,7 +255,7 @@ class EvalConfig:
         new_tokens: most tokens to generate where an answer is written
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
         any_dtype: take adapters trained in a narrower dtype too, where the wider weights hold the same base values
-        quantise: hold the linear layers in int8 or int4, as the adapters' training did
+        quantise: hold the linear layers in int8, int4 or nf4, as the adapters' training did
         overwrite: replace the output file
         json: print one JSON object on stdout
     """
@@ -383,12 +389,14 @@ class VerifyConfig:
         folder: adapter folder
         model: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
         dtype: of the weights; that of the adapter where not given
+        quantise: hold the linear layers in int8, int4 or nf4, as the adapter's training did
         json: print one JSON object on stdout
     """
 
     folder: str
     model: str
     dtype: DType | None = None
+    quantise: Quantise | None = None
     json: bool = False
 
 
@@ -478,7 +486,8 @@ class CompareConfig:
         new_tokens: most tokens to generate
         keep_adapters: keep every cell's adapter in the folder of the study
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
-        quantise: hold the linear layers of the base in int8 or int4 (torchao); for arms that choose entries
+        quantise: hold the linear layers of the base in int8 or int4 (torchao) or nf4 (bitsandbytes); for arms that
+            choose entries
         workers: processes that run cells side by side; 1 runs them in this process
         executor: local (this machine) or ray
         address: of a running Ray cluster; one on this machine is started where not given
@@ -527,7 +536,7 @@ class SequenceConfig:
         train: further settings of finepoint train, e.g. {steps: 60}
         test_limit: at most so many examples of each test set
         new_tokens: most tokens to generate where an answer is written
-        seed: of everything random
+        seed: of everything random in the first task; the next one has the next seed
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
         json: print one JSON object on stdout
     """
@@ -535,7 +544,7 @@ class SequenceConfig:
     model: str
     tasks: dict[str, dict[str, str]]
     output: str
-    rule: str = "gallop"
+    rule: str = DEFAULT_RULE
     density: float = 0.001
     lr: float | None = None
     overlap: Literal["exclude", "allow", "both"] = "both"

@@ -12,7 +12,7 @@ from safetensors import safe_open
 ON_WORDS = ("--model", "my-model", "--data", "words.jsonl", "--batch-size", "4", "--scoring-examples", "8")
 SHORT = ("train", *ON_WORDS, "--lr", "0.01", "--steps")
 TRAIN = (*SHORT, "8", "--save-every", "2", "--validation", "few.jsonl", "--eval-every", "3")
-ENTRIES = ("--density", "0.05")
+ENTRIES = ("--rule", "gallop", "--density", "0.05")
 EXPORT = ("export", "--model", "my-model", "--adapter")
 NEW, ON = ("--overwrite",), ("--resume",)
 
@@ -40,7 +40,9 @@ COMMANDS = {
     "train, over another": Command((*TRAIN, *ENTRIES, *NEW), (ON, NEW), over=(*TRAIN, *ENTRIES, "--seed", "5")),
     "train, lora": Command((*TRAIN, "--baseline", "lora"), (ON, NEW)),
     "train, full": Command((*TRAIN, "--baseline", "full"), (ON, NEW)),
-    "train, density auto": Command((*SHORT, "24", "--validation", "few.jsonl", "--density", "auto"), (ON, NEW)),
+    "train, density auto": Command(
+        (*SHORT, "24", "--validation", "few.jsonl", *ENTRIES[:2], "--density", "auto"), (ON, NEW)
+    ),
     "select": Command(("select", *ON_WORDS, *ENTRIES, *NEW), over=("select", *ON_WORDS, "--density", "0.1")),
     "merge": Command(("merge", "a", "b", *NEW), over=("merge", "a", "b", "--weights", "1", "0.5")),
     "extract": Command(("extract", "--base", "my-model", "--tuned", "tuned", "--all", *NEW),
@@ -80,7 +82,7 @@ class Desk:
         arms = [{"rule": "gallop", "density": 0.05, "lrs": [1e-3]}, {"baseline": "lora", "lrs": [1e-3]}]
         study = {"model": "my-model", "tasks": {"words": task}, "seeds": [0, 1], "generate": 0}
         parts = {part: task[part] for part in ("train", "test")}
-        sequence = {"model": "my-model", "tasks": {"one": parts, "two": parts}, "density": 0.05}
+        sequence = {"model": "my-model", "tasks": {"one": parts, "two": parts}, "rule": "gallop", "density": 0.05}
         for name, content in (("study", study | {"arms": arms}), ("sequence", sequence)):
             (self.inputs / f"{name}.yaml").write_text(yaml.safe_dump(content | {"train": train}))
         for name, seed in (("a", "1"), ("b", "2")):

@@ -16,7 +16,7 @@ from finepoint.choosing.statistics import Statistics, seeded_generator, stream_s
 from finepoint.choosing.structure import Pooling, tilings
 from finepoint.choosing.summary import Summary
 from finepoint.choosing.weights import Targets, match, target_weights
-from finepoint.config import fits, spelled
+from finepoint.config import DEFAULT_RULE, fits, spelled
 from finepoint.errors import FinepointError
 from finepoint.models import block_of
 from finepoint.quantised import float_values
@@ -69,7 +69,7 @@ def select(
     model: nn.Module,
     batches: Iterable[Batch] | None = None,
     *,
-    rule: str = "gallop",
+    rule: str = DEFAULT_RULE,
     density: float | None = None,
     count: int | None = None,
     scope: Scope = "global",

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finepoint.errors import FinepointError
 from finepoint.models import block_of
+from finepoint.packed import check_weight
 
 Targets = str | Sequence[str] | Mapping[str, float]
 """`"linear"`, `"v,o"`, `["*.v_proj", "*.o_proj"]`, or a density for each pattern: `{"*.v_proj": 0.01}`."""
@@ -27,7 +28,7 @@ def target_weights(model: nn.Module, targets: Targets = "linear") -> dict[str, n
 
     Raises:
         FinepointError: a pattern matches no weight (close names are offered), or only weights that are not floating
-            point (a quantised model).
+            point (a quantised model), or of bitsandbytes' own layers.
     """
     parameters = dict(model.named_parameters())
     chosen: set[str] = set()
@@ -51,13 +52,15 @@ def match(model: nn.Module, pattern: str) -> list[str]:
     """Names of the floating-point parameters that one pattern stands for, in the model's order.
 
     Raises:
-        FinepointError: nothing matches.
+        FinepointError: nothing matches, or weights of bitsandbytes' own layers.
     """
     matches = PRESETS.get(pattern) or _matcher(pattern)
     parameters = {name: p for name, p in model.named_parameters() if not name.startswith(DELTAS)}
     names = [name for name in parameters if matches(model, name)]
     if not names:
         raise FinepointError(f"no weight matches {pattern!r}; {_suggestion(pattern, list(parameters))}")
+    for name in names:
+        check_weight(name, parameters[name])
     trainable = [name for name in names if parameters[name].is_floating_point()]
     if not trainable:
         kind = str(parameters[names[0]].dtype).removeprefix("torch.")

@@ -99,9 +99,9 @@ def _report(config: MergeConfig, adapters: "dict[str, SparseAdapter]", model: An
         "energy_b": "energy of b",
     }  # fmt: skip
     for a, b in dict.fromkeys((row["a"], row["b"]) for row in rows):
-        shown = [
-            [row["scope"], *("-" if row[key] is None else row[key] for key in columns)]
-            for row in rows
-            if (row["a"], row["b"]) == (a, b)
-        ]
+        pair = [row for row in rows if (row["a"], row["b"]) == (a, b)]
+        shown = [[row["scope"], *("-" if row[key] is None else row[key] for key in columns)] for row in pair]
         print_table(["scope", *columns.values()], shown, title=f"a: {a}, b: {b}")
+        if pair[0]["jaccard"] == 1:
+            print("They hold the same entries, as choices by one rule from one seed do. To keep them apart, "
+                  "train one with another --seed, or with --exclude of the other.")  # fmt: skip

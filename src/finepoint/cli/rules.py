@@ -3,7 +3,7 @@
 import logging
 
 from finepoint.cli.output import print_json, print_table
-from finepoint.config import RulesConfig
+from finepoint.config import DEFAULT_RULE, RulesConfig
 
 CONFIG = RulesConfig
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def run(config: RulesConfig) -> None:
         for rule in rules
     ]  # fmt: skip
     print_table(["rule", "score (higher = train it)", "source", "options", "needs data"], rows)
-    print()
+    print(f"where no rule is given: {DEFAULT_RULE}\n")
     rows = [
         [baseline.name, baseline.formula, baseline.source, _options(baseline.options), f"{baseline.lr:g}"]
         for baseline in BASELINES.values()

@@ -178,7 +178,7 @@ def _tuner(
         return low, low.disabled, facts | {"baseline": baseline.name, "baseline_options": options}
     if given := resumed or config.indices:
         source = SparseAdapter.load(given)
-        source.check(place.model)
+        source.check(place.model, in_place=False)
         sparse = SparseTuner(place.model, source)
         chosen = source.info
     else:

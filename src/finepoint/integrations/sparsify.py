@@ -15,9 +15,11 @@ from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Scope, select
 from finepoint.choosing.structure import Pooling
 from finepoint.choosing.weights import Targets, target_weights
+from finepoint.config import DEFAULT_RULE
 from finepoint.errors import FinepointError
 from finepoint.integrations.given import scoring_batches
 from finepoint.integrations.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
+from finepoint.models import from_bitsandbytes_
 from finepoint.training.tuner import CONTAINER, SparseTuner
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def sparsify(
     model: Model,
-    rule: str = "gallop",
+    rule: str = DEFAULT_RULE,
     density: float | None = None,
     *,
     data: Any = None,
@@ -53,7 +55,8 @@ def sparsify(
     which is O(k); `unload` gives back the plain model.
 
     Args:
-        model: a transformers model; everything in it is frozen but the deltas of the chosen entries.
+        model: a transformers model; everything in it is frozen but the deltas of the chosen entries. One that was
+            loaded with bitsandbytes goes through `from_bitsandbytes_` first, which lasts.
         rule: a name from `finepoint.RULES`, or `module:function`.
         density: share of the target entries, in (0, 1]; 0.001 where neither it nor `count` is given.
         data: what rules that look at gradients score on: a JSON Lines file, examples (as in its lines), rows of
@@ -76,6 +79,7 @@ def sparsify(
     """
     if hasattr(model, CONTAINER):
         raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
+    from_bitsandbytes_(model)
     info: dict[str, Any] = {"base_model": _name(model), "finepoint_version": finepoint.__version__}
     if indices is None:
         batches: list[Any] = []

@@ -75,8 +75,11 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     rung: list[dict[str, Any]] = []
     for share in SHARES:
-        trials = [Trial(density, lr, max(1, round(share * steps))) for density, lr in pairs]
-        rung = [_run(config, place, trial, folder / "search") for trial in trials]
+        length = max(1, round(share * steps))
+        # Halfway and at the end: enough to see over-fitting. The longest are the runs that one would get alone.
+        looks = config.eval_every if share == 1 else max(1, length // 2)
+        trials = [Trial(density, lr, length) for density, lr in pairs]
+        rung = [_run(replace(config, eval_every=looks), place, trial, folder / "search") for trial in trials]
         found += rung
         if share < 1:
             _forget_adapters(folder / "search")

@@ -112,7 +112,8 @@ def _train(walk: Walk, way: str, task: str, place: Path) -> None:
     earlier = walk.tasks[: walk.tasks.index(task)]
     settings = TrainConfig(
         model=config.model, data=config.tasks[task]["train"], output=str(place), dtype=config.dtype, rule=config.rule,
-        density=config.density, lr=config.lr, seed=config.seed, overwrite=True,
+        density=config.density, lr=config.lr, overwrite=True,
+        seed=config.seed + len(earlier),  # of one seed, random choices would be the same entries for every task
         exclude=[str(walk.adapter_folder(way, name)) for name in earlier] if way == "exclude" else [],
     )  # fmt: skip
     settings = replace(settings, **config.train)

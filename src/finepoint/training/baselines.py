@@ -15,6 +15,7 @@ from finepoint.choosing.statistics import stream_statistics
 from finepoint.choosing.weights import Targets, target_weights
 from finepoint.errors import FinepointError
 from finepoint.models import block_of
+from finepoint.quantised import quantised_layers
 from finepoint.training.dense import DenseTuner
 from finepoint.training.filtered import FilteredAdamW
 from finepoint.training.hybrid import HybridTuner
@@ -42,6 +43,10 @@ class Setting:
     """share of the weights whose Fisher information is made at a time"""
     indices: Mapping[str, Tensor] = field(default_factory=dict)
     """for RoSA: the entries that a rule has chosen"""
+
+    def __post_init__(self) -> None:
+        if quantised := quantised_layers(self.model):
+            raise FinepointError(f"{min(quantised)} is quantised, and baselines train float weights; give a float base")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -31,8 +32,8 @@ class Ledger(TorchDispatchMode):
 
     def hold(self, tensors: Iterable[Tensor | None], part: str) -> None:
         """Enters tensors that exist already, or moves them from another part."""
-        for tensor in tensors:
-            if tensor is not None and tensor.is_meta:
+        for tensor in chain.from_iterable(map(_plain, tensors)):
+            if tensor.is_meta:
                 self._strike(tensor.untyped_storage()._cdata)
                 self._enter(tensor, part)
 
@@ -49,8 +50,8 @@ class Ledger(TorchDispatchMode):
             )
         else:
             result = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+        for tensor in chain.from_iterable(map(_plain, tree_leaves(result))):
+            if tensor.is_meta:
                 self._enter(tensor, self.part)
         return result
 
@@ -69,3 +70,12 @@ class Ledger(TorchDispatchMode):
         if key in self._entries:
             part, size = self._entries.pop(key)
             self.held[part] -= size
+
+
+def _plain(value: Any) -> Iterator[Tensor]:
+    """The tensors that memory is held by: of a quantised one its integers and scales; none of what is no tensor."""
+    if is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _plain(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value

@@ -335,7 +335,8 @@ def _arguments(config: TrainConfig, folder: Path, steps: int, tracking: Mapping[
         **({CHECKPOINTING: True} if config.gradient_checkpointing else {}),
         learning_rate=learning_rate(config),
         lr_scheduler_type={"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule],
-        warmup_steps=config.warmup if config.warmup < 1 else 0.999999,
+        # The rate of the first warm-up step is 0: a run of one step has none. A share of 1 would be one step.
+        warmup_steps=0 if steps == 1 else min(config.warmup, 0.999999),
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         logging_steps=1,

@@ -23,6 +23,10 @@ class Deltas(nn.ModuleDict):
         self.beside_shards = any(member.sharded for member in entries.values())
         self.attend()
 
+    def forward(self, x: Any) -> Any:
+        """The input: a model that is an `nn.Sequential` runs every child that it has, this one too."""
+        return x
+
     def attend(self) -> None:
         """Hooks onto the deltas what averages them where nobody else does; once for every new parameter."""
         if self.beside_shards:

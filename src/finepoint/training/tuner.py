@@ -32,6 +32,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.base import form_of
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
+from finepoint.packed import check_weight
 from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.following import follow_after_steps, stop_following
 from finepoint.training.hooks import attach
@@ -66,6 +67,7 @@ class SparseTuner:
                 raise FinepointError(f"the model has no weight {name!r} to train entries of")
             if len(positions) or name in later:
                 weight = parameters[name]
+                check_weight(name, weight)
                 first_name = names[id(weight)]
                 if first_name in self.entries:
                     raise FinepointError(f"{name!r} is tied to {first_name!r}: give the indices of one of them")

@@ -18,8 +18,11 @@ from finepoint.config import SelectConfig, TrainConfig
 from finepoint.data import Example, label_names, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.models import load_model, load_tokenizer, new_head
+from finepoint.quantised import quantised_layers
 from finepoint.training.boundaries import PACKABLE, keeps_apart
 from finepoint.training.sharding import shard_, wanted
+
+ALONE = "a quantised base trains in one process"
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,7 @@ def prepare(config: SelectConfig) -> Workplace:
     """Reads the data and loads the model they call for."""
     rule_named(config.rule)  # a misspelt rule should not wait for the model to load
     if config.quantise and ranks.count() > 1:
-        raise FinepointError(
-            "a quantised base trains in one process; leave out --quantise, or start it without a launcher"
-        )
+        raise FinepointError(f"{ALONE}; leave out --quantise, or start it without a launcher")
     examples = read_examples(config.data) if config.data else []
     labels = label_names(examples)
     if len(labels) == 1:
@@ -48,6 +49,8 @@ def prepare(config: SelectConfig) -> Workplace:
     # To be sharded it is loaded beside the device, which may not have room for all of it.
     device = "cpu" if wanted() else None
     model = load_model(config.model, config.dtype, labels, config.seed, device=device, quantise=config.quantise)
+    if ranks.count() > 1 and quantised_layers(model):
+        raise FinepointError(f"{ALONE}; give a float base, or start it without a launcher")
     if labels:
         model.config.pad_token_id = padding_id(tokenizer)
     ranks.check_alike("the base model", _fingerprint(model))
