@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+pytest.register_assert_rewrite("desk")
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 VOCABULARY = 64

@@ -25,22 +25,16 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         FinepointError: the folder cannot be written to.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-        os.close(handle)
-    except OSError as error:
-        raise FinepointError(f"cannot write {path}: {error.strerror}") from error
-    temporary = Path(name)
-    try:
-        with writing(path):
+        # A folder of its own: safetensors and others write beside the file that they are told, and move it there.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL) as made:
+            temporary = Path(made) / path.name
             write(temporary)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-            temporary.chmod(0o644)  # mkstemp keeps files private; results are meant to be shared
+            temporary.chmod(0o644)  # safetensors keeps files private; results are meant to be shared
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
