@@ -5,8 +5,9 @@ import torch
 
 from conftest import tiny_llama
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.batches import IGNORED, Collator, Row, encode
 from finepoint.data import Choices, Completion, Text
-from finepoint.measuring.divergence import divergences, mean_kl
+from finepoint.measuring.divergence import divergences, learned_and_disturbed, mean_kl
 from finepoint.measuring.generation import (
     Written,
     answers_right,
@@ -139,16 +140,49 @@ def test_divergence_is_the_sum_over_the_vocabulary():
     assert divergences(base, base).abs().max() == 0
 
 
-def test_mean_divergence_of_texts(model, tokenizer):
-    texts = [Text("abc abd"), Text("hgfedcba, abc"), Text("d" * 40)]
-    weight = "model.layers.0.mlp.up_proj.weight"
-    before = model.get_parameter(weight).clone()
-    with SparseTuner(model, {weight: torch.arange(0, 300, 3)}) as tuner:
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def adapters(model):
+    """One that changes nothing, and one that does."""
+    with SparseTuner(model, {WEIGHT: torch.arange(0, 300, 3)}) as tuner:
         nothing = tuner.adapter()
         with torch.no_grad():
             tuner.parameters()[0].add_(0.3)
-        adapter: SparseAdapter = tuner.adapter()
+        changing: SparseAdapter = tuner.adapter()
         tuner.revert_()
+    return nothing, changing
+
+
+def test_learned_and_disturbed_row_by_row(model, tokenizer, adapters):
+    nothing, adapter = adapters
+    examples = [Completion("abc ab", "d"), Completion("hgfedcba, abc", " bade"), Completion("c", "a")]
+    rows = [encode(tokenizer, example) for example in examples]
+    rows.append(Row([5, 6, 7], [5, IGNORED, 7]))  # one that lost its beginning: nothing predicts its first label
+    losses, kl = learned_and_disturbed(model, Collator.of(model, tokenizer), rows, adapter)
+    disturbed = []
+    for row, loss in zip(rows, losses, strict=True):
+        base = model(torch.tensor([row.ids])).logits[0]
+        with adapter.applied(model):
+            adapted = model(torch.tensor([row.ids])).logits[0]
+        terms = []
+        for at, label in enumerate(row.labels[1:]):
+            if label == IGNORED:
+                disturbed.append(divergences(base[at : at + 1], adapted[at : at + 1]).item())
+            else:
+                terms.append(-adapted[at].log_softmax(-1)[label].item())
+        assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+    assert kl == pytest.approx(sum(disturbed) / len(disturbed), rel=1e-4)
+    assert learned_and_disturbed(model, Collator.of(model, tokenizer), rows, nothing)[1] == 0
+    texts = [encode(tokenizer, Text("abc abd")), encode(tokenizer, Text("ab"))]
+    assert learned_and_disturbed(model, Collator.of(model, tokenizer), texts, adapter)[1] is None
+
+
+def test_mean_divergence_of_texts(model, tokenizer, adapters):
+    nothing, adapter = adapters
+    texts = [Text("abc abd"), Text("hgfedcba, abc"), Text("d" * 40)]
+    before = model.get_parameter(WEIGHT).clone()
     found = mean_kl(model, tokenizer, texts, adapter, window=16)
     rows = [tokenizer(text.text)["input_ids"][:16] for text in texts]
     total = 0.0
@@ -160,7 +194,7 @@ def test_mean_divergence_of_texts(model, tokenizer):
     assert found["kl"] == pytest.approx(total / found["tokens"], rel=1e-4)
     assert found["kl"] > 1e-3
     assert mean_kl(model, tokenizer, texts, nothing)["kl"] == 0
-    assert torch.equal(model.get_parameter(weight), before)
+    assert torch.equal(model.get_parameter(WEIGHT), before)
 
 
 def test_collapse_as_printed_and_by_chance():

@@ -79,7 +79,7 @@ class TrainConfig(SelectConfig):
 
     Args:
         data: training examples, a JSON Lines file
-        density: share of the target entries to train, in (0, 1]; auto finds the one that validates best, 0.001 if none
+        density: share of the target entries to train, in (0, 1]; auto searches a good one, 0.001 if none
         validation: examples to evaluate on while training, a JSON Lines file
         validation_limit: at most so many of them, always the same
         indices: folder of a selection or an adapter whose entries to train, instead of choosing by a rule

@@ -46,8 +46,10 @@ def lost(record: dict[str, Any]) -> str:
 
 def print_search(trials: list[dict[str, Any]]) -> None:
     """A row a trial, the longest runs first, each rung by its judge."""
-    columns = ["steps", "density", "lr", "trained", "validation_loss", "last_validation_loss", "last_loss"]
+    columns = ["steps", "density", "lr", "trained", "validation_loss", "last_validation_loss", "last_loss", "kl"]
     losses = {id(trial): inf if trial["validation_loss"] is None else trial["validation_loss"] for trial in trials}
     ordered = sorted(trials, key=lambda trial: (-trial["steps"], losses[id(trial)]))  # those that failed are the last
     rows = [[f"{trial[name]:g}" if name in ("density", "lr") else trial[name] for name in columns] for trial in ordered]
-    print_table(["steps", "density", "lr", "trained", "best validation loss", "last", "training loss"], rows)
+    print_table(
+        ["steps", "density", "lr", "trained", "best validation loss", "last", "training loss", "KL on prompts"], rows
+    )

@@ -1,13 +1,13 @@
-"""How far an adapted model's predictions lie from the base model's, on text that no task is about."""
+"""How far an adapted model's predictions lie from the base model's, where nothing was to be learned."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import Collator, by_length, encode, pad_left
+from finepoint.batches import IGNORED, Collator, Row, by_length, encode, left, pad_left
 from finepoint.choosing.passes import on_device
 from finepoint.data import Example
 
@@ -35,21 +35,57 @@ def mean_kl(
         `kl`, and `tokens`: how many positions it is a mean over.
     """
     rows = [encode(tokenizer, example).ids[:window] for example in examples]
-    collator = Collator.of(model, tokenizer)
-    model.eval()
     total, count = 0.0, 0
-    for places in by_length([len(row) for row in rows], TOKENS):
-        batch = on_device(
-            pad_left([rows[place] for place in places], collator.padding, collator.positions), model.device
-        )
-        real = batch["attention_mask"].bool()
-        base = model(**batch).logits[real]
-        with adapter.applied(model):
-            adapted = model(**batch).logits[real]
-        total += float(divergences(base, adapted).double().sum())
-        count += len(base)
+    for places, real, base, adapted in _logits(model, Collator.of(model, tokenizer), rows, adapter):
+        total += float(divergences(base[real], adapted[real]).double().sum())
+        count += int(real.sum())
         advance(len(places))
     return {"kl": total / count, "tokens": count}
+
+
+@torch.no_grad()
+def learned_and_disturbed(
+    model: Any, collator: Collator, rows: Sequence[Row], adapter: SparseAdapter
+) -> tuple[Tensor, float | None]:
+    """What an adapter does where a row is learned, and what it does to the rest of the row.
+
+    Args:
+        model: the causal base model; the adapter goes in and out for every batch.
+        rows: with labels for their tokens, at least one of them learned in each.
+
+    Returns:
+        (rows,) float64: the mean loss over the labels of each row under the adapter; and KL(base || adapted), in nats,
+        averaged over the positions that predict no label, which are those of the prompts; None where there are none.
+    """
+    losses = torch.empty(len(rows), dtype=torch.float64)
+    total, count = 0.0, 0
+    for places, real, base, adapted in _logits(model, collator, [row.ids for row in rows], adapter):
+        given = [rows[place].labels for place in places]
+        labels = left([row for row in given if isinstance(row, list)], IGNORED).to(base.device)[:, 1:]
+        real = real[:, :-1]
+        wanted = real & (labels != IGNORED)
+        log_likelihoods = adapted[:, :-1][wanted].float().log_softmax(-1).gather(-1, labels[wanted][:, None])
+        sums = torch.zeros(wanted.shape, dtype=torch.float64, device=base.device)
+        sums[wanted] = -log_likelihoods[:, 0].double()
+        losses[places] = (sums.sum(1) / wanted.sum(1)).cpu()
+        rest = real & ~wanted
+        total += float(divergences(base[:, :-1][rest], adapted[:, :-1][rest]).double().sum())
+        count += int(rest.sum())
+    return losses, total / count if count else None
+
+
+def _logits(
+    model: Any, collator: Collator, rows: Sequence[list[int]], adapter: SparseAdapter
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Batch by batch: which rows, where their tokens are (rows, tokens), and the logits of base and adapted model."""
+    model.eval()
+    for places in by_length([len(row) for row in rows], TOKENS):
+        padded = pad_left([rows[place] for place in places], collator.padding, collator.positions)
+        batch = on_device(padded, model.device)
+        base = model(**batch).logits
+        with adapter.applied(model):
+            adapted = model(**batch).logits
+        yield places, batch["attention_mask"].bool(), base, adapted
 
 
 def divergences(base: Tensor, adapted: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""`finepoint train --density auto`: the density that validates best, found by successive halving.
+"""`finepoint train --density auto`: the density that learns most at the least cost, by successive halving.
 
 Every pair of a density and a learning rate is tried for a quarter of the steps; the better third goes on with half of
-them, the best of these with all. The judge is the lowest validation loss of a run (Jamieson and Talwalkar,
-arXiv:1502.07943, for the halving). Each trial starts afresh, so that its learning rate falls to zero as it would alone.
+them, the best of these with all (Jamieson and Talwalkar, arXiv:1502.07943, for the halving). Each trial starts afresh,
+so that its learning rate falls to zero as it would alone. The judge is the lowest validation loss of a run; among
+trials that the examples cannot tell from the lowest, it is what they did to the predictions on the prompts, which
+nobody asked them to change.
 """
 
 import logging
@@ -12,22 +14,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from finepoint.adapters.adapter import SparseAdapter
 from finepoint.batches import learned
 from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, read_json, read_record, write_json, write_record
+from finepoint.measuring.divergence import learned_and_disturbed
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import BLIND_RATES, GRADIENT_RATES
 from finepoint.training.finite import TrainingFailedError
-from finepoint.training.run import RECORD, train
+from finepoint.training.run import RECORD, fit
 from finepoint.training.settings import steps_of
-from finepoint.training.workplace import Workplace, prepare
+from finepoint.training.workplace import Workplace, prepare, rows_of, scoring_rows
 
 logger = logging.getLogger(__name__)
 DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SHARES = (0.25, 0.5, 1.0)  # of the steps, rung by rung
 KEPT = 3  # one in so many goes on to the next rung
+JUDGED = 64  # validation examples: on these, trials are told apart
 KEPT_FACTS = ("trained", "validation_loss", "last_validation_loss", "last_loss", "best_step", "update_norm")
 
 
@@ -85,9 +92,10 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
             _forget_adapters(folder / "search")
         pairs = [(trial["density"], trial["lr"]) for trial in best(rung, max(1, len(rung) // KEPT))]
     winner = best(rung, 1)[0]
-    logger.info("density %g at learning rate %g validates best", winner["density"], winner["lr"])
+    logger.info("density %g at learning rate %g is taken", winner["density"], winner["lr"])
     best_run = folder / "search" / Trial(winner["density"], winner["lr"], winner["steps"]).id
-    record = read_record(best_run / RECORD) | {"search": found}
+    search = [{name: trial[name] for name in trial if name != "losses"} for trial in found]
+    record = read_record(best_run / RECORD) | {"search": search}
     _move_up(best_run, folder)
     write_record(folder / RECORD, record)  # says that the search is done
     _tidy(folder / "search")
@@ -116,15 +124,35 @@ def _forget_adapters(folder: Path) -> None:
 
 
 def best(trials: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The trials with the lowest validation loss; ties: fewer entries, then the smaller rate.
+    """The trials that learned as much as any, those that changed least besides first; then those of lower loss.
+
+    A trial has learned as much as that of the lowest validation loss where its loss on the judged examples lies above
+    by no more than one standard error of the difference, example by example. Ties: fewer entries, smaller rate.
+
+    Args:
+        trials: each with `validation_loss`, the `losses` of the judged examples, and `kl` to the base on their prompts;
+            where that is None the validation loss decides alone.
 
     Raises:
-        FinepointError: none has one.
+        FinepointError: none has a loss.
     """
     sound = [trial for trial in trials if trial["validation_loss"] is not None]
     if not sound:
         raise FinepointError(f"no trial of the search came to an end: {trials[0]['error']}")
-    return sorted(sound, key=lambda trial: (trial["validation_loss"], trial["density"], trial["lr"]))[:count]
+    lowest = min(sound, key=lambda trial: trial["validation_loss"])
+
+    def order(trial: dict[str, Any]) -> tuple[float, ...]:
+        alike = trial["kl"] is not None and _as_good(trial["losses"], lowest["losses"])
+        judge = trial["kl"] if alike else trial["validation_loss"]
+        return not alike, judge, trial["density"], trial["lr"]
+
+    return sorted(sound, key=order)[:count]
+
+
+def _as_good(losses: Sequence[float], lowest: Sequence[float]) -> bool:
+    """Whether the mean difference, example by example, is within its standard error."""
+    above = np.subtract(losses, lowest)
+    return bool(above.mean() <= (above.std(ddof=1) / len(above) ** 0.5 if len(above) > 1 else 0.0))
 
 
 def _run(config: TrainConfig, place: Workplace, trial: Trial, folder: Path) -> dict[str, Any]:
@@ -133,19 +161,34 @@ def _run(config: TrainConfig, place: Workplace, trial: Trial, folder: Path) -> d
     A trial that diverges has an error instead.
     """
     path = folder / f"{trial.id}.json"
-    if path.is_file():
-        return read_json(path)
+    if path.is_file() and "kl" in (done := read_json(path)):  # earlier versions did not look
+        return done
     settings = replace(config, density=trial.density, lr=trial.lr, steps=trial.steps, keep="best", save_every=None,
                        resume=False, overwrite=True, output=str(folder / trial.id))  # fmt: skip
     indices, _ = shared_selection(settings, place, folder)
     try:
-        record = train(replace(settings, indices=str(indices)), place)
+        record, adapter = fit(replace(settings, indices=str(indices)), place)
     except TrainingFailedError as error:  # not a full disk, after which the trial is to be tried again
-        found = asdict(trial) | dict.fromkeys(KEPT_FACTS) | {"error": str(error)}
+        found = asdict(trial) | dict.fromkeys((*KEPT_FACTS, "kl")) | {"error": str(error)}
     else:
         overfit = record["last_validation_loss"] - record["validation_loss"]
         found = asdict(trial) | {name: record[name] for name in KEPT_FACTS} | {"overfit": overfit}
-    logger.info("density %g, lr %g, %d steps: validation loss %s", trial.density, trial.lr, trial.steps,
-                found["validation_loss"])  # fmt: skip
+        found |= _judged(config, place, adapter)
+    logger.info("density %g, lr %g, %d steps: validation loss %s, KL on prompts %s", trial.density, trial.lr,
+                trial.steps, found["validation_loss"], found["kl"])  # fmt: skip
     write_json(path, found)
     return found
+
+
+def _judged(config: TrainConfig, place: Workplace, adapter: SparseAdapter) -> dict[str, Any]:
+    """`losses` of some validation examples under a trial's adapter, and `kl` to the base on their prompts.
+
+    A classifier has no prompts whose predictions could stay as they were, and neither have texts learned from their
+    first token: there `kl` is None.
+    """
+    if place.labels:
+        return {"losses": [], "kl": None}
+    rows = scoring_rows(rows_of(config, place, config.validation, "validation example", config.validation_limit) or [],
+                        JUDGED, config.seed)  # fmt: skip
+    losses, kl = learned_and_disturbed(place.model, place.collator, rows, adapter)
+    return {"losses": losses.tolist(), "kl": kl}
