@@ -326,6 +326,23 @@ def test_text_in_figures_can_be_told_from_the_paper(browser, written):
         assert min(abs(brightness(fill) - paper) for fill in set(fills)) > 60
 
 
+OVERLAPPING = """Array.from(document.querySelectorAll('%s svg')).flatMap(svg => {
+    const boxes = Array.from(svg.querySelectorAll('text')).map(e => [e.textContent, e.getBoundingClientRect()]);
+    return boxes.flatMap(([name, a], i) => boxes.slice(i + 1).filter(([_, b]) =>
+        Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+        Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > a.height / 3).map(([other]) => [name, other]))})"""
+
+
+def test_names_of_baselines_do_not_lie_on_one_another(browser, tmp_path):
+    alike = [arm(f"lora{i}", kind="baseline") for i in range(6)]  # of accuracies that differ by little
+    found = report(write_study(tmp_path / "s", arms=[*FEW[:2], arm("random", 0.01), *alike]))
+    browser.look(1280, "light")
+    browser.open(found["report"])
+    for i in range(6):
+        assert f">lora{i}</text>" in page_of(found)
+    assert browser.value(OVERLAPPING % "#figure-density") == []
+
+
 def test_the_browser_of_these_tests_sees_complaints_and_requests(browser, tmp_path):
     (tmp_path / "bad.html").write_text("<img src='missing.png'><script>console.error('no'); throw Error('x')</script>")
     browser.open(tmp_path / "bad.html")

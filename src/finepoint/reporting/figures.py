@@ -32,6 +32,7 @@ COLOURS = {
 ARM_COLOURS = [colour for colour, (name, _) in COLOURS.items() if name.startswith("--c")]
 MARKERS = "osD^vPX*"  # one more than colours: the pairs repeat only after 56 families
 PANEL = (4.4, 3.2)  # inches: half a page on a desk, a whole one on a phone
+SMALL_PRINT = 0.055  # a line of it, as a share of the height of a panel's axes
 MOST_PANELS = 16
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "finepoint", "text.parse_math": False, "font.size": 9,
@@ -151,7 +152,9 @@ def _grid(axes: Any, axis: str = "both") -> None:
 
 def _logarithmic(axis: Any) -> None:
     axis.axes.set_xscale("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+    low, high = axis.get_view_interval()
+    between = (2.0, 5.0) if high < 30 * low else (3.0,)  # as many as have room for their numbers
+    axis.set_major_locator(LogLocator(subs=(1.0, *between), numticks=6))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -212,9 +215,8 @@ def density(results: Results) -> list[Panel]:
                 axes.plot([row["density"] for row in line], [row[key] for row in line], color=look.colour, linewidth=1)
                 for row in line:
                     _point(axes, style[row["arm"]], row["density"], row[key], None, row[f"{key}_sd"])
-            for row in _of(flat, task=task):
-                if row[key] is not None:
-                    _level(axes, row[key], style[row["arm"]].colour, short(row["arm"], 16))
+            _levels(axes, [(row[key], row["arm"], style[row["arm"]].colour) for row in _of(flat, task=task)
+                           if row[key] is not None])  # fmt: skip
             _logarithmic(axes.xaxis)
             axes.set_xlabel("density (share of target entries)")
             axes.set_ylabel(label)
@@ -230,10 +232,20 @@ def density(results: Results) -> list[Panel]:
     ]  # fmt: skip
 
 
-def _level(axes: Any, value: float, colour: str, name: str) -> None:
-    axes.axhline(value, color=colour, linestyle=":", linewidth=1.2)
-    axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-                  ha="right", fontsize=7.5, color=colour)  # fmt: skip
+def _levels(axes: Any, levels: Sequence[tuple[float, str, str]]) -> None:
+    """Dotted lines at some values, each named beyond its end in its colour; names do not lie on one another."""
+    levels = sorted(levels)
+    for value, _, colour in levels:
+        axes.axhline(value, color=colour, linestyle=":", linewidth=1.2)
+    low, high = axes.get_ylim()
+    line = (high - low) * SMALL_PRINT
+    places = [value for value, _, _ in levels]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + line)
+    for i, (_, name, colour) in enumerate(levels):
+        place = min(places[i], high - (len(levels) - 1 - i) * line)
+        axes.annotate(short(name, 16), (1, place), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                      textcoords="offset points", va="center", fontsize=7.5, color=colour)  # fmt: skip
 
 
 def ood_change(results: Results) -> list[Panel]:
