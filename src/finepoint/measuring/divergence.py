@@ -12,6 +12,7 @@ from finepoint.choosing.passes import on_device
 from finepoint.data import Example
 
 TOKENS = 1024  # of a pass: both models' logits are held for all of them
+CHUNK = 128  # positions whose probabilities are held
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def mean_kl(
     rows = [encode(tokenizer, example).ids[:window] for example in examples]
     total, count = 0.0, 0
     for places, real, base, adapted in _logits(model, Collator.of(model, tokenizer), rows, adapter):
-        total += float(divergences(base[real], adapted[real]).double().sum())
+        total += _sum(base[real], adapted[real])
         count += int(real.sum())
         advance(len(places))
     return {"kl": total / count, "tokens": count}
@@ -69,7 +70,7 @@ def learned_and_disturbed(
         sums[wanted] = -log_likelihoods[:, 0].double()
         losses[places] = (sums.sum(1) / wanted.sum(1)).cpu()
         rest = real & ~wanted
-        total += float(divergences(base[:, :-1][rest], adapted[:, :-1][rest]).double().sum())
+        total += _sum(base[:, :-1][rest], adapted[:, :-1][rest])
         count += int(rest.sum())
     return losses, total / count if count else None
 
@@ -86,6 +87,11 @@ def _logits(
         with adapter.applied(model):
             adapted = model(**batch).logits
         yield places, batch["attention_mask"].bool(), base, adapted
+
+
+def _sum(base: Tensor, adapted: Tensor) -> float:
+    parts = zip(base.split(CHUNK), adapted.split(CHUNK), strict=True)
+    return sum(float(divergences(*part).double().sum()) for part in parts)
 
 
 def divergences(base: Tensor, adapted: Tensor) -> Tensor:

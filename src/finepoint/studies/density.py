@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import learned
+from finepoint.batches import Row, learned
 from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SHARES = (0.25, 0.5, 1.0)  # of the steps, rung by rung
 KEPT = 3  # one in so many goes on to the next rung
-JUDGED = 64  # validation examples: on these, trials are told apart
+JUDGED, WINDOW = 64, 512  # validation examples, and tokens at the end of each: on these, trials are told apart
 KEPT_FACTS = ("trained", "validation_loss", "last_validation_loss", "last_loss", "best_step", "update_norm")
 
 
@@ -186,9 +186,10 @@ def _judged(config: TrainConfig, place: Workplace, adapter: SparseAdapter) -> di
     A classifier has no prompts whose predictions could stay as they were, and neither have texts learned from their
     first token: there `kl` is None.
     """
-    if place.labels:
+    given = rows_of(config, place, config.validation, "validation example", config.validation_limit) or []
+    ends = [Row(row.ids[-WINDOW:], row.labels[-WINDOW:]) for row in given if isinstance(row.labels, list)]
+    rows = scoring_rows(ends, JUDGED, config.seed)
+    if not rows:
         return {"losses": [], "kl": None}
-    rows = scoring_rows(rows_of(config, place, config.validation, "validation example", config.validation_limit) or [],
-                        JUDGED, config.seed)  # fmt: skip
     losses, kl = learned_and_disturbed(place.model, place.collator, rows, adapter)
     return {"losses": losses.tolist(), "kl": kl}
