@@ -16,8 +16,8 @@ from finepoint.choosing.statistics import stream_statistics
 from finepoint.choosing.structure import Tiling, tilings
 from finepoint.choosing.weights import target_weights
 from finepoint.errors import FinepointError
-from finepoint.training.kernels import plain
-from finepoint.training.kernels.lines import COLUMNS, ROWS, column_gradient, every, row_gradient, whole_lines
+from finepoint.training.kernels import groups, plain
+from finepoint.training.kernels.groups import LEAST, Blocks, Columns, Rows, every, whole_groups
 from reference import dense_masked_training
 
 STRUCTURES = ["row", "column", "block:4x4", "block:3x5", "block:1000x2"]
@@ -155,17 +155,19 @@ def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
 
 
-@pytest.mark.parametrize("structure", ["row", "column", "block:4x4"])
+@pytest.mark.parametrize("structure", ["row", "column", "block:4x4", "block:8x4"])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gemma])
-def test_training_whole_groups_equals_dense_training_with_a_masked_gradient(structure, make):
+def test_training_whole_groups_equals_dense_training_with_a_masked_gradient(structure, make, monkeypatch):
+    monkeypatch.setattr(groups, "LEAST", 4)
     batches = random_batches()
     model = make(torch.float64)
     reference = copy.deepcopy(model)
     chosen = finepoint.select(model, rule="random", density=0.2, structure=structure)
     tuner = finepoint.SparseTuner(model, chosen)
-    lines = {entries.axis for entries in tuner.entries.values()}
-    expected = {"row": {ROWS}, "column": {COLUMNS}, "block:4x4": {None}}[structure]
-    assert lines == expected if make is tiny_llama else lines <= {ROWS, COLUMNS, None}
+    found = {type(entries.groups) for entries in tuner.entries.values()}
+    kind = {"row": Rows, "column": Columns}.get(structure, Blocks)
+    assert kind in found
+    assert found <= {Rows, Columns, Blocks}  # of a small weight blocks may be all of its rows
     optimizer = adamw(tuner.parameters())
     for batch in batches:
         optimizer.zero_grad()
@@ -181,27 +183,63 @@ def test_training_whole_groups_equals_dense_training_with_a_masked_gradient(stru
 @given(st.integers(1, 6), st.integers(1, 6), st.data())
 def test_whole_lines_are_recognised_and_nothing_else_is(out, features, data):
     places = sorted(data.draw(st.sets(st.integers(0, out * features - 1), min_size=1)))
-    found = whole_lines(torch.tensor(places), (out, features))
+    found = whole_groups(torch.tensor(places), (out, features))
     rows, columns = {place // features for place in places}, {place % features for place in places}
     if len(places) == len(rows) * features:
-        assert found[0] == ROWS
-        assert set(found[1].tolist()) == rows
+        assert isinstance(found, Rows)
+        assert set(found.rows.tolist()) == rows
     elif len(places) == len(columns) * out:
-        assert found[0] == COLUMNS
-        assert set(found[1].tolist()) == columns
+        assert isinstance(found, Columns)
+        assert set(found.columns.tolist()) == columns
     else:
         assert found is None
 
 
+@settings(deadline=None)
+@given(st.sampled_from([(16, 16), (16, 32), (32, 16), (48, 16)]), st.integers(1, 3), st.integers(2, 4), st.data())
+def test_whole_blocks_are_recognised_and_their_gradient_is_the_reference(size, down, across, data):
+    shape = size[0] * down, size[1] * across
+    tiling = Tiling(shape, *size)
+    blocks = data.draw(st.sets(st.integers(0, tiling.count - 1), min_size=1))
+    indices = tiling.indices(torch.tensor(sorted(blocks)))
+    found = whole_groups(indices, shape)
+    assert found is not None
+    if isinstance(found, Blocks):  # blocks that lie together may be larger ones
+        assert len(found.down) * found.size[0] * found.size[1] == len(indices)
+    dy, x = torch.randn(2, 5, shape[0], dtype=torch.double), torch.randn(2, 5, shape[1], dtype=torch.double)
+    torch.testing.assert_close(found.gradient(dy, found.saved(x)), plain.reference(dy, x, indices))
+    lacking = indices[torch.arange(len(indices)) != data.draw(st.integers(0, len(indices) - 1))]
+    assert whole_groups(lacking, shape) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [((LEAST, LEAST // 2), (64, 64)), ((LEAST // 2, LEAST), (64, 64)), ((16, 16), (40, 64)), ((16, 16), (64, 40))],
+)
+def test_small_blocks_and_those_of_weights_they_do_not_tile_go_entry_by_entry(size, shape):
+    indices = Tiling(shape, *size).indices(torch.tensor([0, 3, 6]))
+    assert whole_groups(indices, shape) is None
+
+
+def test_moved_blocks_are_not_on_their_grid():
+    block = every(torch.arange(16), torch.arange(16), 64)
+    assert isinstance(whole_groups(block + 32 * 64 + 16, (64, 64)), Blocks)
+    assert whole_groups(block + 1, (64, 64)) is None
+    assert whole_groups(block + 3 * 64, (64, 64)) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gradients_of_lines_equal_the_reference(dtype):
+def test_gradients_of_groups_equal_the_reference(dtype):
     torch.manual_seed(0)
-    dy, x = torch.randn(2, 7, 10, dtype=dtype), torch.randn(2, 7, 6, dtype=dtype)
-    lines = torch.tensor([1, 4])
-    by_row = plain.reference(dy, x, every(lines, torch.arange(6), 6))
-    by_column = plain.reference(dy, x, every(torch.arange(10), lines, 6))
-    torch.testing.assert_close(row_gradient(dy, x, lines), by_row)
-    torch.testing.assert_close(column_gradient(dy, x[..., lines]), by_column)
+    dy, x = torch.randn(2, 7, 64, dtype=dtype), torch.randn(2, 7, 32, dtype=dtype)
+    lines, sixteen = torch.tensor([1, 4]), torch.arange(16)
+    blocks = [every(16 * i + sixteen, 16 * j + sixteen, 32) for i, j in ((0, 1), (3, 0))]
+    chosen = {Rows: every(lines, torch.arange(32), 32), Columns: every(torch.arange(64), lines, 32),
+              Blocks: torch.cat(blocks)}  # fmt: skip
+    for kind, indices in chosen.items():
+        found = whole_groups(indices, (64, 32))
+        assert isinstance(found, kind)
+        torch.testing.assert_close(found.gradient(dy, found.saved(x)), plain.reference(dy, x, indices))
 
 
 def test_whole_columns_keep_their_own_inputs_only():

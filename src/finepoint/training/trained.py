@@ -18,7 +18,7 @@ from finepoint.adapters.adapter import Change
 from finepoint.adapters.entries import checksum, gather, moved, scatter_
 from finepoint.errors import FinepointError
 from finepoint.training.kernels import follow_, sampled_embedding_gradient, sampled_gradient
-from finepoint.training.kernels.lines import COLUMNS, ROWS, column_gradient, row_gradient, whole_lines
+from finepoint.training.kernels.groups import Groups, whole_groups
 
 
 class Moved(NamedTuple):
@@ -39,9 +39,8 @@ class TrainedEntries(nn.Module):
     delta: nn.Parameter
     indices: Tensor
     base: Tensor
-    axis: int | None
-    lines: Tensor
-    """the rows or columns (by `axis`) that the entries are all of, if they are"""
+    groups: Groups | None
+    """the rows, columns or blocks that the entries are all of, if they are, with a shorter way to their gradient"""
     settled_indices: Tensor
     """entries that were trained, are no more, and stay as they are; with their `settled_base` and `settled_delta`"""
     settled_base: Tensor
@@ -59,14 +58,13 @@ class TrainedEntries(nn.Module):
         # In four bytes where they fit: they stay in memory as long as the training lasts.
         indices = indices.to(weight.device, torch.int32 if weight.numel() <= 1 << 31 else torch.long)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.register_buffer("lines", indices[:0].long(), persistent=False)
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("base", gather(weight, indices), persistent=False)
         self.delta = nn.Parameter(torch.zeros(len(indices), dtype=wide, device=weight.device))
         nothing = Moved(self.indices[:0], self.base[:0], self.delta.detach()[:0])
         for part, empty in zip(Moved._fields, nothing, strict=True):
             self.register_buffer(f"settled_{part}", empty.clone(), persistent=False)
-        self._find_lines(given)
+        self._find_groups(given)
         self.stale = False
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -88,15 +86,14 @@ class TrainedEntries(nn.Module):
         assert weight is not None
         return weight
 
-    def _find_lines(self, indices: Tensor) -> None:
-        """Sees whether the entries are whole rows or columns, which have a shorter way to their gradient.
+    def _find_groups(self, indices: Tensor) -> None:
+        """Sees whether the entries are whole rows, columns or blocks.
 
         Args:
             indices: the entries as they were handed over, on whatever device that was.
         """
-        found = whole_lines(indices.long(), tuple(self.weight.shape)) if len(indices) else None
-        self.axis, lines = found or (None, self.lines[:0])
-        self.lines = lines.to(self.lines)
+        groups = whole_groups(indices.long(), tuple(self.weight.shape))
+        self.groups = None if groups is None else groups.to(self.indices.device)
 
     @property
     def settled(self) -> Moved:
@@ -148,7 +145,7 @@ class TrainedEntries(nn.Module):
         self.indices, self.base = indices, base
         # Another parameter: graphs that are still about hold the old one to its shape.
         self.delta = nn.Parameter(delta, self.delta.requires_grad)
-        self._find_lines(indices)
+        self._find_groups(indices)
         self.follow_()
         return places
 
@@ -244,11 +241,9 @@ class TrainedEntries(nn.Module):
 
     def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """dL/ddelta: (k,), from a linear layer's output gradient and what was saved of its input."""
-        if self.axis == COLUMNS:
-            return column_gradient(dy, x)
-        if self.axis == ROWS:
-            return row_gradient(dy, x, self.lines)
-        return sampled_gradient(dy, x, self.indices)
+        if self.groups is None:
+            return sampled_gradient(dy, x, self.indices)
+        return self.groups.gradient(dy, x)
 
     @torch.compiler.disable
     def after_embedding(
@@ -291,8 +286,7 @@ class _SampledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, delta: Tensor, x: Tensor, entries: TrainedEntries) -> Tensor:
-        # Of whole columns only their inputs are needed, so that the layer's whole input may go.
-        ctx.save_for_backward(x.index_select(-1, entries.lines) if entries.axis == COLUMNS else x)
+        ctx.save_for_backward(x if entries.groups is None else entries.groups.saved(x))
         ctx.entries = entries
         # Declared as changed in place, so that the output is itself and no view: models may add to it in place.
         ctx.mark_dirty(output)
