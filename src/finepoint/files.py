@@ -28,8 +28,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A folder of its own: safetensors and others write beside the file that they are told, and move it there.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL) as made:
-            temporary = Path(made) / path.name
+        with partial_folder(path.parent, path) as made:
+            temporary = made / path.name
             write(temporary)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
@@ -208,13 +208,16 @@ def fill_folder(path: str | Path, overwrite: bool, replaces: Sequence[str] = ())
 
 
 @contextmanager
-def partial_folder(parent: Path) -> Iterator[Path]:
+def partial_folder(parent: Path, what: Path | None = None) -> Iterator[Path]:
     """A temporary folder; where its process is killed, the next one that is `alone` in `parent` takes it away.
+
+    Args:
+        what: is to be written there, and is named where it cannot be; the parent where not given.
 
     Raises:
         FinepointError: it cannot be made.
     """
-    with writing(parent):
+    with writing(what or parent):
         made = tempfile.TemporaryDirectory(dir=parent, prefix=".", suffix=PARTIAL)
     with made as name:
         yield Path(name)

@@ -45,7 +45,7 @@ def lost(record: dict[str, Any]) -> str:
 
 
 def print_search(trials: list[dict[str, Any]]) -> None:
-    """A row a trial, the longest runs first, each rung by its judge."""
+    """A row a trial, the longest runs first, each rung by its loss."""
     columns = ["steps", "density", "lr", "trained", "validation_loss", "last_validation_loss", "last_loss", "kl"]
     losses = {id(trial): inf if trial["validation_loss"] is None else trial["validation_loss"] for trial in trials}
     ordered = sorted(trials, key=lambda trial: (-trial["steps"], losses[id(trial)]))  # those that failed are the last

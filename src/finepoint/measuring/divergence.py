@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.batches import IGNORED, Collator, Row, by_length, encode, left, pad_left
@@ -65,9 +66,8 @@ def learned_and_disturbed(
         labels = left([row for row in given if isinstance(row, list)], IGNORED).to(base.device)[:, 1:]
         real = real[:, :-1]
         wanted = real & (labels != IGNORED)
-        log_likelihoods = adapted[:, :-1][wanted].float().log_softmax(-1).gather(-1, labels[wanted][:, None])
         sums = torch.zeros(wanted.shape, dtype=torch.float64, device=base.device)
-        sums[wanted] = -log_likelihoods[:, 0].double()
+        sums[wanted] = cross_entropy(adapted[:, :-1][wanted].float(), labels[wanted], reduction="none").double()
         losses[places] = (sums.sum(1) / wanted.sum(1)).cpu()
         rest = real & ~wanted
         total += _sum(base[:, :-1][rest], adapted[:, :-1][rest])

@@ -79,6 +79,7 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
     steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
     lrs = (config.lr,) if config.lr else GRADIENT_RATES if rule_named(config.rule).needs_data else BLIND_RATES
     pairs = [(density, lr) for density in DENSITIES for lr in lrs]
+    judged = _judged_rows(config, place)
     found: list[dict[str, Any]] = []
     rung: list[dict[str, Any]] = []
     for share in SHARES:
@@ -86,7 +87,8 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
         # Halfway and at the end: enough to see over-fitting. The longest are the runs that one would get alone.
         looks = config.eval_every if share == 1 else max(1, length // 2)
         trials = [Trial(density, lr, length) for density, lr in pairs]
-        rung = [_run(replace(config, eval_every=looks), place, trial, folder / "search") for trial in trials]
+        settings = replace(config, eval_every=looks)
+        rung = [_run(settings, place, judged, trial, folder / "search") for trial in trials]
         found += rung
         if share < 1:
             _forget_adapters(folder / "search")
@@ -155,7 +157,7 @@ def _as_good(losses: Sequence[float], lowest: Sequence[float]) -> bool:
     return bool(above.mean() <= (above.std(ddof=1) / len(above) ** 0.5 if len(above) > 1 else 0.0))
 
 
-def _run(config: TrainConfig, place: Workplace, trial: Trial, folder: Path) -> dict[str, Any]:
+def _run(config: TrainConfig, place: Workplace, judged: list[Row], trial: Trial, folder: Path) -> dict[str, Any]:
     """One trial: its settings, its losses, and its over-fitting: how far the last validation loss lies above the best.
 
     A trial that diverges has an error instead.
@@ -173,22 +175,25 @@ def _run(config: TrainConfig, place: Workplace, trial: Trial, folder: Path) -> d
     else:
         overfit = record["last_validation_loss"] - record["validation_loss"]
         found = asdict(trial) | {name: record[name] for name in KEPT_FACTS} | {"overfit": overfit}
-        found |= _judged(config, place, adapter)
+        found |= _judged(place, judged, adapter)
     logger.info("density %g, lr %g, %d steps: validation loss %s, KL on prompts %s", trial.density, trial.lr,
                 trial.steps, found["validation_loss"], found["kl"])  # fmt: skip
     write_json(path, found)
     return found
 
 
-def _judged(config: TrainConfig, place: Workplace, adapter: SparseAdapter) -> dict[str, Any]:
-    """`losses` of some validation examples under a trial's adapter, and `kl` to the base on their prompts.
-
-    A classifier has no prompts whose predictions could stay as they were, and neither have texts learned from their
-    first token: there `kl` is None.
-    """
+def _judged_rows(config: TrainConfig, place: Workplace) -> list[Row]:
+    """The ends of some validation examples; none of a classifier, which has no prompts whose predictions could stay."""
     given = rows_of(config, place, config.validation, "validation example", config.validation_limit) or []
     ends = [Row(row.ids[-WINDOW:], row.labels[-WINDOW:]) for row in given if isinstance(row.labels, list)]
-    rows = scoring_rows(ends, JUDGED, config.seed)
+    return scoring_rows(ends, JUDGED, config.seed)
+
+
+def _judged(place: Workplace, rows: list[Row], adapter: SparseAdapter) -> dict[str, Any]:
+    """`losses` of these examples under a trial's adapter, and `kl` to the base on their prompts.
+
+    Without examples, or where texts are learned from their first token, `kl` is None.
+    """
     if not rows:
         return {"losses": [], "kl": None}
     losses, kl = learned_and_disturbed(place.model, place.collator, rows, adapter)
