@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from finepoint import ranks
+from finepoint import interruption, ranks
 
 console = Console(stderr=True)
 Step = TypeVar("Step")
@@ -23,12 +23,20 @@ CHATTY = ("torchao", "torch.utils._pytree")
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar for `total` steps; inside, call the yielded function with the number of steps done."""
+    """A bar for `total` steps; inside, call the yielded function with the number of steps done.
+
+    That is also where a ctrl-C is felt that a library has lost.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     silent = not (console.is_terminal and ranks.is_first())
     with Progress(*columns, console=console, transient=True, disable=silent) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
+
+        def advance(done: int) -> None:
+            interruption.check()
+            bar.advance(task, done)
+
+        yield advance
 
 
 def tracked(what: str, steps: Sequence[Step]) -> Iterator[Step]:

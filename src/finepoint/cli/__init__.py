@@ -69,7 +69,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from finepoint import ranks
+    from finepoint import interruption, ranks
     from finepoint.cli.options import parse
     from finepoint.errors import FinepointError
 
@@ -77,13 +77,14 @@ def _run(command: str, arguments: list[str]) -> int:
     # For `--rule module:function`; last, so that no file lying about hides a package.
     sys.path.append("")
     try:
-        config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
-        from finepoint.progress import log_to_stderr
+        with interruption.noticed():
+            config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
+            from finepoint.progress import log_to_stderr
 
-        log_to_stderr()
-        if ranks.launched() and command not in TOGETHER:
-            raise FinepointError(f"{command} runs in one process; start it without torchrun or accelerate launch")
-        status = module.run(config)
+            log_to_stderr()
+            if ranks.launched() and command not in TOGETHER:
+                raise FinepointError(f"{command} runs in one process; start it without torchrun or accelerate launch")
+            status = module.run(config)
     except FinepointError as error:
         line = " ".join(str(error).split())
         who = "" if ranks.is_first() else f"process {ranks.rank()}: "

@@ -7,7 +7,6 @@ outcome: a result, a `Failure`, or `LOST` where the process that had it is gone.
 import logging
 import multiprocessing
 import os
-import signal
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from finepoint import interruption
 from finepoint.errors import FinepointError
 from finepoint.extras import needing
 from finepoint.progress import log_to_stderr
@@ -56,6 +56,7 @@ def work(desk: Desk | None, study: Study, job: Job) -> tuple[Desk | None, Outcom
         desk.base = base
         return desk, measure_base(desk) if cell is None else run_cell(desk, cell)
     except Exception as error:
+        interruption.check()
         # A model that an error may have left in any state is not used again.
         mistake = isinstance(error, FinepointError)
         text = " ".join(str(error).split()) if mistake else f"{type(error).__name__}: {error}"
@@ -123,7 +124,8 @@ class Processes:
         process = multiprocessing.get_context("spawn").Process(
             target=_serve, args=(theirs, self.study, threads), daemon=True
         )
-        with _environment(OMP_NUM_THREADS=str(threads)):  # read when the libraries are loaded
+        # The number of threads is read when the libraries are loaded.
+        with _environment(OMP_NUM_THREADS=str(threads)), interruption.deaf():
             process.start()
         theirs.close()  # or its end would outlive the process
         return process, mine
@@ -133,7 +135,6 @@ def _serve(line: Connection, study: Study, threads: int) -> None:
     """The life of a hired process: jobs in, outcomes out, until the line or the parent is gone."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what becomes of an interruption
     _leave_with_parent()
     torch.set_num_threads(threads)
     log_to_stderr(quiet=True)
