@@ -11,8 +11,8 @@ OLDEST := .venv-oldest
 demo: $(INSTALLED)
 	$(BIN)/finepoint demo --output runs/demo --overwrite
 
-# Side by side in up to four processes of one thread each.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile -m "not slow and not faults"
+# Side by side in up to four processes of one thread each, the longest files first.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not faults"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)

@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +12,14 @@ pytest.register_assert_rewrite("desk")
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 VOCABULARY = 64
+LONG = ("test_plan", "test_compare", "test_baselines", "test_end_to_end", "test_density", "test_refresh",
+        "test_quantised", "test_ranks", "test_docs")  # fmt: skip
+"""The files that take longest. Run side by side they come first: begun last, they would be waited for."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 def tiny_llama(dtype=torch.float32, tied=True, seed=0, layers=2):
@@ -159,6 +168,14 @@ def warm(tmp_path_factory):
     server = Warm(tmp_path_factory.mktemp("warm"))
     yield server
     server.close()
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, as in a terminal: where tests run in the background the signal may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler, "another was left"
 
 
 @contextmanager

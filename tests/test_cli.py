@@ -1,10 +1,10 @@
 """Every command in a process of its own, on real files: what a user sees, and the exit status."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -17,21 +17,24 @@ from finepoint.config import AlignConfig, EvalConfig, TrainConfig
 from finepoint.errors import FinepointError
 
 
-def finepoint(*arguments, status=0, **environment):
-    done = subprocess.run(
-        [sys.executable, "-m", "finepoint", *map(str, arguments)],
-        capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-    )  # fmt: skip
-    assert done.returncode == status, done.stderr
-    if status:
-        assert "Traceback" not in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert done.stdout == ""
-    return done
+@pytest.fixture(scope="module")
+def finepoint(warm):
+    """Runs a command to its end, with the exit status that is expected."""
+
+    def run(*arguments, status=0):
+        done = warm.run("finepoint", *map(str, arguments), folder=Path.cwd(), stderr=subprocess.PIPE)
+        assert done.returncode == status, done.stderr
+        if status:
+            assert "Traceback" not in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+            assert done.stdout == ""
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def trained(model_folder, tmp_path_factory):
+def trained(finepoint, model_folder, tmp_path_factory):
     """An adapter made through the command line, with its data."""
     folder = tmp_path_factory.mktemp("cli")
     rows = [{"prompt": f"{a}{b}:", "choices": [" x", " yy"], "answer": int(a > "d")} for a in "abcdefgh" for b in "ab"]
@@ -42,7 +45,7 @@ def trained(model_folder, tmp_path_factory):
     return {"folder": folder, "data": data, "text": text, "adapter": folder / "a", "record": json.loads(done.stdout)}
 
 
-def test_help_of_every_command_lists_every_flag():
+def test_help_of_every_command_lists_every_flag(finepoint):
     overview = finepoint("--help").stdout
     for command in COMMANDS:
         assert command in overview
@@ -91,14 +94,14 @@ def test_train_prints_one_json_object_and_logs_elsewhere(trained):
         assert record[key] > 0
 
 
-def test_train_for_people(trained, model_folder):
+def test_train_for_people(finepoint, trained, model_folder):
     done = finepoint("train", "--model", model_folder, "--data", trained["data"], "--output", trained["folder"] / "b",
                      "--count", "50", "--steps", "2", "--rule", "sparta")  # fmt: skip
     assert "trained 50 entries for 2 steps" in done.stdout
     assert "entries chosen in" in done.stderr
 
 
-def test_eval_has_the_promised_keys(trained, model_folder):
+def test_eval_has_the_promised_keys(finepoint, trained, model_folder):
     output = trained["folder"] / "scores.json"
     done = finepoint("eval", "--model", model_folder, "--adapter", trained["adapter"], "--id", f"own={trained['data']}",
                      "--ood", f"other={trained['data']}", "--ood", f"third={trained['data']}",
@@ -118,7 +121,7 @@ def test_eval_has_the_promised_keys(trained, model_folder):
     finepoint("eval", "--model", model_folder, "--id", f"a={trained['data']}", "--output", output, status=2)
 
 
-def test_select_inspect_verify_rules(trained, model_folder):
+def test_select_inspect_verify_rules(finepoint, trained, model_folder):
     folder = trained["folder"] / "s"
     arguments = ["--model", model_folder, "--rule", "magnitude-low", "--targets", "v,o", "--density", "0.2"]
     chosen = json.loads(finepoint("select", *arguments, "--output", folder, "--json").stdout)
@@ -142,7 +145,7 @@ def test_select_inspect_verify_rules(trained, model_folder):
     assert "2401.16405" in rules["schedules"]["drop-grow:FRACTION"]["source"]
 
 
-def test_a_baseline_is_trained_and_evaluated(trained, model_folder, tmp_path):
+def test_a_baseline_is_trained_and_evaluated(finepoint, trained, model_folder, tmp_path):
     done = finepoint("train", "--model", model_folder, "--data", trained["data"], "--output", tmp_path / "b",
                      "--baseline", "lora", "--baseline-options", "rank=2", "--steps", "3", "--json")  # fmt: skip
     assert json.loads(done.stdout)["config"]["baseline_options"] == {"rank": 2}
@@ -151,7 +154,7 @@ def test_a_baseline_is_trained_and_evaluated(trained, model_folder, tmp_path):
     assert list(json.loads(done.stdout)["adapters"]) == [str(tmp_path / "b"), f"{tmp_path / 'b'} x 0.5"]
 
 
-def test_an_adapter_goes_out_and_comes_back(trained, model_folder, tmp_path):
+def test_an_adapter_goes_out_and_comes_back(finepoint, trained, model_folder, tmp_path):
     adapter = ["--model", model_folder, "--adapter", trained["adapter"]]
     out = json.loads(finepoint("export", *adapter, "--format", "merged", "--output", tmp_path / "m", "--json").stdout)
     assert out["entries"] == trained["record"]["trained"]
@@ -175,7 +178,7 @@ def test_an_adapter_goes_out_and_comes_back(trained, model_folder, tmp_path):
     finepoint("verify", "--model", model_folder, tmp_path / "b")
 
 
-def test_a_yaml_file_gives_the_flags_and_a_flag_overrides_it(trained, model_folder, tmp_path):
+def test_a_yaml_file_gives_the_flags_and_a_flag_overrides_it(finepoint, trained, model_folder, tmp_path):
     path = tmp_path / "train.yaml"
     path.write_text(
         f"model: {model_folder}\ndata: {trained['data']}\noutput: {tmp_path / 'y'}\ndensity: 0.2\nsteps: 3\nlr: 1e-2\n"
@@ -235,7 +238,7 @@ def test_flags_that_cannot_be_read(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_users_mistakes_are_one_line_and_exit_status_2(trained, model_folder, tmp_path):
+def test_the_users_mistakes_are_one_line_and_exit_status_2(finepoint, trained, model_folder, tmp_path):
     train = ["train", "--model", model_folder, "--data", trained["data"], "--output", tmp_path / "o"]
     export = ["export", "--model", model_folder, "--adapter", trained["adapter"], "--output", tmp_path / "o"]
     extract = ["extract", "--base", model_folder, "--output", tmp_path / "o"]

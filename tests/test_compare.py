@@ -267,6 +267,19 @@ def test_other_settings_are_refused_and_more_arms_are_not(config, tmp_path):
     assert names == ["full", "gallop-0.05"]  # whose cells are still there
 
 
+def test_an_arm_without_a_result_may_change(config, tmp_path):
+    arm = {"rule": "random", "density": 0.05, "lrs": [1e-3]}
+    config = replace(config, arms=[*config.arms[:1], arm | {"train": {"clip": 1.0}}], seeds=[0])
+    compare(config)
+    config.arms[1] = arm | {"train": {"clip": 2.0}}
+    with pytest.raises(FinepointError, match=r"arm random-0\.05"):
+        compare(config)
+    (tmp_path / "study" / "cells" / "ends.random-0.05.lr0.001.s0.json").unlink()  # as if it had failed
+    assert compare(config)["failed"] == {}
+    arms = json.loads((tmp_path / "study" / "study.json").read_text())["arms"]
+    assert [arm["train"] for arm in arms if arm["name"] == "random-0.05"] == [{"clip": 2.0}]
+
+
 def test_a_folder_of_something_else_is_refused(config, tmp_path):
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "thesis.tex").write_text("x")
@@ -416,7 +429,7 @@ def test_kill_9_loses_at_most_the_cell_in_hand(config, tmp_path):
     assert alike(results(tmp_path / "study"), whole)
 
 
-def test_ctrl_c_says_how_to_go_on(config, tmp_path):
+def test_ctrl_c_says_how_to_go_on(config, tmp_path, ctrl_c):
     process = subprocess.Popen(command(config, tmp_path, "--output", config.output), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     until = time.time() + 120

@@ -38,11 +38,8 @@ class PressedAtTheEnd:
 
 
 @pytest.fixture(autouse=True)
-def handler():
-    """As in a terminal; where tests run in the background ctrl-C may be ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def forgotten(ctrl_c):
     yield
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler, "not put back"
     interruption.check()  # nothing is left of it
 
 

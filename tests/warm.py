@@ -65,11 +65,12 @@ class Warm:
         for name in ("finepoint", "python"):
             (self.bin / name).write_text(CLIENT)
             (self.bin / name).chmod(0o755)
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # more cost more than they give where all is tiny
+        # More threads cost more than they give where all is tiny. Both are read by what is imported.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, __file__, self.place]
         # A session of its own, so that all it started ends with it; and it leaves when our end of its stdin closes.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=one_thread, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
         assert self.process.stdout.readline() == b"ready\n"
 
@@ -79,10 +80,10 @@ class Warm:
         self.process.stdin.close()
         self.process.stdout.close()
 
-    def run(self, *command, folder, timeout=300, **environment):
+    def run(self, *command, folder, timeout=300, stderr=subprocess.STDOUT, **environment):
         """What `python FILE ..` or `finepoint ..` does in a folder: the status and all output."""
         return subprocess.run([self.bin / command[0], *command[1:]], cwd=folder, env=self._environment() | environment,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+                              stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, text=True,
                               timeout=timeout)  # fmt: skip
 
     def start(self, *command, folder, said, **environment):

@@ -220,7 +220,7 @@ def manifest_of(study: Study) -> dict[str, Any]:
 def _arms_before(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The arms of the study in the folder that it has no longer: their cells are still there.
 
-    Refuses to go on under settings that the finished cells were not made with.
+    Refuses to go on under settings that the finished cells were not made with; an arm without any may still change.
 
     Raises:
         FinepointError: naming what differs; or the folder holds something else.
@@ -234,7 +234,8 @@ def _arms_before(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, An
     refuse_version(path, before.get("format"), FORMAT)
     manifest = json.loads(json.dumps(manifest))  # as it would be read: tuples are lists there
     arms, known = ({arm["name"]: {**arm, "lrs": None} for arm in found["arms"]} for found in (manifest, before))
-    pairs = [(f"arm {name}", known[name], arm) for name, arm in arms.items() if name in known]
+    finished = {cell["arm"] for cell in Ledger.of(folder).cells.values()}
+    pairs = [(f"arm {name}", known[name], arm) for name, arm in arms.items() if name in known and name in finished]
     pairs += [
         (name, before["config"].get(name), value) for name, value in manifest["config"].items() if name not in GROWS
     ]

@@ -7,7 +7,6 @@ outcome: a result, a `Failure`, or `LOST` where the process that had it is gone.
 import logging
 import multiprocessing
 import os
-import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from finepoint.errors import FinepointError
 from finepoint.extras import needing
 from finepoint.progress import log_to_stderr
 from finepoint.studies.cells import Desk, measure_base, run_cell
+from finepoint.studies.hired import serve
 from finepoint.studies.study import Cell, Study
 
 Job = tuple[Cell | None, Mapping[str, Any] | None]
@@ -121,43 +121,14 @@ class Processes:
     def _hire(self) -> tuple[Any, Connection]:
         mine, theirs = multiprocessing.Pipe()
         threads = max(1, (os.cpu_count() or 1) // self.size)
-        process = multiprocessing.get_context("spawn").Process(
-            target=_serve, args=(theirs, self.study, threads), daemon=True
-        )
+        process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, threads), daemon=True)
         # The number of threads is read when the libraries are loaded.
         with _environment(OMP_NUM_THREADS=str(threads)), interruption.deaf():
             process.start()
         theirs.close()  # or its end would outlive the process
+        with suppress(OSError):  # it is gone already: `wait` will find it so
+            mine.send(self.study)
         return process, mine
-
-
-def _serve(line: Connection, study: Study, threads: int) -> None:
-    """The life of a hired process: jobs in, outcomes out, until the line or the parent is gone."""
-    import torch
-
-    _leave_with_parent()
-    torch.set_num_threads(threads)
-    log_to_stderr(quiet=True)
-    desk: Desk | None = None
-    while True:
-        try:
-            job = line.recv()
-        except EOFError:
-            return
-        desk, outcome = work(desk, study, job)
-        line.send(outcome)
-
-
-def _leave_with_parent() -> None:
-    """Ends this process as soon as its parent has, however that ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class Ray:
