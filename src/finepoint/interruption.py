@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.resource_tracker import ensure_running
 from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 _came = False
 
@@ -58,7 +58,7 @@ def deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _interrupt(signal_number: int, frame: FrameType | None) -> Any:
+def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
     global _came
     _came = True
     raise KeyboardInterrupt
