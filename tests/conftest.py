@@ -2,7 +2,9 @@ import copy
 import json
 import logging
 import signal
+import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +170,23 @@ def warm(tmp_path_factory):
     server = Warm(tmp_path_factory.mktemp("warm"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def finepoint(warm):
+    """Runs a command to its end, with the exit status that is expected."""
+
+    def run(*arguments, status=0):
+        done = warm.run("finepoint", *map(str, arguments), folder=Path.cwd(), stderr=subprocess.PIPE,
+                        timeout=600)  # fmt: skip
+        assert done.returncode == status, done.stderr
+        if status:
+            assert "Traceback" not in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+            assert done.stdout == ""
+        return done
+
+    return run
 
 
 @pytest.fixture

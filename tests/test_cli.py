@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -15,22 +14,6 @@ from finepoint.cli import COMMANDS, main
 from finepoint.cli.options import SECTIONS, parse, sections
 from finepoint.config import AlignConfig, EvalConfig, TrainConfig
 from finepoint.errors import FinepointError
-
-
-@pytest.fixture(scope="module")
-def finepoint(warm):
-    """Runs a command to its end, with the exit status that is expected."""
-
-    def run(*arguments, status=0):
-        done = warm.run("finepoint", *map(str, arguments), folder=Path.cwd(), stderr=subprocess.PIPE)
-        assert done.returncode == status, done.stderr
-        if status:
-            assert "Traceback" not in done.stderr
-            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-            assert done.stdout == ""
-        return done
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@ import pytest
 
 from conftest import write_lines
 from finepoint.data import read_examples
-from test_cli import finepoint
 
 pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
-def vader(tmp_path_factory):
+def vader(finepoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "vader"
     finepoint("data", "vader", "--output", folder)
     return folder
@@ -33,7 +32,7 @@ def test_the_recipe_gives_the_counted_rows(vader):
     assert not groups["test"] & groups["validation"]
 
 
-def test_train_verify_and_evaluate_smollm2(vader, tmp_path):
+def test_train_verify_and_evaluate_smollm2(finepoint, vader, tmp_path):
     adapter = tmp_path / "adapter"
     done = finepoint("train", "--model", "smollm2", "--data", vader / "movies-train.jsonl", "--output", adapter,
                      "--rule", "gallop", "--density", "0.001", "--steps", "10", "--batch-size", "8",

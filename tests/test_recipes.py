@@ -17,7 +17,6 @@ from finepoint.recipes.novels import excerpts, paragraphs
 from finepoint.recipes.rdata import read_database
 from finepoint.recipes.table import RECIPES, recipe
 from finepoint.recipes.wordnet import Synset, parse, question, questions, split
-from test_cli import finepoint
 
 
 def fetched(name, folder):
@@ -41,7 +40,7 @@ def test_every_recipe_says_what_it_is():
     assert {"vader", "wordnet", "arithmetic", "boolq", "arc-c", "mmlu"} <= set(RECIPES)
 
 
-def test_the_command_line_lists_them_and_refuses_others(tmp_path):
+def test_the_command_line_lists_them_and_refuses_others(finepoint, tmp_path):
     listed = json.loads(finepoint("data", "--json").stdout)
     assert list(listed) == list(RECIPES)
     assert listed["wordnet"]["licence"].startswith("WordNet 3.0")
