@@ -16,7 +16,7 @@ from conftest import write_lines
 from studies import write_study
 
 EXTRAS = {
-    "numba", "llvmlite", "triton", "peft", "datasets", "ray", "matplotlib", "jinja2", "trl", "lm_eval", "torchao",
+    "numba", "llvmlite", "peft", "datasets", "ray", "matplotlib", "jinja2", "trl", "lm_eval", "torchao",
     "bitsandbytes", "tensorboard", "tensorboardX", "trackio", "wandb", "mlflow", "gguf",
 }  # fmt: skip
 

@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +7,10 @@ from finepoint.adapters.entries import moved
 from finepoint.training import kernels
 from finepoint.training.kernels import following, plain, sampled_gradient
 from finepoint.training.kernels import numba as compiled
+from finepoint.training.kernels.compiled import numba_kernels, or_plain
 from finepoint.training.kernels.numba import by_tiles
 
-KERNELS = {kernel.__name__: kernel for kernel in (plain.by_gather, plain.by_blocks, by_tiles)}
+KERNELS = {kernel.__name__: kernel for kernel in (plain.by_gather, plain.by_blocks, plain.by_product, by_tiles)}
 
 
 @st.composite
@@ -56,7 +53,7 @@ def test_the_reference_is_what_autograd_gives():
 
 
 def test_the_compiled_kernel_is_what_the_tests_run():
-    assert kernels.kernel_for("cpu", 0.001) is by_tiles
+    assert kernels.kernel_for("cpu", 0.001).__wrapped__ is by_tiles
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
@@ -86,26 +83,63 @@ def test_nothing_is_lost_where_fewer_threads_come_than_were_asked_for(monkeypatc
     torch.testing.assert_close(by_tiles(dy, x, indices), plain.reference(dy, x, indices), rtol=1e-5, atol=1e-4)
 
 
-def test_the_triton_kernel_equals_the_reference_in_its_interpreter():
-    # In a process of its own: Triton reads the setting when it is imported.
-    code = """
-import torch
-from finepoint.training.kernels.triton import by_programs
-from finepoint.training.kernels.plain import reference
-torch.manual_seed(0)
-cases = [(1, 1, 1, 1), (1, 7, 9, 20), (33, 40, 30, 0), (33, 40, 30, 1), (50, 64, 32, 300), (17, 3, 500, 129)]
-for tokens, height, width, count in cases:
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        dy, x = torch.randn(height, tokens).to(dtype).T, torch.randn(tokens, width).to(dtype)
-        indices = torch.randperm(height * width)[:count].sort().values
-        for narrow in (torch.int32, torch.int64):
-            found, expected = by_programs(dy, x, indices.to(narrow)), reference(dy, x, indices)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-print("equal")
-"""
-    environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout == "equal\n", done.stderr
+def fails(*arguments):
+    raise RuntimeError("no compiler here\nand more")
+
+
+@pytest.mark.parametrize("device", ["cpu", "elsewhere"])
+def test_a_compiled_kernel_that_fails_gives_way_to_the_plain_one_with_one_line(device, monkeypatch, caplog):
+    kernel = or_plain(fails, plain.by_gather)
+    monkeypatch.setitem(kernels.KERNELS, device, [(1.0, kernel)])
+    dy, x, indices = torch.randn(9, 20), torch.randn(9, 30), torch.tensor([1, 599])
+    for _ in range(3):
+        found = kernels.kernel_for(device, 0.001)(dy, x, indices)
+        torch.testing.assert_close(found, plain.reference(dy, x, indices), rtol=1e-4, atol=1e-5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the compiled kernel fails does not run on this machine (RuntimeError: no compiler here); plain PyTorch, "
+        "slower, takes its place"
+    ]
+
+
+def test_wrong_arguments_do_not_count_as_a_kernel_that_fails(caplog):
+    kernel = or_plain(plain.reference, plain.by_gather)
+    with pytest.raises((RuntimeError, ValueError)):
+        kernel(torch.randn(9, 20), torch.randn(8, 30), torch.tensor([1, 599]))
+    assert not caplog.records
+
+
+def test_weights_follow_in_plain_pytorch_where_the_compiled_loop_fails(monkeypatch):
+    monkeypatch.setitem(following.ONE_PASS, torch.float32, (fails, torch.float32))
+    monkeypatch.setattr(following, "_write_", or_plain(following.in_one_pass_, following.in_steps_))
+    weight = torch.zeros(4, 5)
+    following.follow_(weight, torch.tensor([3, 7], dtype=torch.int32), torch.zeros(2), torch.tensor([1.0, 2.0]))
+    assert weight.view(-1)[[3, 7]].tolist() == [1, 2]
+    assert weight.sum() == 3
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("numba"), OSError("libLLVM.so: cannot open")])
+def test_without_numba_or_with_a_broken_one_plain_pytorch_is_used(error, monkeypatch, caplog):
+    def broken(name):
+        raise error
+
+    monkeypatch.setattr("finepoint.training.kernels.compiled.import_module", broken)
+    assert numba_kernels.__wrapped__() is None
+    assert len(caplog.records) == (not isinstance(error, ModuleNotFoundError))  # what is not installed is no fault
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_groups_and_entries_off_the_cpu_take_one_dense_product(case):
+    dy, x, _ = case
+    expected = dy.double().T @ x.double()
+    found = plain.product(dy.T, x)
+    assert found.dtype == (torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_half_precision_is_not_multiplied_as_it_is_where_a_device_cannot_sum_it_in_float32():
+    assert not plain.sums_in_float32("cpu", torch.bfloat16)  # has no such product
+    assert plain.sums_in_float32("meta", torch.bfloat16) is False
 
 
 @settings(max_examples=60, deadline=None)
@@ -132,16 +166,23 @@ def test_every_density_has_a_kernel(density):
     torch.testing.assert_close(sampled_gradient(dy, x, indices), plain.reference(dy, x, indices), rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_hold_a_bounded_piece_of_the_dense_gradient(monkeypatch):
+@pytest.mark.parametrize("kernel", [plain.by_blocks, plain.by_product])
+def test_blocks_hold_a_bounded_piece_of_the_dense_gradient(kernel, monkeypatch):
     monkeypatch.setattr(plain, "BLOCK", 100)
+    monkeypatch.setattr(plain, "WIDE_BLOCK", 100)
     dy, x = torch.randn(6, 33).double(), torch.randn(6, 40).double()
-    indices = torch.arange(0, 33 * 40, 7)
-    torch.testing.assert_close(plain.by_blocks(dy, x, indices), plain.reference(dy, x, indices))
+    for indices in (
+        torch.arange(0, 33 * 40, 7),
+        torch.arange(1000, 1020),
+        torch.tensor([0]),
+        torch.tensor([33 * 40 - 1]),
+    ):
+        torch.testing.assert_close(kernel(dy, x, indices), plain.reference(dy, x, indices))
 
 
 def test_without_the_compiled_kernel_everything_works(monkeypatch):
     monkeypatch.setattr(kernels, "KERNELS", {})
-    assert kernels.kernel_for("cpu", 0.001) is plain.by_gather
+    assert kernels.kernel_for("cpu", 0.001) is plain.by_product
     dy, x, indices = torch.randn(9, 20), torch.randn(9, 30), torch.tensor([1, 599])
     torch.testing.assert_close(sampled_gradient(dy, x, indices), plain.reference(dy, x, indices), rtol=1e-4, atol=1e-5)
 

@@ -6,10 +6,10 @@ documented in `plain.py`; a test holds each against `plain.reference`.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from finepoint.training.kernels import plain
+from finepoint.training.kernels.compiled import numba_kernels, or_plain
 from finepoint.training.kernels.following import follow_
 from finepoint.training.kernels.plain import sampled_embedding_gradient
 
@@ -18,21 +18,12 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Kernels by device, each with the density up to which it is the fastest; beyond all of them, the dense product in
 # blocks. Measured on two AVX2 cores, 512 tokens, weights of 192 x 576 to 1536 x 576 (docs/benchmarks.md).
 KERNELS: dict[str, list[tuple[float, Kernel]]] = {"cpu": [(0.02, plain.by_gather)], "meta": [(1.0, plain.by_shape)]}
+# On all other devices the dense product is so fast that no way of gathering comes near it, at any density: on an H100
+# 0.20 ms against 0.28 at least (4096 x 4096, 4,096 tokens, bfloat16; docs/benchmarks.md).
+ELSEWHERE: list[tuple[float, Kernel]] = [(1.0, plain.by_product)]
 
-try:
-    from finepoint.training.kernels.numba import by_tiles
-except ImportError:  # the extra finepoint[cpu] is not installed
-    pass
-else:
-    KERNELS["cpu"] = [(0.1, by_tiles)]
-
-if torch.cuda.is_available():
-    try:
-        from finepoint.training.kernels.triton import by_programs
-    except ImportError:
-        pass
-    else:
-        KERNELS["cuda"] = [(0.05, by_programs)]
+if numba := numba_kernels():
+    KERNELS["cpu"] = [(0.1, or_plain(numba.by_tiles, plain.by_gather))]
 
 
 def sampled_gradient(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
@@ -42,7 +33,7 @@ def sampled_gradient(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 def kernel_for(device: str, density: float) -> Kernel:
     """The fastest kernel on a device at a density."""
-    for limit, kernel in KERNELS.get(device, [(0.02, plain.by_gather)]):
+    for limit, kernel in KERNELS.get(device, ELSEWHERE):
         if density <= limit:
             return kernel
     return plain.by_blocks

@@ -7,17 +7,15 @@ from torch import Tensor
 
 from finepoint import ranks
 from finepoint.adapters.entries import moved, scatter_
+from finepoint.training.kernels.compiled import numba_kernels, or_plain
 
-try:
-    from finepoint.training.kernels.numba import add_at, add_at_half
-except ImportError:  # the extra finepoint[cpu] is not installed
-    ONE_PASS: dict[torch.dtype, tuple[Any, torch.dtype]] = {}
-else:
-    # By the weight's dtype: the loop, and what NumPy is to take the weight's bits for.
+# By the weight's dtype: the loop, and what NumPy is to take the weight's bits for.
+ONE_PASS: dict[torch.dtype, tuple[Any, torch.dtype]] = {}
+if numba := numba_kernels():
     ONE_PASS = {
-        torch.float32: (add_at, torch.float32),
-        torch.float64: (add_at, torch.float64),
-        torch.bfloat16: (add_at_half, torch.uint16),
+        torch.float32: (numba.add_at, torch.float32),
+        torch.float64: (numba.add_at, torch.float64),
+        torch.bfloat16: (numba.add_at_half, torch.uint16),
     }
 
 
@@ -33,12 +31,20 @@ def follow_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> Non
         start, end = torch.searchsorted(indices, edges).tolist()
         indices, base, delta = indices[start:end] - first, base[start:end], delta[start:end]
     if weight.dtype in ONE_PASS and weight.device.type == "cpu" and weight.is_contiguous():
-        loop, bits = ONE_PASS[weight.dtype]
-        loop(
-            weight.detach().view(-1).view(bits).numpy(),
-            indices.numpy(),
-            base.view(bits).numpy(),
-            delta.detach().numpy(),
-        )
+        _write_(weight, indices, base, delta)
     else:
-        scatter_(weight, indices, moved(base, delta))
+        in_steps_(weight, indices, base, delta)
+
+
+def in_one_pass_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> None:
+    """The compiled loop."""
+    loop, bits = ONE_PASS[weight.dtype]
+    loop(weight.detach().view(-1).view(bits).numpy(), indices.numpy(), base.view(bits).numpy(), delta.detach().numpy())
+
+
+def in_steps_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> None:
+    """Plain PyTorch."""
+    scatter_(weight, indices, moved(base, delta))
+
+
+_write_ = or_plain(in_one_pass_, in_steps_)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finepoint.training.kernels.plain import accumulator
+from finepoint.training.kernels.plain import product
 
 LEAST = 16  # rows and columns of a block: the products of smaller ones cost more than their entries one by one
 
@@ -82,15 +82,13 @@ class Blocks(Groups):
 
     def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         height, width = self.size
-        dtype = accumulator(dy, x)
-        dy = dy.reshape(-1, dy.shape[-1] // height, height).index_select(1, self.down).to(dtype)
-        x = x.reshape(-1, x.shape[-1] // width, width).index_select(1, self.across).to(dtype)
-        return torch.bmm(dy.permute(1, 2, 0), x.transpose(0, 1)).reshape(-1).index_select(0, self.order)
+        dy = dy.reshape(-1, dy.shape[-1] // height, height).index_select(1, self.down)
+        x = x.reshape(-1, x.shape[-1] // width, width).index_select(1, self.across)
+        return product(dy.permute(1, 2, 0), x.transpose(0, 1)).reshape(-1).index_select(0, self.order)
 
 
 def _dense(dy: Tensor, x: Tensor) -> Tensor:
-    dtype = accumulator(dy, x)
-    return (dy.reshape(-1, dy.shape[-1]).to(dtype).T @ x.reshape(-1, x.shape[-1]).to(dtype)).reshape(-1)
+    return product(dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1])).reshape(-1)
 
 
 def whole_groups(indices: Tensor, shape: tuple[int, ...]) -> Groups | None:

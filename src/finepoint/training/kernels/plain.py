@@ -9,6 +9,7 @@ For y = x W^T, dL/dW[i, j] = sum over tokens t of dy[t, i] x[t, j]. All kernels 
 and return (k,), in float32 (float64 where an operand is float64).
 """
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 GATHERED = 1 << 18  # products in flight while gathering: 1 MB of float32 for each operand stays in the cache
 BLOCK = 1 << 22  # entries of the dense gradient held at a time
+WIDE_BLOCK = 1 << 24  # the same where a product is spread over thousands of cores: 64 MB
 
 
 def reference(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
@@ -58,6 +60,56 @@ def by_blocks(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
         dense = dy[:, first : first + rows].T.to(out.dtype) @ x
         out[start:end] = dense.reshape(-1)[indices[start:end] - first * width]
     return out
+
+
+def by_product(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """The dense product in the layer's own dtype, summed in float32, in blocks of rows; memory one block.
+
+    For devices on which a dense product costs less than gathering. Nothing waits for the device: which entries lie in
+    which block is not asked, entries of other blocks are read anywhere and left out.
+    """
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    width, height = x.shape[1], dy.shape[1]
+    rows = max(1, WIDE_BLOCK // width)
+    out = torch.zeros(len(indices), dtype=accumulator(dy, x), device=dy.device)
+    for first in range(0, height, rows):
+        dense = product(dy[:, first : first + rows].T, x).reshape(-1)
+        if rows >= height:
+            return dense[indices]
+        place = indices - first * width
+        inside = (place >= 0) & (place < len(dense))
+        out = torch.where(inside, dense[place.clamp(0, len(dense) - 1)], out)
+    return out
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices (m, t) and (t, n), or batches of them: float32, summed in it (float64 where an operand is).
+
+    A device that multiplies half precision into float32 gets the operands as they are. Off the CPU, of operands of two
+    dtypes, as under autocast, the wider is rounded to the other's, in which the layer itself has multiplied.
+    """
+    dtype = accumulator(a, b)
+    if a.device.type != "cpu" and dtype == torch.float32:
+        if a.itemsize != b.itemsize:
+            narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+            a, b = a.to(narrow), b.to(narrow)
+        if a.dtype == b.dtype != dtype and sums_in_float32(a.device.type, a.dtype):
+            return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+@lru_cache
+def sums_in_float32(device: str, dtype: torch.dtype) -> bool:
+    """Whether a device multiplies matrices of half precision into float32 without rounding: tried on it."""
+    ones = torch.ones(1, 16, 16, dtype=dtype, device=device)
+    parts = torch.zeros_like(ones)
+    parts[:, 0], parts[:, 1] = 2048, 1  # half precision has no 2049
+    try:
+        batched = torch.bmm(ones, parts, out_dtype=torch.float32)
+        single = torch.mm(ones[0], parts[0], out_dtype=torch.float32)
+        return bool((batched == 2049).all() and (single == 2049).all())
+    except (RuntimeError, TypeError):  # an older torch, or not on this device
+        return False
 
 
 def by_shape(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
