@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-faults test-hostile test-oldest test-mergekit wheel audit lint bench bench-quick docs clean
+.PHONY: demo gpu test test-slow test-faults test-hostile test-oldest test-mergekit wheel audit lint bench bench-quick docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/finepoint demo --output runs/demo --overwrite
@@ -63,6 +63,12 @@ bench: $(VENV)/.benchmarks
 
 bench-quick: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/run.py --quick
+
+# On a machine with a GPU: correctness there, then times beside the bound and the rivals. PYTHON may be one that has
+# torch for the GPU, transformers, peft and pytest; the virtual environment is not used.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -q tests/test_devices.py
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -12,8 +12,8 @@ def dense_masked_training(model, indices, batches, make_optimizer, delta_decay=F
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     masks = {}
     for name, parameter in chosen.items():
-        mask = torch.zeros(parameter.numel(), dtype=torch.bool)
-        mask[indices[name]] = True
+        mask = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+        mask[indices[name].to(parameter.device)] = True
         masks[name] = mask.view(parameter.shape)
     model.requires_grad_(True)
     optimizer = make_optimizer(list(chosen.values()))

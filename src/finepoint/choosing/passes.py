@@ -1,7 +1,7 @@
 """Passes over the scoring examples: what a batch is, and a model that nothing of a pass is left on."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     flags = [parameter.requires_grad for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
     modes = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in parameters if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+    with _random_state_kept(parameters), torch.enable_grad():
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -37,6 +36,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
             for module, mode in modes.items():
                 module.training = mode
+
+
+@contextmanager
+def _random_state_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Afterwards the random state of the CPU, and of every device that holds one of the parameters, is as before."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        elsewhere = {parameter.device for parameter in parameters} - {torch.device("cpu"), torch.device("meta")}
+        for kind in {device.type for device in elsewhere}:
+            devices = [device for device in elsewhere if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(devices=devices, device_type=kind))
+        yield
 
 
 def label_count(batch: Batch) -> int:
