@@ -60,6 +60,17 @@ def test_dpo_makes_chosen_answers_likelier(arm, model_folder, tmp_path, pairs):
     assert not (tmp_path / "out" / "checkpoints").exists() or not any((tmp_path / "out" / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("warmup", [0.1, 1.0])
+def test_a_run_of_one_step_takes_it(method, warmup, model_folder, tmp_path, pairs, sums):
+    data, reward = (pairs, "number") if method == "dpo" else (sums, f"{__name__}:first_letter")
+    given = settings(model_folder, tmp_path, method, data, steps=1, warmup=warmup, schedule="linear", reward=reward)
+    record = align(replace(given, rule="random"))
+    assert record["changed"] > 0
+    with pytest.raises(FinepointError, match="warmup is 1.5"):
+        align(replace(given, warmup=1.5, overwrite=True))
+
+
 def test_the_adapter_is_what_was_measured(model_folder, tmp_path, pairs, tokenizer):
     from finepoint.integrations.methods import DPO
 

@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlavaConfig, MambaConfig
 
 from conftest import make_tokenizer, tiny_llama
 from finepoint.batches import (
@@ -8,6 +11,7 @@ from finepoint.batches import (
     Row,
     by_length,
     chat_text,
+    context_length,
     encode,
     encode_all,
     encode_pair,
@@ -80,3 +84,13 @@ def test_by_length_keeps_to_the_budget_and_loses_nothing():
     batches = by_length(sizes, 18)
     assert sorted(place for batch in batches for place in batch) == list(range(len(sizes)))
     assert all(len(batch) == 1 or len(batch) * max(sizes[i] for i in batch) <= 18 for batch in batches)
+
+
+def test_the_context_of_a_model_of_several_parts_is_that_of_the_one_that_reads():
+    text = {"max_position_embeddings": 77, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    composite = SimpleNamespace(config=LlavaConfig(text_config=LlamaConfig(**text)))
+    assert context_length(composite, None) == 77
+    assert context_length(composite, 9) == 9
+    assert context_length(composite, 99) == 77
+    assert context_length(tiny_llama(), None) == 64
+    assert context_length(SimpleNamespace(config=MambaConfig()), None) == 1 << 30  # it has no end

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from finepoint.measuring.generation import (
     foreign_answers,
     frequent_answers,
     generated,
+    generation_hits,
     prompt_ids,
     written,
 )
@@ -46,6 +48,59 @@ def test_what_is_written_is_the_likeliest_token_after_token(model, tokenizer):
     for prompt, found in zip(prompts, written(model, tokenizer, prompts, 64, 5), strict=True):
         tokens = by_hand(model, prompt, 5, ends)
         assert found == Written(tokenizer.decode(tokens, skip_special_tokens=True), tokens[0] == 2)
+
+
+LEAKS = {
+    "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 5, "min_length": 9, "num_beams": 3,
+    "suppress_tokens": [6, 7, 8, 9, 10], "begin_suppress_tokens": [6, 7, 8], "stop_strings": ["a"], "max_length": 3,
+    "return_dict_in_generate": True, "num_return_sequences": 2, "do_sample": True, "bad_words_ids": [[6], [7]],
+    "forced_eos_token_id": 2, "exponential_decay_length_penalty": (1, 3.0), "sequence_bias": [[[7], -9.0]],
+    "encoder_repetition_penalty": 1.5, "guidance_scale": 2.0, "max_time": 1e-9, "watermarking_config": None,
+    "prompt_lookup_num_tokens": 2, "temperature": 0.2, "top_k": 1, "penalty_alpha": 0.6, "output_scores": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_no_generation_setting_of_the_checkpoint_leaks_in(tokenizer, name):
+    model = tiny_llama()
+    prompts = [tokenizer(text)["input_ids"] for text in ("ab:", "say it again: a", "12")]
+    expected = written(model, tokenizer, prompts, 64, 6)
+    setattr(model.generation_config, name, LEAKS[name])
+    settings = model.generation_config
+    assert written(model, tokenizer, prompts, 64, 6) == expected
+    assert model.generation_config is settings
+    assert getattr(settings, name) == LEAKS[name]
+
+
+def test_writing_stops_at_every_end_of_model_and_tokenizer(tokenizer):
+    model = tiny_llama()
+    prompt = tokenizer("ab:")["input_ids"]
+    tokens = by_hand(model, prompt, 8, {2})
+    end = next(token for token in tokens if token != tokens[0])
+    for place in ("generation", "config", "tokenizer"):
+        model, own = tiny_llama(), copy.deepcopy(tokenizer)
+        if place == "generation":
+            model.generation_config.eos_token_id = [2, end]
+        elif place == "config":
+            model.config.eos_token_id = [end]
+        else:
+            own.eos_token = tokenizer.convert_ids_to_tokens(end)
+        (found,) = written(model, own, [prompt], 64, 8)
+        stopped = by_hand(model, prompt, 8, end_tokens(model, own))
+        assert len(stopped) < len(tokens)
+        assert found.text == own.decode(stopped, skip_special_tokens=True)
+
+
+def test_references_that_are_longer_than_what_is_written_are_counted(model, tokenizer, caplog):
+    examples = [Completion("ab", " cde"), Completion("ab", "c"), Completion("ab", "cdefg")]
+    generation_hits(model, tokenizer, examples, 64, 5)
+    assert caplog.records == []
+    generation_hits(model, tokenizer, examples, 64, 2)
+    generated(model, tokenizer, [Choices("ab", ("cde", "f"), 0)], (), 64, 2)
+    assert [record.getMessage().split(" that are")[0] for record in caplog.records] == [
+        "2 of 3 references are longer than the 2 tokens",
+        "1 of 1 references are longer than the 2 tokens",
+    ]
 
 
 def test_an_end_at_once_is_empty(tokenizer):
@@ -88,22 +143,20 @@ def test_answers_of_another_task_are_memorised_ones(tokenizer):
     assert same["memorised"] is None  # labels that are answers here too tell nothing
 
 
-class Scripted:
+class Scripted(torch.nn.Module):
     """A model that writes what it is told: only what `written` asks of one."""
 
     def __init__(self, writes, tokenizer):
+        super().__init__()
         self.writes, self.tokenizer, self.device = writes, tokenizer, "cpu"
         self.generation_config = type("G", (), {"eos_token_id": 2})
         self.config = type("C", (), {})()
 
-    def eval(self):
-        return self
-
     def forward(self, input_ids, attention_mask):
         raise NotImplementedError
 
-    def generate(self, input_ids, max_new_tokens, **_):
-        rows = []
+    def generate(self, input_ids, generation_config, **_):
+        rows, max_new_tokens = [], generation_config.max_new_tokens
         for row in input_ids:
             text = self.writes[self.tokenizer.decode(row, skip_special_tokens=True)]
             rows.append((self.tokenizer(text, add_special_tokens=False)["input_ids"] + [2] * 8)[:max_new_tokens])
@@ -138,6 +191,17 @@ def test_divergence_is_the_sum_over_the_vocabulary():
         divergences(base, adapted).double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6
     )
     assert divergences(base, base).abs().max() == 0
+
+
+def test_divergence_where_tokens_are_ruled_out():
+    base, adapted = torch.randn(3, 7), torch.randn(3, 7)
+    both, one = base.clone(), adapted.clone()
+    both[:, 2] = -math.inf
+    one[:, 2] = -math.inf
+    kept = [0, 1, 3, 4, 5, 6]
+    torch.testing.assert_close(divergences(both, one), divergences(base[:, kept], adapted[:, kept]))
+    assert divergences(both, adapted).isfinite().all()
+    assert (divergences(base, one) == math.inf).all()  # the base allows what the other rules out
 
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"

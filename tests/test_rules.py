@@ -1,6 +1,7 @@
 """One suite over all rules: a rule is tested the day it is added."""
 
 import copy
+import math
 import random
 from fnmatch import fnmatchcase
 
@@ -10,7 +11,7 @@ import torch
 
 import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama
-from finepoint.choosing.rules import ALIASES, OURS, RULES, low_rank, rule_named
+from finepoint.choosing.rules import ALIASES, OURS, RULES, by_row, low_rank, rule_named
 from finepoint.choosing.selection import score
 from finepoint.choosing.statistics import stream_statistics
 from finepoint.choosing.weights import target_weights
@@ -130,13 +131,15 @@ def warm_up(model, batches, steps, lr):
 
 
 def places(values):
-    """Of every value, how many of its row are larger, negative; ties to the first; a fraction for the value itself."""
+    """Of every value, how many of its row are larger, negative; ties to the first; a fraction for the value itself:
+    its exponent and mantissa, one after the other."""
     rows = values.reshape(-1, values.shape[-1])
     found = torch.empty_like(rows)
     for i, row in enumerate(rows.tolist()):
         for j, value in enumerate(row):
             larger = sum(other > value or (other == value and k < j) for k, other in enumerate(row))
-            found[i, j] = value / (1 + value) - larger
+            mantissa, exponent = math.frexp(value)
+            found[i, j] = ((exponent + 1022 + 2 * mantissa - 1) / 2048 if value else 0) - larger
     return found.view_as(values)
 
 
@@ -394,6 +397,25 @@ def test_every_neuron_gets_as_many_inputs():
             assert counts.tolist() == [2] * out
             best = model.get_parameter(name).abs().topk(2).indices.sort().values
             assert torch.equal(indices.view(out, 2) % features, best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entries_of_one_place_are_ordered_by_value_however_small_they_are(dtype):
+    torch.manual_seed(0)
+    values = torch.rand(40, 300, dtype=dtype) * 10.0 ** torch.randint(-37, 3, (40, 1))
+    scores = by_row(values)
+    assert scores.isfinite().all()
+    for row, found in zip(values, scores, strict=True):
+        assert torch.equal(row.argsort(descending=True, stable=True), found.argsort(descending=True, stable=True))
+    by_place = values.sort(dim=1, descending=True).values
+    found = scores.sort(dim=1, descending=True).values
+    for place in (0, 1, 150, 299):
+        assert torch.equal(by_place[:, place].argsort(stable=True), found[:, place].argsort(stable=True))
+    assert (found[:, :-1].min(0).values > found[:, 1:].max(0).values).all()
+    values[3, 5] = math.nan
+    assert by_row(values).isnan().sum() == 1  # which is refused
+    values[3, 5] = math.inf
+    assert by_row(values).isnan().sum() == 1
 
 
 # --- inputs

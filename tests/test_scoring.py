@@ -6,10 +6,13 @@ import torch
 from conftest import tiny_llama
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.entries import checksum
+from finepoint.batches import IGNORED, Collator, encode
 from finepoint.data import Chat, Choices, Completion, Text
 from finepoint.errors import FinepointError
 from finepoint.measuring import scoring
+from finepoint.measuring.divergence import learned_and_disturbed, mean_kl
 from finepoint.measuring.evaluation import Evaluation, evaluate, read_sets
+from finepoint.measuring.generation import generated
 from finepoint.measuring.metrics import changes, forget_ratio
 from finepoint.measuring.scoring import accuracy, mean_nll, token_log_likelihoods
 
@@ -124,8 +127,97 @@ def test_long_prompts_lose_their_beginning_with_one_warning_that_counts(model, t
     assert caplog.records == []
     assert accuracy(model, tokenizer, examples, max_length=5) == short
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 4 prompts are longer than 5 tokens and lost their beginning"
+        "1 of 2 prompts are longer than 5 tokens and lost their beginning"
     ]
+
+
+def test_all_choices_of_an_example_are_compared_after_the_same_text(model, tokenizer):
+    example = Choices("abcdefghij:", (" a", " jihgf", " bc"), 0)
+    (found,) = scoring.choice_likelihoods(model, tokenizer, [example], 8)
+    for choice, value in zip(example.choices, found, strict=True):
+        # The longest, of 6 tokens, of which the last is given nothing, leaves room for three.
+        ids = tokenizer("ij:" + choice)["input_ids"]
+        assert value == pytest.approx(sum(plain_log_likelihood(model, ids, 3)), rel=1e-4)
+    with pytest.raises(FinepointError, match="example 1 has a choice of 6 tokens, and the model is given 5"):
+        scoring.choice_likelihoods(model, tokenizer, [example], 5)
+
+
+def test_nll_of_chats_counts_what_is_learned_alone(model, tokenizer):
+    turns = (("user", "ab"), ("assistant", "cde"), ("user", "fgh i"), ("assistant", "j"))
+    row = encode(tokenizer, Chat(turns))
+    log_probs = plain_log_likelihood(model, row.ids, 1)
+    learned = [value for value, label in zip(log_probs, row.labels[1:], strict=True) if label != IGNORED]
+    assert 0 < len(learned) < len(row.ids) - row.labels.index(next(x for x in row.labels if x != IGNORED))
+    found = mean_nll(model, tokenizer, [Chat(turns)])
+    assert found == {"nll": pytest.approx(-sum(learned) / len(learned), rel=1e-5), "tokens": len(learned)}
+    # One that loses its beginning counts what is left of what is learned.
+    limit = len(row.ids) - 8
+    kept = plain_log_likelihood(model, row.ids[-limit - 1 :], 1)
+    wanted = [value for value, label in zip(kept, row.labels[-limit:], strict=True) if label != IGNORED]
+    assert mean_nll(model, tokenizer, [Chat(turns)], max_length=limit)["tokens"] == len(wanted)
+
+
+def test_texts_of_one_token_have_no_likelihood(model, tokenizer):
+    assert mean_nll(model, tokenizer, [Text("a"), Text("ab")])["tokens"] == 1
+    with pytest.raises(FinepointError, match="no example has a token"):
+        mean_nll(model, tokenizer, [Text("a")])
+
+
+def ways_to_measure(model, tokenizer):
+    """Everything that measures a causal model, by name."""
+    texts, chats = [Text("abc def")], [Chat((("user", "ab"), ("assistant", "c")))]
+    return {
+        "choices": lambda: accuracy(model, tokenizer, EXAMPLES),
+        "completions": lambda: accuracy(model, tokenizer, [Completion("ab", "c")], new_tokens=2),
+        "chats": lambda: accuracy(model, tokenizer, chats, new_tokens=2),
+        "nll": lambda: mean_nll(model, tokenizer, texts),
+        "kl": lambda: mean_kl(model, tokenizer, texts, SparseAdapter({})),
+        "learned": lambda: learned_and_disturbed(
+            model, Collator.of(model, tokenizer), [encode(tokenizer, chats[0])], SparseAdapter({})
+        ),
+        "generated": lambda: generated(model, tokenizer, EXAMPLES, (), 64, 2),
+    }
+
+
+WAYS = ["choices", "completions", "chats", "nll", "kl", "learned", "generated"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_with_damaged_weights_is_not_measured(tokenizer, way, bad):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = bad
+    with pytest.raises(FinepointError, match="NaN or infinite, so that nothing can be measured"):
+        ways_to_measure(model, tokenizer)[way]()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_measuring_gives_every_module_its_mode_back(tokenizer, way):
+    model = tiny_llama()
+    ways_to_measure(model, tokenizer)[way]()
+    assert not any(module.training for module in model.modules())
+    model.train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert len(set(before.values())) == 2
+    ways_to_measure(model, tokenizer)[way]()
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_token_that_the_model_rules_out_has_no_likelihood(model, tokenizer):
+    ruled_out = tokenizer("d")["input_ids"]
+    hook = model.lm_head.register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.tensor(ruled_out), -math.inf)
+    )
+    try:
+        assert math.isfinite(mean_nll(model, tokenizer, [Text("abc")])["nll"])
+        assert accuracy(model, tokenizer, [Choices("ab", ("d", "c"), 1)])["accuracy"] == 1.0
+        with pytest.raises(FinepointError, match="the probability 0"):
+            mean_nll(model, tokenizer, [Text("abcd")])
+        assert mean_kl(model, tokenizer, [Text("abc")], SparseAdapter({}))["kl"] == 0.0
+    finally:
+        hook.remove()
 
 
 def test_forget_ratio_is_gallops():

@@ -12,7 +12,7 @@ from finepoint.errors import FinepointError
 from finepoint.measuring.evaluation import evaluate_config
 from finepoint.models import load_model, load_tokenizer
 from finepoint.training.run import choose, train
-from finepoint.training.trainer import LengthBuckets
+from finepoint.training.trainer import LengthBuckets, SparseTrainer
 from finepoint.training.workplace import prepare, scoring_rows
 from test_adapter import assert_same_adapter
 
@@ -174,6 +174,28 @@ def test_validation_is_evaluated_while_training(config, choice_file, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if "eval_loss" in row] == [2, 4, 6]
     assert record["validation_loss"] == [row["eval_loss"] for row in log if "eval_loss" in row][-1]
+
+
+def test_the_validation_loss_is_the_mean_over_labels_whatever_the_batch_size(config, tmp_path):
+    texts = ["ab", "abcdefgh hgf", "a b c d e f g h", "ab cd", "hgfedcba", "c:", "de", "defabc def abc def"]
+    file = write_lines(tmp_path / "v.jsonl", [{"text": text} for text in [*texts, "x"]])  # the last has no label
+    losses = [run(config, validation=file, batch_size=size, rule="random", steps=1, lr=1e-12, warmup=0.0,
+                  dtype="float64", output=str(tmp_path / str(size)))[0]["validation_loss"]
+              for size in (1, 3, 9)]  # fmt: skip
+    model, tokenizer = load_model(config.model, "float64"), load_tokenizer(config.model)
+    total, labels = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        labels += ids.shape[1] - 1
+    assert losses == [pytest.approx(total / labels, rel=1e-6)] * 3
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_and_is_never_the_best(config, choice_file, monkeypatch):
+    losses = iter([3.0, float("nan"), 1.0])
+    monkeypatch.setattr(SparseTrainer, "_validation_sums", lambda self: (next(losses), 1))
+    with pytest.raises(FinepointError, match="validation loss became nan after step 4; the adapter of step 4 is in"):
+        run(config, validation=choice_file, eval_every=2, keep="best")
 
 
 def test_epochs_and_default_evaluations(config, choice_file, tmp_path):

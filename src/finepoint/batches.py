@@ -19,6 +19,7 @@ from finepoint.errors import FinepointError
 logger = logging.getLogger(__name__)
 IGNORED = -100
 SIMILAR = 0.8  # of the longest row's length
+CONTEXTS = ("max_position_embeddings", "max_seq_len")  # what configurations call the longest text they take
 WORTH_A_PASS = 512  # tokens: fewer leave the arithmetic of a pass waiting for the weights
 
 
@@ -278,6 +279,11 @@ def by_length(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def context_length(model: Any, max_length: int | None) -> int:
-    """How many tokens a row may have: the model's context, or less where the user says so."""
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    """How many tokens a row may have: the model's context, or less where the user says so.
+
+    Of a model of several parts (vision and text) it is that of the part that reads text.
+    """
+    text = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    known = (getattr(part, name, None) for part in (text, model.config) for name in CONTEXTS)
+    context = next((length for length in known if isinstance(length, int) and length > 0), 1 << 30)
     return min(context, max_length or context)

@@ -22,20 +22,28 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
-    modes = {module: module.training for module in model.modules()}
-    with _random_state_kept(parameters), torch.enable_grad():
+    with _random_state_kept(parameters), torch.enable_grad(), evaluating(model):
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            model.eval()
             yield
         finally:
             for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):
                 parameter.requires_grad_(flag)
                 parameter.grad = gradient
-            for module, mode in modes.items():
-                module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each has the mode it had, also after an exception."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

@@ -227,10 +227,18 @@ def lottery(change: Tensor, steps: float = 50, lr: float = 1e-5) -> Tensor:
 
 
 def by_row(values: Tensor) -> Tensor:
-    """Scores by which the largest of every row come first, then all the second largest, ..; values: not negative."""
+    """Scores by which the largest of every row come first, then all the second largest, ..; values: not negative.
+
+    Between entries of one place the larger value decides, however small both are: a number's bits, read as an integer,
+    are ordered as the number is, and a float64 has room for the 31 of a float32 behind the place. Of float64 values
+    the leading bits count.
+    """
     order = values.argsort(dim=-1, descending=True, stable=True)
-    place = order.argsort(dim=-1).to(values.dtype)
-    return values / (1 + values) - place  # the fraction, below 1, decides between entries of one place
+    place = order.argsort(dim=-1).double()
+    whole, held = (torch.int64, 63) if values.dtype == torch.float64 else (torch.int32, 31)
+    room = min(held, 52 - values.shape[-1:].numel().bit_length())
+    bits = values.contiguous().view(whole) >> (held - room)
+    return (bits.double() / 2.0**room - place).masked_fill_(~values.isfinite(), torch.nan)
 
 
 def low_rank(matrix: Tensor, rank: int, generator: torch.Generator, oversampling: int = 8, rounds: int = 4) -> Tensor:

@@ -36,7 +36,7 @@ from finepoint.training.log import LOG, append, cut_log_
 from finepoint.training.lowrank import PeftTuner
 from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.run import CHECKPOINTING, forget_earlier_run, versions
-from finepoint.training.settings import refuse_quantised
+from finepoint.training.settings import check_warmup, refuse_quantised, warmup_of
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.workplace import Workplace, select_for
 
@@ -126,6 +126,7 @@ def check(config: AlignConfig) -> None:
             raise FinepointError(f"{name} is {getattr(config, name)}; give at least 1")
     if learning_rate(config) <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    check_warmup(config.warmup)
     if config.method == "grpo":
         reward_named(config.reward)
         if config.generations < 2:
@@ -223,7 +224,7 @@ def _arguments(config: AlignConfig, folder: Path) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation,
         "learning_rate": learning_rate(config),
         "lr_scheduler_type": config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        "warmup_steps": config.warmup if config.warmup < 1 else 0.999999,
+        "warmup_steps": warmup_of(config.warmup, config.steps),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.clip,
         CHECKPOINTING: config.gradient_checkpointing,

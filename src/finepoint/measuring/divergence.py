@@ -9,8 +9,10 @@ from torch.nn.functional import cross_entropy
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.batches import IGNORED, Collator, Row, by_length, encode, left, pad_left
-from finepoint.choosing.passes import on_device
+from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Example
+from finepoint.errors import FinepointError
+from finepoint.training.finite import refuse_not_numbers
 
 TOKENS = 1024  # of a pass: both models' logits are held for all of them
 CHUNK = 128  # positions whose probabilities are held
@@ -79,22 +81,37 @@ def _logits(
     model: Any, collator: Collator, rows: Sequence[list[int]], adapter: SparseAdapter
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
     """Batch by batch: which rows, where their tokens are (rows, tokens), and the logits of base and adapted model."""
-    model.eval()
     for places in by_length([len(row) for row in rows], TOKENS):
         padded = pad_left([rows[place] for place in places], collator.padding, collator.positions)
         batch = on_device(padded, model.device)
-        base = model(**batch).logits
-        with adapter.applied(model):
-            adapted = model(**batch).logits
+        with evaluating(model):
+            base = model(**batch).logits
+            with adapter.applied(model):
+                adapted = model(**batch).logits
         yield places, batch["attention_mask"].bool(), base, adapted
 
 
 def _sum(base: Tensor, adapted: Tensor) -> float:
-    parts = zip(base.split(CHUNK), adapted.split(CHUNK), strict=True)
-    return sum(float(divergences(*part).double().sum()) for part in parts)
+    """The summed divergence.
+
+    Raises:
+        FinepointError: logits are no numbers, or the adapted model rules out what the base does not.
+    """
+    total = 0.0
+    for before, after in zip(base.split(CHUNK), adapted.split(CHUNK), strict=True):
+        refuse_not_numbers(before)
+        refuse_not_numbers(after, "with the adapter the model's logits are")
+        total += float(divergences(before, after).double().sum())
+    if total == float("inf"):
+        raise FinepointError("the adapter rules out tokens that the base does not: the KL between them is infinite")
+    return total
 
 
 def divergences(base: Tensor, adapted: Tensor) -> Tensor:
-    """KL between the distributions of two sets of logits, (positions, vocabulary) each: (positions,) float32."""
+    """KL between the distributions of two sets of logits, (positions, vocabulary) each: (positions,) float32.
+
+    A token of probability 0, whose logit is -inf, adds nothing; one that only the base allows makes it infinite.
+    """
     p, q = base.float().log_softmax(-1), adapted.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    terms = p.exp() * (p - q)
+    return terms.masked_fill_(p.isneginf(), 0.0).sum(-1)

@@ -1,14 +1,22 @@
 """What a model writes when nobody lists the answers: exact match, answers by generation, and how they go wrong."""
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from finepoint.batches import Collator, by_length, chat_text, encode_pair, pad_left, warn_of_truncation
-from finepoint.data import Chat, Choices, Completion, Example
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
 
+from finepoint.batches import Collator, by_length, chat_text, encode_pair, pad_left, warn_of_truncation
+from finepoint.choosing.passes import evaluating
+from finepoint.data import Chat, Choices, Completion, Example
+from finepoint.training.finite import refuse_not_numbers
+
+logger = logging.getLogger(__name__)
 GENERATION_TOKENS = 4096
 LABELS = 20  # a task with at most so many different answers has labels; of others the most frequent answers are kept
 
@@ -36,33 +44,62 @@ def written(
 ) -> list[Written]:
     """What the model writes after each prompt, greedily, in at most `new_tokens` tokens.
 
-    A prompt that leaves no room for them loses its beginning.
+    That is the likeliest token after token, whatever else the checkpoint's own generation settings ask for. A prompt
+    that leaves no room for so many tokens loses its beginning.
+
+    Raises:
+        FinepointError: the model's logits are no numbers.
     """
     collator = Collator.of(model, tokenizer)
     room = max(1, limit - new_tokens)
     warn_of_truncation([len(prompt) for prompt in prompts], room, "prompt")
     found: dict[int, Written] = {}
     ends = end_tokens(model, tokenizer)
-    model.eval()
-    for places in by_length([len(prompt) for prompt in prompts], GENERATION_TOKENS):
-        rows = [prompts[place][-room:] for place in places]
-        batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, False).items()}
-        tokens = model.generate(
-            **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=collator.padding,
-            temperature=None, top_p=None, top_k=None,
-        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for place, text, first in zip(places, texts, tokens[:, 0].tolist(), strict=True):
-            found[place] = Written(text, first in ends)
-        advance(len(places))
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, pad_token_id=collator.padding, eos_token_id=sorted(ends) or None
+    )
+    with evaluating(model), _settings(model, settings) as writer:
+        for places in by_length([len(prompt) for prompt in prompts], GENERATION_TOKENS):
+            rows = [prompts[place][-room:] for place in places]
+            batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, False).items()}
+            tokens = writer.generate(
+                **batch, generation_config=settings, logits_processor=LogitsProcessorList([_numbers_only])
+            )[:, batch["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for place, text, first in zip(places, texts, tokens[:, 0].tolist(), strict=True):
+                found[place] = Written(text, first in ends)
+            advance(len(places))
     return [found[place] for place in range(len(prompts))]
 
 
+@contextmanager
+def _settings(model: Any, settings: GenerationConfig) -> Iterator[Any]:
+    """What generates, with settings of ours: transformers fills what they leave open from those on the model.
+
+    PEFT's wrappers, which would put the checkpoint's back, are left out: what they train is inside.
+    """
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = inside.generation_config
+    inside.generation_config = settings
+    try:
+        yield inside
+    finally:
+        inside.generation_config = before
+
+
+def _numbers_only(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores as they are: of logits that are no numbers the first would be taken for the likeliest token."""
+    refuse_not_numbers(scores)
+    return scores
+
+
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens at which generation stops."""
-    ends: set[int] = set()
-    for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        ends |= set(ids) if isinstance(ids, list) else {ids}
+    """The tokens at which generation stops: the tokenizer's end, and all that the model's settings call one."""
+    ends: set[Any] = set()
+    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    for source in (getattr(model, "generation_config", None), model.config, text, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        ends |= set(ids) if isinstance(ids, list | tuple) else {ids}
     return ends - {None}
 
 
@@ -87,6 +124,14 @@ def reference(example: Example) -> str:
     raise AssertionError("texts and classes are not written")
 
 
+def warn_of_long_references(tokenizer: Any, examples: Sequence[Example], new_tokens: int) -> None:
+    """Says once how many right answers are longer than what is written: no answer can be right there."""
+    sizes = [len(tokenizer(reference(example).strip(), add_special_tokens=False)["input_ids"]) for example in examples]
+    if long := sum(size > new_tokens for size in sizes):
+        logger.warning("%d of %d references are longer than the %d tokens that are written, up to %d, and cannot be "
+                       "matched; give more --new-tokens", long, len(sizes), new_tokens, max(sizes))  # fmt: skip
+
+
 def generation_hits(
     model: Any,
     tokenizer: Any,
@@ -97,6 +142,7 @@ def generation_hits(
 ) -> list[bool]:
     """Whether what the model writes, greedily, equals the reference; surrounding spaces do not count."""
     prompts = [prompt_ids(tokenizer, example) for example in examples]
+    warn_of_long_references(tokenizer, examples, new_tokens)
     answers = written(model, tokenizer, prompts, limit, new_tokens, advance)
     return [a.text.strip() == reference(e).strip() for a, e in zip(answers, examples, strict=True)]
 
@@ -117,6 +163,7 @@ def generated(
         which is no answer here (None where every such answer is one of the choices here too); `n`.
     """
     prompts = [prompt_ids(tokenizer, example) for example in examples]
+    warn_of_long_references(tokenizer, examples, new_tokens)
     answers = written(model, tokenizer, prompts, limit, new_tokens)
     pairs = list(zip(examples, answers, strict=True))
     foreign = [foreign_answers(example, trained_answers) for example in examples]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finepoint.batches import (
+    IGNORED,
     Collator,
     by_length,
     context_length,
@@ -18,10 +19,12 @@ from finepoint.batches import (
     pad_left,
     warn_of_truncation,
 )
-from finepoint.choosing.passes import on_device
+from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
+from finepoint.errors import FinepointError
 from finepoint.measuring.generation import generation_hits
 from finepoint.measuring.prompts import branches_apart, by_request, shared_batch, shared_rows, spots
+from finepoint.training.finite import refuse_not_numbers
 from finepoint.training.loss import log_likelihoods
 
 Advance = Callable[[int], None]
@@ -92,8 +95,25 @@ def choice_accuracy(
 def choice_likelihoods(
     model: Any, tokenizer: Any, examples: Sequence[Choices], limit: int, advance: Advance = _ignore
 ) -> list[list[float]]:
-    """The log-likelihood of each choice of each example."""
-    requests = [encode_pair(tokenizer, e.prompt, choice) for e in examples for choice in e.choices]
+    """The log-likelihood of each choice of each example.
+
+    All choices of an example are compared after the same text: where the longest leaves no room for the whole prompt,
+    all lose the same beginning of it.
+
+    Raises:
+        FinepointError: a choice is longer than `limit`, so that part of it would not count.
+    """
+    requests, sizes = [], []
+    for number, example in enumerate(examples, 1):
+        pairs = [encode_pair(tokenizer, example.prompt, choice) for choice in example.choices]
+        longest = max(len(continuation) for _, continuation in pairs)
+        if longest > limit:
+            raise FinepointError(f"example {number} has a choice of {longest} tokens, and the model is given {limit} "
+                                 "at most; shorten it, or raise --max-length")  # fmt: skip
+        sizes.append(max(len(context) for context, _ in pairs) + longest - 1)
+        cut = max(0, sizes[-1] - limit)
+        requests += [(context[cut:], continuation) for context, continuation in pairs]
+    warn_of_truncation(sizes, limit, "prompt")
     sums = iter([float(values.sum()) for values in token_log_likelihoods(model, tokenizer, requests, limit, advance)])
     return [[next(sums) for _ in example.choices] for example in examples]
 
@@ -120,34 +140,40 @@ def token_log_likelihoods(
 
     Continuations of one prompt share a row where the model can keep them apart, so that no token is computed twice. An
     input longer than `limit` loses its beginning.
+
+    Raises:
+        FinepointError: the model's logits are no numbers.
     """
     warn_of_truncation([len(context) + len(continuation) - 1 for context, continuation in requests], limit, "prompt")
     collator = Collator.of(model, tokenizer)
-    model.eval()
-    rows = shared_rows(requests, limit, branches_apart(model, collator))
     found: dict[int, Tensor] = {}
-    for places in by_length([len(row) for row in rows], BATCH_TOKENS):
-        part = [rows[place] for place in places]
-        batch = on_device(shared_batch(part, collator, model.dtype), model.device)
-        scored = spots(part)
-        at = torch.tensor([spot[1:] for spot in scored], device=model.device).unbind(1)
-        values = log_likelihoods(model, batch, *at).float().cpu()
-        found |= by_request(values, [spot[0] for spot in scored])
-        advance(len(part))
+    with evaluating(model):
+        rows = shared_rows(requests, limit, branches_apart(model, collator))
+        for places in by_length([len(row) for row in rows], BATCH_TOKENS):
+            part = [rows[place] for place in places]
+            batch = on_device(shared_batch(part, collator, model.dtype), model.device)
+            scored = spots(part)
+            at = torch.tensor([spot[1:] for spot in scored], device=model.device).unbind(1)
+            values = log_likelihoods(model, batch, *at).float().cpu()
+            refuse_not_numbers(values)
+            found |= by_request(values, [spot[0] for spot in scored])
+            advance(len(part))
     return [found.get(i, torch.empty(0)) for i in range(len(requests))]
 
 
 def last_positions(model: Any, rows: Sequence[Sequence[int]], keep: int, collator: Collator) -> dict[str, Any]:
     """A batch of the rows, to compute at their last `keep` positions only where the model can be told so."""
     batch = on_device(pad_left(rows, collator.padding, collator.positions), model.device)
-    model.eval()
     return batch | ({"logits_to_keep": keep} if collator.trims else {})
 
 
 @torch.no_grad()
 def class_logits(model: Any, rows: Sequence[Sequence[int]], collator: Collator) -> Tensor:
     """A classifier's logits: (rows, classes), the model's dtype."""
-    return model(**last_positions(model, rows, 0, collator)).logits
+    with evaluating(model):
+        logits = model(**last_positions(model, rows, 0, collator)).logits
+    refuse_not_numbers(logits)
+    return logits
 
 
 def mean_nll(
@@ -158,24 +184,40 @@ def mean_nll(
     max_length: int | None = None,
     advance: Advance = _ignore,
 ) -> dict[str, Any]:
-    """Mean negative log-likelihood, in nats a token, of texts (or of what follows the prompt), and the tokens counted.
+    """Mean negative log-likelihood, in nats a token, of texts (or of what is learned), and the tokens counted.
 
     A text longer than the context is cut into windows; the first token of each has nothing before it and is not
-    counted.
+    counted. Of completions and chats the tokens count that training would learn: of a chat the assistant's turns alone.
+
+    Raises:
+        FinepointError: there is no such token, or one has the probability 0; the model's logits are no numbers.
     """
     limit = context_length(model, max_length)
-    requests = []
+    requests, learned = [], []
     for example in examples:
         if isinstance(example, Text):
             ids = tokenizer(example.text)["input_ids"]
-            requests += [(ids[at : at + 1], ids[at + 1 : at + limit]) for at in range(0, len(ids), limit)]
+            windows = [(ids[at : at + 1], ids[at + 1 : at + limit]) for at in range(0, len(ids), limit)]
+            requests += [window for window in windows if window[1]]
+            learned += [[True] * len(window[1]) for window in windows if window[1]]
         else:
             row = encode(tokenizer, example)
             assert isinstance(row.labels, list)
-            first = next(i for i, label in enumerate(row.labels) if label >= 0)
-            requests.append((row.ids[:first], row.ids[first:]))
-    requests = [(context, continuation) for context, continuation in requests if context and continuation]
-    values = torch.cat(token_log_likelihoods(model, tokenizer, requests, limit, advance))
+            kept = [label != IGNORED for label in row.labels]
+            if any(kept[1:]):  # nothing predicts the first
+                first = max(1, kept.index(True))
+                requests.append((row.ids[:first], row.ids[first:]))
+                learned.append(kept[first:])
+    found = token_log_likelihoods(model, tokenizer, requests, limit, advance)
+    # A row that lost its beginning may have lost some of what is learned, too.
+    parts = [values[torch.tensor(kept[len(kept) - len(values) :], dtype=torch.bool)]
+             for values, kept in zip(found, learned, strict=True)]  # fmt: skip
+    values = torch.cat([torch.empty(0), *parts])
+    if not len(values):
+        raise FinepointError("no example has a token whose likelihood could be measured; are the texts one token long?")
+    if not bool(values.isfinite().all()):
+        raise FinepointError("the model gives a token of the examples the probability 0, so that their mean negative "
+                             "log-likelihood is infinite")  # fmt: skip
     return {"nll": -values.double().mean().item(), "tokens": len(values)}
 
 

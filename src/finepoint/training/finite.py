@@ -1,4 +1,7 @@
-"""A gradient that is NaN or infinite stops training before the step that would carry it into the weights."""
+"""A gradient that is NaN or infinite stops training before the step that would carry it into the weights.
+
+A model whose logits are no numbers is not measured either.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -34,3 +37,14 @@ def refuse_not_finite(trained: Mapping[str, nn.Parameter], when: str) -> None:
         if not bool(torch.stack(list(answers.values())).all()):
             name = next(name for name, answer in answers.items() if not answer)
             raise NotFiniteError(f"the gradient of {name} is not finite{when}")
+
+
+def refuse_not_numbers(values: Tensor, what: str = "the model's logits are") -> None:
+    """Refuses to measure what is NaN or +inf; -inf only rules a token out.
+
+    Raises:
+        FinepointError: a value is.
+    """
+    if not bool((values < float("inf")).all()):  # NaN is not less either
+        raise FinepointError(f"{what} NaN or infinite, so that nothing can be measured: its weights are damaged, or "
+                             "too large for their dtype (then try --dtype float32)")  # fmt: skip

@@ -37,7 +37,7 @@ from finepoint.training.interface import Method
 from finepoint.training.log import LOG
 from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.refreshing import Refresh, refreshable
-from finepoint.training.settings import check, check_processes, learning_rate, steps_of
+from finepoint.training.settings import check, check_processes, learning_rate, steps_of, warmup_of
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import SparseTrainer, Watch, refreshes, validation_losses
 from finepoint.training.tuner import SparseTuner
@@ -335,8 +335,7 @@ def _arguments(config: TrainConfig, folder: Path, steps: int, tracking: Mapping[
         **({CHECKPOINTING: True} if config.gradient_checkpointing else {}),
         learning_rate=learning_rate(config),
         lr_scheduler_type={"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule],
-        # The rate of the first warm-up step is 0: a run of one step has none. A share of 1 would be one step.
-        warmup_steps=0 if steps == 1 else min(config.warmup, 0.999999),
+        warmup_steps=warmup_of(config.warmup, steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         logging_steps=1,

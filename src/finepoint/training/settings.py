@@ -27,8 +27,7 @@ def check(config: TrainConfig) -> None:
                                ("save_every", config.save_every, 1), ("patience", config.patience, 1)):  # fmt: skip
         if value is not None and value < least:
             raise FinepointError(f"{name} is {value}; give at least {least}")
-    if not 0 <= config.warmup <= 1:
-        raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
+    check_warmup(config.warmup)
     if learning_rate(config) <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
     check_structure(config.structure)
@@ -117,6 +116,20 @@ def learning_rate(config: TrainConfig) -> float:
     if config.baseline:
         return baseline_named(config.baseline).lr
     return 3e-4 if rule_named(config.rule).needs_data else 1e-2
+
+
+def check_warmup(warmup: float) -> None:
+    """Refuses what is no share of the steps."""
+    if not 0 <= warmup <= 1:
+        raise FinepointError(f"warmup is {warmup}; it is a share of the steps, in [0, 1]")
+
+
+def warmup_of(warmup: float, steps: int) -> float:
+    """The share of the steps over which the learning rate rises, as transformers takes it: 1 would be one step.
+
+    The rate of the first warm-up step is 0: a run of one step has none.
+    """
+    return 0 if steps == 1 else min(warmup, 0.999999)
 
 
 def steps_of(config: TrainConfig, examples: int) -> int:

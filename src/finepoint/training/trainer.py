@@ -1,6 +1,7 @@
 """transformers.Trainer for any tuner: refuses steps that are not finite, logs as JSON Lines, keeps what is trained."""
 
 import logging
+import math
 import random
 import time
 import warnings
@@ -19,7 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finepoint import ranks
-from finepoint.batches import Packer, real_tokens
+from finepoint.batches import Packer, learned, real_tokens
+from finepoint.choosing.passes import evaluating, label_count
 from finepoint.errors import FinepointError
 from finepoint.files import write_atomic, writing
 from finepoint.tensors import DTYPES, forms, opened
@@ -109,6 +111,7 @@ class SparseCheckpoints:
     """what decides the bits of the run, kept with its checkpoints"""
     refresh: Any = None
     """what chooses other entries between steps, if anything does"""
+    control: Any
 
     def keep(self, file: Path) -> None:
         """Writes what is trained, as it stands; where other entries may be chosen, also which they are."""
@@ -230,6 +233,45 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         if self.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
             self.penalty()
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The mean loss over all labels of the validation examples, however they are batched; it is logged.
+
+        Each of several processes takes every so-manieth batch; all get the same number.
+
+        Raises:
+            NotFiniteError: it is NaN or infinite.
+        """
+        started = time.perf_counter()
+        total, labels = self._validation_sums()
+        loss = total / labels
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"the validation loss became {loss} after step {self.state.global_step}")
+        metrics = {"eval_loss": loss, "eval_runtime": round(time.perf_counter() - started, 4)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _validation_sums(self) -> tuple[float, int]:
+        """The summed loss of the validation examples and the number of their labels."""
+        rows = [row for row in self.eval_dataset if learned(row)]
+        size, collator = self.args.per_device_eval_batch_size, self.data_collator
+        starts = range(0, len(rows), size)
+        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device())
+        with evaluating(self.model), self.compute_loss_context_manager():
+            # All processes run equally often, as sharded weights need: one that has no batch left does the last again.
+            for at in range(0, len(starts), ranks.count()):
+                mine = at + ranks.rank()
+                start = starts[min(mine, len(starts) - 1)]
+                batch = self._prepare_inputs(collator(rows[start : start + size]))
+                loss = completion_loss(self.model, batch)
+                if mine < len(starts):
+                    count = label_count(batch)
+                    sums += torch.tensor([loss.item() * count, count], dtype=torch.float64, device=sums.device)
+        ranks.add_up_(sums)
+        total, labels = sums.tolist()
+        return total, int(labels)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.refresh and "loss" in logs:  # a choice is told of with the first step that trains it
