@@ -21,7 +21,8 @@ def dense_masked_training(model, indices, batches, make_optimizer, delta_decay=F
         for batch in step:
             model(**batch).loss.backward()
         for name, parameter in chosen.items():
-            parameter.grad.mul_(masks[name])
+            if parameter.grad is not None:  # the loss reaches it
+                parameter.grad.mul_(masks[name])
         optimizer.step()
         model.zero_grad()
         with torch.no_grad():

@@ -1,0 +1,77 @@
+"""Every family of models trains exactly, is saved and reverted to the bit, and is batched as alone: or is refused."""
+
+import warnings
+
+import pytest
+
+from families import FAMILIES, check_batches, check_training
+
+# The most used and the most different; all others take minutes.
+QUICK = ["llama", "gpt2", "gemma3_text", "qwen3_moe", "gpt_oss", "mamba2", "jamba", "roberta", "deberta-v2", "t5",
+         "qwen2_5_vl", "clip", "wavlm", "whisper"]  # fmt: skip
+PADDED = [name for name, family in FAMILIES.items() if family.padded]
+
+USED_ELSEWHERE = "a weight is used other than by calling its own module: it does not train"
+NO_LABELS = "gradients are taken only of batches with labels"
+PADDING = "an example sees the padding"
+# What is known to be wrong; a mark that is right no more fails.
+EXPECTED = {
+    "linear": {
+        USED_ELSEWHERE: ["bloom (slow but exact)", "longcat_flash", "mamba", "falcon_mamba", "jamba", "wavlm",
+                         "wavlm (classifier)"],
+        NO_LABELS: ["bert (question answering)", "clip", "siglip", "chinese_clip", "altclip", "blip"],
+    },
+    "all": {
+        USED_ELSEWHERE: ["bloom (slow but exact)", "longcat_flash", "mamba", "falcon_mamba", "jamba", "wavlm",
+                         "wavlm (classifier)", "jetmoe", "dbrx", "mamba2", "bamba", "granitemoehybrid", "zamba2",
+                         "falcon_h1", "lfm2", "qwen3_next", "olmo_hybrid", "nemotron_h", "deberta", "deberta-v2",
+                         "glm4v", "qwen2_audio"],
+        NO_LABELS: ["bert (question answering)", "clip", "siglip", "chinese_clip", "altclip", "blip"],
+    },
+    "batches": {
+        PADDING: ["recurrent_gemma", "rwkv", "xlstm", "bert", "roberta", "distilbert", "electra", "deberta",
+                  "deberta-v2", "albert", "modernbert", "mpnet", "camembert", "xlm-roberta", "nomic_bert", "roformer",
+                  "big_bird", "longformer", "fnet", "t5 (classifier)"],
+    },
+}  # fmt: skip
+
+
+def listed(names, check):
+    """The families as test parameters: most are slow, some are expected to fail."""
+
+    def parameter(name):
+        marks = [] if name in QUICK else [pytest.mark.slow]
+        reasons = [reason for reason, found in EXPECTED[check].items() if name in found]
+        return pytest.param(name, marks=marks + [pytest.mark.xfail(reason=reason, strict=True) for reason in reasons])
+
+    return [parameter(name) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Models warn of kernels that are not installed, and of what their own forward does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("name", listed(FAMILIES, "linear"))
+def test_default_targets_train_as_dense_training_would(name):
+    assert not check_training(FAMILIES[name]).refused
+
+
+@pytest.mark.parametrize("name", listed(FAMILIES, "all"))
+def test_all_weights_train_as_dense_training_would(name):
+    assert not check_training(FAMILIES[name], "all").refused
+
+
+@pytest.mark.parametrize("name", listed(PADDED, "batches"))
+def test_examples_of_any_company_count_as_alone(name):
+    check_batches(FAMILIES[name])
+
+
+def test_at_least_sixty_families_are_listed():
+    assert len(FAMILIES) >= 60
+    assert len({family.kind for family in FAMILIES.values()}) >= 10
+    assert set(QUICK) <= set(FAMILIES)
+    assert {name for found in EXPECTED.values() for names in found.values() for name in names} <= set(FAMILIES)
