@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import struct
 
 import pytest
@@ -57,6 +59,22 @@ def test_a_thousand_swaps_leave_no_trace():
         with (first if i % 2 else second).applied(model):
             pass
     assert_same_bits(base, snapshot(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_is_reverted_by_the_same_adapter(copied):
+    model = tiny_llama(torch.bfloat16)
+    base = snapshot(model)
+    adapter, expected = trained(model, density=0.01)
+    other, _ = trained(model, density=0.01, seed=1)
+    adapter.apply(model)
+    clone = copied(model)
+    with pytest.raises(FinepointError, match="not applied to this model"):
+        other.revert(clone)
+    assert_same_bits(expected, snapshot(clone))
+    adapter.revert(clone)
+    assert_same_bits(base, snapshot(clone))
+    assert_same_bits(expected, snapshot(model))
 
 
 def test_an_exception_inside_applied_reverts():

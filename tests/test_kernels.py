@@ -28,6 +28,11 @@ def cases(draw):
     return dy, x, indices
 
 
+def strided(tensor):
+    """The same numbers, every second in memory, the ones between far out of range."""
+    return torch.stack([tensor, torch.full_like(tensor, 30000)], 1)[:, 0]
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @settings(max_examples=60, deadline=None)
 @given(cases())
@@ -39,6 +44,13 @@ def test_every_kernel_equals_the_reference(kernel, case):
     assert found.dtype == (torch.float64 if dy.dtype == torch.float64 else torch.float32)
     tolerance = 1e-12 if dy.dtype == torch.float64 else 1e-5  # sums are taken in float32 whatever the operands are
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * max(1, len(dy) ** 0.5))
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases())
+def test_compiled_code_that_knows_addresses_alone_reads_indices_of_any_layout(case):
+    dy, x, indices = case
+    assert torch.equal(by_tiles(dy, x, strided(indices)), by_tiles(dy, x, indices))
 
 
 def test_the_reference_is_what_autograd_gives():
@@ -155,7 +167,8 @@ def test_weights_follow_their_deltas_bit_for_bit_as_in_plain_pytorch(seed, dtype
     delta *= 10.0 ** (seed % 7 - 5)
     expected = weight.clone()
     expected.view(-1)[indices] = moved(base, delta)
-    following.follow_(weight, indices.to(torch.int32), base, delta)
+    given = [indices.to(torch.int32), base, delta]
+    following.follow_(weight, *(map(strided, given) if seed % 2 else given))
     assert torch.equal(weight.view(torch.uint8), expected.view(torch.uint8))
 
 

@@ -1,5 +1,6 @@
 import copy
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -355,6 +356,37 @@ def test_bad_indices_are_refused_and_the_model_is_untouched(llama, indices, mess
         SparseTuner(llama, indices)
     assert not hasattr(llama, "finepoint")
     assert all(parameter.requires_grad for parameter in llama.parameters())
+
+
+def test_indices_that_are_a_view_or_changed_later_are_those_that_were_given():
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(40, 40), torch.randn(3, 40)
+    layer(x).square().sum().backward()
+    dense, layer.weight.grad = layer.weight.grad.reshape(-1), None
+    memory = torch.arange(1600, dtype=torch.int32)
+    wanted = memory[5::67].long()
+    with SparseTuner(layer, {"weight": memory[5::67]}) as tuner:
+        memory.fill_(10**6)
+        layer(x).square().sum().backward()
+        torch.testing.assert_close(tuner.parameters()[0].grad, dense[wanted])
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, input_ids, labels=None):
+        return input_ids * self.scale
+
+
+def test_a_model_that_owns_a_trained_weight_itself_keeps_the_signature_of_its_forward():
+    model = Scaled()
+    expected = inspect.signature(model.forward)
+    with SparseTuner(model, {"scale": torch.arange(2)}):
+        assert inspect.signature(model.forward) == expected
+        assert inspect.signature(copy.deepcopy(model).forward) == expected
+    assert "forward" not in vars(model)
 
 
 def test_one_tuner_at_a_time(llama):

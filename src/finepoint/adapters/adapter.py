@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finepoint.adapters.base import differences
 from finepoint.adapters.entries import checksum, gather, moved, overlap, scatter_
 from finepoint.errors import FinepointError
+from finepoint.offloaded import SAYS, WAY_OUT, is_absent
 from finepoint.packed import check_weight
 from finepoint.quantised import Replaced, is_quantised, replace_forwards
 
@@ -46,6 +47,11 @@ class Change:
 
     def __len__(self) -> int:
         return self.numbers.numel()
+
+    def equals(self, other: "Change") -> bool:
+        """Whether another change writes the same numbers to the same entries."""
+        alike = self.kind == other.kind and self.numbers.dtype == other.numbers.dtype
+        return alike and torch.equal(self.indices, other.indices) and torch.equal(self.numbers, other.numbers)
 
     def positions(self) -> Tensor:
         """The flat indices this change writes to, (k,) int64."""
@@ -132,6 +138,9 @@ class SparseAdapter(Mapping[str, Tensor]):
                 found.append(f"{name}: the model has no such weight")
                 continue
             weight = parameters[name]
+            if is_absent(weight):
+                found.append(f"{name} is {SAYS}; {WAY_OUT}")
+                continue
             dtype = str(weight.dtype).removeprefix("torch.")
             if tuple(weight.shape) != change.shape:
                 found.append(f"{name}: shape {tuple(weight.shape)} in the model, {change.shape} in the adapter")
@@ -193,14 +202,21 @@ class SparseAdapter(Mapping[str, Tensor]):
         for name, change in self.changes.items():
             scatter_(weights[name], self[name], change.new_values(originals[name]))
 
+    def equals(self, other: "SparseAdapter") -> bool:
+        """Whether another adapter writes the same numbers to the same entries, as that of a copied model does."""
+        return self is other or (
+            self.changes.keys() == other.changes.keys()
+            and all(change.equals(other.changes[name]) for name, change in self.changes.items())
+        )
+
     def revert(self, model: nn.Module) -> None:
-        """Restores the exact bits that `apply` replaced.
+        """Restores the exact bits that `apply` replaced, also in a copy of the model made since.
 
         Raises:
             FinepointError: the adapter is not applied, or one applied later shares entries with it.
         """
         stack = _applied(model)
-        places = [i for i, (adapter, _) in enumerate(stack) if adapter is self]
+        places = [i for i, (adapter, _) in enumerate(stack) if self.equals(adapter)]
         if not places:
             raise FinepointError("the adapter is not applied to this model, so there is nothing to revert")
         for later, _ in stack[places[-1] + 1 :]:

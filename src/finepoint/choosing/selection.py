@@ -19,6 +19,7 @@ from finepoint.choosing.weights import Targets, match, target_weights
 from finepoint.config import DEFAULT_RULE, fits, spelled
 from finepoint.errors import FinepointError
 from finepoint.models import block_of
+from finepoint.offloaded import check_in_memory
 from finepoint.quantised import float_values
 
 Scope = Literal["global", "weight", "layer"]
@@ -113,12 +114,13 @@ def select(
 
     Raises:
         FinepointError: unknown rule or option, no target matched, a density that is out of range or chooses nothing,
-            missing batches, scores that are not finite.
+            missing batches, scores that are not finite, a target weight that is not in memory.
     """
     _check_words(scope=scope, pooling=pooling, threshold=threshold)
     chosen_rule = rule_named(rule)
     options = checked_options(chosen_rule, rule_options or {})
     weights = target_weights(model, targets)
+    check_in_memory(model, weights)
     cut = tilings(model, weights, structure)
     taken = {name: cut[name].tiles(out) for name, out in _union(exclude, weights).items()}
     sizes = {name: tiling.count for name, tiling in cut.items()}

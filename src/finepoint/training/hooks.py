@@ -4,6 +4,7 @@ Plain linear layers and embeddings keep their forward. Any other weight (norms, 
 a forward of their own) stands in for itself while its module runs, as an identity whose backward gathers.
 """
 
+import inspect
 from types import MethodType
 from typing import Any
 
@@ -99,17 +100,27 @@ class _Eager:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.patched = "forward" not in vars(module)
-        if self.patched:  # a method, which a deep copy of the module binds to the copy
-            vars(module)["forward"] = MethodType(_eagerly, module)
+        if self.patched:
+            vars(module)["forward"] = _Eagerly(module)
 
     def remove(self) -> None:
         if self.patched:
             vars(self.module).pop("forward", None)
 
 
-@torch.compiler.disable
-def _eagerly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(module, *args, **kwargs)
+class _Eagerly:
+    """A module's own forward, for trainers that ask for its signature too; a copy of the module has one of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 def _head(model: nn.Module) -> nn.Module | None:

@@ -56,7 +56,9 @@ class TrainedEntries(nn.Module):
         self.sharded = ranks.is_sharded(weight)
         given = indices
         # In four bytes where they fit: they stay in memory as long as the training lasts.
-        indices = indices.to(weight.device, torch.int32 if weight.numel() <= 1 << 31 else torch.long)
+        # A copy, whatever becomes of what was given; contiguous, since compiled code reads them by their address.
+        short = torch.int32 if weight.numel() <= 1 << 31 else torch.long
+        indices = indices.detach().to(weight.device, short, copy=True).contiguous()
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("base", gather(weight, indices), persistent=False)
@@ -133,7 +135,7 @@ class TrainedEntries(nn.Module):
             Where each entry stood among those trained before, -1 where it did not: (k,) int64.
         """
         self.follow_()
-        indices = indices.to(self.indices)
+        indices = indices.to(self.indices, copy=True).contiguous()
         places, known = _places(self.indices, indices), self.known()
         again = _places(known.indices, indices)
         found = again >= 0

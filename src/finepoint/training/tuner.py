@@ -32,6 +32,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.base import form_of
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
+from finepoint.offloaded import check_in_memory, is_outline
 from finepoint.packed import check_weight
 from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.following import follow_after_steps, stop_following
@@ -51,7 +52,8 @@ class SparseTuner:
         ready: further weights, of which entries may be chosen later.
 
     Raises:
-        FinepointError: no index at all, an unknown weight, indices out of order or range, a model with a tuner.
+        FinepointError: no index at all, an unknown weight, indices out of order or range, a weight that is not in
+            memory, a model with a tuner.
     """
 
     def __init__(self, model: nn.Module, indices: Mapping[str, Tensor], ready: Iterable[str] = ()) -> None:
@@ -62,6 +64,8 @@ class SparseTuner:
         self.model = model
         self.entries: dict[str, TrainedEntries] = {}
         later = dict.fromkeys(ready, torch.empty(0, dtype=torch.long))
+        if not is_outline(model):  # which is there to be planned with
+            check_in_memory(model, {**later, **indices})
         for name, positions in {**later, **indices}.items():
             if name not in parameters:
                 raise FinepointError(f"the model has no weight {name!r} to train entries of")

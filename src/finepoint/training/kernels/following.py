@@ -30,6 +30,7 @@ def follow_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> Non
         edges = torch.tensor([first, first + weight.numel()], dtype=indices.dtype, device=indices.device)
         start, end = torch.searchsorted(indices, edges).tolist()
         indices, base, delta = indices[start:end] - first, base[start:end], delta[start:end]
+    assert indices.shape == base.shape == delta.shape == (len(indices),)  # compiled code asks nothing
     if weight.dtype in ONE_PASS and weight.device.type == "cpu" and weight.is_contiguous():
         _write_(weight, indices, base, delta)
     else:

@@ -28,7 +28,11 @@ def by_tiles(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     height, width, count = dy.size(-1), x.size(-1), indices.numel()
     tokens = dy.numel() // height
     dtype, wide, worker = _kind(dy.dtype, x.dtype)
+    # From here on there are addresses alone, which know neither shape nor stride.
     dy, x = _dense(dy, dtype), _dense(x, dtype)
+    indices = _dense(indices, indices.dtype if indices.dtype == torch.int32 else torch.int64)
+    assert dy.device.type == x.device.type == indices.device.type == "cpu"
+    assert (dy.numel(), x.numel()) == (tokens * height, tokens * width)
     threads = max(1, min(thread_count(), tokens // TILE))
     share = -(-tokens // (threads * TILE)) * TILE
     sums = torch.empty(threads, count, dtype=wide)
