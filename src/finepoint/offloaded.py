@@ -1,34 +1,34 @@
 """Weights that are elsewhere than in memory: on disk, or on the meta device until their layer runs."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from finepoint.errors import FinepointError
 
-SAYS = "not in memory (offloaded)"
-WAY_OUT = "load the model without offloading, e.g. with another device_map"
+Weights = TypeVar("Weights", bound=Mapping[str, Tensor])
 
 
-def check_in_memory(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuses a model of whose named weights one has no values here that could be read or changed.
+def in_memory(weights: Weights) -> Weights:
+    """The same weights, of a model that holds the values of all of them.
 
     Raises:
-        FinepointError: the first such weight is named.
+        FinepointError: the first that has none to be read or changed is named.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name in names:
-        if name in parameters and is_absent(parameters[name]):
-            raise FinepointError(f"{name} is {SAYS}; {WAY_OUT}")
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise FinepointError(absent(name))
+    return weights
 
 
-def is_absent(weight: Tensor) -> bool:
-    """Whether the weight has a shape and no values."""
-    return weight.is_meta
+def absent(name: str) -> str:
+    """What is said of a weight that is not in memory."""
+    return f"{name} is not in memory (offloaded); load the model without offloading, e.g. with another device_map"
 
 
 def is_outline(model: nn.Module) -> bool:
     """Whether the whole model is shapes without values, and nothing would bring these in when it runs."""
     if any("_hf_hook" in vars(module) for module in model.modules()):  # accelerate's
         return False
-    return all(is_absent(parameter) for parameter in model.parameters())
+    return all(parameter.is_meta for parameter in model.parameters())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finepoint.adapters.base import differences
 from finepoint.adapters.entries import checksum, gather, moved, overlap, scatter_
 from finepoint.errors import FinepointError
-from finepoint.offloaded import SAYS, WAY_OUT, is_absent
+from finepoint.offloaded import absent
 from finepoint.packed import check_weight
 from finepoint.quantised import Replaced, is_quantised, replace_forwards
 
@@ -138,8 +138,8 @@ class SparseAdapter(Mapping[str, Tensor]):
                 found.append(f"{name}: the model has no such weight")
                 continue
             weight = parameters[name]
-            if is_absent(weight):
-                found.append(f"{name} is {SAYS}; {WAY_OUT}")
+            if weight.is_meta:
+                found.append(absent(name))
                 continue
             dtype = str(weight.dtype).removeprefix("torch.")
             if tuple(weight.shape) != change.shape:

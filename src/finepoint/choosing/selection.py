@@ -19,7 +19,7 @@ from finepoint.choosing.weights import Targets, match, target_weights
 from finepoint.config import DEFAULT_RULE, fits, spelled
 from finepoint.errors import FinepointError
 from finepoint.models import block_of
-from finepoint.offloaded import check_in_memory
+from finepoint.offloaded import in_memory
 from finepoint.quantised import float_values
 
 Scope = Literal["global", "weight", "layer"]
@@ -119,8 +119,7 @@ def select(
     _check_words(scope=scope, pooling=pooling, threshold=threshold)
     chosen_rule = rule_named(rule)
     options = checked_options(chosen_rule, rule_options or {})
-    weights = target_weights(model, targets)
-    check_in_memory(model, weights)
+    weights = in_memory(target_weights(model, targets))
     cut = tilings(model, weights, structure)
     taken = {name: cut[name].tiles(out) for name, out in _union(exclude, weights).items()}
     sizes = {name: tiling.count for name, tiling in cut.items()}

@@ -20,7 +20,7 @@ from finepoint.errors import FinepointError
 from finepoint.integrations.given import scoring_batches
 from finepoint.integrations.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
 from finepoint.models import from_bitsandbytes_
-from finepoint.offloaded import check_in_memory
+from finepoint.offloaded import in_memory
 from finepoint.training.tuner import CONTAINER, SparseTuner
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ def sparsify(
     if isinstance(data, str | Path):
         info["data"] = str(data)
     chosen = dict(indices) | {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
-    check_in_memory(model, chosen)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    in_memory({name: parameters[name] for name in chosen if name in parameters})
     ready = target_weights(model, targets) if refreshable else ()
     attach(model, Session(SparseTuner(model, chosen, ready), info, tuple(whole)))
     return model

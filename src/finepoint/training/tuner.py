@@ -32,7 +32,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.base import form_of
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
-from finepoint.offloaded import check_in_memory, is_outline
+from finepoint.offloaded import in_memory, is_outline
 from finepoint.packed import check_weight
 from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.following import follow_after_steps, stop_following
@@ -65,7 +65,7 @@ class SparseTuner:
         self.entries: dict[str, TrainedEntries] = {}
         later = dict.fromkeys(ready, torch.empty(0, dtype=torch.long))
         if not is_outline(model):  # which is there to be planned with
-            check_in_memory(model, {**later, **indices})
+            in_memory({name: parameters[name] for name in (*later, *indices) if name in parameters})
         for name, positions in {**later, **indices}.items():
             if name not in parameters:
                 raise FinepointError(f"the model has no weight {name!r} to train entries of")
