@@ -25,6 +25,7 @@ def follow_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> Non
     weight: any shape and float dtype; indices (int32 or int64), base, delta: (k,). Where delta is 0 the base's bits
     are kept. Of a weight sharded by rows this process writes its own.
     """
+    delta = delta.detach()  # within a forward pass nothing of this may be recorded: checkpointing counts what is
     if ranks.is_sharded(weight):
         weight, first = ranks.own_rows(weight)
         edges = torch.tensor([first, first + weight.numel()], dtype=indices.dtype, device=indices.device)
@@ -40,7 +41,7 @@ def follow_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> Non
 def in_one_pass_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> None:
     """The compiled loop."""
     loop, bits = ONE_PASS[weight.dtype]
-    loop(weight.detach().view(-1).view(bits).numpy(), indices.numpy(), base.view(bits).numpy(), delta.detach().numpy())
+    loop(weight.detach().view(-1).view(bits).numpy(), indices.numpy(), base.view(bits).numpy(), delta.numpy())
 
 
 def in_steps_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> None:
