@@ -151,3 +151,16 @@ def dense_refreshed_training(model, steps, choose, loss_of, lr, keep):
             parameter.data -= torch.where(masks[name], lr * ahead / width, 0.0)
     model.zero_grad()
     return model
+
+
+def four_bit_values(codes, state):
+    """What four-bit codes of bitsandbytes, with their QuantState, stand for, entry by entry, as its format defines."""
+    scales = state.absmax
+    if state.nested:
+        inner = state.state2
+        rows = [inner.code[int(code)] * inner.absmax[i // inner.blocksize] for i, code in enumerate(scales)]
+        scales = torch.stack(rows) + state.offset
+    halves = [half for byte in codes.reshape(-1).view(torch.uint8).tolist() for half in (byte >> 4, byte & 15)]
+    count = state.shape.numel()
+    values = [state.code[half] * scales[i // state.blocksize] for i, half in enumerate(halves[:count])]
+    return torch.stack(values).view(state.shape).to(state.dtype)

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from finepoint.errors import FinepointError
 from finepoint.packed import Packed, nf4, of_four_bits
 from finepoint.quantised import is_quantised
+from reference import four_bit_values
 
 functional = pytest.importorskip("bitsandbytes").functional
 
@@ -21,10 +22,13 @@ def random_weight(*shape):
 
 def four_bits(weight, **options):
     codes, state = functional.quantize_4bit(weight, **options)
-    return of_four_bits(codes, state, weight.dtype), functional.dequantize_4bit(codes, state)
+    return of_four_bits(codes, state, weight.dtype), four_bit_values(codes, state)
 
 
-@pytest.mark.parametrize("shape", [(48, 40), (3, 7), (1, 2), (64, 64), (1, 1), (128, 257)])
+# Rows that are no multiple of a block bitsandbytes 0.50 itself reads wrongly on CPUs with AVX-512.
+@pytest.mark.parametrize(
+    "shape", [(48, 40), (3, 7), (1, 2), (64, 64), (1, 1), (128, 257), (32, 32), (48, 160), (10, 576)]
+)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_it_has_the_shape_and_the_values(shape, kind, nested):
@@ -33,7 +37,15 @@ def test_it_has_the_shape_and_the_values(shape, kind, nested):
     assert packed.shape == weight.shape
     assert packed.dtype == torch.float32
     assert is_quantised(packed)
-    assert torch.equal(packed.dequantize(), expected.reshape(shape))
+    assert torch.equal(packed.dequantize(), expected)
+    assert (
+        expected - weight
+    ).abs().max() < 0.2 * weight.abs().max()  # half of the widest gap between two of 16 numbers
+    if shape[1] % 64 == 0:
+        theirs = functional.dequantize_4bit(
+            *functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+        )
+        torch.testing.assert_close(packed.dequantize(), theirs, rtol=1e-6, atol=1e-7)
     assert set(packed.__tensor_flatten__()[0]) == {"codes", "scales"} | (
         {"nested_scales", "nested_code", "offset"} if nested else set()
     )

@@ -36,7 +36,7 @@ from finepoint.quantised import float_values, is_quantised, quantised_layers
 from finepoint.studies.compare import compare
 from finepoint.training.run import choose, train
 from finepoint.training.workplace import prepare
-from reference import dense_masked_training, dense_top_k, mean_gradient
+from reference import dense_masked_training, dense_top_k, four_bit_values, mean_gradient
 
 pytest.importorskip("torchao")
 NF4 = pytest.param("nf4", marks=pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes"))
@@ -416,22 +416,20 @@ def test_a_checkpoint_that_torchao_quantised_is_trained_as_it_is(folder, data, t
         assert model(**random_batches()[0]).loss.isfinite()
 
 
-def values_by_bitsandbytes(model):
-    """The float values of the weights of bitsandbytes' own layers, by its functions alone."""
-    from bitsandbytes.functional import dequantize_4bit
-
+def values_by_definition(model):
+    """The float values of the weights of bitsandbytes' own layers."""
     found = {}
     for name, weight in model.named_parameters():
         if type(weight).__name__ == "Params4bit":
-            found[name] = dequantize_4bit(weight.data, weight.quant_state)
+            found[name] = four_bit_values(weight.data, weight.quant_state)
         elif type(weight).__name__ == "Int8Params":
             found[name] = weight.data.float() * weight.SCB.view(-1, 1) / 127
     return found
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_the_values_of_a_checkpoint_are_those_that_bitsandbytes_gives(folder, checkpoint, kind):
-    values = values_by_bitsandbytes(by_transformers(checkpoint(kind)))
+def test_the_values_of_a_checkpoint_are_those_that_its_codes_stand_for(folder, checkpoint, kind):
+    values = values_by_definition(by_transformers(checkpoint(kind)))
     model = load_model(checkpoint(kind))
     layers = quantised_layers(model)
     assert set(values) == set(layers)
@@ -504,7 +502,7 @@ def test_a_model_that_transformers_loaded_with_bitsandbytes(checkpoint, tmp_path
     way_out = r"is in a layer of bitsandbytes, .* finepoint\.from_bitsandbytes_\(model\)"
     if kind == "bnb-int8":
         model(**batch)  # which moves the scales into the layer
-    before = values_by_bitsandbytes(by_transformers(checkpoint(kind)))
+    before = values_by_definition(by_transformers(checkpoint(kind)))
     for refused in (
         lambda: finepoint.select(model, rule="random", density=0.01),
         lambda: finepoint.SparseTuner(model, some_indices(expected)),

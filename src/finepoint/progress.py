@@ -14,11 +14,10 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finepoint import interruption, ranks
+from finepoint.extras import quiet_libraries
 
 console = Console(stderr=True)
 Step = TypeVar("Step")
-# torchao, which transformers imports where it is installed, reports the GPUs it finds no libraries for.
-CHATTY = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
@@ -59,5 +58,4 @@ def log_to_stderr(quiet: bool = False) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.ERROR if not ranks.is_first() else logging.WARNING if quiet else logging.INFO)
     log.propagate = False
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_libraries()
