@@ -345,8 +345,8 @@ def test_peft_reads_what_a_run_writes(config, name, batches):
 def test_an_unknown_kind_of_peft_adapter_is_refused(config):
     train(replace(config, baseline="lora"))
     path = Path(config.output) / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
-    with pytest.raises(FinepointError, match="use_rslora is True; only plain LoRA and DoRA are read"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_replication": [[0, 1]]}))
+    with pytest.raises(FinepointError, match="layer_replication is .* not computed here as PEFT does"):
         load_merged(config.output, load_model(config.model))
 
 

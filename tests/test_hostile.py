@@ -439,7 +439,7 @@ def lora(folder, change=None, **config):
     if change:
         change(tensors, stem)
     save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"} | config
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["q_proj"]} | config
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -453,7 +453,7 @@ LORAS = {
     "integers": ({"change": lambda t, s: t.update({f"{s}A.weight": torch.ones(2, 16).int()})}, "stored as I32"),
     "eight bits": ({"change": lambda t, s: t.update({f"{s}A.weight": torch.ones(2, 16).to(torch.float8_e5m2)})},
                    "stored as F8_E5M2"),
-    "an embedding's": ({"change": lambda t, s: t.update({f"{s}embedding_A": torch.ones(2, 16)})}, "nothing that plain"),
+    "an embedding's": ({"change": lambda t, s: t.update({f"{s}embedding_A": torch.ones(2, 16)})}, "do not go together"),
     "magnitude": ({"change": lambda t, s: t.update({f"{s}magnitude_vector": torch.ones(3)})}, "do not go together"),
     "rank 0": ({"r": 0}, "r is 0"),
     "rank by name": ({"r": "2"}, "r is '2'"),

@@ -83,7 +83,9 @@ def load(folder: str | Path) -> SparseAdapter:
         folder = fetch(folder)
     path = Path(folder) / TENSORS
     if not path.exists():
-        raise FinepointError(f"{folder} is not an adapter folder: it has no {TENSORS}")
+        theirs = (Path(folder) / "adapter_config.json").exists()
+        hint = "; PEFT's adapters are taken by eval, export --format merged and import" if theirs else ""
+        raise FinepointError(f"{folder} is not an adapter folder: it has no {TENSORS}{hint}")
     return read_whole(path, partial(_read, path))
 
 

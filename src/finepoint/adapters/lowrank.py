@@ -1,15 +1,19 @@
 """LoRA and DoRA as PEFT writes them, merged into whole weights, so that all methods are applied and measured alike."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.format import CONFIG, TENSORS, check_info
+from finepoint.adapters.peft_config import LORA, check_fields, check_targets, saved_whole, scaling_of
 from finepoint.errors import FinepointError
 from finepoint.files import read_json
 from finepoint.tensors import DTYPES, Form, forms, opened
@@ -18,13 +22,45 @@ PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 SPARSE = "sparse"  # folder beside PEFT's files, with the chosen entries that were trained along (RoSA)
 PREFIX = "base_model.model."  # of every name in PEFT's file
-# What PEFT can do beyond LoRA and DoRA, with the values that mean that it does not.
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none", None), "use_rslora": (False, None), "use_qalora": (False, None),
-    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "target_parameters": ([], None),
-}  # fmt: skip
+# What follows `.lora_` in a name.
+KINDS = ("A.weight", "B.weight", "magnitude_vector", "embedding_A", "embedding_B")
 
-KINDS = ("A.weight", "B.weight", "magnitude_vector")  # what follows `.lora_` in a name
+
+@dataclass(frozen=True)
+class Update:
+    """What a PEFT adapter makes of one weight: factors are added to it, or another takes its place, or both."""
+
+    name: str
+    whole: Tensor | None = None
+    """replaces the base's"""
+    a: Tensor | None = None
+    b: Tensor | None = None
+    """(rank, in) and (out, rank) of a matrix (out, in)"""
+    scaling: float = 1.0
+    magnitude: Tensor | None = None
+    """(out,) of DoRA"""
+    transposed: bool = False
+    """the weight is kept (in, out)"""
+
+    def of(self, base: Tensor) -> tuple[Tensor, Tensor]:
+        """The wide new value, and the value as stored in the base's dtype.
+
+        LoRA, arXiv:2106.09685: W + scaling BA. DoRA, arXiv:2402.09353: its rows scaled to the trained magnitudes.
+
+        Raises:
+            FinepointError: the weight has another shape.
+        """
+        base = base.detach()
+        new = base if self.whole is None else self.whole.detach().to(base.device)
+        if self.a is not None and self.b is not None:
+            new = _sum(new.T if self.transposed else new, self.a, self.b.to(base.device), self.scaling, self.name)
+            if self.magnitude is not None:
+                new = new * (self.magnitude.detach().to(new) / new.norm(dim=1))[:, None]
+            new = new.T if self.transposed else new
+        if new.shape != base.shape:
+            raise FinepointError(f"the adapter does not fit this model: {self.name} is {tuple(base.shape)} there, "
+                                 f"{tuple(new.shape)} in the adapter")  # fmt: skip
+        return new, torch.where(new == base, base, new.to(base.dtype)).contiguous()
 
 
 def is_peft(folder: str | Path) -> bool:
@@ -65,36 +101,103 @@ def load_merged(folder: str | Path, model: nn.Module) -> SparseAdapter:
     Raises:
         FinepointError: a damaged file, a kind of adapter other than plain LoRA and DoRA, a model it does not fit.
     """
-    tensors, scaling, transposed = read_peft(folder)
     weights = dict(model.named_parameters(remove_duplicate=False))
+    found = read_peft(folder, model)
+    if strange := set(found) - set(weights):
+        raise FinepointError(f"{folder} does not fit this model, which has no weight {min(strange)!r}")
     beside = sparse_beside(folder)
+    changes = dict(beside.changes) if beside else {}
     with beside.applied(model) if beside else nullcontext():
-        found = list(merged(tensors, scaling, weights, transposed, str(folder)))
-    changes = (beside.changes if beside else {}) | {name: Change.whole(new) for name, _, new in found}
+        for name in (name for name in weights if name in found):
+            changes[name] = Change.whole(found[name].of(weights[name])[1])
     return SparseAdapter(changes, info_of(folder))
 
 
-def read_peft(folder: str | Path) -> tuple[dict[str, Tensor], float, bool]:
-    """A PEFT folder's tensors, the factor of its products, and whether the base keeps (in, out) matrices.
+def read_peft(folder: str | Path, model: nn.Module) -> dict[str, Update]:
+    """What a PEFT folder's adapter makes of each weight, by name; those of a new head may be none of the model's.
+
+    Args:
+        model: the base, of which names, types of layers and ties are looked at, and no number.
 
     Raises:
-        FinepointError: a damaged file, a kind of adapter other than plain LoRA and DoRA.
+        FinepointError: a damaged file; a field of its configuration whose value is not computed here as PEFT does.
     """
+    source = str(folder)
     path = Path(folder) / PEFT_TENSORS
     config = read_json(Path(folder) / PEFT_CONFIG)
-    for option, plain in PLAIN.items():
-        if config.get(option) not in plain:
-            raise FinepointError(f"{folder}: {option} is {config.get(option)!r}; only plain LoRA and DoRA are read")
-    alpha, rank = config.get("lora_alpha"), config.get("r")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not abs(alpha) < 1e30:  # type: ignore[arg-type]
-        raise FinepointError(f"{folder}: lora_alpha is {alpha!r} and r is {rank!r}; expected numbers, r at least 1")
+    check_fields(config, LORA, source)
     with opened(path) as file:
         _check_factors(path, forms(file))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise FinepointError(f"{path}: {key}: a number is not finite")
-    return tensors, alpha / rank, bool(config.get("fan_in_fan_out"))  # type: ignore[operator]
+    found = updates(tensors, lambda module, rank: scaling_of(config, module, rank, source), transposed_layers(model))
+    adapted = {name.removesuffix(".weight"): update for name, update in found.items() if update.a is not None}
+    check_targets(config, list(adapted), source)
+    _check_kinds(adapted, tensors, bool(config.get("use_dora")), model, source)
+    _check_whole(found, config, model, source)
+    return found
+
+
+def _check_kinds(
+    adapted: Mapping[str, Update], tensors: Mapping[str, Tensor], dora: bool, model: nn.Module, source: str
+) -> None:
+    """Whether each layer has the factors of its kind, which are those that PEFT looks for there."""
+    modules = dict(model.named_modules())
+    for module, update in adapted.items():
+        embedding = f"{PREFIX}{module}.lora_embedding_A" in tensors
+        if module in modules and embedding != isinstance(modules[module], nn.Embedding):
+            raise FinepointError(
+                f"{source}: the factors of {module} are not those of a {type(modules[module]).__name__}"
+            )
+        if dora and embedding:
+            raise FinepointError(f"{source}: use_dora is not computed here for an embedding, {module}")
+        if dora != (update.magnitude is not None):
+            raise FinepointError(f"{source}: use_dora is {dora}, and the magnitudes of {module} are "
+                                 f"{'missing' if dora else 'there'}")  # fmt: skip
+
+
+def _check_whole(found: Mapping[str, Update], config: Mapping[str, Any], model: nn.Module, source: str) -> None:
+    """Whether modules that were saved whole are there, and no change is of one of several tied weights alone."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        groups[id(weight)].append(name)
+    whole = saved_whole(config, [name for name, _ in model.named_modules()], source)
+    for module in whole:
+        names = [f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()]
+        if missing := sorted(set(names) - set(found)):
+            raise FinepointError(f"{source}: modules_to_save names {module}, and the file lacks {missing[0]}")
+    for group in groups.values():
+        changed = [found[name] for name in group if name in found]
+        if len(group) == 1 or not changed:
+            continue
+        field = next((field for update in changed if (field := _apart(update, whole))), None)
+        alike = len(changed) == len(group) and all(_same(changed[0], update) for update in changed)
+        if (field or len(changed) > 1) and not alike:
+            raise FinepointError(
+                f"{source}: {field or 'save_embedding_layers'} changes {changed[0].name}, which is tied to "
+                f"{next(name for name in group if name != changed[0].name)} in the base; PEFT changes one of the two, "
+                "here both would change: untie the base (tie_word_embeddings) or merge with PEFT"
+            )
+
+
+def _apart(update: Update, whole: Collection[str]) -> str | None:
+    """The field by which PEFT gives a weight's module numbers of its own; None where it writes into the shared one."""
+    if update.a is not None:
+        return "target_modules"
+    places = update.name.split(".")
+    return "modules_to_save" if any(".".join(places[:n]) in whole for n in range(1, len(places))) else None
+
+
+def _same(one: Update, other: Update) -> bool:
+    return (
+        one.a is None
+        and other.a is None
+        and one.whole is not None
+        and other.whole is not None
+        and torch.equal(one.whole, other.whole)
+    )
 
 
 def _check_factors(path: Path, known: Mapping[str, Form]) -> None:
@@ -107,45 +210,44 @@ def _check_factors(path: Path, known: Mapping[str, Form]) -> None:
             continue
         if kind not in KINDS:
             raise FinepointError(f"{path}: {key} is nothing that plain LoRA or DoRA of a linear layer has")
-        a, b = (known.get(f"{stem}.lora_{factor}.weight", ("", ()))[1] for factor in "AB")
+        embedding = f"{stem}.lora_embedding_A" in known or f"{stem}.lora_embedding_B" in known
+        factors = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
+        a, b = (known.get(f"{stem}.lora_{factor}", ("", ()))[1] for factor in factors)
         fits = len(a) == len(b) == 2 and a[0] == b[1]
         if not fits or (kind == "magnitude_vector" and shape != b[:1]):
             raise FinepointError(f"{path}: the factors of {stem} have shapes {a} and {b}, which do not go together")
 
 
-def merged(
-    tensors: Mapping[str, Tensor], scaling: float, weights: Mapping[str, Tensor], transposed: bool = False,
-    source: str = "the adapter",
-) -> Iterator[tuple[str, Tensor, Tensor]]:  # fmt: skip
-    """Yields the name, the wide new value and the stored new value of each weight, one at a time.
+def transposed_layers(model: nn.Module) -> set[str]:
+    """The layers whose matrices the model keeps as (in, out): GPT-2's Conv1D, and embeddings."""
+    return {name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding)}
 
-    LoRA, arXiv:2106.09685: W + scaling BA. DoRA, arXiv:2402.09353: its rows scaled to the trained magnitudes.
+
+def updates(
+    tensors: Mapping[str, Tensor], scaling: Callable[[str, int], float], transposed: Collection[str]
+) -> dict[str, Update]:
+    """What each weight becomes, by its name.
 
     Args:
-        tensors: by PEFT's names; what is no factor replaces a whole weight (a new classification head).
-        weights: the base's, by name.
-        transposed: the base keeps (in, out) matrices, as GPT-2's Conv1D does.
+        tensors: by PEFT's names; what is no factor replaces a whole weight (a new classification head, a bias).
+        scaling: of a module's product, from its name and the factors' rank.
+        transposed: names of the layers that keep (in, out) matrices.
     """
-    keys: dict[str, str] = {}
-    for key in tensors:
-        path, _, kind = key.removeprefix(PREFIX).partition(".lora_")
-        if not kind or kind.startswith("A"):
-            keys[f"{path}.weight" if kind else path] = key
-    if strange := set(keys) - set(weights):
-        raise FinepointError(f"{source} does not fit this model, which has no weight {min(strange)!r}")
-    for name in (name for name in weights if name in keys):
-        base = weights[name].detach()
-        new = tensors[keys[name]].detach().to(base.device)
-        stem, _, kind = keys[name].partition(".lora_")
-        if kind:
-            b = tensors[f"{stem}.lora_B.weight"].to(base.device)
-            new = _sum(base.T if transposed else base, new, b, scaling, name)
-            if (magnitude := tensors.get(f"{stem}.lora_magnitude_vector")) is not None:
-                new = new * (magnitude.detach().to(new) / new.norm(dim=1))[:, None]
-            new = new.T if transposed else new
-        if new.shape != base.shape:
-            raise FinepointError(f"{source} does not fit this model: {name} is {tuple(base.shape)} there")
-        yield name, new, torch.where(new == base, base, new.to(base.dtype)).contiguous()
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        path, _, kind = key.removeprefix(PREFIX).replace(".base_layer.", ".").partition(".lora_")
+        name = f"{path}.weight" if kind else path
+        part = kind.removeprefix("embedding_")[:1] if kind else "whole"
+        if part in parts[name]:
+            raise FinepointError(f"the adapter holds {name} twice")
+        parts[name][part] = tensor
+    found = {}
+    for name, own in parts.items():
+        module = name.rpartition(".")[0]
+        a, b = own.get("A"), own.get("B")
+        factor = scaling(module, len(a)) if a is not None else 1.0
+        found[name] = Update(name, own.get("whole"), a, b, factor, own.get("m"), module in transposed)
+    return found
 
 
 def _sum(base: Tensor, a: Tensor, b: Tensor, scaling: float, name: str) -> Tensor:

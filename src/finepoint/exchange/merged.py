@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import scatter_
-from finepoint.adapters.lowrank import PREFIX, info_of, is_peft, merged, read_peft, sparse_beside
+from finepoint.adapters.lowrank import Update, info_of, is_peft, read_peft, sparse_beside
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint
 from finepoint.exchange.overlay import Patch, lay_over, narrowed
@@ -103,26 +103,21 @@ def _low_rank(
     folder: str, checkpoint: Checkpoint, info: Mapping[str, Any]
 ) -> tuple[dict[str, Rewrite], dict[str, Tensor]]:
     """LoRA and DoRA, added to a weight when its turn comes, and the tensors that are new."""
-    tensors, scaling, transposed = read_peft(folder)
-    by_weight: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        module, low_rank, _ = key.removeprefix(PREFIX).partition(".lora_")
-        by_weight[f"{module}.weight" if low_rank else module][key] = tensor
     rewrites: dict[str, Rewrite] = {}
     added: dict[str, Tensor] = {}
-    for name, own in by_weight.items():
-        if name not in checkpoint.ties and name in own and info.get("task") == "classification":
-            added[name] = own[name].to(getattr(torch, checkpoint.dtype))
+    for name, update in read_peft(folder, checkpoint.outline).items():
+        if name not in checkpoint.ties and update.whole is not None and info.get("task") == "classification":
+            added[name] = update.whole.to(getattr(torch, checkpoint.dtype))
             continue
-
-        def write(weight: Tensor, own: dict[str, Tensor] = own, name: str = name) -> Tensor:
-            return next(iter(merged(own, scaling, {name: weight}, transposed, folder)))[2]
-
         for stored in checkpoint.stored(name):
             # Tried on the shape alone, so that what does not fit is refused before anything is written.
-            write(torch.zeros(checkpoint.tensors[stored].shape, device="meta"))
-            rewrites[stored] = write
+            update.of(torch.zeros(checkpoint.tensors[stored].shape, device="meta"))
+            rewrites[stored] = _updater(update)
     return rewrites, added
+
+
+def _updater(update: Update) -> Rewrite:
+    return lambda weight: update.of(weight)[1]
 
 
 def _write_shards(

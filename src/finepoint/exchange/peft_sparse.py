@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from finepoint.adapters.adapter import Change
 from finepoint.adapters.lowrank import PEFT_CONFIG, PEFT_TENSORS, PREFIX
+from finepoint.adapters.peft_config import SPARSE, check_fields, check_targets
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.overlay import Patch
@@ -82,11 +83,15 @@ def read_peft_sparse(
                              "are read here, and LoRA is applied as it is")  # fmt: skip
     if expected not in ("auto", layout):
         raise FinepointError(f"{folder} holds an adapter of type {config['peft_type']}, not {expected}")
+    check_fields(config, SPARSE[layout], str(folder))
     with opened(folder / PEFT_TENSORS) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     numbers_key, indices_key = SUFFIXES[layout]
     changes = {}
-    for key in [key for key in tensors if key.endswith(f".{numbers_key}")]:
+    keys = [key for key in tensors if key.endswith(f".{numbers_key}")]
+    modules = [key.removeprefix(PREFIX).removesuffix(f".{numbers_key}") for key in keys]
+    check_targets(config, modules, str(folder))
+    for key in keys:
         module = key.removesuffix(f".{numbers_key}")
         name = f"{module.removeprefix(PREFIX)}.weight"
         if f"{module}.{indices_key}" not in tensors:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.format import CONFIG
-from finepoint.adapters.lowrank import PEFT_TENSORS, merged
+from finepoint.adapters.lowrank import PEFT_TENSORS, transposed_layers, updates
 from finepoint.errors import FinepointError
 from finepoint.extras import needing
 from finepoint.files import move_files, partial_folder, write_json, writing
@@ -44,12 +43,13 @@ class PeftTuner:
             raise FinepointError("the model has a tuner already; close that one first")
         self.model = model
         self.scaling = alpha / rank
-        self.transposed = isinstance(model.get_submodule(layers[0]), Conv1D)
+        self.transposed = transposed_layers(model)
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._attributes = set(vars(model))
         config = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=list(layers),
-            modules_to_save=sorted({name.rpartition(".")[0] for name in head}) or None, fan_in_fan_out=self.transposed,
+            modules_to_save=sorted({name.rpartition(".")[0] for name in head}) or None,
+            fan_in_fan_out=layers[0] in self.transposed,
         )  # fmt: skip
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going
@@ -84,8 +84,9 @@ class PeftTuner:
         weights = {name.replace(".base_layer", "").replace(".original_module", ""): parameter
                    for name, parameter in self.model.named_parameters(remove_duplicate=False)}  # fmt: skip
         tensors = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
-        for name, wide, stored in merged(tensors, self.scaling, weights, self.transposed):
-            yield name, weights[name].detach(), wide, stored
+        found = updates(tensors, lambda *_: self.scaling, self.transposed)
+        for name in (name for name in weights if name in found):
+            yield name, weights[name].detach(), *found[name].of(weights[name])
 
     def changed(self) -> int:
         """How many entries of the merged weights hold another value than the base's."""
