@@ -1,27 +1,15 @@
-"""Tiny models of many families, and one check of what finepoint promises of each of them.
+"""Tiny models of many families of transformers, and what each of them trains on."""
 
-`python tests/families.py` runs the check over all of them and writes docs/supported-models.md.
-"""
-
-import copy
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
-import finepoint
-from conftest import assert_same_bits, make_tokenizer, snapshot
-from finepoint.batches import IGNORED, Collator, Row, accepted
-from finepoint.errors import FinepointError
-from finepoint.training.loss import completion_loss
-from reference import dense_masked_training
+from finepoint.batches import IGNORED
 
-PAGE = Path(__file__).parent.parent / "docs" / "supported-models.md"
 IMAGE = 60  # the token that stands for a piece of an image or of a sound
 
 # One size for all: what a family's configuration does not know, it carries along unused.
@@ -394,137 +382,3 @@ add("whisper", "sound", "WhisperForConditionalGeneration", mel,
     PAIRED | EAR | {"max_target_positions": 20, "suppress_tokens": None, "begin_suppress_tokens": None})  # fmt: skip
 add("qwen2_audio", "sound", "Qwen2AudioForConditionalGeneration", hearing,
     {"audio_config": EAR, "text_config": {"model_type": "qwen2", **SMALL}, "audio_token_index": IMAGE})  # fmt: skip
-
-
-def generic(model: Any) -> Any:
-    """In eval mode, with a little noise everywhere, so that no weight is 0 or 1 by construction."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
-    model.config._experts_implementation = "eager"  # the grouped product of CPUs knows no float64
-    return model.eval()
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What became of the target weights; all that the loss reaches were trained, saved and reverted exactly."""
-
-    reached: int = 0
-    unreached: int = 0
-    """weights whose entries stay as they are, since the loss of the batches does not depend on them"""
-    refused: str = ""
-    """why the family cannot be trained, in one line"""
-
-
-def check_training(family: Family, targets: str = "linear") -> Trained:
-    """Selects, trains three steps, saves, reverts: equal to dense training in float64, and exact to the bit.
-
-    Raises:
-        AssertionError: something is wrong that was not refused.
-    """
-    model = generic(family.build()).double()
-    generator = torch.Generator().manual_seed(1)
-    batches = [family.batch(generator) for _ in range(3)]
-    before, dense = snapshot(model), copy.deepcopy(model)
-    try:
-        indices = dict(finepoint.select(
-            model, batches, rule="gradient", density=0.1, targets=targets, scope="weight"
-        ))  # fmt: skip
-        tuner = finepoint.SparseTuner(model, indices)
-    except FinepointError as error:
-        return Trained(refused=one_line(error))
-    optimizer = sgd(tuner.parameters())
-    for batch in batches:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    adapter = tuner.adapter()
-    tuner.close()
-    dense_masked_training(dense, indices, [[batch] for batch in batches], sgd)
-    reached = compare(snapshot(model), snapshot(dense), before, indices)
-    check_saving(model, before, adapter)
-    return Trained(reached, len(indices) - reached)
-
-
-def one_line(error: FinepointError) -> str:
-    assert "\n" not in str(error)
-    return str(error)
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """A step in proportion to the gradient, so that nothing is made of what is only rounding."""
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-
-
-def compare(found: Batch, expected: Batch, before: Batch, indices: dict[str, torch.Tensor]) -> int:
-    """Every chosen entry is where dense training brings it, every other has its bits; how many weights moved."""
-    reached, wrong = 0, []
-    for name, positions in indices.items():
-        start = before[name].reshape(-1)
-        others = torch.ones(len(start), dtype=torch.bool)
-        others[positions] = False
-        assert torch.equal(found[name].reshape(-1)[others], start[others]), f"{name} moved where it was not chosen"
-        way = float((expected[name].reshape(-1) - start)[positions].abs().max())
-        off = float((found[name] - expected[name]).abs().max())
-        reached += way > 0
-        if not off <= 1e-7 * way + 1e-12:  # many models compute norms, routers or scans in float32 whatever they are in
-            wrong.append(f"{name} is off by {off:.1g} of {way:.1g}")
-    assert not wrong, f"{len(wrong)} of {len(indices)} weights: {', '.join(wrong[:3])}"
-    assert reached, "nothing moved"
-    return reached
-
-
-def check_saving(model: Any, before: Batch, adapter: Any) -> None:
-    """The adapter, written and read, makes the trained model of the base, and gives the base back, to the bit."""
-    trained = snapshot(model)
-    with tempfile.TemporaryDirectory() as folder:
-        adapter.save(folder, overwrite=True)
-        loaded = finepoint.SparseAdapter.load(folder)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            value.copy_(before[name])
-    with loaded.applied(model):
-        assert_same_bits(trained, snapshot(model))
-    assert_same_bits(before, snapshot(model))
-
-
-def check_batches(family: Family) -> str:
-    """The loss of each example is the model's own on this example alone, in any company.
-
-    Returns:
-        Why finepoint makes no batches for it, in one line; nothing if it does.
-
-    Raises:
-        AssertionError: an example counts otherwise than alone.
-    """
-    model = generic(family.build())
-    generator = torch.Generator().manual_seed(2)
-    rows = [example(family, length, generator) for length in (4, 9, 23)]
-    try:
-        collator = Collator.of(model, make_tokenizer())
-        with torch.no_grad():
-            alone = [plain_loss(model, row) for row in rows]
-            for company in ([0], [1], [2], [0, 2], [2, 1], [0, 1, 2]):
-                loss = float(completion_loss(model, collator([rows[place] for place in company])))
-                total, count = map(sum, zip(*(alone[place] for place in company), strict=True))
-                assert abs(loss - total / count) < 1e-5 * loss, f"rows {company}: {loss:.6f}, not {total / count:.6f}"
-    except FinepointError as error:
-        return one_line(error)
-    return ""
-
-
-def example(family: Family, length: int, generator: torch.Generator) -> Row:
-    ids = tokens(generator, 1, length)[0].tolist()
-    if "classifier" in family.kind:
-        return Row([1, *ids, 2], length % 3)
-    return Row(ids, [IGNORED, IGNORED, *ids[2:]])
-
-
-def plain_loss(model: Any, row: Row) -> tuple[float, int]:
-    """The summed loss of one example by the model's own forward, without finepoint, and the labels it is over."""
-    plainly = {"use_cache": False} if "use_cache" in accepted(model) else {}
-    logits = model(input_ids=torch.tensor([row.ids]), **plainly).logits[0]
-    if isinstance(row.labels, int):
-        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels))), 1
-    labels = torch.tensor(row.labels)[1:]
-    return float(torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="sum")), int((labels >= 0).sum())
