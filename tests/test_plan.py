@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    DeepseekV3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    RwkvConfig,
+)
 
 from finepoint.cli import main
 from finepoint.config import PlanConfig
@@ -190,6 +198,52 @@ def test_the_command(model_folder, capsys):
     for wrong in (["--model", "./nowhere"], ["--model", str(model_folder), "--density", "2"]):
         assert main(["plan", *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+EXPERTS = {"num_key_value_heads": 2, "num_local_experts": 4, "hidden_size": 16, "intermediate_size": 24}
+BLOCK = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+ATTENTION = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+FAMILIES = {
+    "mixtral": lambda: MixtralConfig(**BLOCK, **EXPERTS),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **BLOCK, **ATTENTION, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, n_routed_experts=4,
+        num_key_value_heads=4, n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+    ),
+    "mamba": lambda: MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4),
+    "bloom": lambda: BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_state_spaces_and_other_attention_are_planned(family, dtype, tmp_path):
+    config = FAMILIES[family]()
+    config.save_pretrained(tmp_path)
+    for device, rule in (("cpu", "gallop"), ("cuda", "random")):
+        found = plan(PlanConfig(model=str(tmp_path), density=0.1, tokens=16, batch_size=2, dtype=dtype, device=device,
+                                rule=rule, gradient_checkpointing=rule == "random"))  # fmt: skip
+        assert found.dtype == dtype
+        assert found.trained == round(0.1 * found.entries)
+        width = 4 if dtype == "float32" else 2
+        assert found.training["weights"] >= width * found.parameters
+        assert found.training["activations"] > 0
+
+
+def test_the_product_of_experts_has_the_shapes_and_gradients_of_torchs_own():
+    rows, weights = torch.randn(6, 8, requires_grad=True), torch.randn(3, 8, 16, requires_grad=True)
+    real = torch.nn.functional.grouped_mm(rows, weights, offs=torch.tensor([2, 4, 6], dtype=torch.int32))
+    real.sum().backward()
+    there = [tensor.detach().to("meta").requires_grad_() for tensor in (rows, weights)]
+    stand_in = planning.grouped_product(*there)
+    assert stand_in.shape == real.shape
+    stand_in.sum().backward()
+    assert [tensor.grad.shape for tensor in there] == [rows.grad.shape, weights.grad.shape]
+
+
+def test_a_model_whose_code_needs_numbers_is_refused_by_one_line(tmp_path):
+    RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(FinepointError, match="cannot be planned: its code .RwkvForCausalLM. does not run on shapes"):
+        plan(PlanConfig(model=str(tmp_path), tokens=16, batch_size=2, density=0.1, rule="gallop"))
 
 
 def test_the_ledger_follows_storages():

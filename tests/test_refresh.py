@@ -596,6 +596,26 @@ def test_several_processes_choose_and_train_as_one(config, sharded):
     assert [row["step"] for row in log if "grown" in row] == [3, 5]
 
 
+def test_an_optimizer_of_eight_bits_is_refused_and_nothing_is_changed():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = tiny_llama()
+    first = finepoint.select(model, rule="random", count=50)
+    second = finepoint.select(model, rule="random", count=50, seed=1)
+    name = "model.embed_tokens.weight"
+    with SparseTuner(model, {name: torch.arange(1024)}, ready=first) as tuner:
+        # bitsandbytes quantises states from 4,096 numbers on; here from the first.
+        optimizer = bitsandbytes.optim.AdamW8bit(tuner.parameters(), lr=1e-3, min_8bit_size=1)
+        tuner.choose_({**first, name: torch.arange(7)}, optimizer)  # no state yet
+        model(**random_batches(1)[0]).loss.backward()
+        optimizer.step()
+        before = {key: entries.indices.clone() for key, entries in tuner.entries.items()}
+        bits = snapshot(model)
+        with pytest.raises(FinepointError, match="AdamW8bit keeps 'state1' in uint8 .* take torch.optim.AdamW"):
+            tuner.choose_(second, optimizer)
+        assert all(torch.equal(before[key], entries.indices) for key, entries in tuner.entries.items())
+        assert_same_bits(bits, snapshot(model))
+
+
 def _within_ddp():
     model = tiny_llama()
     tuner = SparseTuner(model, {"model.layers.0.mlp.up_proj.weight": torch.arange(3)})

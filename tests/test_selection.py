@@ -147,6 +147,25 @@ def test_a_density_for_each_pattern(llama):
         finepoint.select(llama, rule="random", targets={"*.v_proj": 0.25}, density=0.1)
 
 
+def test_what_is_excluded_belongs_to_the_model(llama):
+    embedding = torch.arange(0, 1024, 2)
+    alone = finepoint.select(llama, rule="magnitude-high", count=512, targets="*embed_tokens",
+                             exclude=[{"lm_head.weight": embedding}])  # fmt: skip
+    assert torch.equal(alone["model.embed_tokens.weight"], embedding + 1)  # the head is tied to it
+    norm = {"model.norm.weight": torch.arange(3)}  # no target, and none of the targets' entries
+    assert finepoint.select(llama, rule="random", count=5, exclude=[norm]).count == 5
+    for given, message in (
+        ([{"model.norm": torch.arange(3)}], "no weight 'model.norm'"),
+        ([{"model.norm.weight": torch.tensor([99])}], "lies outside model.norm.weight"),
+        (norm, "exclude holds 'model.norm.weight'; give a list of adapters"),
+        (["runs/first"], "exclude holds 'runs/first'; give a list of adapters"),
+    ):
+        with pytest.raises(FinepointError, match=message):
+            finepoint.select(llama, rule="random", count=5, exclude=given)
+        with pytest.raises(FinepointError, match=message):
+            finepoint.sparsify(llama, rule="random", count=5, exclude=given)
+
+
 def test_excluded_entries_are_never_chosen_and_the_count_stays_exact(llama, batches):
     first = finepoint.select(llama, batches, rule="gallop", density=0.3)
     second = finepoint.select(llama, batches, rule="gallop", density=0.3, exclude=[first])

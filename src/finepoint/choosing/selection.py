@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,7 +99,7 @@ def select(
         scope: `global` compares all target entries with each other, `layer` those of one decoder block, `weight`
             those of one weight; the budget is spread in proportion to size.
         targets: see `target_weights`; a mapping from pattern to density gives every pattern its own budget.
-        exclude: adapters (or indices by weight name) whose entries may not be chosen.
+        exclude: adapters (or indices by weight name) whose entries may not be chosen; of weights of this model.
         seed: for rules that draw, and for the sampled threshold.
         scoring_memory: share of the weights whose gradients are held at a time; less memory, more passes.
         threshold: `exact` gives exactly k entries; `sampled` takes all that reach a threshold estimated from a
@@ -121,7 +121,7 @@ def select(
     options = checked_options(chosen_rule, rule_options or {})
     weights = in_memory(target_weights(model, targets))
     cut = tilings(model, weights, structure)
-    taken = {name: cut[name].tiles(out) for name, out in _union(exclude, weights).items()}
+    taken = {name: cut[name].tiles(out) for name, out in _union(exclude, model, weights).items()}
     sizes = {name: tiling.count for name, tiling in cut.items()}
     held = {name: len(tiles) for name, tiles in taken.items()}
     plan = plan or budgets(model, sizes, held, density=density, count=count, scope=scope, targets=targets)
@@ -290,16 +290,28 @@ def allocate(sizes: Sequence[int], free: Sequence[int], k: int) -> list[int]:
     return counts
 
 
-def _union(adapters: Sequence[Mapping[str, Tensor]], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All indices of these weights that occur in any of the adapters, by weight, each once."""
+def _union(adapters: Sequence[Mapping[str, Tensor]], model: nn.Module, weights: Collection[str]) -> dict[str, Tensor]:
+    """All indices of these weights that occur in any of the adapters, by weight, each once.
+
+    Raises:
+        FinepointError: an adapter names a weight that the model has not, or an index outside one; or is no mapping.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, list[Tensor]] = defaultdict(list)
     for adapter in adapters:
+        if not isinstance(adapter, Mapping):
+            raise FinepointError(f"exclude holds {adapter!r}; give a list of adapters, each as SparseAdapter.load gives "
+                                 "it, or of indices by weight name")  # fmt: skip
         for name in adapter:
-            if name in weights:
-                indices, entries = adapter[name], weights[name].numel()
-                if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < entries:
-                    raise FinepointError(f"an index to exclude lies outside {name}, which has {entries} entries")
-                found[name].append(indices)
+            if name not in parameters:
+                raise FinepointError(f"the model has no weight {name!r}, entries of which are to be excluded; "
+                                     f"its weights are called like {next(iter(first.values()))!r}")  # fmt: skip
+            indices, entries = adapter[name], parameters[name].numel()
+            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < entries:
+                raise FinepointError(f"an index to exclude lies outside {name}, which has {entries} entries")
+            if (own := first[id(parameters[name])]) in weights:  # a tied weight goes by its first name
+                found[own].append(indices)
     return {name: torch.cat(parts).unique() for name, parts in found.items()}
 
 

@@ -1,9 +1,9 @@
 """Peak memory of selection and training, predicted from shapes: the real code on a model without numbers.
 
 The model, its SparseTuner, the loss, the backward pass, the optimizer and the scoring of the gradients run on torch's
-meta device, where tensors have shapes and no memory, and a ledger counts what would be held. Three things cannot run
-there and have a stand-in of the same shapes: fused attention (the fused operator itself, which torch does not choose
-on the meta device), the sampled gradient, and the top-k, whose sizes depend on the scores.
+meta device, where tensors have shapes and no memory, and a ledger counts what would be held. What cannot run there has
+a stand-in of the same shapes: fused attention (the fused operator itself, which torch does not choose on the meta
+device), the product of stacked experts, the sampled gradient, and the top-k, whose sizes depend on the scores.
 
 The loss is the model's own, over whole logits: more than `finepoint train` holds, which takes them in chunks.
 Not counted: memory inside single operators, an allocator's fragmentation, the data and the tokenizer.
@@ -74,7 +74,7 @@ def plan(config: PlanConfig) -> Plan:
     On the CPU the memory this process has now stands for that of the process that will train: call it in a fresh one.
 
     Raises:
-        FinepointError: an unknown model, rule or target; a number out of range.
+        FinepointError: an unknown model, rule or target; a number out of range; a model that needs numbers to run.
     """
     rule = rule_named(config.rule)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,8 +89,14 @@ def plan(config: PlanConfig) -> Plan:
     counts = {budget.names[0]: budget.k for budget in spread}
     scoring, stepping = process_bytes(config.quantise) if device == "cpu" else (0, 0)
     selection = None
-    if rule.needs_data:
-        selection = {"process": scoring} | _selection(config, rule, model, weights, counts, device)
+    try:
+        if rule.needs_data:
+            selection = {"process": scoring} | _selection(config, rule, model, weights, counts, device)
+        training = {"process": stepping} | _training(config, model, counts, device)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FinepointError(f"the memory of {config.model!r} cannot be planned: its code ({type(model).__name__}) does "
+                             f"not run on shapes alone ({reason})") from error  # fmt: skip
     return Plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         entries=sum(sizes.values()),
@@ -98,7 +104,7 @@ def plan(config: PlanConfig) -> Plan:
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,
         selection=selection,
-        training={"process": stepping} | _training(config, model, counts, device),
+        training=training,
     )
 
 
@@ -135,7 +141,7 @@ def _check(config: PlanConfig, context: int) -> None:
 
 def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device: str) -> dict[str, int]:
     """The peak of a training step with the optimizer's state in place, by part."""
-    with Ledger() as ledger, _fused_attention(device), _parts(model, ledger):
+    with Ledger() as ledger, _stand_ins(device), _parts(model, ledger):
         ledger.hold([*model.parameters(), *model.buffers()], "weights")
         ledger.enter("trained_entries")
         # The selection stays in RAM for the adapter's description.
@@ -171,7 +177,7 @@ def _selection(
     # Some are made from batches of one.
     alone = {"squared_gradient", "input_norm"} & set(rule.needs)
     batch = _batch(config, model, 1 if alone else config.batch_size)
-    with Ledger() as ledger, _fused_attention(device), _parts(model, ledger):
+    with Ledger() as ledger, _stand_ins(device), _parts(model, ledger):
         ledger.hold([*model.parameters(), *model.buffers()], "weights")
         ledger.enter("scoring_gradients")
         if warm := {"movement", "change"} & set(rule.needs):
@@ -200,8 +206,20 @@ def _batch(config: PlanConfig, model: Any, rows: int) -> dict[str, Any]:
     batch = Collator.of(model, SimpleNamespace(pad_token_id=0, eos_token_id=None))([row] * rows)
     if config.padded and config.batch_size > 1:
         # The mask the model makes where something is padded; without numbers it would find nothing padded.
-        batch["attention_mask"] = torch.ones(rows, 1, config.tokens, config.tokens, dtype=torch.bool, device="meta")
+        made = torch.ones(rows, 1, config.tokens, config.tokens, dtype=torch.bool, device="meta")
+        batch["attention_mask"] = made if _takes(model, batch, made) else batch["attention_mask"].to("meta")
     return batch
+
+
+def _takes(model: Any, batch: Mapping[str, Any], mask: Tensor) -> bool:
+    """Whether the model takes a mask over pairs of tokens: state space models and ALiBi want one over tokens."""
+    given = on_device(batch, model.device) | {"attention_mask": mask}
+    try:
+        with undisturbed(model), torch.no_grad():
+            model(**given)
+    except (ValueError, TypeError, RuntimeError, IndexError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -241,14 +259,39 @@ def _parts(model: Any, ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def _fused_attention(device: str) -> Iterator[None]:
-    """Has attention run by the fused operator that the device would use: on the meta device torch chooses none."""
+def _stand_ins(device: str) -> Iterator[None]:
+    """Has attention run by the fused operator that the device would use, since on the meta device torch chooses none,
+    and products of stacked experts, which torch knows there in bfloat16 alone, by their shapes."""
     # Replaced by name: a TorchFunctionMode is off in a backward pass, where checkpointing calls it once more.
-    functional.scaled_dot_product_attention = partial(fused_attention, device)
+    ours = [(functional, "scaled_dot_product_attention", partial(fused_attention, device)),
+            (functional, "grouped_mm", grouped_product), (torch, "_grouped_mm", grouped_product)]  # fmt: skip
+    theirs = [(place, name, getattr(place, name)) for place, name, _ in ours if hasattr(place, name)]
+    known = {(id(place), name) for place, name, _ in theirs}
     try:
+        for place, name, stand_in in ours:
+            if (id(place), name) in known:
+                setattr(place, name, stand_in)
         yield
     finally:
-        functional.scaled_dot_product_attention = scaled_dot_product_attention
+        for place, name, function in theirs:
+            setattr(place, name, function)
+
+
+def grouped_product(rows: Tensor, weights: Tensor, offs: Tensor | None = None) -> Tensor:
+    """The shape of `grouped_mm`, with its backward: (rows, in), (experts, in, out) -> (rows, out), on meta."""
+    return _Grouped.apply(rows, weights)
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        return rows.new_empty(len(rows), weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(torch.empty_like(tensor) if needed else None
+                     for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True))  # fmt: skip
 
 
 def fused_attention(
@@ -266,19 +309,20 @@ def fused_attention(
     aten = torch.ops.aten
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)  # as torch does, for each layer anew
-    if device == "cpu":
+    if device == "cpu" and query.shape[-1] == value.shape[-1]:
         return aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
-    if attn_mask is None and query.dtype in HALF:
+    if device != "cpu" and attn_mask is None and query.dtype in HALF and query.shape[-1] == value.shape[-1]:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    if query.shape[1] == key.shape[1]:
+    if device != "cpu" and query.shape[1] == key.shape[1]:
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
         )[0]
-    # No fused operator takes float32 with fewer key heads: the attention matrix is made.
+    # No fused operator takes float32 with fewer key heads, none on a CPU values of another width than the keys (DeepSeek
+    # V3): the attention matrix is made.
     return scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

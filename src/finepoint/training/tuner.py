@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from finepoint import ranks
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.base import form_of
 from finepoint.adapters.format import TENSORS, write
@@ -134,7 +135,8 @@ class SparseTuner:
             How many entries `stayed`, were `dropped` and `grown`.
 
         Raises:
-            FinepointError: no index at all, a weight the tuner does not know, a quantised one, a model within DDP.
+            FinepointError: no index at all, a weight the tuner does not know, a quantised one, a model within DDP; an
+                optimizer whose state is not one number an entry. Nothing is changed then.
         """
         if unknown := sorted({name for name in indices if len(indices[name])} - set(self.entries)):
             raise FinepointError(f"the tuner does not know {unknown[0]!r}; name it as `ready` when making the tuner")
@@ -143,6 +145,8 @@ class SparseTuner:
         chosen = {name: indices.get(name, entries.indices[:0]) for name, entries in self.entries.items()}
         for name, entries in self.entries.items():
             entries.check(chosen[name])
+            if optimizer is not None:
+                check_exchangeable(optimizer, entries.delta)
         before, stayed = self.count, 0
         for name, entries in self.entries.items():
             old = entries.delta
@@ -256,6 +260,23 @@ class SparseTuner:
         """Sets all deltas to zero and restores the base's exact bits; what has settled is forgotten."""
         for entries in self.entries.values():
             entries.revert_()
+
+
+def check_exchangeable(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Refuses an optimizer whose state cannot go along when a parameter's entries change.
+
+    Raises:
+        FinepointError: what it keeps is neither a float for each entry nor a number for all: bitsandbytes' eight bits,
+            whose blocks share a scale, or a state with more than one number for some entries and none for others.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if not isinstance(value, Tensor) or value.numel() <= 1:
+            continue
+        plain = type(value) in (Tensor, nn.Parameter) or ranks.is_sharded(value)
+        if not plain or value.shape != parameter.shape or not value.is_floating_point():
+            raise FinepointError(f"{type(optimizer).__name__} keeps {key!r} in {str(value.dtype).removeprefix('torch.')} "
+                                 f"of shape {tuple(value.shape)} for {parameter.numel()} trained entries: not a number "
+                                 "for each, so that entries cannot be chosen anew; take torch.optim.AdamW")  # fmt: skip
 
 
 @torch.no_grad()
