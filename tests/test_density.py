@@ -1,17 +1,18 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli.train import print_search
-from finepoint.config import TrainConfig
+from finepoint.config import SelectConfig, TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.studies import density
 from finepoint.studies.density import Trial, best, train_auto
 from finepoint.training.finite import TrainingFailedError
-from finepoint.training.run import train
+from finepoint.training.run import choose, train
 
 
 @pytest.fixture
@@ -72,6 +73,31 @@ def test_finished_trials_are_not_run_again(config, tmp_path, monkeypatch):
     assert whole["search"] == record["search"]
     with pytest.raises(FinepointError, match="is done"):
         train_auto(replace(config, resume=True))
+
+
+@pytest.mark.parametrize("change", ["data", "validation", "rule", "seed", "steps", "exclude"])
+def test_a_search_goes_on_with_the_same_data_and_settings_alone(config, tmp_path, monkeypatch, choice_file, change):
+    def tired(run, place):
+        raise KeyboardInterrupt
+
+    config = replace(config, rule="magnitude-low")
+    fit = density.fit
+    monkeypatch.setattr(density, "fit", tired)
+    with pytest.raises(KeyboardInterrupt):
+        train_auto(config)
+    monkeypatch.setattr(density, "fit", fit)
+    rows = [json.loads(line) for line in Path(choice_file).read_text().splitlines()]
+    other = write_lines(tmp_path / "other.jsonl", [rows[0] | {"answer": 1 - rows[0]["answer"]}, *rows[1:]])
+    excluded = str(tmp_path / "excluded")
+    choose(SelectConfig(model=config.model, output=excluded, rule="random", count=5))
+    changed = {"data": other, "validation": other, "rule": "magnitude-high", "seed": 1, "steps": 9,
+               "exclude": [excluded]}[change]  # fmt: skip
+    with pytest.raises(FinepointError, match="was trained with .*; give the same settings again, or start afresh"):
+        train_auto(replace(config, resume=True, **{change: changed}))
+    same = write_lines(tmp_path / "same.jsonl", rows)  # by another name
+    monkeypatch.setattr(density, "fit", tired)
+    with pytest.raises(KeyboardInterrupt):
+        train_auto(replace(config, resume=True, data=same, validation=same))
 
 
 def test_a_trial_that_diverges_is_out_and_the_search_goes_on(config, tmp_path, monkeypatch, capsys):

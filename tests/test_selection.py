@@ -154,16 +154,16 @@ def test_what_is_excluded_belongs_to_the_model(llama):
     assert torch.equal(alone["model.embed_tokens.weight"], embedding + 1)  # the head is tied to it
     norm = {"model.norm.weight": torch.arange(3)}  # no target, and none of the targets' entries
     assert finepoint.select(llama, rule="random", count=5, exclude=[norm]).count == 5
-    for given, message in (
+    for wrong, message in (
         ([{"model.norm": torch.arange(3)}], "no weight 'model.norm'"),
         ([{"model.norm.weight": torch.tensor([99])}], "lies outside model.norm.weight"),
         (norm, "exclude holds 'model.norm.weight'; give a list of adapters"),
         (["runs/first"], "exclude holds 'runs/first'; give a list of adapters"),
     ):
         with pytest.raises(FinepointError, match=message):
-            finepoint.select(llama, rule="random", count=5, exclude=given)
+            finepoint.select(llama, rule="random", count=5, exclude=wrong)
         with pytest.raises(FinepointError, match=message):
-            finepoint.sparsify(llama, rule="random", count=5, exclude=given)
+            finepoint.sparsify(llama, rule="random", count=5, exclude=wrong)
 
 
 def test_excluded_entries_are_never_chosen_and_the_count_stays_exact(llama, batches):

@@ -301,8 +301,8 @@ def _union(adapters: Sequence[Mapping[str, Tensor]], model: nn.Module, weights: 
     found: dict[str, list[Tensor]] = defaultdict(list)
     for adapter in adapters:
         if not isinstance(adapter, Mapping):
-            raise FinepointError(f"exclude holds {adapter!r}; give a list of adapters, each as SparseAdapter.load gives "
-                                 "it, or of indices by weight name")  # fmt: skip
+            raise FinepointError(f"exclude holds {adapter!r}; give a list of adapters, each as SparseAdapter.load "
+                                 "gives it, or of indices by weight name")  # fmt: skip
         for name in adapter:
             if name not in parameters:
                 raise FinepointError(f"the model has no weight {name!r}, entries of which are to be excluded; "

@@ -17,14 +17,18 @@ from typing import Any
 import numpy as np
 
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.format import TENSORS
 from finepoint.batches import Row, learned
 from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
+from finepoint.data import read_examples
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, read_json, read_record, write_json, write_record
 from finepoint.measuring.divergence import learned_and_disturbed
+from finepoint.packages import digest
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import BLIND_RATES, GRADIENT_RATES
+from finepoint.training.checkpoints import deciding, digest_of, refuse_others
 from finepoint.training.finite import TrainingFailedError
 from finepoint.training.run import RECORD, fit
 from finepoint.training.settings import steps_of
@@ -35,6 +39,7 @@ DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SHARES = (0.25, 0.5, 1.0)  # of the steps, rung by rung
 KEPT = 3  # one in so many goes on to the next rung
 JUDGED, WINDOW = 64, 512  # validation examples, and tokens at the end of each: on these, trials are told apart
+SETTINGS = "settings.json"
 KEPT_FACTS = ("trained", "validation_loss", "last_validation_loss", "last_loss", "best_step", "update_norm")
 
 
@@ -76,10 +81,11 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
     elif (folder / RECORD).is_file():
         raise FinepointError(f"the search in {folder} is done; its losses are in {folder / RECORD}")
     place = prepare(config)
+    judged = _judged_rows(config, place)
+    _refuse_other_search(config, place, folder / "search")
     steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
     lrs = (config.lr,) if config.lr else GRADIENT_RATES if rule_named(config.rule).needs_data else BLIND_RATES
     pairs = [(density, lr) for density in DENSITIES for lr in lrs]
-    judged = _judged_rows(config, place)
     found: list[dict[str, Any]] = []
     rung: list[dict[str, Any]] = []
     for share in SHARES:
@@ -102,6 +108,28 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
     write_record(folder / RECORD, record)  # says that the search is done
     _tidy(folder / "search")
     return record
+
+
+def _refuse_other_search(config: TrainConfig, place: Workplace, search: Path) -> None:
+    """Writes down what decides the trials of a search; one that goes on has the same, or its trials do not compare.
+
+    Raises:
+        FinepointError: another setting, or other examples, than those it was begun with.
+    """
+    validation = read_examples(config.validation or "")
+    files = [Path(folder) / TENSORS for folder in config.exclude]
+    settings = deciding(config, place.rows) | {
+        "steps": config.steps, "epochs": config.epochs, "eval_every": config.eval_every, "patience": config.patience,
+        "validation examples": digest_of(validation), "validation_limit": config.validation_limit,
+        "entries excluded": [digest(file) if file.is_file() else str(file) for file in files],  # or a hub's
+    }  # fmt: skip
+    file = search / SETTINGS
+    if file.is_file():
+        refuse_others(f"the search in {search}", read_record(file), settings)
+    elif any(search.glob("d*.json")):
+        logger.warning("the search in %s was begun by an earlier finepoint, which did not write down its settings: "
+                       "give the same ones", search)  # fmt: skip
+    write_record(file, settings)
 
 
 def _move_up(source: Path, folder: Path) -> None:

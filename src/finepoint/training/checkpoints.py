@@ -64,9 +64,13 @@ def checkpoints(folder: Path) -> list[str]:
 
 def deciding(config: Any, rows: Sequence[Any]) -> dict[str, Any]:
     """The settings of a command that decide a run's bits, and a digest of its examples: a resumed run has the same."""
-    digest = sha256(json.dumps(rows, default=vars).encode()).hexdigest()[:16]
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    return settings | {"examples": digest, "processes": ranks.count()}
+    return settings | {"examples": digest_of(rows), "processes": ranks.count()}
+
+
+def digest_of(rows: Sequence[Any]) -> str:
+    """Examples, in tokens or as they are, in 16 characters."""
+    return sha256(json.dumps(rows, default=vars).encode()).hexdigest()[:16]
 
 
 def to_go_on_from(folder: Path, saved: Sequence[str], steps: int, settings: Mapping[str, Any]) -> str:
@@ -102,10 +106,18 @@ def refuse_other_run(checkpoint: str, settings: Mapping[str, Any]) -> None:
     """
     if not (Path(checkpoint) / SEAL).is_file():
         return  # of the first version, which kept none
-    before = read_json(Path(checkpoint) / SEAL)["settings"]
+    refuse_others(checkpoint, read_json(Path(checkpoint) / SEAL)["settings"], settings)
+
+
+def refuse_others(what: str | Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuses settings other than those before; what was no setting then does not count.
+
+    Raises:
+        FinepointError: the setting is named.
+    """
     for name, now in json.loads(json.dumps(settings)).items():
-        if before.get(name) != now:
-            raise FinepointError(f"{checkpoint} was trained with {name} {before.get(name)}, not {now}; give the same "
+        if name in before and before[name] != now:
+            raise FinepointError(f"{what} was trained with {name} {before[name]}, not {now}; give the same "
                                  "settings again, or start afresh with --overwrite")  # fmt: skip
 
 

@@ -95,8 +95,8 @@ def plan(config: PlanConfig) -> Plan:
         training = {"process": stepping} | _training(config, model, counts, device)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise FinepointError(f"the memory of {config.model!r} cannot be planned: its code ({type(model).__name__}) does "
-                             f"not run on shapes alone ({reason})") from error  # fmt: skip
+        raise FinepointError(f"the memory of {config.model!r} cannot be planned: its code ({type(model).__name__}) "
+                             f"does not run on shapes alone ({reason})") from error  # fmt: skip
     return Plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         entries=sum(sizes.values()),
@@ -321,8 +321,8 @@ def fused_attention(
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
         )[0]
-    # No fused operator takes float32 with fewer key heads, none on a CPU values of another width than the keys (DeepSeek
-    # V3): the attention matrix is made.
+    # No fused operator takes float32 with fewer key heads, none on a CPU values of another width than the keys, as
+    # DeepSeek-V3 has: the attention matrix is made.
     return scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

@@ -274,8 +274,9 @@ def check_exchangeable(optimizer: Optimizer, parameter: nn.Parameter) -> None:
             continue
         plain = type(value) in (Tensor, nn.Parameter) or ranks.is_sharded(value)
         if not plain or value.shape != parameter.shape or not value.is_floating_point():
-            raise FinepointError(f"{type(optimizer).__name__} keeps {key!r} in {str(value.dtype).removeprefix('torch.')} "
-                                 f"of shape {tuple(value.shape)} for {parameter.numel()} trained entries: not a number "
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise FinepointError(f"{type(optimizer).__name__} keeps {key!r} in {dtype} of shape "
+                                 f"{tuple(value.shape)} for {parameter.numel()} trained entries: not a number "
                                  "for each, so that entries cannot be chosen anew; take torch.optim.AdamW")  # fmt: skip
 
 
