@@ -1,13 +1,14 @@
 """On a GPU: what the gradient at chosen entries costs beside the dense product, and a step beside its rivals.
 
 Times are medians of CUDA events, in milliseconds. Errors are relative to float64. Models are drawn at random: only
-shapes matter here. Writes gpu-NAME.json beside the other results (`--output` for another place).
+shapes matter here. Writes gpu-gradient.json and gpu-step.json beside the other results (into the folder `--output`).
 """
 
 import gc
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,16 +33,16 @@ def main() -> None:
     from finepoint.training.kernels import plain
 
     torch.backends.cuda.matmul.allow_tf32 = False
+    folder = Path(options.output) if options.output else common.RESULTS
     name = torch.cuda.get_device_name()
-    kernels = [row for shape in SHAPES[: 2 if options.quick else None] for row in gradient_rows(shape, plain)]
-    columns = ["shape", "density", "dense", "by_product", "x dense", "error", "widened", "by_gather"]
-    common.print_table(columns, kernels)
-    steps = []
-    for title, (shape, rows, tokens) in MODELS.items():
-        steps += step_rows(title, shape, rows, tokens, turns=5 if options.quick else 15)
-    output = options.output or str(common.RESULTS / f"gpu-{name.split()[1].lower()}.json")
-    columns = ["model", "arm", "trained", "ms", "x bound", "peak GB", "x bound's"]
-    common.report("gpu", output, columns, steps, gpu=name, kernels=kernels)
+    rows = [row for shape in SHAPES[: 2 if options.quick else None] for row in gradient_rows(shape, plain)]
+    columns = ["weight, tokens", "density", "dense", "by_product", "x dense", "error", "widened", "by_gather"]
+    common.report("gpu-gradient", str(folder / "gpu-gradient.json"), columns, rows, gpu=name)
+    rows = []
+    for title, (shape, count, tokens) in MODELS.items():
+        rows += step_rows(title, shape, count, tokens, turns=5 if options.quick else 15)
+    columns = ["model", "arm", "trained", "ms", "x bound", "peak GB", "memory x bound"]
+    common.report("gpu-step", str(folder / "gpu-step.json"), columns, rows, gpu=name)
 
 
 def gradient_rows(shape: tuple[int, int, int], plain: Any) -> list[dict[str, Any]]:
@@ -57,7 +58,7 @@ def gradient_rows(shape: tuple[int, int, int], plain: Any) -> list[dict[str, Any
         indices = torch.randperm(out * width, device="cuda")[: int(density * out * width)].sort().values.int()
         found = timed(lambda indices=indices: plain.by_product(dy, x, indices))  # type: ignore[misc]
         wrong = plain.by_product(dy, x, indices).double() - exact[indices]
-        row = {"shape": f"{out} x {width}, {tokens}", "density": density, "dense": dense, "by_product": found,
+        row = {"weight, tokens": f"{out} x {width}, {tokens}", "density": density, "dense": dense, "by_product": found,
                "x dense": found / dense, "error": float(wrong.norm() / exact[indices].norm()),
                "widened": widened}  # fmt: skip
         if density <= 1e-3:
@@ -96,7 +97,7 @@ def step_rows(title: str, shape: Sequence[int], rows: int, tokens: int, turns: i
         row = {"model": title, "arm": name, "trained": step.count, "ms": timed(partial(step, batch), turns),  # type: ignore[attr-defined]
                "peak GB": torch.cuda.max_memory_allocated() / 1e9}  # fmt: skip
         first = table[0] if table else row
-        table.append(row | {"x bound": row["ms"] / first["ms"], "x bound's": row["peak GB"] / first["peak GB"]})
+        table.append(row | {"x bound": row["ms"] / first["ms"], "memory x bound": row["peak GB"] / first["peak GB"]})
         print(table[-1], flush=True)
         del model, step
     return table

@@ -41,7 +41,8 @@ def filled(text: str, name: str, result: dict[str, Any]) -> str:
     with redirect_stdout(out):
         print_table(result["columns"], result["rows"])
     about = result["facts"]
-    note = f"({about['date']}; {about['processor']}, {about['threads']} threads, torch {about['versions']['torch']}.)"
+    where = result.get("gpu") or f"{about['processor']}, {about['threads']} threads"
+    note = f"({about['date']}; {where}, torch {about['versions']['torch']}.)"
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, rest = text.split(start)
     return f"{before}{start}\n\n{out.getvalue()}\n{note}\n\n{end}{rest.split(end)[1]}"
