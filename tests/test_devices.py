@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import finepoint
 from conftest import (
@@ -354,6 +355,31 @@ def test_the_command_line_trains_evaluates_and_exports_on_a_gpu(tmp_path, capfd)
         tmp_path / "dpo") if _has("trl") and _has("datasets") else None  # fmt: skip
     run("verify", tmp_path / "random", "--model", base)
     run("export", "--model", base, "--adapter", tmp_path / "random", "--format", "merged", "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@on_a_gpu
+def test_the_plan_for_a_gpu_holds_there(checkpointing, tmp_path):
+    from finepoint.config import PlanConfig
+    from finepoint.models import load_model
+    from finepoint.training.plan import plan
+    from measured_peak import train
+
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    settings = {"density": 0.01, "batch_size": 4, "tokens": 1024, "gradient_checkpointing": checkpointing}
+    expected = sum(plan(PlanConfig(model=str(tmp_path), device="cuda", dtype="bfloat16", **settings)).training.values())
+    model = load_model(str(tmp_path), "bfloat16")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() - sum(parameter.nbytes for parameter in model.parameters())
+    train(model, settings)
+    peak = torch.cuda.max_memory_allocated() - before
+    print(f"planned {expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB")
+    assert expected == pytest.approx(peak, rel=0.15)
 
 
 def _has(package):

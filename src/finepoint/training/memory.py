@@ -18,9 +18,8 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """The most memory held since `reset_peak`: on the GPU where one is used, else resident in RAM."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return _of_process("VmHWM")
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return on_gpu or _of_process("VmHWM")
 
 
 def resident_bytes() -> int:
