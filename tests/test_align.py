@@ -1,22 +1,25 @@
 """`finepoint align`: DPO and GRPO on chosen entries and on low-rank factors, measured before and after."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 
 import finepoint
-from conftest import assert_same_bits, random_batches, snapshot, write_lines
+from conftest import assert_same_bits, make_tokenizer, random_batches, snapshot, write_lines
 from finepoint.cli import main
 from finepoint.config import AlignConfig
-from finepoint.data import read_pairs
+from finepoint.data import Completion, read_pairs
 from finepoint.errors import FinepointError
 from finepoint.integrations.align import Steps, align
 from finepoint.integrations.reference import Reference
 from finepoint.integrations.rewards import exact, line, number
-from finepoint.models import load_model
+from finepoint.measuring.generation import Written
+from finepoint.models import load_model, load_tokenizer
 from finepoint.training.log import read_log
 from finepoint.training.lowrank import PeftTuner
 
@@ -219,3 +222,43 @@ def test_without_trl_the_way_out_is_told(model_folder, tmp_path, pairs, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "trl", None)
     with pytest.raises(FinepointError, match=r"finepoint\[trl\]"):
         align(settings(model_folder, tmp_path, "dpo", pairs))
+
+
+def saved_with(folder, place, tokenizer):
+    """A model folder with another tokenizer."""
+    shutil.copytree(folder, place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def test_a_tokenizer_without_end_is_one_line(model_folder, tmp_path, pairs, sums):
+    endless = make_tokenizer()
+    endless.eos_token = None
+    place = saved_with(model_folder, tmp_path / "endless", endless)
+    for method, data in (("dpo", pairs), ("grpo", sums)):
+        with pytest.raises(FinepointError, match="has no end token, .* set tokenizer.eos_token"):
+            align(settings(place, tmp_path, method, data))
+
+
+def test_a_tokenizer_that_ends_every_text_learns_and_is_asked_the_same(model_folder, tmp_path, pairs, sums):
+    ending = make_tokenizer()
+    ending.chat_template = "{{ raise_exception('not for chats') }}"
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    place = saved_with(model_folder, tmp_path / "ending", ending)
+    assert load_tokenizer(str(place))("a")["input_ids"][-1] == 2
+    for method, data in (("dpo", pairs), ("grpo", sums)):
+        more = {"reward": "test_align:first_letter", "steps": 2, "rule": "random", "overwrite": True}
+        found = [align(settings(folder, tmp_path, method, data, **more)) for folder in (model_folder, place)]
+        assert found[0]["after"] == found[1]["after"]
+        assert steady(found[0]["log"][-1]) == steady(found[1]["log"][-1])
+
+
+def test_rewards_see_a_reference_without_its_end(model_folder, tmp_path, tokenizer, monkeypatch):
+    from finepoint.integrations import methods
+
+    monkeypatch.setattr(
+        methods, "written", lambda model, tokenizer, prompts, *_: [Written(" 3", False) for _ in prompts]
+    )
+    config = settings(model_folder, tmp_path, "grpo", "", reward="exact")
+    rows = [Completion("a:", " 3</s>"), Completion("<s>b:", " 4</s>")]
+    assert methods.GRPO(config).measure(load_model(str(model_folder)), tokenizer, rows).rows == [1.0, 0.0]

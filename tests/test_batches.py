@@ -14,7 +14,6 @@ from finepoint.batches import (
     context_length,
     encode,
     encode_all,
-    encode_pair,
     learned,
 )  # fmt: skip
 from finepoint.data import Chat, Choices, Completion, Labelled, Text
@@ -35,12 +34,6 @@ def test_only_what_should_be_learned_has_labels(tokenizer):
     whole, taught = shown(tokenizer, encode(tokenizer, chat))
     assert whole == chat_text(tokenizer, chat.messages) == "user: hi\nassistant: ho\nuser: so\nassistant: go\n"
     assert taught == "ho\ngo\n"
-
-
-def test_spaces_at_the_end_of_a_prompt_belong_to_the_completion(tokenizer):
-    context, answer = encode_pair(tokenizer, "ab: ", "cd")
-    assert (tokenizer.decode(context), tokenizer.decode(answer)) == ("ab:", " cd")
-    assert encode_pair(tokenizer, "ab:", " cd") == (context, answer)
 
 
 def test_bad_examples_are_refused(tokenizer):

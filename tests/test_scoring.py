@@ -15,6 +15,7 @@ from finepoint.measuring.evaluation import Evaluation, evaluate, read_sets
 from finepoint.measuring.generation import generated
 from finepoint.measuring.metrics import changes, forget_ratio
 from finepoint.measuring.scoring import accuracy, mean_nll, token_log_likelihoods
+from finepoint.tokens import encode_pair
 
 
 def plain_log_likelihood(model, ids, start):
@@ -38,7 +39,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("budget", [1, 40, 4096])
 def test_likelihoods_equal_one_plain_pass_each(model, tokenizer, monkeypatch, budget):
     monkeypatch.setattr(scoring, "BATCH_TOKENS", budget)
-    requests = [scoring.encode_pair(tokenizer, e.prompt, c) for e in EXAMPLES for c in e.choices]
+    requests = [encode_pair(tokenizer, e.prompt, c) for e in EXAMPLES for c in e.choices]
     found = token_log_likelihoods(model, tokenizer, requests, 64)
     for (context, continuation), values in zip(requests, found, strict=True):
         expected = plain_log_likelihood(model, context + continuation, len(context))
@@ -46,13 +47,13 @@ def test_likelihoods_equal_one_plain_pass_each(model, tokenizer, monkeypatch, bu
 
 
 def test_choices_of_one_prompt_share_one_row(model, tokenizer):
-    requests = [scoring.encode_pair(tokenizer, "ab", choice) for choice in "cdefg"]
+    requests = [encode_pair(tokenizer, "ab", choice) for choice in "cdefg"]
     rows = []
     token_log_likelihoods(model, tokenizer, requests, 64, rows.append)
     assert sum(rows) == 1
     rows.clear()
     pairs = [("ab", "cd"), ("ab", "ce"), ("ab", "d"), ("abc", "d")]
-    token_log_likelihoods(model, tokenizer, [scoring.encode_pair(tokenizer, *pair) for pair in pairs], 64, rows.append)
+    token_log_likelihoods(model, tokenizer, [encode_pair(tokenizer, *pair) for pair in pairs], 64, rows.append)
     assert sum(rows) == 2  # the last has a prompt of its own
 
 
@@ -61,7 +62,7 @@ def test_choice_accuracy_raw_and_normalised(model, tokenizer):
     for e in EXAMPLES:
         sums = []
         for choice in e.choices:
-            context, continuation = scoring.encode_pair(tokenizer, e.prompt, choice)
+            context, continuation = encode_pair(tokenizer, e.prompt, choice)
             sums.append(sum(plain_log_likelihood(model, context + continuation, len(context))))
         lengths = [len(choice.strip()) for choice in e.choices]
         raw += max(range(len(sums)), key=lambda i: sums[i]) == e.answer

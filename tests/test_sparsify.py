@@ -263,3 +263,69 @@ def test_to_a_hub_and_back(tmp_path):
     assert header["base_model"] == "org/base"
     assert header["base_model_relation"] == "adapter"
     assert files["me/folder"]["finepoint.safetensors"] == (tmp_path / "a" / "finepoint.safetensors").read_bytes()
+
+
+def padded(rows, width, left=False):
+    """Tokenised rows as a tokenizer pads them, with the mask that says so."""
+    found = []
+    for row in rows:
+        fill = width - len(row["input_ids"])
+        around = (lambda values, f, fill=fill: [f] * fill + values) if left else (
+            lambda values, f, fill=fill: values + [f] * fill)  # fmt: skip
+        more = {key: around(values, 0) for key, values in row.items() if key != "input_ids"}
+        ids, mask = around(row["input_ids"], 0), around([1] * (width - fill), 0)
+        found.append(more | {"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+def test_masks_of_tokenised_rows_leave_out_what_they_mask(tokenizer):
+    texts = [f"Q: {a} + {b} ?\nA: {a + b}" for a in range(5) for b in range(5)]
+    plain = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+    cuts = [text.index("A:") + 2 for text in texts]
+    masks = [[0] * cut + [1] * (len(text) - cut) for text, cut in zip(texts, cuts, strict=True)]
+    pairs = list(zip(plain, masks, strict=True))
+    labels = [row | {"labels": [i if m else -100 for i, m in zip(row["input_ids"], mask, strict=True)]}
+              for row, mask in pairs]  # fmt: skip
+
+    def chosen(rows):
+        return finepoint.tuner_of(finepoint.sparsify(tiny_llama(), "saft", 0.02, data=rows)).entries
+
+    whole, answers = chosen(plain), chosen(labels)
+    assert not same_selection(whole, answers)  # negative control
+    for left in (True, False):
+        assert same_selection(whole, chosen(padded(plain, 30, left)))
+    for key in ("completion_mask", "assistant_masks"):
+        rows = [row | {key: mask} for row, mask in pairs]
+        assert same_selection(answers, chosen(rows))
+        assert same_selection(answers, chosen(padded(rows, 30)))
+    assert same_selection(
+        answers, chosen([row | {"assistant_masks": m} for row, (_, m) in zip(labels, pairs, strict=True)])
+    )
+    tensors = [{"input_ids": torch.tensor(row["input_ids"]), "completion_mask": torch.tensor(mask).bool(),
+                "token_type_ids": [0] * len(mask), "id": "x"} for row, mask in pairs]  # fmt: skip
+    assert same_selection(answers, chosen(tensors))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"position_ids": [0, 1, 2]}, r"row 0: the keys \['position_ids'\]; expected rows of"),
+        ({"text": "abc"}, r"the keys \['text'\]"),
+        ({"completion_mask": [0, 1]}, "'completion_mask' has 2 numbers for 3 tokens"),
+        ({"assistant_masks": [0, 1, 2]}, "'assistant_masks' holds 2"),
+        ({"token_type_ids": [0, 1, 1]}, "'token_type_ids' holds 1"),
+        ({"attention_mask": [1, 0, 1]}, "'attention_mask' has a gap"),
+        ({"attention_mask": [0, 0, 0]}, "'attention_mask' leaves out every token"),
+        ({"attention_mask": [[1, 1, 1]]}, "'attention_mask' is no list of whole numbers"),
+        ({"labels": "abc"}, "'labels' is no list of whole numbers"),
+        ({"labels": [-100] * 3}, "no row of data has a token to learn"),
+        ({"completion_mask": [1, 0, 0]}, "no row of data has a token to learn"),  # nothing predicts the first
+        ({"input_ids": [5, 6, 99]}, r"token \(99\) is beyond the model's 64 embeddings"),
+        ({"input_ids": [[5, 6, 7]]}, "'input_ids' is no list of whole numbers"),
+        ({"input_ids": []}, "'input_ids' is no list of whole numbers"),
+    ],
+)
+def test_tokenised_rows_that_cannot_be_read_are_one_line(llama, more, message):
+    with pytest.raises(FinepointError, match=message) as caught:
+        finepoint.sparsify(llama, "saft", 0.02, data=[{"input_ids": [5, 6, 7]} | more])
+    assert "\n" not in str(caught.value)

@@ -1,11 +1,10 @@
-"""Examples to batches: token ids, labels on what is learned, left padding.
+"""Rows of tokens to batches: labels on what is learned, left padding.
 
 Padding is on the left so that what is learned ends every row: the logits of the last positions are all a loss needs
 (`logits_to_keep`), and generation continues where the prompt ends.
 """
 
 import inspect
-import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -13,121 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
-from finepoint.errors import FinepointError
+from finepoint.tokens import (  # those of the beginning are public here
+    IGNORED,
+    Row,
+    chat_text,
+    encode,
+    encode_all,
+    encode_pair,
+    learned,
+    padding_id,
+    warn_of_truncation,
+)
 
-logger = logging.getLogger(__name__)
-IGNORED = -100
+__all__ = [
+    "IGNORED", "Collator", "Packer", "Row", "accepted", "by_length", "chat_text", "context_length", "encode",
+    "encode_all", "encode_pair", "learned", "left", "packed_rows", "pad_left", "padding_id", "real_tokens",
+    "token_labels", "warn_of_truncation",
+]  # fmt: skip
 SIMILAR = 0.8  # of the longest row's length
 CONTEXTS = ("max_position_embeddings", "max_seq_len")  # what configurations call the longest text they take
 WORTH_A_PASS = 512  # tokens: fewer leave the arithmetic of a pass waiting for the weights
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example in tokens: labels as long as the ids (-100: not learned), or one class."""
-
-    ids: list[int]
-    labels: list[int] | int
-
-
-def encode_all(
-    tokenizer: Any, examples: Sequence[Example], limit: int, labels: Sequence[str] = (), what: str = "example"
-) -> list[Row]:
-    """Tokenises the examples for training; those longer than `limit` tokens lose their beginning, with one warning.
-
-    Raises:
-        FinepointError: an unknown label, a chat without a chat template, nothing to learn in any example.
-    """
-    rows = [encode(tokenizer, example, labels) for example in examples]
-    warn_of_truncation([len(row.ids) for row in rows], limit, what)
-    rows = [Row(row.ids[-limit:], row.labels[-limit:] if isinstance(row.labels, list) else row.labels) for row in rows]
-    if not any(learned(row) for row in rows):
-        raise FinepointError(
-            f"no {what} has a token to learn: every label is ignored; are the texts only one token long?"
-        )
-    return rows
-
-
-def warn_of_truncation(lengths: Sequence[int], limit: int, what: str) -> None:
-    """Says once how many rows will lose their beginning to the limit."""
-    truncated = sum(length > limit for length in lengths)
-    if truncated:
-        logger.warning(
-            "%d of %d %ss are longer than %d tokens and lost their beginning", truncated, len(lengths), what, limit
-        )
-
-
-def learned(row: Row) -> int:
-    """How many labels a loss over this row counts."""
-    if isinstance(row.labels, int):
-        return 1
-    return sum(label != IGNORED for label in row.labels[1:])
-
-
-def encode(tokenizer: Any, example: Example, labels: Sequence[str] = ()) -> Row:
-    """Tokens and labels of one example: completions, right choices, assistant turns, whole texts or the class."""
-    match example:
-        case Completion(prompt, completion):
-            context, answer = encode_pair(tokenizer, prompt, completion)
-            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            return Row(context + answer + end, [IGNORED] * len(context) + answer + end)
-        case Choices(prompt, choices, right):
-            context, answer = encode_pair(tokenizer, prompt, choices[right])
-            return Row(context + answer, [IGNORED] * len(context) + answer)
-        case Chat():
-            return _encode_chat(tokenizer, example)
-        case Text(text):
-            ids = tokenizer(text)["input_ids"]
-            return Row(ids, [IGNORED, *ids[1:]])
-        case Labelled(text, label):
-            if label not in labels:
-                raise FinepointError(f"label {label!r} is not among the model's classes: {', '.join(labels)}")
-            return Row(tokenizer(text)["input_ids"], list(labels).index(label))
-
-
-def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt and of what follows it, cut from one tokenisation of both.
-
-    As lm-evaluation-harness does it: spaces that end the prompt move to the completion, and where the boundary falls
-    inside a token the prompt's own tokens set the cut.
-    """
-    spaces = len(prompt) - len(prompt.rstrip())
-    if spaces and spaces < len(prompt):
-        prompt, completion = prompt[:-spaces], prompt[-spaces:] + completion
-    context = tokenizer(prompt)["input_ids"]
-    whole = tokenizer(prompt + completion)["input_ids"]
-    answer = whole[len(context) :]
-    return (context, answer) if answer else (whole[:-1], whole[-1:])
-
-
-def _encode_chat(tokenizer: Any, chat: Chat) -> Row:
-    """The whole conversation through the tokenizer's chat template; the assistant's turns are learned."""
-    text = chat_text(tokenizer, chat.messages)
-    spans = []
-    for i, (role, _) in enumerate(chat.messages):
-        if role == "assistant":
-            before = chat_text(tokenizer, chat.messages[:i], prompting=True)
-            after = chat_text(tokenizer, chat.messages[: i + 1])
-            if not (after.startswith(before) and text.startswith(after.rstrip())):
-                raise FinepointError("the chat template rewrites earlier turns, so the assistant's cannot be located")
-            spans.append((len(before), len(after)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    inside = [any(start <= at < end for start, end in spans) for at, _ in offsets]
-    return Row(ids, [token if keep else IGNORED for token, keep in zip(ids, inside, strict=True)])
-
-
-def chat_text(tokenizer: Any, messages: Sequence[tuple[str, str]], prompting: bool = False) -> str:
-    """A conversation as the model sees it; `prompting` adds the beginning of the assistant's next turn.
-
-    Raises:
-        FinepointError: the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise FinepointError("the data are conversations and the tokenizer has no chat template; use an instruct model")
-    turns = [{"role": role, "content": content} for role, content in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompting)
 
 
 @dataclass(frozen=True)
@@ -143,7 +47,7 @@ class Collator:
     @staticmethod
     def of(model: nn.Module, tokenizer: Any) -> "Collator":
         taken = accepted(model)
-        return Collator(padding_id(tokenizer), "position_ids" in taken, "logits_to_keep" in taken)
+        return Collator(padding_id(tokenizer, model), "position_ids" in taken, "logits_to_keep" in taken)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """`input_ids`, `attention_mask` (batch, tokens), `labels` (batch, kept tokens) or (batch,), all int64."""
@@ -251,14 +155,6 @@ def left(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
     for row, line in zip(rows, found, strict=True):
         line[width - len(row) :] = torch.tensor(row)
     return found
-
-
-def padding_id(tokenizer: Any) -> int:
-    """The padding token, or the end token where there is none; padding is masked, so any would do."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
 
 
 def by_length(sizes: Sequence[int], budget: int) -> list[list[int]]:

@@ -3,15 +3,28 @@
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finepoint.errors import FinepointError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """What came from a file."""
+
+    where: str = field(default="", compare=False, repr=False)
+    """the file and line, for messages"""
+
+    @property
+    def place(self) -> str:
+        """How a message about it begins: with its file and line, where they are known."""
+        return f"{self.where}: " if self.where else ""
+
+
 @dataclass(frozen=True)
-class Completion:
+class Completion(Placed):
     """A prompt and what should follow it; evaluated by exact match of greedy generation."""
 
     prompt: str
@@ -19,7 +32,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Choices:
+class Choices(Placed):
     """A prompt and its possible continuations, `answer` the right one; evaluated by likelihood."""
 
     prompt: str
@@ -28,21 +41,21 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(Placed):
     """A conversation of (role, content) pairs; the assistant's turns are learned."""
 
     messages: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Placed):
     """Plain text; evaluated by its mean negative log-likelihood."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labelled(Placed):
     """A text and its class, for models with a classification head."""
 
     text: str
@@ -50,7 +63,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Placed):
     """A prompt, an answer that is preferred, and one that is not: what alignment by preferences learns from."""
 
     prompt: str
@@ -90,7 +103,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         if not isinstance(row, dict) or set(row) - EXTRAS != {"prompt", "chosen", "rejected"}:
             keys = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
             raise FinepointError(f'{where}: {keys}; expected {{"prompt", "chosen", "rejected"}}')
-        pair = Pair(*(_string(where, row, key) for key in ("prompt", "chosen", "rejected")))
+        pair = Pair(*(_string(where, row, key) for key in ("prompt", "chosen", "rejected")), where=where)
         if pair.chosen == pair.rejected:
             raise FinepointError(f"{where}: 'chosen' and 'rejected' are the same text")
         found.append(pair)
@@ -164,7 +177,7 @@ def _string(where: str, row: dict[str, Any], key: str) -> str:
 
 
 def _completion(where: str, row: dict[str, Any]) -> Completion:
-    return Completion(_string(where, row, "prompt"), _string(where, row, "completion"))
+    return Completion(_string(where, row, "prompt"), _string(where, row, "completion"), where=where)
 
 
 def _choices(where: str, row: dict[str, Any]) -> Choices:
@@ -176,7 +189,7 @@ def _choices(where: str, row: dict[str, Any]) -> Choices:
         raise FinepointError(
             f"{where}: 'answer' must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}"
         )
-    return Choices(_string(where, row, "prompt"), tuple(choices), answer)
+    return Choices(_string(where, row, "prompt"), tuple(choices), answer, where=where)
 
 
 def _chat(where: str, row: dict[str, Any]) -> Chat:
@@ -191,18 +204,18 @@ def _chat(where: str, row: dict[str, Any]) -> Chat:
         turns.append((_string(where, turn, "role"), _string(where, turn, "content")))
     if turns[0][0] == "assistant" or turns[-1][0] != "assistant":
         raise FinepointError(f"{where}: a conversation must begin with another role and end with the assistant")
-    return Chat(tuple(turns))
+    return Chat(tuple(turns), where=where)
 
 
 def _text(where: str, row: dict[str, Any]) -> Text:
-    return Text(_string(where, row, "text"))
+    return Text(_string(where, row, "text"), where=where)
 
 
 def _labelled(where: str, row: dict[str, Any]) -> Labelled:
     label = row["label"]
     if type(label) not in (str, int) or label == "":
         raise FinepointError(f"{where}: 'label' must be a string or an integer, got {label!r}")
-    return Labelled(_string(where, row, "text"), str(label))
+    return Labelled(_string(where, row, "text"), str(label), where=where)
 
 
 _MAKERS = (

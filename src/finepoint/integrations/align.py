@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 import finepoint
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.lowrank import forget_others
-from finepoint.batches import Collator, context_length, encode_all
+from finepoint.batches import Collator, context_length
 from finepoint.choosing.rules import rule_named
 from finepoint.config import AlignConfig
 from finepoint.data import some
@@ -28,6 +28,7 @@ from finepoint.integrations.reference import Reference, as_it_is
 from finepoint.integrations.rewards import reward_named
 from finepoint.models import load_model, load_tokenizer
 from finepoint.progress import progress
+from finepoint.tokens import encode_all
 from finepoint.training.baselines import Setting, baseline_named, options_of
 from finepoint.training.checkpoints import CHECKPOINTS, RECORD, checkpoints, deciding, to_go_on_from
 from finepoint.training.finite import NotFiniteError, refuse_not_finite
@@ -154,8 +155,11 @@ def learning_rate(config: AlignConfig) -> float:
 def _prepare(config: AlignConfig, method: Alignment) -> Place:
     rows = method.read(config.data or "")
     held_out = method.read(config.validation) if config.validation else rows
-    model = load_model(config.model, config.dtype, quantise=config.quantise)
     tokenizer = load_tokenizer(config.model)
+    if tokenizer.eos_token_id is None:
+        raise FinepointError(f"the tokenizer of {config.model!r} has no end token, and alignment must know where an "
+                             "answer ends; set tokenizer.eos_token and save the tokenizer with the model")  # fmt: skip
+    model = load_model(config.model, config.dtype, quantise=config.quantise)
     measured_on = config.validation or config.data or ""
     return Place(model, tokenizer, rows, some(held_out, config.validation_limit), measured_on)
 
@@ -184,7 +188,7 @@ def _tuner(
         chosen = source.info
     else:
         limit = context_length(place.model, config.max_length)
-        tokens = encode_all(place.tokenizer, method.examples(place.rows), limit)
+        tokens = encode_all(place.tokenizer, method.examples(place.rows), limit, model=place.model)
         collator = Collator.of(place.model, place.tokenizer)
         selection = select_for(config, Workplace(place.model, place.tokenizer, [], tokens, collator))
         sparse = SparseTuner(place.model, selection)

@@ -2,15 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
-from finepoint.batches import Collator, Row, accepted, context_length, encode_all
-from finepoint.data import as_examples, read_examples
+from finepoint.batches import Collator, accepted, context_length
+from finepoint.data import EXTRAS, as_examples, read_examples
 from finepoint.errors import FinepointError
+from finepoint.tokens import IGNORED, Row, cut, encode_all, learned, padding_id, refuse_beyond, warn_of_truncation
 from finepoint.training.workplace import scoring_rows
+
+MASKS = {"attention_mask", "completion_mask", "assistant_masks"}
+KNOWN = MASKS | EXTRAS | {"input_ids", "labels", "token_type_ids"}
 
 
 def scoring_batches(
@@ -19,7 +25,7 @@ def scoring_batches(
     """Batches for a rule that looks at gradients; see `sparsify` for what `data` may be.
 
     Raises:
-        FinepointError: no data, or texts without a tokenizer.
+        FinepointError: no data, texts without a tokenizer, or rows of tokens that cannot be read; see `token_row`.
     """
     if data is None:
         raise FinepointError(f"rule {rule!r} scores by examples and needs some; give data=.., or a rule without")
@@ -32,21 +38,72 @@ def scoring_batches(
         return list(given)
     limit = context_length(model, max_length)
     if isinstance(first, Mapping) and "input_ids" in first:
-        tokens = [Row(ids := list(map(int, row["input_ids"])), list(map(int, row.get("labels", ids)))) for row in given]
-        tokens = [Row(row.ids[-limit:], row.labels[-limit:]) for row in tokens if isinstance(row.labels, list)]
+        tokens = [token_row(row, f"data, row {number}") for number, row in enumerate(given)]
+        refuse_beyond(model, tokenizer, [row.ids for row in tokens])
+        warn_of_truncation([len(row.ids) for row in tokens], limit, "row")
+        tokens = [cut(row, limit) for row in tokens]
+        if not any(learned(row) for row in tokens):
+            raise FinepointError("no row of data has a token to learn: its masks or labels leave out every one")
     else:
         if tokenizer is None:
             raise FinepointError("data are texts; give tokenizer=.. as well, or rows of input_ids")
         names = getattr(model.config, "id2label", None) or {}
-        tokens = encode_all(tokenizer, as_examples(given), limit, [str(names[i]) for i in sorted(names)])
+        tokens = encode_all(tokenizer, as_examples(given), limit, [str(names[i]) for i in sorted(names)], model=model)
     collator = Collator.of(model, tokenizer) if tokenizer else _collator(model)
     chosen = scoring_rows(tokens, amount, seed)
     return [collator(chosen[at : at + size]) for at in range(0, len(chosen), size)]
 
 
+def token_row(row: Any, where: str) -> Row:
+    """A tokenised row as datasets hold it: what its masks leave out is not learned, and padding goes.
+
+    Args:
+        row: `input_ids`, and where given `labels`, `attention_mask`, `completion_mask`, `assistant_masks`: one number
+            a token each; a token is learned where every mask is 1 and its label, if there is one, is not -100. Of a
+            classifier's rows `labels` is the number of the class.
+
+    Raises:
+        FinepointError: another key, which might matter; numbers that are no list as long as the tokens, or no mask;
+            padding inside the row.
+    """
+    keys = set(row) if isinstance(row, Mapping) else set()
+    if "input_ids" not in keys or (unknown := sorted(map(str, keys - KNOWN))):
+        found = f"the keys {unknown}" if "input_ids" in keys else f"{type(row).__name__} without 'input_ids'"
+        raise FinepointError(f"{where}: {found}; expected rows of {', '.join(sorted(KNOWN))}; take away what else "
+                             "they hold")  # fmt: skip
+    single = row["labels"] if isinstance(row.get("labels"), Integral) else None
+    numbers = {key: _numbers(row[key], f"{where}: {key!r}") for key in keys - EXTRAS
+               if key != "labels" or single is None}  # fmt: skip
+    ids = numbers["input_ids"]
+    for key, values in numbers.items():
+        if len(values) != len(ids):
+            raise FinepointError(f"{where}: {key!r} has {len(values)} numbers for {len(ids)} tokens")
+        allowed = {0, 1} if key in MASKS else {0} if key == "token_type_ids" else set(values)
+        if wrong := set(values) - allowed:
+            raise FinepointError(f"{where}: {key!r} holds {min(wrong)}; scoring knows no more than {allowed}")
+    real = [i for i, kept in enumerate(numbers.get("attention_mask", [1] * len(ids))) if kept]
+    if not real or real[-1] - real[0] + 1 != len(real):
+        what = "leaves out every token" if not real else "has a gap, and padding is before or behind a row"
+        raise FinepointError(f"{where}: 'attention_mask' {what}")
+    inside = slice(real[0], real[-1] + 1)
+    if single is not None:
+        return Row(ids[inside], int(single))
+    labels = list(numbers.get("labels", ids))
+    for key in MASKS & keys:
+        labels = [label if kept else IGNORED for label, kept in zip(labels, numbers[key], strict=True)]
+    return Row(ids[inside], labels[inside])
+
+
+def _numbers(values: Any, what: str) -> list[int]:
+    """One number a token."""
+    flat = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(flat, list | tuple) or not flat or not all(isinstance(v, Integral) for v in flat):
+        raise FinepointError(f"{what} is no list of whole numbers, one a token")
+    return [int(value) for value in flat]
+
+
 def _collator(model: Any) -> Collator:
     """A collator for rows of tokens where no tokenizer tells the padding, which is masked anyway."""
     taken = accepted(model)
-    return Collator(
-        getattr(model.config, "pad_token_id", None) or 0, "position_ids" in taken, "logits_to_keep" in taken
-    )
+    told = SimpleNamespace(pad_token_id=getattr(model.config, "pad_token_id", None), eos_token_id=None)
+    return Collator(padding_id(told, model), "position_ids" in taken, "logits_to_keep" in taken)

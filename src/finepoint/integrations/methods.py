@@ -13,8 +13,16 @@ from finepoint.data import Choices, Completion, Example, Pair, read_examples, re
 from finepoint.errors import FinepointError
 from finepoint.integrations.reference import Reference
 from finepoint.integrations.rewards import reward_named
-from finepoint.measuring.generation import prompt_ids, written
+from finepoint.measuring.generation import written
 from finepoint.measuring.scoring import choice_likelihoods
+from finepoint.tokens import (
+    asking,
+    encode_preferences,
+    encode_prompts,
+    refuse_beyond,
+    warn_of_truncation,
+    without_special,
+)
 from finepoint.training.trainer import SparseCheckpoints
 
 Advance = Callable[[int], None]
@@ -60,13 +68,17 @@ class DPO:
         from trl import DPOConfig, DPOTrainer
 
         class SparseDPOTrainer(SparseCheckpoints, DPOTrainer):
-            pass
+            def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+                return dataset  # in tokens already, by our contract and not by TRL's
 
         limit = context_length(model, self.config.max_length)
-        given = DPOConfig(**arguments, beta=beta_of(self.config), max_length=limit)
+        encoded = encode_preferences(tokenizer, rows, model)
+        warn_of_truncation([len(p) + max(len(c), len(r)) for p, c, r in encoded], limit, "pair")
+        given = DPOConfig(**arguments, beta=beta_of(self.config), max_length=limit, truncation_mode="keep_end")
         return SparseDPOTrainer(
-            model, reference, given, train_dataset=dataset(map(vars, rows)), processing_class=tokenizer
-        )
+            model, reference, given, processing_class=asking(tokenizer, model),
+            train_dataset=dataset({"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in encoded),
+        )  # fmt: skip
 
     def measure(self, model: Any, tokenizer: Any, rows: Sequence[Pair]) -> Measured:
         """`accuracy`: share of pairs whose chosen answer is the likelier; `margin`: by how much, in nats, on average.
@@ -101,15 +113,19 @@ class GRPO:
         from trl import GRPOConfig, GRPOTrainer
 
         class SparseGRPOTrainer(SparseCheckpoints, GRPOTrainer):
-            pass
+            def _tokenize_prompts(self, prompts: list[str]) -> Any:
+                ids = encode_prompts(tokenizer, [Completion(prompt, "") for prompt in prompts])
+                return ids, *super()._tokenize_prompts(prompts)[1:]
 
         given = GRPOConfig(
             **arguments, beta=0.0, num_generations=self.config.generations, temperature=self.config.temperature,
             max_completion_length=self.config.new_tokens,
         )  # fmt: skip
+        refuse_beyond(model, tokenizer, encode_prompts(tokenizer, rows), rows)
         # Not by its own name: TRL calls what the model writes the completion.
-        asked = dataset([{"prompt": row.prompt, "reference": row.completion} for row in rows])
-        trainer = SparseGRPOTrainer(model, self._rewards(), given, train_dataset=asked, processing_class=tokenizer)
+        asked = dataset({"prompt": row.prompt, "reference": without_special(tokenizer, row.completion)} for row in rows)
+        trainer = SparseGRPOTrainer(model, self._rewards(), given, train_dataset=asked,
+                                    processing_class=asking(tokenizer, model))  # fmt: skip
         # With beta given above, TRL would have loaded a second model.
         trainer.beta = beta_of(self.config)
         trainer.ref_model = reference if trainer.beta else None
@@ -126,10 +142,10 @@ class GRPO:
     def measure(self, model: Any, tokenizer: Any, rows: Sequence[Completion]) -> Measured:
         """`reward`: the mean reward of what the model writes greedily. The rows are the rewards."""
         reward = reward_named(self.config.reward)
-        prompts = [prompt_ids(tokenizer, row) for row in rows]
         limit = context_length(model, self.config.max_length)
-        answers = written(model, tokenizer, prompts, limit, self.config.new_tokens)
-        found = [float(reward(answer.text, row.completion)) for answer, row in zip(answers, rows, strict=True)]
+        answers = written(model, tokenizer, encode_prompts(tokenizer, rows), limit, self.config.new_tokens)
+        references = [without_special(tokenizer, row.completion) for row in rows]
+        found = [float(reward(answer.text, right)) for answer, right in zip(answers, references, strict=True)]
         return Measured({"reward": mean(found)}, found)
 
 
@@ -143,7 +159,7 @@ def beta_of(config: AlignConfig) -> float:
     return 0.1 if config.method == "dpo" else 0.0
 
 
-def dataset(rows: Iterable[dict[str, str]]) -> Any:
+def dataset(rows: Iterable[dict[str, Any]]) -> Any:
     """Rows as TRL takes them."""
     from datasets import Dataset
 

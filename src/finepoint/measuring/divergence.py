@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import IGNORED, Collator, Row, by_length, encode, left, pad_left
+from finepoint.batches import Collator, by_length, left, pad_left
 from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Example
 from finepoint.errors import FinepointError
+from finepoint.tokens import IGNORED, Row, encode, refuse_beyond
 from finepoint.training.finite import refuse_not_numbers
 
 TOKENS = 1024  # of a pass: both models' logits are held for all of them
@@ -39,6 +40,7 @@ def mean_kl(
         `kl`, and `tokens`: how many positions it is a mean over.
     """
     rows = [encode(tokenizer, example).ids[:window] for example in examples]
+    refuse_beyond(model, tokenizer, rows, examples)
     total, count = 0.0, 0
     for places, real, base, adapted in _logits(model, Collator.of(model, tokenizer), rows, adapter):
         total += _sum(base[real], adapted[real])

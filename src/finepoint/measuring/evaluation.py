@@ -9,7 +9,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.interpolation import wise_ft
 from finepoint.adapters.lowrank import info_of, is_peft, load_merged
 from finepoint.adapters.widening import widened
-from finepoint.batches import context_length, padding_id
+from finepoint.batches import context_length
 from finepoint.config import EvalConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
@@ -21,6 +21,7 @@ from finepoint.measuring.metrics import changes
 from finepoint.measuring.scoring import accuracy, mean_nll
 from finepoint.models import load_model, load_tokenizer
 from finepoint.progress import progress
+from finepoint.tokens import padding_id
 
 logger = logging.getLogger(__name__)
 Sets = Mapping[str, Sequence[Example]]
@@ -161,7 +162,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, labels, quantise=config.quantise)
     if labels:
-        model.config.pad_token_id = padding_id(tokenizer)
+        model.config.pad_token_id = padding_id(tokenizer, model)
     # LoRA's can be merged only now that the model is there; in the order given.
     adapters = {f: adapters[f] if f in adapters else load_merged(f, model) for f in config.adapter}
     if config.any_dtype:

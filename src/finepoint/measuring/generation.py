@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from finepoint.batches import Collator, by_length, chat_text, encode_pair, pad_left, warn_of_truncation
+from finepoint.batches import Collator, by_length, pad_left
 from finepoint.choosing.passes import evaluating
 from finepoint.data import Chat, Choices, Completion, Example
+from finepoint.tokens import as_written, encode_prompts, plain_ids, refuse_beyond, warn_of_truncation, without_special
 from finepoint.training.finite import refuse_not_numbers
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def written(
     Raises:
         FinepointError: the model's logits are no numbers.
     """
+    refuse_beyond(model, tokenizer, prompts)
     collator = Collator.of(model, tokenizer)
     room = max(1, limit - new_tokens)
     warn_of_truncation([len(prompt) for prompt in prompts], room, "prompt")
@@ -105,11 +107,7 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 def prompt_ids(tokenizer: Any, example: Example) -> list[int]:
     """The tokens after which the model is to write its answer."""
-    if isinstance(example, Chat):
-        text = chat_text(tokenizer, example.messages[:-1], prompting=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert isinstance(example, Completion | Choices)
-    return encode_pair(tokenizer, example.prompt, reference(example))[0]
+    return encode_prompts(tokenizer, [example])[0]
 
 
 def reference(example: Example) -> str:
@@ -126,7 +124,7 @@ def reference(example: Example) -> str:
 
 def warn_of_long_references(tokenizer: Any, examples: Sequence[Example], new_tokens: int) -> None:
     """Says once how many right answers are longer than what is written: no answer can be right there."""
-    sizes = [len(tokenizer(reference(example).strip(), add_special_tokens=False)["input_ids"]) for example in examples]
+    sizes = [len(ids) for ids in plain_ids(tokenizer, [reference(example).strip() for example in examples])]
     if long := sum(size > new_tokens for size in sizes):
         logger.warning("%d of %d references are longer than the %d tokens that are written, up to %d, and cannot be "
                        "matched; give more --new-tokens", long, len(sizes), new_tokens, max(sizes))  # fmt: skip
@@ -140,8 +138,12 @@ def generation_hits(
     new_tokens: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[bool]:
-    """Whether what the model writes, greedily, equals the reference; surrounding spaces do not count."""
-    prompts = [prompt_ids(tokenizer, example) for example in examples]
+    """Whether what the model writes, greedily, equals the reference.
+
+    Surrounding spaces do not count, and neither do special tokens in the reference, such as an end token.
+    """
+    prompts = encode_prompts(tokenizer, examples)
+    examples = [as_written(tokenizer, example) for example in examples]
     warn_of_long_references(tokenizer, examples, new_tokens)
     answers = written(model, tokenizer, prompts, limit, new_tokens, advance)
     return [a.text.strip() == reference(e).strip() for a, e in zip(answers, examples, strict=True)]
@@ -162,9 +164,11 @@ def generated(
         `empty`: share that is empty or ended at once; `memorised`: share that gives an answer of the task trained on
         which is no answer here (None where every such answer is one of the choices here too); `n`.
     """
-    prompts = [prompt_ids(tokenizer, example) for example in examples]
+    prompts = encode_prompts(tokenizer, examples)
+    examples = [as_written(tokenizer, example) for example in examples]
     warn_of_long_references(tokenizer, examples, new_tokens)
     answers = written(model, tokenizer, prompts, limit, new_tokens)
+    trained_answers = [without_special(tokenizer, text).strip() for text in trained_answers]
     pairs = list(zip(examples, answers, strict=True))
     foreign = [foreign_answers(example, trained_answers) for example in examples]
     choices = [(e, a) for e, a in pairs if isinstance(e, Choices)]

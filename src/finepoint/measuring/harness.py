@@ -13,6 +13,7 @@ from typing import Any
 
 from finepoint.errors import FinepointError
 from finepoint.extras import needing
+from finepoint.tokens import asking
 
 BATCH = 16
 CHATTY = ("lm_eval", "datasets", "httpx", "filelock")
@@ -64,8 +65,8 @@ class Harness:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 
-            # It may give the tokenizer a padding token.
-            lm = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=BATCH, max_length=max_length)
+            # Its prompts are gone on with, so nothing may end them; and it may give the tokenizer a padding token.
+            lm = HFLM(model, tokenizer=copy.deepcopy(asking(tokenizer, model)), batch_size=BATCH, max_length=max_length)
             return simple_evaluate(lm, tasks=list(self.tasks), task_manager=self.manager, limit=self.limit)
 
 

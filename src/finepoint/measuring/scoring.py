@@ -9,21 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finepoint.batches import (
-    IGNORED,
-    Collator,
-    by_length,
-    context_length,
-    encode,
-    encode_pair,
-    pad_left,
-    warn_of_truncation,
-)
+from finepoint.batches import Collator, by_length, context_length, pad_left
 from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
 from finepoint.errors import FinepointError
 from finepoint.measuring.generation import generation_hits
 from finepoint.measuring.prompts import branches_apart, by_request, shared_batch, shared_rows, spots
+from finepoint.tokens import IGNORED, encode, encode_pairs, encode_texts, refuse_beyond, warn_of_truncation
 from finepoint.training.finite import refuse_not_numbers
 from finepoint.training.loss import log_likelihoods
 
@@ -103,9 +95,11 @@ def choice_likelihoods(
     Raises:
         FinepointError: a choice is longer than `limit`, so that part of it would not count.
     """
+    texts = [(e.prompt, choice) for e in examples for choice in e.choices]
+    encoded = iter(encode_pairs(tokenizer, texts, [e.where for e in examples for _ in e.choices]))
     requests, sizes = [], []
     for number, example in enumerate(examples, 1):
-        pairs = [encode_pair(tokenizer, example.prompt, choice) for choice in example.choices]
+        pairs = [next(encoded) for _ in example.choices]
         longest = max(len(continuation) for _, continuation in pairs)
         if longest > limit:
             raise FinepointError(f"example {number} has a choice of {longest} tokens, and the model is given {limit} "
@@ -145,6 +139,7 @@ def token_log_likelihoods(
         FinepointError: the model's logits are no numbers.
     """
     warn_of_truncation([len(context) + len(continuation) - 1 for context, continuation in requests], limit, "prompt")
+    refuse_beyond(model, tokenizer, [context + continuation for context, continuation in requests])
     collator = Collator.of(model, tokenizer)
     found: dict[int, Tensor] = {}
     with evaluating(model):
@@ -196,7 +191,7 @@ def mean_nll(
     requests, learned = [], []
     for example in examples:
         if isinstance(example, Text):
-            ids = tokenizer(example.text)["input_ids"]
+            (ids,) = encode_texts(tokenizer, [example.text])
             windows = [(ids[at : at + 1], ids[at + 1 : at + limit]) for at in range(0, len(ids), limit)]
             requests += [window for window in windows if window[1]]
             learned += [[True] * len(window[1]) for window in windows if window[1]]
@@ -227,6 +222,7 @@ def class_hits(
     """Whether a classifier's likeliest class is the right one, example by example."""
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     rows = [encode(tokenizer, example, labels) for example in examples]
+    refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
     warn_of_truncation([len(row.ids) for row in rows], limit, "text")
     collator = Collator.of(model, tokenizer)
     hits = [False] * len(rows)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from finepoint.batches import encode
 from finepoint.data import read_examples, some
 from finepoint.models import load_tokenizer, shape_of
 from finepoint.studies.study import Study, planned, train_config
+from finepoint.tokens import encode
 from finepoint.training.run import EVALUATIONS
 from finepoint.training.settings import steps_of
 

@@ -70,7 +70,12 @@ def deciding(config: Any, rows: Sequence[Any]) -> dict[str, Any]:
 
 def digest_of(rows: Sequence[Any]) -> str:
     """Examples, in tokens or as they are, in 16 characters."""
-    return sha256(json.dumps(rows, default=vars).encode()).hexdigest()[:16]
+    return sha256(json.dumps(rows, default=_content).encode()).hexdigest()[:16]
+
+
+def _content(row: Any) -> dict[str, Any]:
+    """What an example or its tokens are, wherever they came from."""
+    return {name: value for name, value in vars(row).items() if name != "where"}
 
 
 def to_go_on_from(folder: Path, saved: Sequence[str], steps: int, settings: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
-from finepoint.batches import IGNORED, Collator, Row, context_length
+from finepoint.batches import Collator, context_length
 from finepoint.choosing.passes import on_device, undisturbed
 from finepoint.choosing.rules import Rule, rule_named
 from finepoint.choosing.selection import SLICE, budgets, score
@@ -34,6 +34,7 @@ from finepoint.config import PlanConfig, Quantise
 from finepoint.errors import FinepointError
 from finepoint.models import shape_of
 from finepoint.quantised import quantise_
+from finepoint.tokens import IGNORED, Row
 from finepoint.training.ledger import Ledger
 from finepoint.training.memory import resident_bytes
 from finepoint.training.run import CHECKPOINTING  # the process that trains has it in memory, and this one stands for it

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finepoint import ranks
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import Collator, Packer, Row, context_length, encode_all, learned, padding_id
+from finepoint.batches import Collator, Packer, context_length
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Budget, Selection, select
 from finepoint.choosing.statistics import stream_statistics
@@ -19,6 +19,7 @@ from finepoint.data import Example, label_names, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.models import load_model, load_tokenizer, new_head
 from finepoint.quantised import quantised_layers
+from finepoint.tokens import Row, encode_all, learned, padding_id
 from finepoint.training.boundaries import PACKABLE, keeps_apart
 from finepoint.training.sharding import shard_, wanted
 
@@ -52,7 +53,7 @@ def prepare(config: SelectConfig) -> Workplace:
     if ranks.count() > 1 and quantised_layers(model):
         raise FinepointError(f"{ALONE}; give a float base, or start it without a launcher")
     if labels:
-        model.config.pad_token_id = padding_id(tokenizer)
+        model.config.pad_token_id = padding_id(tokenizer, model)
     ranks.check_alike("the base model", _fingerprint(model))
     if wanted():
         shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +65,7 @@ def workplace(
 ) -> Workplace:
     """A workplace around a model that is loaded already."""
     limit = context_length(model, config.max_length)
-    rows = encode_all(tokenizer, examples, limit, labels, "training example") if examples else []
+    rows = encode_all(tokenizer, examples, limit, labels, "training example", model) if examples else []
     return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer))
 
 
@@ -152,7 +153,7 @@ def rows_of(
     if file is None:
         return None
     limit = context_length(place.model, config.max_length)
-    return encode_all(place.tokenizer, some(read_examples(file), most), limit, place.labels, what)
+    return encode_all(place.tokenizer, some(read_examples(file), most), limit, place.labels, what, place.model)
 
 
 def packer_for(place: Workplace) -> Packer:
