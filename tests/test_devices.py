@@ -323,6 +323,15 @@ def test_a_compiled_model_has_the_gradients_of_an_eager_one():
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
+FLAGS = (
+    "--density 0.05 --packing",
+    "--density 0.05 --rule gallop --refresh every:2",
+    "--density 0.05 --dtype bfloat16 --gradient-checkpointing",
+    "--density 0.05 --structure column --targets linear --save-every 2",
+    *(f"--baseline {name}" for name in ("full", "lora", "dora", "bitfit", "mofo", "rosa --density 0.05")),
+)
+
+
 @on_a_gpu
 def test_the_command_line_trains_evaluates_and_exports_on_a_gpu(tmp_path, capfd):
     pytest.importorskip("jsonargparse")
@@ -349,8 +358,9 @@ def test_the_command_line_trains_evaluates_and_exports_on_a_gpu(tmp_path, capfd)
     assert all(0 <= one["id"]["x"]["accuracy"] <= 1 for one in (found["base"], *found["adapters"].values()))
     losses = [row["loss"] for row in map(json.loads, (tmp_path / "gallop" / "log.jsonl").open()) if "loss" in row]
     assert losses[-1] < 0.9 * losses[0]
-    run("train", "--model", base, "--data", data, "--baseline", "lora", "--steps", 5, "--batch-size", 8, "--output",
-        tmp_path / "lora")  # fmt: skip
+    for i, more in enumerate(FLAGS):
+        run("train", "--model", base, "--data", data, "--steps", 6, "--batch-size", 8, "--output", tmp_path / f"m{i}",
+            *more.split())  # fmt: skip
     run("align", "--method", "dpo", "--model", base, "--data", pairs, "--density", "0.05", "--steps", 3, "--output",
         tmp_path / "dpo") if _has("trl") and _has("datasets") else None  # fmt: skip
     run("verify", tmp_path / "random", "--model", base)
