@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import finepoint
+import finepoint.exchange.merged as merged_
 from conftest import assert_same_bits, bits, make_tokenizer, random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.errors import FinepointError
-from finepoint.exchange.checkpoint import INDEX, WHOLE, open_checkpoint
+from finepoint.exchange.checkpoint import INDEX, WHOLE, OtherLayoutError, open_checkpoint
 from finepoint.exchange.extract import extract
 from finepoint.exchange.formats import export, import_adapter
 from finepoint.models import load_model
@@ -377,8 +378,6 @@ def test_nothing_is_overwritten_without_being_told(tmp_path):
 
 
 def test_an_export_that_fails_leaves_no_trace(tmp_path, monkeypatch):
-    import finepoint.exchange.merged as merged_
-
     model = tiny_llama()
     folder = saved(model, tmp_path / "m", shards=True)
     adapter_of(model).save(tmp_path / "a")
@@ -435,6 +434,114 @@ def test_a_classifier_is_merged_with_its_head(tmp_path):
     for layout in ("shira", "sparta", "vllm-patch"):
         with pytest.raises(FinepointError, match=r"score\.weight"):
             export(folder, str(tmp_path / "a"), layout, str(tmp_path / "other"))
+
+
+# Two whose experts are stored one by one, two whose weights have other names in files, one whose router has.
+OTHER_LAYOUTS = ["mixtral", "qwen3_moe", "qwen2_5_vl", "gemma3", "vit"]
+
+
+def changed_entries(model, targets, **info):
+    """An adapter of random entries; the model stays the base."""
+    chosen = finepoint.select(model, rule="random", density=0.05, targets=targets)
+    with finepoint.SparseTuner(model, chosen) as tuner:
+        for delta in tuner.parameters():
+            delta.data.normal_()
+        adapter = tuner.adapter(info=info)
+        tuner.revert_()
+    return adapter
+
+
+@pytest.mark.parametrize("family", OTHER_LAYOUTS)
+def test_a_model_whose_files_have_another_layout_is_merged_in_memory(tmp_path, family, caplog):
+    from families import FAMILIES
+
+    FAMILIES[family].build().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"its": "own"}')
+    kind = type(FAMILIES[family].build())
+    model = kind.from_pretrained(tmp_path / "m").eval()
+    adapter = changed_entries(model, "all")
+    adapter.save(tmp_path / "a")
+    found = export(str(tmp_path / "m"), str(tmp_path / "a"), "merged", str(tmp_path / "out"))
+    assert (found["entries"], found["changed_weights"], found["rounded"]) == (adapter.count, len(adapter), 0)
+    assert sum("another layout than its model: all of it is loaded" in line for line in caplog.messages) == 1
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"its": "own"}'
+    with adapter.applied(model):
+        assert_same_bits(snapshot(model), snapshot(kind.from_pretrained(tmp_path / "out")))
+        model.save_pretrained(tmp_path / "by-hand")
+    assert_same_bits(load_file(tmp_path / "by-hand" / WHOLE), load_file(tmp_path / "out" / WHOLE))
+    with pytest.raises(FinepointError, match="stored|does not store|belongs to none"):
+        export(str(tmp_path / "m"), str(tmp_path / "a"), "vllm-patch", str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_merging_in_memory_rounds_as_merging_in_files_does(tmp_path, dtype, monkeypatch):
+    folder = saved(tiny_llama(), tmp_path / "m")
+    adapter = changed_entries(tiny_llama(), "all")
+    adapter.save(tmp_path / "a")
+    for name in ("files", "memory"):
+        export_as = dtype or "auto"
+        if name == "memory":
+            monkeypatch.setattr(merged_, "_write_weight_by_weight", another_layout)
+        found = export(folder, str(tmp_path / "a"), "merged", str(tmp_path / name), export_as)
+        assert found["dtype"] == (dtype or "float32")
+    assert_same_bits(load_file(tmp_path / "files" / WHOLE), load_file(tmp_path / "memory" / WHOLE))
+
+
+def another_layout(*arguments):
+    raise OtherLayoutError("as if")
+
+
+def test_low_rank_factors_are_merged_in_memory_too(tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    folder = saved(tiny_llama(tied=False), tmp_path / "m")
+    wrapped = get_peft_model(
+        tiny_llama(tied=False), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    with torch.no_grad():
+        for weight in wrapped.parameters():
+            if weight.requires_grad:
+                weight.normal_()
+    wrapped.save_pretrained(tmp_path / "lora")
+    export(folder, str(tmp_path / "lora"), "merged", str(tmp_path / "files"))
+    monkeypatch.setattr(merged_, "_write_weight_by_weight", another_layout)
+    export(folder, str(tmp_path / "lora"), "merged", str(tmp_path / "memory"))
+    assert_same_bits(load_file(tmp_path / "files" / WHOLE), load_file(tmp_path / "memory" / WHOLE))
+
+
+def test_what_files_cannot_hold_or_memory_cannot_is_refused(tmp_path, monkeypatch):
+    from families import FAMILIES
+
+    FAMILIES["marian"].build().save_pretrained(tmp_path / "m")  # whose positions are computed, and not stored
+    model = type(FAMILIES["marian"].build()).from_pretrained(tmp_path / "m").eval()
+    changed_entries(model, "all").save(tmp_path / "a")
+    with pytest.raises(FinepointError, match=r"do not hold model\.(en|de)coder\.embed_positions"):
+        export(str(tmp_path / "m"), str(tmp_path / "a"), "merged", str(tmp_path / "out"))
+    monkeypatch.setattr("finepoint.exchange.in_memory._memory_left", lambda: 10)
+    with pytest.raises(FinepointError, match=r"must be in memory: 0.0 GB, and 0.0 GB are left"):
+        export(str(tmp_path / "m"), str(tmp_path / "a"), "merged", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_classifier_whose_embedding_is_trained_is_merged_into_a_tied_base(tmp_path, tied):
+    from finepoint.models import new_head
+
+    folder = saved(tiny_llama(tied=tied), tmp_path / "m")
+    model = load_model(folder, "float32", labels=["no", "yes"], seed=3, device="cpu")
+    chosen = finepoint.select(model, rule="random", density=0.05, targets="all")
+    head = {name: torch.arange(model.get_parameter(name).numel()) for name in new_head(model)}
+    with finepoint.SparseTuner(model, dict(chosen) | head) as tuner:
+        for delta in tuner.parameters():
+            delta.data.normal_()
+        adapter = tuner.adapter("value", new_head(model), {"task": "classification", "labels": ["no", "yes"]})
+        tuner.revert_()
+    assert "model.embed_tokens.weight" in adapter
+    adapter.save(tmp_path / "a")
+    export(folder, str(tmp_path / "a"), "merged", str(tmp_path / "out"))
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with adapter.applied(model):
+        assert_same_bits(snapshot(model), snapshot(back))
 
 
 # --- gguf

@@ -186,6 +186,22 @@ def outline(folder: Path) -> Any:
             raise FinepointError(f"{folder} is no model that transformers knows: {reason}") from error
 
 
+def load_as_saved(folder: Path, labels: Sequence[str] = ()) -> Any:
+    """The model of a folder, of the class that saved it, or a classifier; on the CPU, in its files' dtype.
+
+    Raises:
+        FinepointError: it cannot be loaded.
+    """
+    kwargs: dict[str, Any] = {"dtype": "auto"}
+    if labels:
+        factory: Any = transformers.AutoModelForSequenceClassification
+        kwargs |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    else:
+        factory = type(outline(folder))
+    with torch.random.fork_rng(devices=[]), _quiet():
+        return _loaded(factory, str(folder), **kwargs).eval()
+
+
 def model_folder(name: str) -> Path:
     """Where a model's files lie; of a hub id, the safetensors, configuration and tokenizer files are fetched.
 

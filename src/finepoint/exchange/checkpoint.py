@@ -16,6 +16,10 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+class OtherLayoutError(FinepointError):
+    """The files of a checkpoint name or cut its weights in another way than its model does."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where one tensor lies, and its form."""
@@ -65,16 +69,17 @@ class Checkpoint:
         """The names under which a weight of the model lies in the files: several where copies of a tied weight do.
 
         Raises:
-            FinepointError: the model has no such weight, or its files store it in another form.
+            FinepointError: the model has no such weight.
+            OtherLayoutError: its files store it in another form.
         """
         if name not in self.ties:
             raise FinepointError(f"{self.name} has no weight {name!r}")
         spelled = [name for tied in self.ties[name] for name in (tied, tied.removeprefix(self._prefix))]
         if found := [name for name in dict.fromkeys(spelled) if name in self.tensors]:
             return found
-        raise FinepointError(
+        raise OtherLayoutError(
             f"{self.name} does not store {name!r} under this name: its files have another layout than the model, which "
-            "transformers translates; load the model, apply the adapter there and save_pretrained it"
+            "transformers translates; export as merged, or apply the adapter to the loaded model and save_pretrained it"
         )
 
     def weight_of(self, tensor: str) -> str | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,8 +15,9 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import scatter_
 from finepoint.adapters.lowrank import Update, info_of, is_peft, read_peft, sparse_beside
 from finepoint.errors import FinepointError
-from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint
-from finepoint.exchange.overlay import Patch, lay_over, narrowed
+from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint, OtherLayoutError
+from finepoint.exchange.in_memory import write_in_memory
+from finepoint.exchange.overlay import Patch, classifier_config, classifier_outline, lay_over, narrowed
 from finepoint.files import read_json
 from finepoint.models import COMPANIONS, new_head
 from finepoint.progress import tracked
@@ -31,7 +31,8 @@ def write_merged(folder: str, checkpoint: Checkpoint, into: Path, dtype: str | N
     """Copies a model's folder with an adapter written into the weights it changes; the rest keeps its bytes.
 
     Everything is checked before the first byte is written. Memory holds the adapter and one shard, and only of shards
-    that change.
+    that change; or the whole model, where it has another layout in its files and a weight that changes is stored
+    otherwise.
 
     Args:
         folder: an adapter of finepoint's, or LoRA or DoRA as PEFT writes them.
@@ -41,6 +42,13 @@ def write_merged(folder: str, checkpoint: Checkpoint, into: Path, dtype: str | N
     Raises:
         FinepointError: the adapter does not belong to the model; the weight is named.
     """
+    try:
+        return _write_weight_by_weight(folder, checkpoint, into, dtype)
+    except OtherLayoutError:
+        return write_in_memory(folder, checkpoint, into, dtype)
+
+
+def _write_weight_by_weight(folder: str, checkpoint: Checkpoint, into: Path, dtype: str | None) -> dict[str, Any]:
     if is_peft(folder):
         info: Mapping[str, Any] = info_of(folder)
         rewrites, added = _low_rank(folder, checkpoint, info)
@@ -159,7 +167,7 @@ def _write_companions(
         _put_json(into / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     config = read_json(into / "config.json")
     if head:
-        config = _classifier(checkpoint, info)
+        config = classifier_config(checkpoint, info)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
@@ -169,30 +177,12 @@ def _write_companions(
 
 def _check_head(added: Mapping[str, Tensor], checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
     """Refuses tensors that the model lacks and that are not its new head either."""
-    config = transformers.AutoConfig.for_model(**_classifier(checkpoint, info))
-    with torch.device("meta"):
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    model: Any = classifier_outline(checkpoint, info)
     head = {name: tuple(model.get_parameter(name).shape) for name in new_head(model)}
     for name, tensor in added.items():
         if head.get(name) != tuple(tensor.shape):
             raise FinepointError(f"the adapter does not fit {checkpoint.name}, which has no weight {name!r} of shape "
                                  f"{tuple(tensor.shape)}, nor would its classifier have")  # fmt: skip
-
-
-def _classifier(checkpoint: Checkpoint, info: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the model with a classification head in place of its own."""
-    if not info.get("labels"):
-        raise FinepointError("the adapter is a classifier's and does not name its labels")
-    labels = dict(enumerate(info["labels"]))
-    config = transformers.AutoConfig.from_pretrained(
-        checkpoint.folder, trust_remote_code=False, id2label=labels, label2id={label: i for i, label in labels.items()}
-    )
-    try:
-        model = transformers.AutoModelForSequenceClassification._model_mapping[type(config)]
-    except KeyError as error:
-        raise FinepointError(f"transformers has no classifier of type {config.model_type}") from error
-    config.architectures = [model.__name__]
-    return json.loads(config.to_json_string(use_diff=True))
 
 
 def _bytes(shard: Path) -> int:

@@ -1,9 +1,13 @@
 """An adapter laid over a checkpoint's files: what it writes where, checked weight by weight."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.base import differences
@@ -28,27 +32,60 @@ class Patch:
     """(k,) the trained change, float32 (float64 of float64); values - base where only the values were kept"""
 
 
-def lay_over(adapter: SparseAdapter, checkpoint: Checkpoint) -> dict[str, Patch]:
+def lay_over(adapter: SparseAdapter, checkpoint: Checkpoint, loaded: nn.Module | None = None) -> dict[str, Patch]:
     """Patches by weight name; one weight of the checkpoint is in memory at a time.
+
+    Args:
+        loaded: the checkpoint's model, to be looked at in place of the files.
 
     Raises:
         FinepointError: the adapter belongs to another base; the weight is named.
     """
     found = {}
-    if unlike := differences(adapter.base, checkpoint.outline, [name for name in adapter if name in checkpoint.ties]):
+    is_classifier = adapter.info.get("task") == "classification"
+    # A classifier lacks its base's head, so that an embedding which is tied there is not tied in training.
+    form = loaded or (classifier_outline(checkpoint, adapter.info) if is_classifier else checkpoint.outline)
+    if unlike := differences(adapter.base, form, [name for name in adapter if name in checkpoint.ties]):
         raise FinepointError(f"the adapter does not fit {checkpoint.name}: {unlike[0]}")
     for name in tracked("checking the base", list(adapter)):
         change = adapter.changes[name]
-        if name not in checkpoint.ties and change.kind == "full" and adapter.info.get("task") == "classification":
+        if name not in checkpoint.ties and change.kind == "full" and is_classifier:
             values = change.numbers.reshape(-1)
             found[name] = Patch(change.shape, change.positions(), None, values, values)
         else:
-            found[name] = _patch(name, change, checkpoint)
+            weight = loaded.get_parameter(name) if loaded and name in checkpoint.ties else checkpoint.weight(name)
+            found[name] = _patch(name, change, weight, checkpoint)
     return found
 
 
-def _patch(name: str, change: Change, checkpoint: Checkpoint) -> Patch:
-    weight = checkpoint.weight(name)
+def classifier_outline(checkpoint: Checkpoint, info: Mapping[str, Any]) -> nn.Module:
+    """The checkpoint's model with a classification head in place of its own, on the meta device."""
+    config = transformers.AutoConfig.for_model(**classifier_config(checkpoint, info))
+    with torch.device("meta"):
+        return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+def classifier_config(checkpoint: Checkpoint, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Its configuration.
+
+    Raises:
+        FinepointError: the adapter does not name its labels, or there is no such classifier.
+    """
+    if not info.get("labels"):
+        raise FinepointError("the adapter is a classifier's and does not name its labels")
+    labels = dict(enumerate(info["labels"]))
+    config = transformers.AutoConfig.from_pretrained(
+        checkpoint.folder, trust_remote_code=False, id2label=labels, label2id={label: i for i, label in labels.items()}
+    )
+    try:
+        model = transformers.AutoModelForSequenceClassification._model_mapping[type(config)]
+    except KeyError as error:
+        raise FinepointError(f"transformers has no classifier of type {config.model_type}") from error
+    config.architectures = [model.__name__]
+    return json.loads(config.to_json_string(use_diff=True))
+
+
+def _patch(name: str, change: Change, weight: Tensor, checkpoint: Checkpoint) -> Patch:
     if tuple(weight.shape) != change.shape:
         raise FinepointError(f"the adapter does not fit {checkpoint.name}: {name} has shape {tuple(weight.shape)} "
                              f"there, {change.shape} in the adapter")  # fmt: skip
