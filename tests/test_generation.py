@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from conftest import tiny_llama
+from finepoint import probing
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.batches import IGNORED, Collator, Row, encode
 from finepoint.data import Choices, Completion, Text
@@ -151,6 +152,7 @@ class Scripted(torch.nn.Module):
         self.writes, self.tokenizer, self.device = writes, tokenizer, "cpu"
         self.generation_config = type("G", (), {"eos_token_id": 2})
         self.config = type("C", (), {})()
+        probing._LAYOUTS[self] = tokenizer.pad_token_id, 99, probing.Layout()
 
     def forward(self, input_ids, attention_mask):
         raise NotImplementedError

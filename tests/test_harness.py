@@ -76,7 +76,7 @@ def moved_adapter(model, entries=400):
     return SparseAdapter({name: Change(tuple(weight.shape), "float32", "delta", indices, deltas, base)})
 
 
-def test_every_item_scores_as_with_our_own_scorer_unless_a_token_spans_its_boundary(tmp_path, limit=64):
+def test_every_item_scores_as_with_our_own_scorer_unless_a_token_spans_its_boundary(tmp_path):
     file = write_lines(tmp_path / "items.jsonl", ROWS)
     harness = Harness.of(["items"], task(tmp_path / "tasks", "items", file))
     tokenizer, model = merging_tokenizer(), tiny_llama()
@@ -88,8 +88,8 @@ def test_every_item_scores_as_with_our_own_scorer_unless_a_token_spans_its_bound
     found, agreed = [], []
     for place in (nullcontext(), adapter.applied(model)):
         with place:
-            results = harness.results(model, tokenizer, limit)
-            ours = choice_likelihoods(model, tokenizer, examples, limit)
+            results = harness.results(model, tokenizer, 64)
+            ours = choice_likelihoods(model, tokenizer, examples, 64)
         theirs = [[float(answer[0][0]) for answer in s["resps"]] for s in results["samples"]["items"]]
         assert len(theirs) == len(ours) == len(ROWS)
         for row, their, our in zip(ROWS, theirs, ours, strict=True):

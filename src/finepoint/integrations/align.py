@@ -189,7 +189,7 @@ def _tuner(
     else:
         limit = context_length(place.model, config.max_length)
         tokens = encode_all(place.tokenizer, method.examples(place.rows), limit, model=place.model)
-        collator = Collator.of(place.model, place.tokenizer)
+        collator = Collator.of(place.model, place.tokenizer, [row.ids for row in tokens])
         selection = select_for(config, Workplace(place.model, place.tokenizer, [], tokens, collator))
         sparse = SparseTuner(place.model, selection)
         kept = {key: value for key, value in selection.statistics.items() if key != "weights"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finepoint.batches import Collator, accepted, context_length
+from finepoint.batches import Collator, context_length
 from finepoint.data import EXTRAS, as_examples, read_examples
 from finepoint.errors import FinepointError
 from finepoint.tokens import IGNORED, Row, cut, encode_all, learned, padding_id, refuse_beyond, warn_of_truncation
@@ -37,7 +37,8 @@ def scoring_batches(
     if isinstance(first, Mapping) and isinstance(first.get("input_ids"), Tensor) and first["input_ids"].ndim == 2:
         return list(given)
     limit = context_length(model, max_length)
-    if isinstance(first, Mapping) and "input_ids" in first:
+    texts = not (isinstance(first, Mapping) and "input_ids" in first)
+    if not texts:
         tokens = [token_row(row, f"data, row {number}") for number, row in enumerate(given)]
         refuse_beyond(model, tokenizer, [row.ids for row in tokens])
         warn_of_truncation([len(row.ids) for row in tokens], limit, "row")
@@ -49,9 +50,13 @@ def scoring_batches(
             raise FinepointError("data are texts; give tokenizer=.. as well, or rows of input_ids")
         names = getattr(model.config, "id2label", None) or {}
         tokens = encode_all(tokenizer, as_examples(given), limit, [str(names[i]) for i in sorted(names)], model=model)
-    collator = Collator.of(model, tokenizer) if tokenizer else _collator(model)
-    chosen = scoring_rows(tokens, amount, seed)
-    return [collator(chosen[at : at + size]) for at in range(0, len(chosen), size)]
+    lines = [row.ids for row in tokens]
+    if texts:
+        collator = Collator.of(model, tokenizer, lines)
+    else:  # what the labels of ready rows mean is the model's affair
+        told = tokenizer or SimpleNamespace(pad_token_id=getattr(model.config, "pad_token_id", None), eos_token_id=None)
+        collator = Collator.of_any(model, padding_id(told, model), lines)
+    return collator.batches(scoring_rows(tokens, amount, seed), size)
 
 
 def token_row(row: Any, where: str) -> Row:
@@ -100,10 +105,3 @@ def _numbers(values: Any, what: str) -> list[int]:
     if not isinstance(flat, list | tuple) or not flat or not all(isinstance(v, Integral) for v in flat):
         raise FinepointError(f"{what} is no list of whole numbers, one a token")
     return [int(value) for value in flat]
-
-
-def _collator(model: Any) -> Collator:
-    """A collator for rows of tokens where no tokenizer tells the padding, which is masked anyway."""
-    taken = accepted(model)
-    told = SimpleNamespace(pad_token_id=getattr(model.config, "pad_token_id", None), eos_token_id=None)
-    return Collator(padding_id(told, model), "position_ids" in taken, "logits_to_keep" in taken)

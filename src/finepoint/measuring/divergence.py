@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import Collator, by_length, left, pad_left
+from finepoint.batches import Collator, padded, token_labels
 from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Example
 from finepoint.errors import FinepointError
@@ -42,7 +42,7 @@ def mean_kl(
     rows = [encode(tokenizer, example).ids[:window] for example in examples]
     refuse_beyond(model, tokenizer, rows, examples)
     total, count = 0.0, 0
-    for places, real, base, adapted in _logits(model, Collator.of(model, tokenizer), rows, adapter):
+    for places, real, base, adapted in _logits(model, Collator.of(model, tokenizer, rows), rows, adapter):
         total += _sum(base[real], adapted[real])
         count += int(real.sum())
         advance(len(places))
@@ -66,9 +66,8 @@ def learned_and_disturbed(
     losses = torch.empty(len(rows), dtype=torch.float64)
     total, count = 0.0, 0
     for places, real, base, adapted in _logits(model, collator, [row.ids for row in rows], adapter):
-        given = [rows[place].labels for place in places]
-        labels = left([row for row in given if isinstance(row, list)], IGNORED).to(base.device)[:, 1:]
-        real = real[:, :-1]
+        labels = padded([token_labels(rows[place]) for place in places], IGNORED, collator.side).to(base.device)[:, 1:]
+        real = real[:, :-1] & real[:, 1:]
         wanted = real & (labels != IGNORED)
         sums = torch.zeros(wanted.shape, dtype=torch.float64, device=base.device)
         sums[wanted] = cross_entropy(adapted[:, :-1][wanted].float(), labels[wanted], reduction="none").double()
@@ -83,14 +82,15 @@ def _logits(
     model: Any, collator: Collator, rows: Sequence[list[int]], adapter: SparseAdapter
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
     """Batch by batch: which rows, where their tokens are (rows, tokens), and the logits of base and adapted model."""
-    for places in by_length([len(row) for row in rows], TOKENS):
-        padded = pad_left([rows[place] for place in places], collator.padding, collator.positions)
-        batch = on_device(padded, model.device)
+    for places in collator.by_length([len(row) for row in rows], TOKENS):
+        own = [rows[place] for place in places]
+        batch = on_device(collator.inputs(own), model.device)
         with evaluating(model):
             base = model(**batch).logits
             with adapter.applied(model):
                 adapted = model(**batch).logits
-        yield places, batch["attention_mask"].bool(), base, adapted
+        real = padded([[1] * len(row) for row in own], 0, collator.side).bool().to(base.device)
+        yield places, real, base, adapted
 
 
 def _sum(base: Tensor, adapted: Tensor) -> float:

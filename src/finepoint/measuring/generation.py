@@ -5,15 +5,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from finepoint.batches import Collator, by_length, pad_left
-from finepoint.choosing.passes import evaluating
+from finepoint.batches import Collator
+from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Chat, Choices, Completion, Example
+from finepoint.probing import REFUSED, agrees
 from finepoint.tokens import as_written, encode_prompts, plain_ids, refuse_beyond, warn_of_truncation, without_special
 from finepoint.training.finite import refuse_not_numbers
 
@@ -52,8 +54,9 @@ def written(
         FinepointError: the model's logits are no numbers.
     """
     refuse_beyond(model, tokenizer, prompts)
-    collator = Collator.of(model, tokenizer)
     room = max(1, limit - new_tokens)
+    rows = [prompt[-room:] for prompt in prompts]
+    collator = Collator.of(model, tokenizer, rows)
     warn_of_truncation([len(prompt) for prompt in prompts], room, "prompt")
     found: dict[int, Written] = {}
     ends = end_tokens(model, tokenizer)
@@ -61,9 +64,9 @@ def written(
         max_new_tokens=new_tokens, do_sample=False, pad_token_id=collator.padding, eos_token_id=sorted(ends) or None
     )
     with evaluating(model), _settings(model, settings) as writer:
-        for places in by_length([len(prompt) for prompt in prompts], GENERATION_TOKENS):
-            rows = [prompts[place][-room:] for place in places]
-            batch = {key: value.to(model.device) for key, value in pad_left(rows, collator.padding, False).items()}
+        collator = replace(collator, side="left" if _pads(writer, collator, rows) else "none", positions=False)
+        for places in collator.by_length([len(row) for row in rows], GENERATION_TOKENS):
+            batch = on_device(collator.inputs([rows[place] for place in places]), model.device)
             tokens = writer.generate(
                 **batch, generation_config=settings, logits_processor=LogitsProcessorList([_numbers_only])
             )[:, batch["input_ids"].shape[1] :]
@@ -72,6 +75,27 @@ def written(
                 found[place] = Written(text, first in ends)
             advance(len(places))
     return [found[place] for place in range(len(prompts))]
+
+
+def _pads(model: Any, collator: Collator, rows: Sequence[list[int]]) -> bool:
+    """Whether what follows a prompt is the same beside a longer one, padded: tried on the longest for two tokens."""
+    short, long = min(rows, key=len), max(rows, key=len)
+    if collator.side != "left" or len(short) == len(long):
+        return False
+    settings = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=collator.padding,
+                                return_dict_in_generate=True, output_logits=True)  # fmt: skip
+
+    def logits(rows: Sequence[list[int]], masked: bool = True) -> Tensor:
+        batch = on_device(replace(collator, positions=False).inputs(rows), model.device)
+        if not masked:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        found = model.generate(**batch, generation_config=settings).logits
+        return torch.stack([step[0] for step in found])
+
+    try:
+        return agrees(logits([short, long]), logits([short]), logits([short, long], masked=False))
+    except REFUSED:
+        return False
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from finepoint.batches import Collator, pad_left
-from finepoint.choosing.passes import on_device, undisturbed
-from finepoint.training.boundaries import agrees
+from finepoint.batches import Collator
+from finepoint.probing import REFUSED, Side, agrees, states_of, undisturbed
 
 WIDEST = 2048  # tokens of a row with several continuations: its mask has the square of that
 
@@ -41,11 +40,14 @@ class SharedRow:
         return sum(len(tokens) > 1 for tokens in self.continuations.values()) > 1
 
 
-def shared_rows(requests: Sequence[tuple[list[int], list[int]]], limit: int, branching: bool) -> list[SharedRow]:
+def shared_rows(
+    requests: Sequence[tuple[list[int], list[int]]], limit: int, branching: bool, sharing: bool = True
+) -> list[SharedRow]:
     """Rows for (prompt, continuation) pairs; a pair longer than `limit` has one for itself and loses its beginning.
 
     Args:
-        branching: whether continuations of more than one token may share a row; those of one token always do.
+        branching: whether continuations of more than one token may share a row.
+        sharing: whether those of one token may, which need no place of their own.
     """
     rows: list[SharedRow] = []
     open_rows: dict[tuple[int, ...], SharedRow] = {}
@@ -59,7 +61,7 @@ def shared_rows(requests: Sequence[tuple[list[int], list[int]]], limit: int, bra
             before = (prompt + continuation)[: -len(kept)]
             rows.append(SharedRow(before[-(limit - len(kept) + 1) :], {i: kept}))
             continue
-        key = tuple(prompt)
+        key = tuple(prompt) if sharing else (i,)
         row = open_rows.get(key)
         fits = row is not None and (
             len(continuation) == 1 or (branching and len(row) + len(continuation) - 1 <= WIDEST) or not row.after
@@ -74,23 +76,28 @@ def shared_rows(requests: Sequence[tuple[list[int], list[int]]], limit: int, bra
 def shared_batch(rows: Sequence[SharedRow], collator: Collator, dtype: torch.dtype) -> dict[str, Any]:
     """What the model's forward takes; the mask is (rows, 1, tokens, tokens) of `dtype` where continuations branch."""
     after = [[token for tokens in row.continuations.values() for token in tokens[:-1]] for row in rows]
-    batch = pad_left([row.prompt + tail for row, tail in zip(rows, after, strict=True)], collator.padding,
-                     collator.positions)  # fmt: skip
+    batch = collator.inputs([row.prompt + tail for row, tail in zip(rows, after, strict=True)])
+    width = batch["input_ids"].shape[1]
+    ends = [_end(row, width, collator.side) for row in rows]
     if any(row.branches for row in rows):
         segments = torch.full_like(batch["input_ids"], -1)
-        for line, position, row in zip(segments, batch["position_ids"], rows, strict=True):
-            at = len(line) - len(row)
-            line[at : at + len(row.prompt)] = 0
-            at += len(row.prompt)
+        for line, position, row, end in zip(segments, batch["position_ids"], rows, ends, strict=True):
+            at = end - row.after
+            line[end - len(row) : at] = 0
             for number, tokens in enumerate(row.continuations.values(), 1):
-                end = at + len(tokens) - 1
-                line[at:end] = number
-                position[at:end] = torch.arange(len(row.prompt), len(row.prompt) + end - at)
-                at = end
+                until = at + len(tokens) - 1
+                line[at:until] = number
+                position[at:until] = torch.arange(len(row.prompt), len(row.prompt) + until - at)
+                at = until
         batch["attention_mask"] = branch_mask(segments, dtype)
     if collator.trims:
-        batch["logits_to_keep"] = max(row.after for row in rows) + 1
+        batch["logits_to_keep"] = max(width - end + row.after for row, end in zip(rows, ends, strict=True)) + 1
     return batch
+
+
+def _end(row: SharedRow, width: int, side: Side) -> int:
+    """Where a row ends in a batch of this width."""
+    return len(row) if side == "right" else width
 
 
 def branch_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,28 +114,35 @@ def branch_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def spots(rows: Sequence[SharedRow]) -> list[tuple[int, int, int, int]]:
+def spots(rows: Sequence[SharedRow], side: Side = "left") -> list[tuple[int, int, int, int]]:
     """For each token to score: its request, its row, the place that predicts it (from the end), and itself."""
     found = []
+    width = max(len(row) for row in rows)
     for at, row in enumerate(rows):
-        start = -row.after  # of the continuation, from the end
+        end = _end(row, width, side) - width
+        start = end - row.after  # of the continuation, from the end
         for request, tokens in row.continuations.items():
-            places = [-row.after - 1, *range(start, start + len(tokens) - 1)]
+            places = [end - row.after - 1, *range(start, start + len(tokens) - 1)]
             found += [(request, at, place, token) for place, token in zip(places, tokens, strict=True)]
             start += len(tokens) - 1
     return found
 
 
-_PROBED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+_PROBED: "WeakKeyDictionary[nn.Module, tuple[int, bool]]" = WeakKeyDictionary()
+"""by model: the longest row it was tried with, and whether its continuations are kept apart"""
 
 
-def branches_apart(model: Any, collator: Collator) -> bool:
-    """Whether the model scores continuations in one row as it does alone: tried on the model, with a control."""
+def branches_apart(model: Any, collator: Collator, rows: Sequence[SharedRow] = ()) -> bool:
+    """Whether the model scores continuations in one row as it does alone: tried on the longest, with a control."""
     if not collator.positions or _has_windows(model.config.get_text_config()):
         return False
-    if model not in _PROBED:
-        _PROBED[model] = _probe(model, collator)
-    return _PROBED[model]
+    row = max((row for row in rows if row.branches), key=len, default=None)
+    if row is None and rows:
+        return True
+    row = row or SharedRow([0, 1, 2, 3], {0: [4, 5, 6], 1: [7, 8, 9]})
+    if model not in _PROBED or len(row) > _PROBED[model][0]:
+        _PROBED[model] = len(row), _probe(model, collator, row)
+    return _PROBED[model][1]
 
 
 def _has_windows(config: Any) -> bool:
@@ -137,21 +151,23 @@ def _has_windows(config: Any) -> bool:
     return kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None
 
 
-def _probe(model: Any, collator: Collator) -> bool:
-    prompt, first, second = [0, 1, 2, 3], [4, 5, 6], [7, 8, 9]
-    together, alone = SharedRow(prompt, {0: first, 1: second}), SharedRow(prompt, {1: second})
-    last = len(second) - 1
+def _probe(model: Any, collator: Collator, row: SharedRow) -> bool:
+    """Whether the last continuation of a row that branches is predicted as after the prompt alone."""
+    continuations = [tokens for tokens in row.continuations.values() if len(tokens) > 1]
+    alone = SharedRow(row.prompt, {0: continuations[-1]})
+    last = len(continuations[-1]) - 1
 
     def states(batch: dict[str, Any]) -> Tensor:
-        return model(**on_device(batch, model.device)).logits[:, -last:]
+        return states_of(model, batch)[0, -last:]
 
     with undisturbed(model), torch.no_grad():
         try:
-            shared = states(shared_batch([together], collator, model.dtype))
-        except (ValueError, TypeError, RuntimeError):  # no mask of four dimensions
+            shared = states(shared_batch([row], collator, model.dtype))
+        except REFUSED:  # no mask of four dimensions
             return False
         expected = states(shared_batch([alone], collator, model.dtype))
-        joined = states(pad_left([prompt + first[:-1] + second[:-1]], collator.padding, False))
+        tokens = [token for continuation in continuations for token in continuation[:-1]]
+        joined = states(collator.inputs([row.prompt + tokens]))
     return agrees(shared, expected, joined)
 
 

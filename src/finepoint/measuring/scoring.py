@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finepoint.batches import Collator, by_length, context_length, pad_left
+from finepoint.batches import Collator, context_length
 from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
 from finepoint.errors import FinepointError
@@ -140,14 +140,18 @@ def token_log_likelihoods(
     """
     warn_of_truncation([len(context) + len(continuation) - 1 for context, continuation in requests], limit, "prompt")
     refuse_beyond(model, tokenizer, [context + continuation for context, continuation in requests])
-    collator = Collator.of(model, tokenizer)
+    collator = Collator.of(model, tokenizer, [[*context, *continuation][-limit:] for context, continuation in requests])
     found: dict[int, Tensor] = {}
     with evaluating(model):
-        rows = shared_rows(requests, limit, branches_apart(model, collator))
-        for places in by_length([len(row) for row in rows], BATCH_TOKENS):
+        # What depends on the length of its row, as some ways of telling positions do, has one of its own.
+        sharing = collator.side != "none"
+        rows = shared_rows(requests, limit, collator.positions, sharing)
+        if not branches_apart(model, collator, rows):
+            rows = shared_rows(requests, limit, False, sharing)
+        for places in collator.by_length([len(row) for row in rows], BATCH_TOKENS):
             part = [rows[place] for place in places]
             batch = on_device(shared_batch(part, collator, model.dtype), model.device)
-            scored = spots(part)
+            scored = spots(part, collator.side)
             at = torch.tensor([spot[1:] for spot in scored], device=model.device).unbind(1)
             values = log_likelihoods(model, batch, *at).float().cpu()
             refuse_not_numbers(values)
@@ -158,7 +162,7 @@ def token_log_likelihoods(
 
 def last_positions(model: Any, rows: Sequence[Sequence[int]], keep: int, collator: Collator) -> dict[str, Any]:
     """A batch of the rows, to compute at their last `keep` positions only where the model can be told so."""
-    batch = on_device(pad_left(rows, collator.padding, collator.positions), model.device)
+    batch = on_device(collator.inputs(rows), model.device)
     return batch | ({"logits_to_keep": keep} if collator.trims else {})
 
 
@@ -224,10 +228,11 @@ def class_hits(
     rows = [encode(tokenizer, example, labels) for example in examples]
     refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
     warn_of_truncation([len(row.ids) for row in rows], limit, "text")
-    collator = Collator.of(model, tokenizer)
+    texts = [row.ids[-limit:] for row in rows]
+    collator = Collator.of(model, tokenizer, texts)
     hits = [False] * len(rows)
-    for places in by_length([len(row.ids) for row in rows], BATCH_TOKENS):
-        logits = class_logits(model, [rows[place].ids[-limit:] for place in places], collator)
+    for places in collator.by_length([len(text) for text in texts], BATCH_TOKENS):
+        logits = class_logits(model, [texts[place] for place in places], collator)
         for place, answer in zip(places, logits.argmax(-1).tolist(), strict=True):
             hits[place] = answer == rows[place].labels
         advance(len(places))

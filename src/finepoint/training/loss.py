@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from finepoint import ranks
 from finepoint.batches import IGNORED, accepted
-from finepoint.choosing.passes import undisturbed
+from finepoint.choosing.passes import label_count, undisturbed
 
 CHUNK = 256  # positions whose logits are alive at a time: fewer cost time, more only memory
 # What makes logits more than their head's output, by the names it has in configurations.
@@ -37,7 +37,9 @@ def completion_loss(model: Any, batch: Mapping[str, Any], items: Tensor | int | 
     head = plain_head(model)
     labels = batch["labels"]
     if head is None or labels.ndim != 2:
-        return model(**batch, **({} if items is None else {"num_items_in_batch": items})).loss
+        # Some models divide by the labels of a step when told how many, others do not listen: none is asked to.
+        loss = model(**batch).loss
+        return loss if items is None else loss * (label_count(batch) / items)
     states = head_states(model, head, batch)[:, -labels.shape[1] : -1]
     wanted = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][wanted]

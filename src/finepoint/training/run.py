@@ -250,7 +250,7 @@ def _run_trainer(run: Run, validation: list[Row] | None, packer: Packer | None, 
     settings = deciding(config, rows)
     checkpoint = ranks.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
     with tracked(config, folder, step_of(checkpoint) if checkpoint else None) as (tracking, followers):
-        arguments = _arguments(config, folder, steps, tracking)
+        arguments = _arguments(config, folder, steps, tracking, alone=run.place.collator.side == "none")
         return _steps(run, arguments, followers, rows, validation, packer, checkpoint, settings)
 
 
@@ -325,13 +325,17 @@ def forget_earlier_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _arguments(config: TrainConfig, folder: Path, steps: int, tracking: Mapping[str, Any]) -> TrainingArguments:
+def _arguments(
+    config: TrainConfig, folder: Path, steps: int, tracking: Mapping[str, Any], alone: bool
+) -> TrainingArguments:
+    """What the Trainer is told; `alone`: examples cannot share a batch, so that a step is made of batches of one."""
+    size, times = (1, config.batch_size * config.accumulation) if alone else (config.batch_size, config.accumulation)
     return TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
+        per_device_train_batch_size=size,
+        per_device_eval_batch_size=size,
+        gradient_accumulation_steps=times,
         **({CHECKPOINTING: True} if config.gradient_checkpointing else {}),
         learning_rate=learning_rate(config),
         lr_scheduler_type={"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule],

@@ -195,6 +195,8 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         self.packer = packer
         self.tokens = Tokens()
         super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
+        # Every batch is divided by the labels of its whole step, whatever the model's own forward takes.
+        self.model_accepts_loss_kwargs = True
         if self.refresh:
             self.add_callback(self.refresh)
         if ranks.count() > 1:

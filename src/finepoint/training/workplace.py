@@ -66,7 +66,7 @@ def workplace(
     """A workplace around a model that is loaded already."""
     limit = context_length(model, config.max_length)
     rows = encode_all(tokenizer, examples, limit, labels, "training example", model) if examples else []
-    return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer))
+    return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer, [row.ids for row in rows]))
 
 
 def _fingerprint(model: Any) -> Iterator[bytes]:
@@ -143,7 +143,7 @@ def scoring_rows(rows: Sequence[Row], amount: float, seed: int) -> list[Row]:
 
 
 def batches_of(config: SelectConfig, place: Workplace, rows: list[Row]) -> list[dict[str, Any]]:
-    return [place.collator(rows[at : at + config.batch_size]) for at in range(0, len(rows), config.batch_size)]
+    return place.collator.batches(rows, config.batch_size)
 
 
 def rows_of(
@@ -170,7 +170,8 @@ def packer_for(place: Workplace) -> Packer:
         raise FinepointError(f"packing tells examples apart by position_ids, which {name} does not take; "
                              "train without --packing")  # fmt: skip
     attention = place.model.config._attn_implementation
-    if attention not in PACKABLE or not keeps_apart(place.model):
+    longest = max((len(row.ids) for row in place.rows), default=5)
+    if attention not in PACKABLE or place.collator.side == "none" or not keeps_apart(place.model, longest):
         raise FinepointError(f"in {name} with {attention} attention the examples packed in a row are not kept apart; "
                              f"train without --packing, or load it with {' or '.join(PACKABLE)} attention")  # fmt: skip
     return Packer(place.collator, place.model.get_input_embeddings().embedding_dim)
