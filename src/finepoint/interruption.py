@@ -11,25 +11,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.resource_tracker import ensure_running
 from types import FrameType
-from typing import NoReturn
+
+from finepoint import ranks
 
 _came = False
+_held = False
+
+
+class BrokenOff(KeyboardInterrupt):
+    """An interruption of a run that has left something, which the message tells of.
+
+    Args:
+        resumable: the same command goes on with `--resume`.
+    """
+
+    def __init__(self, message: str, resumable: bool) -> None:
+        super().__init__(message)
+        self.resumable = resumable
 
 
 @contextmanager
 def noticed() -> Iterator[None]:
     """Inside, ctrl-C is remembered, and an error of any kind that comes after it is a KeyboardInterrupt.
 
-    Does nothing in threads other than the main one, and where somebody else handles the signal or it is ignored.
+    So is a plain `kill`, by which schedulers and containers end a process; but not where a launcher has started several
+    together, which it ends itself. Does nothing in threads other than the main one, and where somebody else handles the
+    signal or it is ignored.
     """
-    global _came
+    global _came, _held
     handled = signal.getsignal(signal.SIGINT)
     if handled is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
         return
     printed = sys.unraisablehook
     sys.unraisablehook = lambda ignored: None if ignored.exc_type is KeyboardInterrupt else printed(ignored)
+    ended = signal.getsignal(signal.SIGTERM)
+    kill_too = ended is signal.SIG_DFL and not ranks.launched()
     signal.signal(signal.SIGINT, _interrupt)
+    if kill_too:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except Exception:
@@ -37,14 +57,44 @@ def noticed() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, handled)
+        if kill_too:
+            signal.signal(signal.SIGTERM, ended)
         sys.unraisablehook = printed
-        _came = False
+        _came = _held = False
 
 
 def check() -> None:
     """Raises KeyboardInterrupt where ctrl-C came and was lost on the way: long work calls this now and then."""
-    if _came:
+    if _came and not _held:
         raise KeyboardInterrupt
+
+
+def hold() -> None:
+    """From now on ctrl-C waits, until `let_go`: what is being written must not be left half done."""
+    global _held
+    _held = True
+
+
+def let_go(feel: bool = True) -> None:
+    """Ctrl-C waits no more; one that came meanwhile is felt now, unless it is known already.
+
+    Raises:
+        KeyboardInterrupt: it came.
+    """
+    global _held
+    _held = False
+    if feel:
+        check()
+
+
+@contextmanager
+def as_itself() -> Iterator[None]:
+    """An error of any kind that comes after ctrl-C is a KeyboardInterrupt already here."""
+    try:
+        yield
+    except Exception:
+        check()
+        raise
 
 
 @contextmanager
@@ -58,7 +108,8 @@ def deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     global _came
     _came = True
-    raise KeyboardInterrupt
+    if not _held:
+        raise KeyboardInterrupt

@@ -12,6 +12,7 @@ configuration announces against the header, then the tensors.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import sha256
@@ -30,6 +31,7 @@ from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, read_whole, refuse_version, write_atomic, write_json, write_text
 from finepoint.tensors import DTYPES, LONGEST_HEADER, Form, forms, header_bytes, opened
 
+logger = logging.getLogger(__name__)
 DIGESTED = 4  # the first version with a digest over all
 NEWEST = 4  # 2: some indices are written as gaps; 3: some changes have parts; 4: a digest over all
 TENSORS = "finepoint.safetensors"
@@ -79,6 +81,19 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> 
 
 def load(folder: str | Path) -> SparseAdapter:
     """See `SparseAdapter.load`."""
+    found = read(folder)
+    say_unfinished(folder, found.info)
+    return found
+
+
+def say_unfinished(folder: str | Path, info: Mapping[str, Any]) -> None:
+    """Says of an adapter that was left before the end of its training that it was."""
+    if left := info.get("unfinished"):
+        logger.warning("%s is unfinished: its training was left at %s", folder, left)
+
+
+def read(folder: str | Path) -> SparseAdapter:
+    """`load`, whether or not its training came to an end."""
     if isinstance(folder, str) and is_hub_id(folder):
         folder = fetch(folder)
     path = Path(folder) / TENSORS
@@ -189,6 +204,7 @@ def check_info(path: Path, info: Any) -> None:
     fit = {
         "labels": isinstance(labels, list) and len(labels) <= MOST_LABELS and all(isinstance(x, str) for x in labels),
         "task": isinstance(info.get("task", ""), str),
+        "unfinished": isinstance(info.get("unfinished", ""), str),
         "selection": isinstance(info.get("selection", {}), dict),
     }
     for key, fits in fit.items():

@@ -108,8 +108,10 @@ def _body(adapter: SparseAdapter, base: str) -> str:
         for data, metrics in results_of(adapter.info).items() for metric, value in metrics.items()
     )  # fmt: skip
     results = f"\n## Results\n\n| data | metric | value |\n| --- | --- | --- |\n{measured}" if measured else ""
+    left = adapter.info.get("unfinished")
+    warning = f"**Unfinished**: its training was left at {left}.\n\n" if left else ""
     return (
-        f"# A sparse adapter\n\n{adapter.count:,} trained entries in {len(adapter)} weights of "
+        f"# A sparse adapter\n\n{warning}{adapter.count:,} trained entries in {len(adapter)} weights of "
         f"`{base}`; the rest is the base's.\n\n| | |\n| --- | --- |\n{rows}{results}\n## Use\n\n"
         "```python\nimport finepoint\n\nmodel = finepoint.load(model, 'this folder or hub id')\n```\n"
     )

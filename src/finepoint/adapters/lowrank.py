@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finepoint.adapters.adapter import Change, SparseAdapter
-from finepoint.adapters.format import CONFIG, TENSORS, check_info
+from finepoint.adapters.format import CONFIG, TENSORS, check_info, say_unfinished
 from finepoint.adapters.peft_config import LORA, check_fields, check_targets, saved_whole, scaling_of
 from finepoint.errors import FinepointError
 from finepoint.files import read_json
@@ -124,6 +124,7 @@ def read_peft(folder: str | Path, model: nn.Module) -> dict[str, Update]:
     """
     source = str(folder)
     path = Path(folder) / PEFT_TENSORS
+    say_unfinished(folder, info_of(folder))
     config = read_json(Path(folder) / PEFT_CONFIG)
     check_fields(config, LORA, source)
     with opened(path) as file:

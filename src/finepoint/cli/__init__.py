@@ -5,11 +5,16 @@ Exit status: 0 done; 2 the user's mistake, one line on stderr; 1 our fault.
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from keyword import iskeyword
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finepoint.interruption import BrokenOff
 
 COMMANDS = {
     "demo": "fine-tune a small real model and compare: the quickest look",
@@ -95,10 +100,19 @@ def _run(command: str, arguments: list[str]) -> int:
             raise
         print(f"finepoint {command}: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"finepoint {command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        left = f" {_left(error, command, arguments)}" if isinstance(error, interruption.BrokenOff) else ""
+        print(f"finepoint {command}: interrupted{left}", file=sys.stderr)
         return 130
     return status or 0
+
+
+def _left(error: "BrokenOff", command: str, arguments: Sequence[str]) -> str:
+    """What an interrupted run has left, and the command that goes on with it."""
+    if not error.resumable:
+        return str(error)
+    same = [word for word in arguments if word != "--resume" and word.partition("=")[0] != "--overwrite"]
+    return f"{error}; go on with: {shlex.join(['finepoint', command, *same, '--resume'])}"
 
 
 def module_of(command: str) -> ModuleType:

@@ -17,7 +17,7 @@ def run(config: VerifyConfig) -> None:
     dtypes = {change.dtype for change in adapter.changes.values()}
     dtype = config.dtype or (dtypes.pop() if len(dtypes) == 1 else "auto")
     model = load_model(config.model, cast(DType, dtype), adapter.info.get("labels", ()), quantise=config.quantise)
-    found = verify(adapter, model)
+    found = verify(adapter, model) | {key: adapter.info[key] for key in ("unfinished",) if key in adapter.info}
     if config.json:
         print_json({"adapter": config.folder, "model": config.model, **found})
     else:

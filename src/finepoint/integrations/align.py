@@ -4,9 +4,10 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 import finepoint
+from finepoint import interruption
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.format import read
 from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Collator, context_length
 from finepoint.choosing.rules import rule_named
@@ -39,6 +42,7 @@ from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.run import CHECKPOINTING, forget_earlier_run, versions
 from finepoint.training.settings import check_warmup, refuse_quantised, warmup_of
 from finepoint.training.tuner import SparseTuner
+from finepoint.training.unfinished import LastStep, left_by, marked
 from finepoint.training.workplace import Workplace, select_for
 
 logger = logging.getLogger(__name__)
@@ -65,7 +69,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         FinepointError: whatever the user can mend.
     """
     check(config)
-    with claim_folder(config.output, config.overwrite or config.resume) as folder:
+    with interruption.noticed(), claim_folder(config.output, config.overwrite or config.resume) as folder:
         return _align(config, folder)
 
 
@@ -85,11 +89,12 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
             forget_earlier_run(folder)
             if config.save_every and not config.baseline:
                 # Its indices are what a resumed run trains.
-                tuner.save(folder, tuner.adapter(info=facts), config.compact)
+                tuner.save(folder, tuner.adapter(info=facts | marked(0, config.steps)), config.compact)
         before = method.measure(place.model, place.tokenizer, place.held_out)
         logger.info("before: %s", _told(before.means))
+        keep = partial(_keep, config, tuner, facts)
         log, seconds = _train(config, place, method, tuner, Reference(place.model, without), folder, checkpoint,
-                              settings)  # fmt: skip
+                              settings, keep)  # fmt: skip
         peak = peak_bytes()
         place.model.eval()
         after = method.measure(place.model, place.tokenizer, place.held_out)
@@ -182,7 +187,7 @@ def _tuner(
         assert isinstance(low, PeftTuner)
         return low, low.disabled, facts | {"baseline": baseline.name, "baseline_options": options}
     if given := resumed or config.indices:
-        source = SparseAdapter.load(given)
+        source = read(given) if given == resumed else SparseAdapter.load(given)
         source.check(place.model, in_place=False)
         sparse = SparseTuner(place.model, source)
         chosen = source.info
@@ -200,7 +205,7 @@ def _tuner(
 
 def _train(
     config: AlignConfig, place: Place, method: Alignment, tuner: Tuner, reference: Reference, folder: Path,
-    checkpoint: str | None, settings: dict[str, Any],
+    checkpoint: str | None, settings: dict[str, Any], keep: Callable[[Path, int], None],
 ) -> tuple[list[dict[str, Any]], float]:  # fmt: skip
     """Trains; returns a row for each step, and the seconds it took."""
     set_seed(config.seed)
@@ -209,14 +214,27 @@ def _train(
         trainer = method.trainer(place.model, place.tokenizer, place.rows, reference, arguments)
         trainer.tuner, trainer.settings = tuner, settings
         trainer.remove_callback(PrinterCallback)
-        watch = Steps(tuner, folder / LOG, config.steps, advance)
-        trainer.add_callback(watch)
+        watch, last = Steps(tuner, folder / LOG, config.steps, advance), LastStep(trainer)
+        for callback in (watch, last):
+            trainer.add_callback(callback)
+        if not config.baseline:
+            trainer.keep_adapter = keep
         started = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with interruption.as_itself():
+                trainer.train(resume_from_checkpoint=checkpoint)
         except NotFiniteError as error:
             raise FinepointError(f"{error}; try a smaller --lr than {learning_rate(config)}") from error
+        except KeyboardInterrupt as error:
+            raise left_by(last, lambda: keep(folder, last.done), folder) or error from None
+        finally:
+            interruption.let_go(feel=False)
     return watch.records, time.perf_counter() - started
+
+
+def _keep(config: AlignConfig, tuner: Tuner, facts: dict[str, Any], folder: Path, step: int) -> None:
+    """Writes the adapter of a step, which says that it is not that of the last, into a folder."""
+    tuner.save(folder, tuner.adapter(config.store, info=facts | marked(step, config.steps)), config.compact)
 
 
 def _arguments(config: AlignConfig, folder: Path) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def evaluate(
     found: dict[str, Any] = {"base": base, "adapters": {}}
     for name, adapter in adapters.items():
         found["adapters"][name] = evaluation.compared(model, tokenizer, base, adapter, name)
+        found["adapters"][name] |= {key: adapter.info[key] for key in ("unfinished",) if key in adapter.info}
         for strength in strengths:
             named = f"{name} x {strength:g}"
             weakened = wise_ft(adapter, model, strength)

@@ -24,6 +24,7 @@ from finepoint.config import TrainConfig
 from finepoint.data import read_examples
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, read_json, read_record, write_json, write_record
+from finepoint.interruption import BrokenOff
 from finepoint.measuring.divergence import learned_and_disturbed
 from finepoint.packages import digest
 from finepoint.studies.sharing import shared_selection
@@ -71,7 +72,11 @@ def train_auto(config: TrainConfig) -> dict[str, Any]:
     if config.baseline or config.indices or config.count:
         raise FinepointError("--density auto chooses by a rule; give no --baseline, --indices or --count with it")
     with claim_folder(config.output, config.overwrite or config.resume) as folder:
-        return _search(config, folder)
+        try:
+            return _search(config, folder)
+        except KeyboardInterrupt as error:
+            done = len(list((folder / "search").glob("d*.json")))
+            raise BrokenOff(f"after {done} trials of the search, which are in {folder}", True) from error
 
 
 def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:

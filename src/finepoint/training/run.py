@@ -17,9 +17,9 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 import finepoint
-from finepoint import ranks
+from finepoint import interruption, ranks
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.format import write
+from finepoint.adapters.format import read, write
 from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Packer, Row, learned
 from finepoint.choosing.rules import rule_named
@@ -41,6 +41,7 @@ from finepoint.training.settings import check, check_processes, learning_rate, s
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import SparseTrainer, Watch, refreshes, validation_losses
 from finepoint.training.tuner import SparseTuner
+from finepoint.training.unfinished import LastStep, left_by, marked
 from finepoint.training.workplace import Workplace, batches_of, packer_for, prepare, rows_of, scoring_rows, select_for
 
 logger = logging.getLogger(__name__)
@@ -64,18 +65,26 @@ class Run:
     """weights of a new classification head, which are stored whole"""
     facts: dict[str, Any]
     """what the adapter says of itself"""
+    steps: int
+    keeps: bool
+    """whether it leaves something when it is interrupted"""
 
-    def save(self) -> tuple[SparseAdapter, int]:
+    def save(self, step: int | None = None, *places: Path) -> tuple[SparseAdapter, int]:
         """Writes the change as it stands into the run's folder; returns it as an adapter, and the tensors' bytes.
 
         All processes put it together, the first one writes it.
-        """
-        adapter = self.method.tuner.adapter(self.config.store, self.head, self.facts)
-        return adapter, ranks.on_first(partial(self._write, adapter))
 
-    def _write(self, adapter: SparseAdapter) -> int:
-        written = self.method.tuner.save(self.folder, adapter, self.config.compact)
-        forget_others(self.folder, written)
+        Args:
+            step: after which the run stands, if it is not at its end: the adapter then says that it is unfinished.
+            places: further folders to write it into.
+        """
+        facts = self.facts if step is None else self.facts | marked(step, self.steps)
+        adapter = self.method.tuner.adapter(self.config.store, self.head, facts)
+        return adapter, ranks.on_first(lambda: [self._write(adapter, place) for place in (*places, self.folder)][-1])
+
+    def _write(self, adapter: SparseAdapter, place: Path) -> int:
+        written = self.method.tuner.save(place, adapter, self.config.compact)
+        forget_others(place, written)
         return sum(file.stat().st_size for file in written)
 
 
@@ -92,8 +101,9 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
     Raises:
         FinepointError: whatever the user can mend: bad input, nothing trained, a loss that is not finite (then the
             adapter of the last good step has been saved).
+        BrokenOff: it was interrupted; the adapter of the last good step and a checkpoint have been saved.
     """
-    return fit(config, workplace)[0]
+    return _claimed(config, workplace, keeps=True)[0]
 
 
 def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[str, Any], SparseAdapter]:
@@ -107,15 +117,21 @@ def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[s
     Raises:
         FinepointError: as for `train`.
     """
+    return _claimed(config, workplace, keeps=False)
+
+
+def _claimed(config: TrainConfig, workplace: Workplace | None, keeps: bool) -> tuple[dict[str, Any], SparseAdapter]:
     check(config)
     ranks.join()
     check_processes(config)
-    with ExitStack() as claims:
+    with interruption.noticed(), ExitStack() as claims:
         claim = claim_folder(config.output, config.overwrite or config.resume)
-        return _fit(config, ranks.on_first(lambda: claims.enter_context(claim)), workplace)
+        return _fit(config, ranks.on_first(lambda: claims.enter_context(claim)), workplace, keeps)
 
 
-def _fit(config: TrainConfig, folder: Path, workplace: Workplace | None) -> tuple[dict[str, Any], SparseAdapter]:
+def _fit(
+    config: TrainConfig, folder: Path, workplace: Workplace | None, keeps: bool
+) -> tuple[dict[str, Any], SparseAdapter]:
     saved = ranks.on_first(partial(checkpoints, folder / CHECKPOINTS)) if config.resume else []
     place = workplace or prepare(config)
     validation = rows_of(config, place, config.validation, "validation example", config.validation_limit)
@@ -129,11 +145,12 @@ def _fit(config: TrainConfig, folder: Path, workplace: Workplace | None) -> tupl
     what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
     logger.info("%d %s in %.1f s", tuner.count, what, selection_seconds)
     try:
-        run = Run(config, place, folder, method, head, _description(config, place, statistics))
+        steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
+        run = Run(config, place, folder, method, head, _description(config, place, statistics), steps, keeps)
         if not saved:
             ranks.on_first(partial(forget_earlier_run, folder))
             if config.save_every and not config.baseline:
-                run.save()  # its indices are what a resumed run trains
+                run.save(0)  # its indices are what a resumed run trains
         results = _run_trainer(run, validation, packer, saved)
         peak = peak_bytes()  # of training: what follows makes copies
         changed, norm = tuner.changed(), tuner.norm(exclude=head)
@@ -236,7 +253,7 @@ def _indices(
     if source is None:
         selection = select_for(config, place)
         return selection, selection.statistics
-    adapter = SparseAdapter.load(source)
+    adapter = read(source) if source == resumed else SparseAdapter.load(source)
     if problems := adapter.problems(place.model):
         raise FinepointError(f"the indices in {source} do not fit this model: {problems[0]}")
     return {name: adapter[name] for name in adapter}, adapter.info.get("selection", {})
@@ -246,11 +263,10 @@ def _run_trainer(run: Run, validation: list[Row] | None, packer: Packer | None, 
     """Trains, followed by trackers; returns the steps, their losses and the seconds they took."""
     config, folder = run.config, run.folder
     rows = [row for row in run.place.rows if learned(row)]
-    steps = steps_of(config, len(rows))
     settings = deciding(config, rows)
-    checkpoint = ranks.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
+    checkpoint = ranks.on_first(partial(to_go_on_from, folder, saved, run.steps, settings)) if saved else None
     with tracked(config, folder, step_of(checkpoint) if checkpoint else None) as (tracking, followers):
-        arguments = _arguments(config, folder, steps, tracking, alone=run.place.collator.side == "none")
+        arguments = _arguments(config, folder, run.steps, tracking, alone=run.place.collator.side == "none")
         return _steps(run, arguments, followers, rows, validation, packer, checkpoint, settings)
 
 
@@ -276,22 +292,33 @@ def _steps(
         data_collator=place.collator,
     )
     trainer.remove_callback(PrinterCallback)
+    if not config.baseline:
+        trainer.keep_adapter = lambda checkpoint, step: run.save(step, checkpoint)
     for follower in followers:
         trainer.add_callback(follower)
     best = folder / BEST if config.keep == "best" else None
     with progress("training", arguments.max_steps) as advance:
         watch = Watch(trainer, folder / LOG, advance, best, config.patience)
-        trainer.add_callback(watch)
+        last = LastStep(trainer)
+        for callback in (watch, last):
+            trainer.add_callback(callback)
         try:
-            output = trainer.train(resume_from_checkpoint=checkpoint)
+            with interruption.as_itself():
+                output = trainer.train(resume_from_checkpoint=checkpoint)
+                if validation and trainer.state.global_step not in dict(validation_losses(trainer.state)):
+                    trainer.evaluate()
         except NotFiniteError as error:
+            interruption.let_go()
             saved = ""
             if trainer.state.global_step:
-                run.save()
+                run.save(trainer.state.global_step)
                 saved = f"; the adapter of step {trainer.state.global_step} is in {folder}"
             raise TrainingFailedError(f"{error}{saved}; try a smaller --lr than {learning_rate(config)}") from error
-        if validation and trainer.state.global_step not in dict(validation_losses(trainer.state)):
-            trainer.evaluate()
+        except KeyboardInterrupt as error:
+            kept = run.keeps and left_by(last, lambda: run.save(last.done), folder)
+            raise kept or error from None
+        finally:
+            interruption.let_go(feel=False)
     if best:
         if not best.is_file():
             raise FinepointError("the best evaluation lies before the checkpoint, and that run did not keep it; "

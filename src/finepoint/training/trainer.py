@@ -5,7 +5,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -111,6 +111,8 @@ class SparseCheckpoints:
     """what decides the bits of the run, kept with its checkpoints"""
     refresh: Any = None
     """what chooses other entries between steps, if anything does"""
+    keep_adapter: Callable[[Path, int], object] | None = None
+    """writes the adapter of a step into its checkpoint, so that it can be evaluated; called by all processes"""
     control: Any
 
     def keep(self, file: Path) -> None:
@@ -161,6 +163,8 @@ class SparseCheckpoints:
                 super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]  # the Trainer's
         except RuntimeError as error:  # torch.save's, in words of its own
             raise FinepointError(f"cannot write {checkpoint}; is the disk full? ({error})") from error
+        if self.keep_adapter:
+            self.keep_adapter(checkpoint, self.state.global_step)
         ranks.on_first(partial(seal, checkpoint, self.settings))
 
     def _load_rng_state(self, checkpoint: Any) -> None:
