@@ -304,6 +304,17 @@ def test_masks_of_tokenised_rows_leave_out_what_they_mask(tokenizer):
     tensors = [{"input_ids": torch.tensor(row["input_ids"]), "completion_mask": torch.tensor(mask).bool(),
                 "token_type_ids": [0] * len(mask), "id": "x"} for row, mask in pairs]  # fmt: skip
     assert same_selection(answers, chosen(tensors))
+    # Ready batches, whose padding was given labels.
+    batches = []
+    for left in (True, False):
+        rows = padded([row | {"completion_mask": mask} for row, mask in pairs], 30, left)
+        batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+        batches.append(batch | {"labels": batch["input_ids"].clone()})
+    halves = [{key: value[half] for key, value in batch.items()}
+              for batch, half in zip(batches, (slice(13), slice(13, None)), strict=True)]  # fmt: skip
+    assert same_selection(answers, chosen(halves))
+    with pytest.raises(FinepointError, match=r"a 'completion_mask' of \(25, 29\) for labels of \(25, 30\)"):
+        chosen([batches[0] | {"completion_mask": batches[0]["completion_mask"][:, 1:]}])
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,18 @@ def encode_all(
     return rows
 
 
+def encode_each(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str] = ()) -> list[Row]:
+    """Tokens and labels of the examples: completions, right choices, assistant turns, whole texts or the class.
+
+    Raises:
+        FinepointError: as for `encode_all`, but for tokens beyond the embeddings and where nothing is to be learned.
+    """
+    return [row for row, _ in _encoded(tokenizer, examples, labels)]
+
+
 def encode(tokenizer: Any, example: Example, labels: Sequence[str] = ()) -> Row:
-    """Tokens and labels of one example: completions, right choices, assistant turns, whole texts or the class."""
-    return _encoded(tokenizer, [example], labels)[0][0]
+    """`encode_each` of one."""
+    return encode_each(tokenizer, [example], labels)[0]
 
 
 def encode_pairs(

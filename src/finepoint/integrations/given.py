@@ -15,7 +15,8 @@ from finepoint.errors import FinepointError
 from finepoint.tokens import IGNORED, Row, cut, encode_all, learned, padding_id, refuse_beyond, warn_of_truncation
 from finepoint.training.workplace import scoring_rows
 
-MASKS = {"attention_mask", "completion_mask", "assistant_masks"}
+LEARNED = {"completion_mask", "assistant_masks"}  # for the loss alone, not for the model
+MASKS = LEARNED | {"attention_mask"}
 KNOWN = MASKS | EXTRAS | {"input_ids", "labels", "token_type_ids"}
 
 
@@ -35,7 +36,7 @@ def scoring_batches(
         raise FinepointError("data holds nothing to score on")
     given = chain([first], iter_rows)
     if isinstance(first, Mapping) and isinstance(first.get("input_ids"), Tensor) and first["input_ids"].ndim == 2:
-        return list(given)
+        return [_masked(model, tokenizer, batch) for batch in given]
     limit = context_length(model, max_length)
     texts = not (isinstance(first, Mapping) and "input_ids" in first)
     if not texts:
@@ -57,6 +58,22 @@ def scoring_batches(
         told = tokenizer or SimpleNamespace(pad_token_id=getattr(model.config, "pad_token_id", None), eos_token_id=None)
         collator = Collator.of_any(model, padding_id(told, model), lines)
     return collator.batches(scoring_rows(tokens, amount, seed), size)
+
+
+def _masked(model: Any, tokenizer: Any, batch: Any) -> Any:
+    """A ready batch, what its masks leave out labelled -100: a model's loss looks at labels alone."""
+    refuse_beyond(model, tokenizer, batch["input_ids"].tolist())
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != batch["input_ids"].shape:
+        return batch
+    kept = {key: value for key, value in batch.items() if key not in LEARNED}
+    for key in MASKS & set(batch):
+        if batch[key].shape == labels.shape:
+            labels = labels.masked_fill(batch[key] == 0, IGNORED)
+        elif key in LEARNED:
+            raise FinepointError(f"a batch of data has a {key!r} of {tuple(batch[key].shape)} for labels of "
+                                 f"{tuple(labels.shape)}")  # fmt: skip
+    return kept | {"labels": labels}
 
 
 def token_row(row: Any, where: str) -> Row:

@@ -62,7 +62,7 @@ class DPO:
         return read_pairs(path)
 
     def examples(self, rows: Sequence[Pair]) -> list[Example]:
-        return [Completion(pair.prompt, pair.chosen) for pair in rows]
+        return [Completion(pair.prompt, pair.chosen, where=pair.where) for pair in rows]
 
     def trainer(self, model: Any, tokenizer: Any, rows: Sequence[Pair], reference: Reference, arguments: Any) -> Any:
         from trl import DPOConfig, DPOTrainer
@@ -85,7 +85,7 @@ class DPO:
 
         Summed over the answer's tokens, without an end token. The rows are the margins.
         """
-        choices = [Choices(pair.prompt, (pair.chosen, pair.rejected), 0) for pair in rows]
+        choices = [Choices(pair.prompt, (pair.chosen, pair.rejected), 0, where=pair.where) for pair in rows]
         limit = context_length(model, self.config.max_length)
         scored = choice_likelihoods(model, tokenizer, choices, limit)
         margins = [chosen - rejected for chosen, rejected in scored]

@@ -12,7 +12,7 @@ from finepoint.batches import Collator, padded, token_labels
 from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Example
 from finepoint.errors import FinepointError
-from finepoint.tokens import IGNORED, Row, encode, refuse_beyond
+from finepoint.tokens import IGNORED, Row, encode_each, refuse_beyond
 from finepoint.training.finite import refuse_not_numbers
 
 TOKENS = 1024  # of a pass: both models' logits are held for all of them
@@ -39,7 +39,7 @@ def mean_kl(
     Returns:
         `kl`, and `tokens`: how many positions it is a mean over.
     """
-    rows = [encode(tokenizer, example).ids[:window] for example in examples]
+    rows = [row.ids[:window] for row in encode_each(tokenizer, examples)]
     refuse_beyond(model, tokenizer, rows, examples)
     total, count = 0.0, 0
     for places, real, base, adapted in _logits(model, Collator.of(model, tokenizer, rows), rows, adapter):

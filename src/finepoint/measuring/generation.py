@@ -167,6 +167,7 @@ def generation_hits(
     Surrounding spaces do not count, and neither do special tokens in the reference, such as an end token.
     """
     prompts = encode_prompts(tokenizer, examples)
+    refuse_beyond(model, tokenizer, prompts, examples)
     examples = [as_written(tokenizer, example) for example in examples]
     warn_of_long_references(tokenizer, examples, new_tokens)
     answers = written(model, tokenizer, prompts, limit, new_tokens, advance)

@@ -15,7 +15,7 @@ from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
 from finepoint.errors import FinepointError
 from finepoint.measuring.generation import generation_hits
 from finepoint.measuring.prompts import branches_apart, by_request, shared_batch, shared_rows, spots
-from finepoint.tokens import IGNORED, encode, encode_pairs, encode_texts, refuse_beyond, warn_of_truncation
+from finepoint.tokens import IGNORED, encode_each, encode_pairs, refuse_beyond, warn_of_truncation
 from finepoint.training.finite import refuse_not_numbers
 from finepoint.training.loss import log_likelihoods
 
@@ -96,7 +96,10 @@ def choice_likelihoods(
         FinepointError: a choice is longer than `limit`, so that part of it would not count.
     """
     texts = [(e.prompt, choice) for e in examples for choice in e.choices]
-    encoded = iter(encode_pairs(tokenizer, texts, [e.where for e in examples for _ in e.choices]))
+    owners = [e for e in examples for _ in e.choices]
+    found = encode_pairs(tokenizer, texts, [owner.where for owner in owners])
+    refuse_beyond(model, tokenizer, [context + answer for context, answer in found], owners)
+    encoded = iter(found)
     requests, sizes = [], []
     for number, example in enumerate(examples, 1):
         pairs = [next(encoded) for _ in example.choices]
@@ -193,15 +196,14 @@ def mean_nll(
     """
     limit = context_length(model, max_length)
     requests, learned = [], []
-    for example in examples:
+    for example, row in zip(examples, encode_each(tokenizer, examples), strict=True):
+        assert isinstance(row.labels, list)
         if isinstance(example, Text):
-            (ids,) = encode_texts(tokenizer, [example.text])
+            ids = row.ids
             windows = [(ids[at : at + 1], ids[at + 1 : at + limit]) for at in range(0, len(ids), limit)]
             requests += [window for window in windows if window[1]]
             learned += [[True] * len(window[1]) for window in windows if window[1]]
         else:
-            row = encode(tokenizer, example)
-            assert isinstance(row.labels, list)
             kept = [label != IGNORED for label in row.labels]
             if any(kept[1:]):  # nothing predicts the first
                 first = max(1, kept.index(True))
@@ -225,7 +227,7 @@ def class_hits(
 ) -> list[bool]:
     """Whether a classifier's likeliest class is the right one, example by example."""
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    rows = [encode(tokenizer, example, labels) for example in examples]
+    rows = encode_each(tokenizer, examples, labels)
     refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
     warn_of_truncation([len(row.ids) for row in rows], limit, "text")
     texts = [row.ids[-limit:] for row in rows]

@@ -9,7 +9,7 @@ import torch
 from finepoint.data import read_examples, some
 from finepoint.models import load_tokenizer, shape_of
 from finepoint.studies.study import Study, planned, train_config
-from finepoint.tokens import encode
+from finepoint.tokens import encode_each
 from finepoint.training.run import EVALUATIONS
 from finepoint.training.settings import steps_of
 
@@ -28,7 +28,7 @@ def estimate(study: Study) -> float:
 
     def tokens(path: str, limit: int | None) -> float:
         examples = read_examples(path)
-        lengths = [len(encode(tokenizer, example).ids) for example in some(examples, SAMPLE)]
+        lengths = [len(row.ids) for row in encode_each(tokenizer, some(examples, SAMPLE))]
         return sum(lengths) / len(lengths) * min(limit or len(examples), len(examples))
 
     task = config.tasks[study.tasks[0]]
