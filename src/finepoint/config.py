@@ -101,6 +101,7 @@ class TrainConfig(SelectConfig):
         weight_decay: pulls the deltas to zero, i.e. towards the base model; a baseline's weights or factors to zero
         clip: largest norm of the gradient of all that is trained; 0 for none
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time
+        no_audit: do not try on the model that every chosen entry gets the gradient of its own loss
         eval_every: steps between evaluations on the validation examples; a fifth of the run where not given
         save_every: steps between checkpoints that --resume can go on from
         resume: go on from the last checkpoint in output
@@ -131,6 +132,7 @@ class TrainConfig(SelectConfig):
     weight_decay: float = 0.0
     clip: float = 1.0
     gradient_checkpointing: bool = False
+    no_audit: bool = False
     eval_every: int | None = None
     save_every: int | None = None
     resume: bool = False
@@ -165,6 +167,7 @@ class AlignConfig(SelectConfig):
         weight_decay: pulls the deltas to zero, i.e. towards the base model
         clip: largest norm of the gradient of all that is trained; 0 for none
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time
+        no_audit: do not try on the model that every chosen entry gets the gradient of its own loss
         save_every: write a checkpoint after every so many steps; it holds what is trained and the optimizer's state
         resume: go on from the newest checkpoint in --output
         store: float32 deltas, the exact trained values, or (auto) values of half-precision weights, which are smaller
@@ -190,6 +193,7 @@ class AlignConfig(SelectConfig):
     weight_decay: float = 0.0
     clip: float = 1.0
     gradient_checkpointing: bool = False
+    no_audit: bool = False
     save_every: int | None = None
     resume: bool = False
     store: Literal["auto", "delta", "value"] = "auto"

@@ -20,6 +20,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import read
 from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Collator, context_length
+from finepoint.choosing.passes import on_device
 from finepoint.choosing.rules import rule_named
 from finepoint.config import AlignConfig
 from finepoint.data import some
@@ -32,6 +33,7 @@ from finepoint.integrations.rewards import reward_named
 from finepoint.models import load_model, load_tokenizer
 from finepoint.progress import progress
 from finepoint.tokens import encode_all
+from finepoint.training.audit import outcome
 from finepoint.training.baselines import Setting, baseline_named, options_of
 from finepoint.training.checkpoints import CHECKPOINTS, RECORD, checkpoints, deciding, to_go_on_from
 from finepoint.training.finite import NotFiniteError, refuse_not_finite
@@ -39,7 +41,7 @@ from finepoint.training.interface import Tuner
 from finepoint.training.log import LOG, append, cut_log_
 from finepoint.training.lowrank import PeftTuner
 from finepoint.training.memory import peak_bytes, reset_peak
-from finepoint.training.run import CHECKPOINTING, forget_earlier_run, versions
+from finepoint.training.run import AUDITED, CHECKPOINTING, forget_earlier_run, versions
 from finepoint.training.settings import check_warmup, refuse_quantised, warmup_of
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.unfinished import LastStep, left_by, marked
@@ -114,6 +116,7 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
         "adapter_bytes": sum(file.stat().st_size for file in files), "seconds": round(time.perf_counter() - started, 2),
         "selection_seconds": round(selection_seconds, 2), "train_seconds": round(seconds, 2), "peak_bytes": peak,
         "lr": learning_rate(config), "beta": beta_of(config), "update_norm": norm, "steps": len(log),
+        "audit": tuner.audited.facts() if isinstance(tuner, SparseTuner) and tuner.audited else None,
         "measured_on": place.measured_on, "measured_rows": len(place.held_out), "before": before.means,
         "after": after.means | _against(before, after), "log": log, "config": asdict(config), "versions": versions(),
     }  # fmt: skip
@@ -189,18 +192,31 @@ def _tuner(
     if given := resumed or config.indices:
         source = read(given) if given == resumed else SparseAdapter.load(given)
         source.check(place.model, in_place=False)
-        sparse = SparseTuner(place.model, source)
+        sparse = SparseTuner(place.model, source, audit=False)
         chosen = source.info
     else:
         limit = context_length(place.model, config.max_length)
         tokens = encode_all(place.tokenizer, method.examples(place.rows), limit, model=place.model)
         collator = Collator.of(place.model, place.tokenizer, [row.ids for row in tokens])
         selection = select_for(config, Workplace(place.model, place.tokenizer, [], tokens, collator))
-        sparse = SparseTuner(place.model, selection)
+        sparse = SparseTuner(place.model, selection, audit=False)
         kept = {key: value for key, value in selection.statistics.items() if key != "weights"}
         chosen = {"rule": selection.rule, "density": kept.get("density"), "scope": config.scope, "selection": kept}
+    if not config.no_audit:
+        _audit_(config, place, method, sparse)
     facts |= {key: chosen[key] for key in ("rule", "density", "scope", "selection") if key in chosen}
     return sparse, as_it_is(sparse), facts
+
+
+def _audit_(config: AlignConfig, place: Place, method: Alignment, tuner: SparseTuner) -> None:
+    """Tries the gradients of the chosen entries on the first rows."""
+    if config.gradient_checkpointing:  # as the trainer will
+        getattr(place.model, f"{CHECKPOINTING}_enable")()
+    limit = context_length(place.model, config.max_length)
+    rows = encode_all(place.tokenizer, method.examples(place.rows[:AUDITED]), limit, model=place.model)
+    batch = on_device(Collator.of(place.model, place.tokenizer)(rows), next(place.model.parameters()).device)
+    tuner.audit_(lambda: outcome(place.model(**batch)))
+    tuner.audit_later()
 
 
 def _train(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import finepoint
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import gather
+from finepoint.choosing.passes import on_device
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Scope, select
 from finepoint.choosing.structure import Pooling
@@ -21,6 +22,7 @@ from finepoint.integrations.given import scoring_batches
 from finepoint.integrations.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
 from finepoint.models import from_bitsandbytes_
 from finepoint.offloaded import in_memory
+from finepoint.training.audit import outcome
 from finepoint.training.tuner import CONTAINER, SparseTuner
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ def sparsify(
     max_length: int | None = None,
     seed: int = 0,
     refreshable: bool = False,
+    audit: bool = True,
 ) -> Model:
     """Chooses entries of a model and makes them, and them alone, trainable: by any trainer, in place.
 
@@ -69,6 +72,8 @@ def sparsify(
         batch_size: examples a scoring batch.
         refreshable: entries of any target weight may be chosen later, by `tuner_of(model).choose_`. A stock trainer's
             checkpoint can be resumed only as long as the entries are those of the beginning.
+        audit: try on the model that every chosen entry gets the gradient of its own loss: on the first batch of `data`,
+            or an input that is made up, or the first one that it is trained on.
         max_length: longest scoring example in tokens; the model's context where not given.
         count, scope, targets, exclude, rule_options, structure, pooling, scoring_memory, seed: as for `select`.
 
@@ -82,8 +87,8 @@ def sparsify(
         raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
     from_bitsandbytes_(model)
     info: dict[str, Any] = {"base_model": _name(model), "finepoint_version": finepoint.__version__}
+    batches: list[Any] = []
     if indices is None:
-        batches: list[Any] = []
         if rule_named(rule).needs_data:
             batches = scoring_batches(model, rule, data, tokenizer, scoring_examples, batch_size, max_length, seed)
         selection = select(
@@ -100,17 +105,23 @@ def sparsify(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     in_memory({name: parameters[name] for name in chosen if name in parameters})
     ready = target_weights(model, targets) if refreshable else ()
-    attach(model, Session(SparseTuner(model, chosen, ready), info, tuple(whole)))
+    tuner = SparseTuner(model, chosen, ready, audit=audit and not batches)
+    if audit and batches:
+        batch = on_device(batches[0], next(model.parameters()).device)
+        tuner.audit_(lambda: outcome(model(**batch)))
+        tuner.audit_later()
+    attach(model, Session(tuner, info, tuple(whole)))
     return model
 
 
-def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool = False) -> Model:
+def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool = False, audit: bool = True) -> Model:
     """Writes an adapter into a model's weights; or makes it trainable, to go on from there.
 
     Args:
         adapter: a folder (a trainer's checkpoint is one), the id of an adapter on the hub, or an adapter.
         trainable: its entries become trainable as by `sparsify`, with the deltas it holds. An adapter that stores
             values (of half-precision weights) starts from exactly these, not from the wider deltas behind them.
+        audit: of a trainable one, as for `sparsify`.
 
     Returns:
         The very same model. An adapter that was not to be trained can be taken out by its own `revert`.
@@ -123,7 +134,7 @@ def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool =
         found.apply(model)
         return model
     found.check(model)
-    tuner = SparseTuner(model, found)
+    tuner = SparseTuner(model, found, audit=audit)
     _start_from_(tuner, found)
     whole = tuple(name for name, change in found.changes.items() if change.kind == "full")
     attach(model, Session(tuner, dict(found.info), whole))

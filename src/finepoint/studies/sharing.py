@@ -71,7 +71,7 @@ def _select(config: TrainConfig, place: Workplace, made: Path, store: Path) -> N
     started = time.perf_counter()
     selection = select_for(config, place, stream if needs else stream_statistics)
     seconds = time.perf_counter() - started + spent
-    with SparseTuner(place.model, selection) as tuner:
+    with SparseTuner(place.model, selection, audit=False) as tuner:
         facts = {name: value for name, value in selection.statistics.items() if name != "weights"}
         write(tuner.adapter("delta", info={"rule": selection.rule, "selection": facts}), made)
     write_record(made / "selection.json", {"seconds": round(seconds, 2), "statistics": selection.statistics})

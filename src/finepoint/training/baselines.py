@@ -43,6 +43,8 @@ class Setting:
     """share of the weights whose Fisher information is made at a time"""
     indices: Mapping[str, Tensor] = field(default_factory=dict)
     """for RoSA: the entries that a rule has chosen"""
+    audit: bool = True
+    """for RoSA: whether their gradients are tried"""
 
     def __post_init__(self) -> None:
         if quantised := quantised_layers(self.model):
@@ -154,7 +156,7 @@ def dora(setting: Setting) -> Method:
 
 def rosa(setting: Setting) -> Method:
     whole = {name: torch.arange(setting.model.get_parameter(name).numel()) for name in setting.head}
-    sparse = SparseTuner(setting.model, dict(setting.indices) | whole)
+    sparse = SparseTuner(setting.model, dict(setting.indices) | whole, audit=setting.audit)
     try:
         low_rank = _low_rank(setting, (), beside=sparse)
     except FinepointError:

@@ -124,7 +124,7 @@ def process_bytes(quantise: Quantise | None) -> tuple[int, int]:
 
     backward()
     scoring = resident_bytes()
-    with SparseTuner(toy, {"layer.weight": torch.arange(64)}) as tuner:
+    with SparseTuner(toy, {"layer.weight": torch.arange(64)}, audit=False) as tuner:
         optimizer = torch.optim.AdamW(tuner.parameters(), fused=True)
         backward()
         optimizer.step()
@@ -147,7 +147,7 @@ def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device:
         ledger.enter("trained_entries")
         # The selection stays in RAM for the adapter's description.
         chosen = torch.empty(sum(counts.values()), dtype=torch.long, device="meta") if device == "cpu" else None
-        with SparseTuner(model, _FirstEntries(counts)) as tuner:
+        with SparseTuner(model, _FirstEntries(counts), audit=False) as tuner:
             model.config.use_cache = False  # as transformers.Trainer does
             model.train()
             if config.gradient_checkpointing:

@@ -22,6 +22,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import read, write
 from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Packer, Row, learned
+from finepoint.choosing.passes import on_device
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Selection
 from finepoint.config import SelectConfig, TrainConfig
@@ -35,6 +36,7 @@ from finepoint.training.checkpoints import CHECKPOINTS, RECORD, checkpoints, dec
 from finepoint.training.finite import NotFiniteError, TrainingFailedError
 from finepoint.training.interface import Method
 from finepoint.training.log import LOG
+from finepoint.training.loss import completion_loss
 from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.refreshing import Refresh, refreshable
 from finepoint.training.settings import check, check_processes, learning_rate, steps_of, warmup_of
@@ -46,6 +48,7 @@ from finepoint.training.workplace import Workplace, batches_of, packer_for, prep
 
 logger = logging.getLogger(__name__)
 BEST = ".best.safetensors"  # while a run is under way
+AUDITED = 2  # examples that the gradients are tried on
 EVALUATIONS = 5  # over a run with validation examples and no --eval-every
 # transformers renamed it in 5.x and warns about the old name.
 CHECKPOINTING = (
@@ -177,6 +180,7 @@ def _fit(
         "update_norm": norm,
         **results,
         **({"settled": adapter.count - tuner.count} if config.refresh else {}),
+        "audit": tuner.audited.facts() if isinstance(tuner, SparseTuner) and tuner.audited else None,
         "selection": statistics,
         "config": asdict(config),
         "versions": versions(),
@@ -197,7 +201,7 @@ def choose(config: SelectConfig) -> Selection:
         folder = ranks.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))
         place = prepare(config)
         selection = select_for(config, place)
-        with SparseTuner(place.model, selection) as tuner:
+        with SparseTuner(place.model, selection, audit=False) as tuner:
             adapter = tuner.adapter(info=_description(config, place, selection.statistics))
         ranks.on_first(partial(_write_selection, folder, adapter, config, selection))
     return selection
@@ -223,7 +227,9 @@ def _method(
         ready = refreshable(place.model, config.targets) if config.refresh else {}
         indices, statistics = _indices(config, place, resumed)
         indices = dict(indices) | {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
-        tuner = SparseTuner(place.model, indices, ready)
+        tuner = SparseTuner(place.model, indices, ready, audit=False)
+        if not config.no_audit:
+            _audit_(config, place, tuner)
         method = Method(tuner, after_step=_rounding(config, tuner))
         if config.refresh:
             optimizer = AgedAdamW(tuner.parameters(), learning_rate(config), weight_decay=config.weight_decay)
@@ -234,9 +240,20 @@ def _method(
     rows = rows_of(config, place, config.fisher_data, "Fisher example")
     fisher = batches_of(config, place, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
     setting = Setting(place.model, head, options_of(baseline, config.baseline_options), config.targets, config.seed,
-                      learning_rate(config), config.weight_decay, fisher, config.scoring_memory, indices)  # fmt: skip
+                      learning_rate(config), config.weight_decay, fisher, config.scoring_memory, indices,
+                      audit=not config.no_audit)  # fmt: skip
     method = baseline.make(setting)
     return replace(method, after_step=_rounding(config, method.tuner)), statistics
+
+
+def _audit_(config: TrainConfig, place: Workplace, tuner: SparseTuner) -> None:
+    """Tries the gradients of the chosen entries on the first examples, by the loss of training."""
+    if config.gradient_checkpointing:  # as the Trainer will
+        getattr(place.model, f"{CHECKPOINTING}_enable")()
+    rows = [row for row in place.rows if learned(row)][:AUDITED]
+    batch = on_device(place.collator(rows), next(place.model.parameters()).device)
+    tuner.audit_(lambda: completion_loss(place.model, batch))
+    tuner.audit_later()
 
 
 def _rounding(config: TrainConfig, tuner: Any) -> Callable[[], None] | None:

@@ -19,7 +19,10 @@ Other entries may be chosen on the way (`choose_`): every weight's delta is then
 which takes the old one's place in the optimizer.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,11 +39,14 @@ from finepoint.errors import FinepointError
 from finepoint.offloaded import in_memory, is_outline
 from finepoint.packed import check_weight
 from finepoint.quantised import is_quantised, replace_forwards
+from finepoint.training.audit import AtFirst, Audit, Loss, audit, outcome
 from finepoint.training.following import follow_after_steps, stop_following
-from finepoint.training.hooks import attach
+from finepoint.training.hooks import WHOLE, attach, reaches_further
+from finepoint.training.inputs import made_up
 from finepoint.training.together import Deltas, LeftOutOfDDP
 from finepoint.training.trained import QuantisedEntries, TrainedEntries
 
+logger = logging.getLogger(__name__)
 CONTAINER = "finepoint"  # the name under which the deltas hang on the model
 
 
@@ -51,13 +57,17 @@ class SparseTuner:
         model: its parameters are frozen until `close`. Several processes make their tuners together.
         indices: flat positions by weight name, (k,) int64, ascending and unique, as `finepoint.select` gives them.
         ready: further weights, of which entries may be chosen later.
+        audit: try on the model that every chosen entry gets the gradient of its own loss, at once if an input can be
+            made up for it, else with the first one that it is trained on; see `audit_`.
 
     Raises:
         FinepointError: no index at all, an unknown weight, indices out of order or range, a weight that is not in
-            memory, a model with a tuner.
+            memory, a model with a tuner, a weight that the model uses in a way that cannot be followed.
     """
 
-    def __init__(self, model: nn.Module, indices: Mapping[str, Tensor], ready: Iterable[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, indices: Mapping[str, Tensor], ready: Iterable[str] = (), *, audit: bool = True
+    ) -> None:
         if hasattr(model, CONTAINER):
             raise FinepointError("the model has a SparseTuner already; close that one first")
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -90,9 +100,11 @@ class SparseTuner:
         setattr(model, CONTAINER, container)
         follow_after_steps(container)
         self._handles.append(model.register_forward_pre_hook(container.meet))
-        for entries in self.entries.values():
-            self._handles += attach(model, entries)
+        self._hooks = {name: attach(model, entries) for name, entries in self.entries.items()}
         self._handles.append(LeftOutOfDDP(model))
+        self.audited: Audit | None = None
+        if audit:
+            self._audit()
 
     def __enter__(self) -> "SparseTuner":
         return self
@@ -112,6 +124,70 @@ class SparseTuner:
     def trained(self) -> dict[str, nn.Parameter]:
         """The deltas by weight name."""
         return {name: entries.delta for name, entries in self.entries.items()}
+
+    def audit_(self, loss: Loss, last: bool = False) -> Audit:
+        """Compares the gradients of the deltas with the dense ones, in one small backward pass or a few.
+
+        A weight that the model uses otherwise than by calling its layer stands in for itself from now on in the modules
+        around. The model is left as it is found: weights, gradients, modes, buffers, random states.
+
+        Args:
+            loss: runs the model on a few examples; returns a scalar that depends on the weights, e.g. the loss.
+            last: weights that nothing is known of then stand in for themselves in the whole model, which is right
+                whatever it does with them.
+
+        Returns:
+            What is known of all weights by now; weights that an earlier audit has proven are not asked again.
+
+        Raises:
+            FinepointError: entries that would get another gradient whatever is done; the tuner is closed.
+        """
+        known = self.audited or Audit()
+        members = {name: entries for name, entries in self.entries.items() if name not in known.weights}
+        self.follow_()
+        try:
+            found = audit(self.model, members, loss, self._widen)
+        except FinepointError:
+            self.close()
+            raise
+        if last:
+            for name in found.silent:
+                self._widen(name, WHOLE)
+        self.audited = found.after(known)
+        logger.info("%s", self.audited.told())
+        return self.audited
+
+    def _audit(self) -> None:
+        """Audits with an input that is made up, or waits for the first one that comes."""
+        if any(entries.weight.is_meta for entries in self.entries.values()):
+            return
+        inputs = made_up(self.model)
+        try:
+            if inputs is not None:
+                self.audit_(lambda: outcome(self.model(**inputs)))
+        except FinepointError:
+            raise
+        except Exception as error:  # whatever a model says of an input that it does not take
+            logger.debug("no input could be made up: %s", error)
+        self.audit_later()
+
+    def audit_later(self) -> None:
+        """Has what no audit has met be audited with the first input that the model is trained on."""
+        if self.audited is None:
+            logger.info("no input could be made up for %s; its first one will audit the weights",
+                        type(self.model).__name__)  # fmt: skip
+        if self.audited is None or self.audited.silent:
+            self._handles.append(AtFirst(self.model, partial(self.audit_, last=True)))
+
+    def _widen(self, name: str, reach: int) -> bool:
+        """Has a weight stand in for itself so far around its module; False if that is no further than before."""
+        entries = self.entries[name]
+        if isinstance(entries, QuantisedEntries) or not reaches_further(self.model, entries, reach):
+            return False
+        for handle in self._hooks[name]:
+            handle.remove()
+        self._hooks[name] = attach(self.model, entries, reach)
+        return True
 
     def follow_(self) -> None:
         """Writes base + delta into the weights now. Only needed after changing deltas by hand."""
@@ -239,9 +315,9 @@ class SparseTuner:
         if not self._handles:
             return
         self.follow_()
-        for handle in self._handles:
+        for handle in [*self._handles, *chain.from_iterable(self._hooks.values())]:
             handle.remove()
-        self._handles = []
+        self._handles, self._hooks = [], {}
         stop_following(getattr(self.model, CONTAINER))
         delattr(self.model, CONTAINER)
         for name, parameter in self.model.named_parameters():
