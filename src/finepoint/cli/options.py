@@ -25,10 +25,9 @@ SECTIONS = {
     "scoring": "scoring_examples scoring_memory threshold",
     "instead of entries": "baseline baseline_options",
     "alignment": "method reward beta generations new_tokens temperature",
-    "training": "lr steps epochs batch_size accumulation packing max_length warmup schedule weight_decay clip round_to "
-    "no_audit",
+    "training": "lr steps epochs batch_size accumulation packing max_length warmup schedule weight_decay clip round_to",
     "memory": "dtype quantise gradient_checkpointing",
-    "while it runs": "eval_every keep patience save_every report_to",
+    "while it runs": "no_audit eval_every keep patience save_every report_to",
     "the adapter": "store compact",
     "everything else": "seed json",
 }

@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,20 +69,25 @@ class Audit:
 
 
 def audit(
-    model: nn.Module, members: Mapping[str, TrainedEntries], loss: Loss, widen: Callable[[str, int], bool]
+    model: nn.Module,
+    members: Mapping[str, TrainedEntries],
+    names: Iterable[str],
+    loss: Loss,
+    widen: Callable[[str, int], bool],
 ) -> Audit:
     """Compares the gradients of all trained entries with the dense ones; the model is left as it is found.
 
     Args:
-        members: the trained entries to ask, by weight name; such without any are asked at a few.
+        members: all trained entries of the model, by weight name.
+        names: the weights to ask about; such without a chosen entry are asked at a few.
         widen: has a weight stand in for itself so far around its module (see `hooks.attach`); says whether it can.
 
     Raises:
         FinepointError: entries of a weight that get another gradient in any surrounding.
     """
     begun = time.perf_counter()
-    found, reach = Audit(), dict.fromkeys(members, 0)
-    asked = {name: _spread(entries) for name, entries in members.items()}
+    found, reach = Audit(), dict.fromkeys(names, 0)
+    asked = {name: _spread(members[name]) for name in reach}
     while asked:
         again: dict[str, Tensor | None] = {}
         for name, seen in _seen(model, members, asked, loss).items():
@@ -99,31 +104,31 @@ def audit(
                 again[name] = asked[name]
         asked = again
     found.widened = {name: reach[name] for name in found.weights if reach[name]}
-    _run_as_in_training(model, [members[name] for name in found.widened], loss)
+    if found.widened:
+        _run_as_in_training(model, members, found.widened, loss)
     _like_the_others_(found, widen)
     found.seconds = time.perf_counter() - begun
     return found
 
 
-def _run_as_in_training(model: nn.Module, widened: Sequence[TrainedEntries], loss: Loss) -> None:
+def _run_as_in_training(
+    model: nn.Module, members: Mapping[str, TrainedEntries], widened: Iterable[str], loss: Loss
+) -> None:
     """Runs forward and backward with frozen weights, as training does.
 
     Raises:
         FinepointError: a stand-in is in a checkpointed function's forward and not in its recomputation.
     """
-    if not widened:
-        return
     with _as_found(model), ExitStack() as stack:
-        for entries in widened:
+        for entries in members.values():
             stack.enter_context(_asked_at(entries, None))
         result = loss()
         try:
             if result is not None and result.requires_grad:
                 result.backward()
         except CheckpointError as error:
-            names = few(entries.name for entries in widened)
-            raise FinepointError(f"gradient checkpointing recomputes a function that uses {names} without its layer; "
-                                 "train without it, or leave the weight out of the targets") from error  # fmt: skip
+            raise FinepointError("gradient checkpointing recomputes a function that uses a weight without its layer, "
+                                 f"one of {few(widened)}; train without it or them") from error  # fmt: skip
 
 
 def _spread(entries: TrainedEntries) -> Tensor | None:
@@ -212,8 +217,11 @@ def _seen(
     found: dict[str, Seen] = {}
     for names in _chunks(members, asked):
         with _as_found(model), ExitStack() as stack:
+            for name in members.keys() - set(names):  # the graph is that of training, where these are trained as well
+                stack.enter_context(_asked_at(members[name], None))
             for name in names:
                 entries = members[name]
+                stack.enter_context(_as_float(entries))
                 stack.enter_context(_asked_at(entries, asked[name]))
                 weight = entries.weight
                 found[name] = Seen(_epsilon(weight), weight.numel())
@@ -293,10 +301,8 @@ def _chunks(members: Mapping[str, TrainedEntries], names: Iterable[str]) -> Iter
 
 @contextmanager
 def _asked_at(entries: TrainedEntries, positions: Tensor | None) -> Iterator[None]:
-    """Inside, the deltas are a copy with no hook, and those of other entries where positions are given; a quantised
-    weight is its float values."""
+    """Inside, the deltas are a copy with no hook, or those of other entries where positions are given."""
     kept = entries.indices, entries.base, entries.delta, entries.groups, entries.stale
-    plain = _Plain(entries) if isinstance(entries, QuantisedEntries) else None
     if positions is None:
         entries.delta = nn.Parameter(ranks.whole(entries.delta).detach().clone())
     else:  # their base is what they hold, so that nothing moves if the weight follows meanwhile
@@ -308,24 +314,25 @@ def _asked_at(entries: TrainedEntries, positions: Tensor | None) -> Iterator[Non
         yield
     finally:
         entries.indices, entries.base, entries.delta, entries.groups, entries.stale = kept
-        if plain:
-            plain.remove()
 
 
-class _Plain:
-    """Puts the float values in a quantised weight's place, and the layer's own forward in that of what replaces it."""
-
-    def __init__(self, entries: QuantisedEntries) -> None:
-        self.layer, self.weight = entries._owner[0], entries.weight
-        self.forward = vars(self.layer).pop("forward", None)
-        values = float_values(self.weight)
-        entries.alter_(values)
-        self.layer._parameters["weight"] = nn.Parameter(values)
-
-    def remove(self) -> None:
-        self.layer._parameters["weight"] = self.weight
-        if self.forward is not None:
-            vars(self.layer)["forward"] = self.forward
+@contextmanager
+def _as_float(entries: TrainedEntries) -> Iterator[None]:
+    """Inside, a quantised weight is its float values, and its layer has its own forward instead of what replaces it."""
+    if not isinstance(entries, QuantisedEntries):
+        yield
+        return
+    layer, weight = entries._owner[0], entries.weight
+    forward = vars(layer).pop("forward", None)
+    values = float_values(weight)
+    entries.alter_(values)
+    layer._parameters["weight"] = nn.Parameter(values)
+    try:
+        yield
+    finally:
+        layer._parameters["weight"] = weight
+        if forward is not None:
+            vars(layer)["forward"] = forward
 
 
 @contextmanager

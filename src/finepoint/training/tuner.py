@@ -143,10 +143,10 @@ class SparseTuner:
             FinepointError: entries that would get another gradient whatever is done; the tuner is closed.
         """
         known = self.audited or Audit()
-        members = {name: entries for name, entries in self.entries.items() if name not in known.weights}
+        names = [name for name in self.entries if name not in known.weights]
         self.follow_()
         try:
-            found = audit(self.model, members, loss, self._widen)
+            found = audit(self.model, self.entries, names, loss, self._widen)
         except FinepointError:
             self.close()
             raise
