@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import finepoint
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import gather
-from finepoint.choosing.passes import on_device
+from finepoint.choosing.passes import Batch, on_device
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Scope, select
 from finepoint.choosing.structure import Pooling
@@ -107,9 +107,7 @@ def sparsify(
     ready = target_weights(model, targets) if refreshable else ()
     tuner = SparseTuner(model, chosen, ready, audit=audit and not batches)
     if audit and batches:
-        batch = on_device(batches[0], next(model.parameters()).device)
-        tuner.audit_(lambda: outcome(model(**batch)))
-        tuner.audit_later()
+        _audit_(tuner, batches[0])
     attach(model, Session(tuner, info, tuple(whole)))
     return model
 
@@ -195,6 +193,13 @@ def _start_from_(tuner: SparseTuner, adapter: SparseAdapter) -> None:
         missed += int((gather(entries.weight, entries.indices) != values).sum())
     if missed:
         logger.warning("%d entries lie so far from the base that base + delta rounds to another value", missed)
+
+
+def _audit_(tuner: SparseTuner, batch: Batch) -> None:
+    """Tries the gradients of the chosen entries on a batch of the user's."""
+    inputs = on_device(batch, next(tuner.model.parameters()).device)
+    tuner.audit_(lambda: outcome(tuner.model(**inputs)))
+    tuner.audit_later()
 
 
 def _name(model: Any) -> str:
