@@ -106,8 +106,7 @@ def sparsify(
     in_memory({name: parameters[name] for name in chosen if name in parameters})
     ready = target_weights(model, targets) if refreshable else ()
     tuner = SparseTuner(model, chosen, ready, audit=audit and not batches)
-    if audit and batches:
-        _audit_(tuner, batches[0])
+    _audit_(tuner, batches[:1] if audit else [])
     attach(model, Session(tuner, info, tuple(whole)))
     return model
 
@@ -195,11 +194,12 @@ def _start_from_(tuner: SparseTuner, adapter: SparseAdapter) -> None:
         logger.warning("%d entries lie so far from the base that base + delta rounds to another value", missed)
 
 
-def _audit_(tuner: SparseTuner, batch: Batch) -> None:
-    """Tries the gradients of the chosen entries on a batch of the user's."""
-    inputs = on_device(batch, next(tuner.model.parameters()).device)
-    tuner.audit_(lambda: outcome(tuner.model(**inputs)))
-    tuner.audit_later()
+def _audit_(tuner: SparseTuner, batches: Sequence[Batch]) -> None:
+    """Tries the gradients of the chosen entries on batches of the user's."""
+    for batch in batches:
+        inputs = on_device(batch, next(tuner.model.parameters()).device)
+        tuner.audit_(lambda inputs=inputs: outcome(tuner.model(**inputs)))  # type: ignore[misc]
+        tuner.audit_later()
 
 
 def _name(model: Any) -> str:
