@@ -132,7 +132,8 @@ def test_checkpoints_are_evaluated_like_adapters(config, choice_file, tmp_path, 
     found = evaluate_config(EvalConfig(model=config.model, adapter=[place], id=[f"x={choice_file}"], limit=8))
     assert found["adapters"][place]["unfinished"] == "step 4 of 6"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{place} is unfinished: its training was left at step 4 of 6"
+        f"{place} is unfinished: its training was left at step 4 of 6",
+        f"{place} has seen what it is measured on: 8 of 8 of id x; scores there say little of new examples",
     ]
     for command in (["inspect"], ["verify", "--model", config.model]):
         assert main([*command, place, "--json"]) == 0

@@ -30,6 +30,7 @@ from finepoint.files import claim_folder, write_record
 from finepoint.integrations.methods import METHODS, Alignment, Measured, beta_of, on_cpu
 from finepoint.integrations.reference import Reference, as_it_is
 from finepoint.integrations.rewards import reward_named
+from finepoint.leaks import Seen, leaks, warn_of_leaks
 from finepoint.models import load_model, load_tokenizer
 from finepoint.progress import progress
 from finepoint.tokens import encode_all
@@ -59,6 +60,10 @@ class Place:
     rows: list[Any]
     held_out: list[Any]
     measured_on: str
+
+    def leaks(self) -> dict[str, dict[str, int]]:
+        """How many of the rows that are learned from are among those that are measured on."""
+        return leaks(Seen.of(self.rows), {Path(self.measured_on).name: self.held_out})
 
 
 def align(config: AlignConfig) -> dict[str, Any]:
@@ -91,10 +96,10 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
             forget_earlier_run(folder)
             if config.save_every and not config.baseline:
                 # Its indices are what a resumed run trains.
-                tuner.save(folder, tuner.adapter(info=facts | marked(0, config.steps)), config.compact)
+                _keep(config, tuner, facts, place, folder, 0)
         before = method.measure(place.model, place.tokenizer, place.held_out)
         logger.info("before: %s", _told(before.means))
-        keep = partial(_keep, config, tuner, facts)
+        keep = partial(_keep, config, tuner, facts, place)
         log, seconds = _train(config, place, method, tuner, Reference(place.model, without), folder, checkpoint,
                               settings, keep)  # fmt: skip
         peak = peak_bytes()
@@ -108,6 +113,7 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
         facts |= {"results": {Path(place.measured_on).stem: after.means}}
         files = tuner.save(folder, tuner.adapter(config.store, info=facts), config.compact)
         forget_others(folder, files)
+        Seen.of(place.rows).save(folder)
     finally:
         tuner.revert_()
         tuner.close()
@@ -118,6 +124,7 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
         "lr": learning_rate(config), "beta": beta_of(config), "update_norm": norm, "steps": len(log),
         "audit": tuner.audited.facts() if isinstance(tuner, SparseTuner) and tuner.audited else None,
         "measured_on": place.measured_on, "measured_rows": len(place.held_out), "before": before.means,
+        "leaks": place.leaks(),
         "after": after.means | _against(before, after), "log": log, "config": asdict(config), "versions": versions(),
     }  # fmt: skip
     write_record(folder / RECORD, record)
@@ -169,7 +176,9 @@ def _prepare(config: AlignConfig, method: Alignment) -> Place:
                              "answer ends; set tokenizer.eos_token and save the tokenizer with the model")  # fmt: skip
     model = load_model(config.model, config.dtype, quantise=config.quantise)
     measured_on = config.validation or config.data or ""
-    return Place(model, tokenizer, rows, some(held_out, config.validation_limit), measured_on)
+    place = Place(model, tokenizer, rows, some(held_out, config.validation_limit), measured_on)
+    warn_of_leaks(place.leaks())
+    return place
 
 
 def _tuner(
@@ -248,9 +257,10 @@ def _train(
     return watch.records, time.perf_counter() - started
 
 
-def _keep(config: AlignConfig, tuner: Tuner, facts: dict[str, Any], folder: Path, step: int) -> None:
+def _keep(config: AlignConfig, tuner: Tuner, facts: dict[str, Any], place: Place, folder: Path, step: int) -> None:
     """Writes the adapter of a step, which says that it is not that of the last, into a folder."""
     tuner.save(folder, tuner.adapter(config.store, info=facts | marked(step, config.steps)), config.compact)
+    Seen.of(place.rows).save(folder)
 
 
 def _arguments(config: AlignConfig, folder: Path) -> dict[str, Any]:

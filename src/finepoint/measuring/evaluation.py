@@ -14,6 +14,7 @@ from finepoint.config import EvalConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_file
+from finepoint.leaks import Seen, leaks, warn_of_leaks
 from finepoint.measuring.divergence import mean_kl
 from finepoint.measuring.generation import frequent_answers, generated
 from finepoint.measuring.harness import Harness
@@ -160,6 +161,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
         raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
     if labels and harness:
         raise FinepointError("the adapter is a classifier's, and tasks ask a language model; leave out --tasks")
+    leaked = _leaks(config, sets)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, labels, quantise=config.quantise)
     if labels:
@@ -171,4 +173,17 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     trained = [example for examples in sets["id"].values() for example in examples]
     evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens, harness=harness,
                             generate=config.generate, trained_answers=frequent_answers(trained))  # fmt: skip
-    return evaluate(model, tokenizer, evaluation, adapters, config.scale)
+    found = evaluate(model, tokenizer, evaluation, adapters, config.scale)
+    for folder in leaked:
+        found["adapters"][folder]["leaks"] = leaked[folder]
+    return found
+
+
+def _leaks(config: EvalConfig, sets: Mapping[str, Sets]) -> dict[str, dict[str, dict[str, int]]]:
+    """Of each adapter that it is known of: which sets hold examples that it was trained on; a line says so."""
+    named = {f"{kind} {name}": examples for kind, of in sets.items() for name, examples in of.items()}
+    seen = {folder: Seen.beside(folder) for folder in config.adapter}
+    found = {folder: leaks(digests, named) for folder, digests in seen.items() if digests}
+    for folder, leaked in found.items():
+        warn_of_leaks(leaked, folder)
+    return found

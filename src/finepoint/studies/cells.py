@@ -14,6 +14,7 @@ from finepoint.adapters.interpolation import lines, wise_ft
 from finepoint.config import CompareConfig, TrainConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
+from finepoint.leaks import Seen, leaks
 from finepoint.measuring.evaluation import Evaluation
 from finepoint.measuring.generation import frequent_answers
 from finepoint.measuring.scoring import accuracy
@@ -99,6 +100,18 @@ def check_sets(config: CompareConfig) -> None:
                                      'without heads; give the labels as "choices"')  # fmt: skip
     for path in config.probes.values():
         read_examples(path)
+
+
+def leaks_in(config: CompareConfig) -> dict[str, dict[str, dict[str, int]]]:
+    """Which sets hold examples of which task's training data, and how many: {task: {set: counts}}."""
+    sets: dict[str, list[Example]] = {}
+    for name, files in config.tasks.items():
+        sets[f"validation of {name}"] = some(read_examples(files["validation"]), config.validation_limit)
+        sets[f"test of {name}"] = some(read_examples(files["test"]), config.test_limit)
+    for name, path in config.probes.items():
+        sets[f"probe {name}"] = some(read_examples(path), config.probe_limit)
+    found = {name: leaks(Seen.of(read_examples(files["train"])), sets) for name, files in config.tasks.items()}
+    return {name: leaked for name, leaked in found.items() if leaked}
 
 
 def measure_base(desk: Desk) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typing import Any
 from finepoint.config import CompareConfig
 from finepoint.errors import FinepointError
 from finepoint.files import alone, contents, read_json, read_record, refuse_version, write_json, write_record
+from finepoint.leaks import warn_of_leaks
 from finepoint.packages import digest
 from finepoint.progress import progress
-from finepoint.studies.cells import check_sets
+from finepoint.studies.cells import check_sets, leaks_in
 from finepoint.studies.crews import LOST, Crew, Failure, Here, Outcome, Processes, Ray
 from finepoint.studies.estimate import estimate
 from finepoint.studies.study import Cell, Study, described, make_study, planned
@@ -84,15 +85,17 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     study = make_study(config)
     check_sets(config)
+    leaked = leaks_in(config)
+    for task, found in leaked.items():
+        warn_of_leaks(found, f"task {task!r}")
     folder = Path(config.output)
     manifest = manifest_of(study)
     manifest["arms"] += _arms_before(folder, manifest)
     if config.dry_run:
         return _outlook(study, Ledger.of(folder))
     with _alone(folder):
-        write_json(
-            folder / "study.json", manifest | {"versions": versions(), "machine": machine(), "date": str(date.today())}
-        )
+        facts = {"leaks": leaked, "versions": versions(), "machine": machine(), "date": str(date.today())}
+        write_json(folder / "study.json", manifest | facts)
         ledger = Ledger.of(folder)
         logger.info("%d of %d cells are done; results go to %s", len(_done(study, ledger)), study.size, folder)
         started = time.perf_counter()
@@ -114,6 +117,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "cells": study.size,
         "done": len(_done(study, ledger)),
         "failed": {name: failure["error"] for name, failure in ledger.failures.items()},
+        "leaks": leaked,
         "seconds": round(time.perf_counter() - started, 1),
     }
 

@@ -21,10 +21,11 @@ from finepoint.adapters.format import TENSORS
 from finepoint.batches import Row, learned
 from finepoint.choosing.rules import rule_named
 from finepoint.config import TrainConfig
-from finepoint.data import read_examples
+from finepoint.data import read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, read_json, read_record, write_json, write_record
 from finepoint.interruption import BrokenOff
+from finepoint.leaks import leaks, warn_of_leaks
 from finepoint.measuring.divergence import learned_and_disturbed
 from finepoint.packages import digest
 from finepoint.studies.sharing import shared_selection
@@ -110,6 +111,8 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
     search = [{name: trial[name] for name in trial if name != "losses"} for trial in found]
     record = read_record(best_run / RECORD) | {"search": search}
     _move_up(best_run, folder)
+    if place.seen:
+        place.seen.save(folder)
     write_record(folder / RECORD, record)  # says that the search is done
     _tidy(folder / "search")
     return record
@@ -121,7 +124,7 @@ def _refuse_other_search(config: TrainConfig, place: Workplace, search: Path) ->
     Raises:
         FinepointError: another setting, or other examples, than those it was begun with.
     """
-    validation = read_examples(config.validation or "")
+    validation = some(read_examples(config.validation or ""), config.validation_limit)
     files = [Path(folder) / TENSORS for folder in config.exclude]
     settings = deciding(config, place.rows) | {
         "steps": config.steps, "epochs": config.epochs, "eval_every": config.eval_every, "patience": config.patience,
@@ -135,6 +138,8 @@ def _refuse_other_search(config: TrainConfig, place: Workplace, search: Path) ->
         logger.warning("the search in %s was begun by an earlier finepoint, which did not write down its settings: "
                        "give the same ones", search)  # fmt: skip
     write_record(file, settings)
+    if place.seen:
+        warn_of_leaks(leaks(place.seen, {"validation": validation}))
 
 
 def _move_up(source: Path, folder: Path) -> None:

@@ -26,8 +26,10 @@ from finepoint.choosing.passes import on_device
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Selection
 from finepoint.config import SelectConfig, TrainConfig
+from finepoint.data import read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, write_record
+from finepoint.leaks import TRAINED_ON, leaks, warn_of_leaks
 from finepoint.models import new_head
 from finepoint.progress import progress
 from finepoint.training.aged import AgedAdamW
@@ -88,6 +90,8 @@ class Run:
     def _write(self, adapter: SparseAdapter, place: Path) -> int:
         written = self.method.tuner.save(place, adapter, self.config.compact)
         forget_others(place, written)
+        if self.keeps and self.place.seen and place == self.folder:  # for `finepoint eval`
+            self.place.seen.save(place)
         return sum(file.stat().st_size for file in written)
 
 
@@ -138,6 +142,7 @@ def _fit(
     saved = ranks.on_first(partial(checkpoints, folder / CHECKPOINTS)) if config.resume else []
     place = workplace or prepare(config)
     validation = rows_of(config, place, config.validation, "validation example", config.validation_limit)
+    leaked = _leaks(config, place, keeps)
     packer = packer_for(place) if config.packing else None
     reset_peak()
     started = time.perf_counter()
@@ -181,6 +186,7 @@ def _fit(
         **results,
         **({"settled": adapter.count - tuner.count} if config.refresh else {}),
         "audit": tuner.audited.facts() if isinstance(tuner, SparseTuner) and tuner.audited else None,
+        "leaks": leaked,
         "selection": statistics,
         "config": asdict(config),
         "versions": versions(),
@@ -188,6 +194,21 @@ def _fit(
     ranks.on_first(partial(write_record, folder / RECORD, record))
     ranks.on_first(partial((folder / BEST).unlink, missing_ok=True))  # not before a killed run has no more use for it
     return record, adapter
+
+
+def _leaks(config: TrainConfig, place: Workplace, alone: bool) -> dict[str, dict[str, int]]:
+    """How many training examples are among the validation examples, where there are any.
+
+    Args:
+        alone: the run is none of a study, which says it once for all.
+    """
+    if not place.seen:
+        return {}
+    validation = some(read_examples(config.validation), config.validation_limit) if config.validation else []
+    found = leaks(place.seen, {"validation": validation})
+    if alone and ranks.is_first():
+        warn_of_leaks(found)
+    return found
 
 
 def choose(config: SelectConfig) -> Selection:
@@ -365,7 +386,7 @@ def _steps(
 def forget_earlier_run(folder: Path) -> None:
     """Takes away what would be taken for this run's: its adapter comes in the place of the earlier one."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for name in (LOG, RECORD, BEST):
+    for name in (LOG, RECORD, BEST, TRAINED_ON):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -17,6 +17,7 @@ from finepoint.choosing.statistics import stream_statistics
 from finepoint.config import SelectConfig, TrainConfig
 from finepoint.data import Example, label_names, read_examples, some
 from finepoint.errors import FinepointError
+from finepoint.leaks import Seen
 from finepoint.models import load_model, load_tokenizer, new_head
 from finepoint.quantised import quantised_layers
 from finepoint.tokens import Row, encode_all, learned, padding_id
@@ -35,6 +36,8 @@ class Workplace:
     labels: list[str]
     rows: list[Row]
     collator: Collator
+    seen: Seen | None = None
+    """digests of the examples"""
 
 
 def prepare(config: SelectConfig) -> Workplace:
@@ -66,7 +69,8 @@ def workplace(
     """A workplace around a model that is loaded already."""
     limit = context_length(model, config.max_length)
     rows = encode_all(tokenizer, examples, limit, labels, "training example", model) if examples else []
-    return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer, [row.ids for row in rows]))
+    return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer, [row.ids for row in rows]),
+                     Seen.of(examples))  # fmt: skip
 
 
 def _fingerprint(model: Any) -> Iterator[bytes]:
