@@ -302,18 +302,19 @@ def _chunks(members: Mapping[str, TrainedEntries], names: Iterable[str]) -> Iter
 @contextmanager
 def _asked_at(entries: TrainedEntries, positions: Tensor | None) -> Iterator[None]:
     """Inside, the deltas are a copy with no hook, or those of other entries where positions are given."""
-    kept = entries.indices, entries.base, entries.delta, entries.groups, entries.stale
+    kept = entries.indices, entries.base, entries.delta, entries.groups, entries.written
     if positions is None:
         entries.delta = nn.Parameter(ranks.whole(entries.delta).detach().clone())
     else:  # their base is what they hold, so that nothing moves if the weight follows meanwhile
         entries.indices = positions.to(entries.indices)
         entries.base = gather(entries.weight, entries.indices)
         entries.delta = nn.Parameter(kept[2].detach().new_zeros(len(positions)))
+        entries.written = entries.delta.detach().clone()
         entries._find_groups(positions)
     try:
         yield
     finally:
-        entries.indices, entries.base, entries.delta, entries.groups, entries.stale = kept
+        entries.indices, entries.base, entries.delta, entries.groups, entries.written = kept
 
 
 @contextmanager

@@ -142,6 +142,9 @@ class Master(nn.Module):
         self.value = nn.Parameter(weight.detach().float())
         self.handle = weight.register_post_accumulate_grad_hook(partial(_move_gradient, self.value))
 
+    def check_fit(self) -> None:
+        """A weight of any floating-point dtype can take the master's value."""
+
     def follow_(self) -> None:
         """The weight takes the master's value, rounded once."""
         self._weight[0].detach().copy_(self.value.detach())

@@ -34,6 +34,7 @@ def attach(model: nn.Module, entries: TrainedEntries, reach: int = 0) -> list[An
     handles: list[Any] = []
     for module, attribute in places(model, entries):
         handles.append(module.register_forward_pre_hook(entries.before_forward))
+        handles.append(module.register_state_dict_pre_hook(entries.before_state_dict))
         # A subclass with a forward of its own may scale or reuse the weight: the stand-in is right for any use.
         forward = type(module).forward
         # Before the hooks of others, which may change the output.
@@ -103,7 +104,6 @@ class _GatheredWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dense: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.entries.stale = True
         gradient = gather(dense, ctx.entries.indices).to(ctx.entries.delta.dtype)
         return dense if ctx.needs_input_grad[0] else None, gradient, None
 

@@ -1,5 +1,8 @@
-"""The deltas of a model as several processes train them: compared before the first batch, averaged by k numbers."""
+"""The deltas of a model, all together: whether the weights hold them; and as several processes train them, compared
+before the first batch, averaged by k numbers.
+"""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 
 from finepoint import ranks
 from finepoint.errors import FinepointError
+from finepoint.training.following import follow_after_steps
 from finepoint.training.trained import TrainedEntries
 
 
@@ -21,7 +25,18 @@ class Deltas(nn.ModuleDict):
         self.by_hand = False
         """whether somebody else calls `average_`"""
         self.beside_shards = any(member.sharded for member in entries.values())
+        self.running = 0
+        """the id of the module, out of those that tell, in whose forward we are"""
+        for member in entries.values():
+            member.looked_at = self.is_running
         self.attend()
+        follow_after_steps(self)
+
+    def __setstate__(self, state: Any) -> None:
+        """Of a deep copy, or of what was pickled: its weights follow steps as well."""
+        super().__setstate__(state)
+        self.running = 0
+        follow_after_steps(self)
 
     def forward(self, x: Any) -> Any:
         """The input: a model that is an `nn.Sequential` runs every child that it has, this one too."""
@@ -35,6 +50,35 @@ class Deltas(nn.ModuleDict):
 
     def members(self) -> list[TrainedEntries]:
         return list(self.values())  # type: ignore[arg-type]
+
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Before the forward of the whole model: its weights follow deltas that were changed in whatever way.
+
+        To be followed by `leave`. Until then modules need not look for themselves; where an interruption has left it
+        out, the next forward of the whole model looks all the same.
+        """
+        self.catch_up_()
+        self.running = self.running or id(module)
+
+    @torch.compiler.disable
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.running == id(module):
+            self.running = 0
+
+    def is_running(self) -> bool:
+        return self.running != 0
+
+    def catch_up_(self) -> None:
+        """Has the weights follow that do not hold base + delta; nothing is written where all do."""
+        for member in lagging([member for member in self.members() if member.follows]):
+            member.follow_()
+
+    def follow_(self) -> None:
+        """Writes base + delta into all weights; past autograd's version counters where the deltas are as they were."""
+        changed = {id(member) for member in lagging(self.members())}
+        for member in self.members():
+            member.write_(member.weight if id(member) in changed else member.weight.data)
 
     def meet(self, model: nn.Module, args: Any) -> None:
         """Before the first forward of a model that several processes train: they compare what they train.
@@ -92,6 +136,27 @@ class Deltas(nn.ModuleDict):
         together /= ranks.count()
         for delta, mean in zip(deltas, together.split([len(delta) for delta in deltas]), strict=True):
             delta.grad = mean.to(delta.dtype)
+
+
+def lagging(members: Iterable[TrainedEntries]) -> list[TrainedEntries]:
+    """Those whose deltas were changed since they were written; of an accelerator one answer is waited for, for all."""
+    devices: dict[torch.device, list[TrainedEntries]] = defaultdict(list)
+    for member in members:
+        devices[member.delta.device].append(member)
+    found = []
+    for device, group in devices.items():
+        if device.type == "cpu" or not _all_written(group):
+            found += [member for member in group if member.lags()]
+    return found
+
+
+def _all_written(group: list[TrainedEntries]) -> bool:
+    deltas = [member.delta.detach() for member in group]
+    written = [member.written for member in group]
+    if any(delta.is_meta or ranks.is_sharded(delta) for delta in deltas) or any(known is None for known in written):
+        return False
+    known = torch.cat([part.to(delta) for part, delta in zip(written, deltas, strict=True)])  # type: ignore[union-attr]
+    return torch.equal(known, torch.cat(deltas))
 
 
 def within_ddp() -> bool:

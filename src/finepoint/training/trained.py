@@ -7,10 +7,12 @@ Other entries may be chosen on the way. Of those that are trained no more, which
 settle as they are, the base's values stay known, so that an adapter covers all that has moved.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from finepoint import ranks
@@ -45,6 +47,10 @@ class TrainedEntries(nn.Module):
     """entries that were trained, are no more, and stay as they are; with their `settled_base` and `settled_delta`"""
     settled_base: Tensor
     settled_delta: Tensor
+    written: Tensor | None
+    """the deltas that the weight was given last, (k,), where known"""
+    shown: Tensor | None = None
+    """what the entries hold instead of base + delta, (k,), for as long as they do"""
 
     def __init__(self, name: str, model: nn.Module, weight: nn.Parameter, indices: Tensor) -> None:
         super().__init__()
@@ -53,7 +59,7 @@ class TrainedEntries(nn.Module):
         owner, _, self.attribute = name.rpartition(".")
         # In a tuple: it belongs to the model, not to this module. The owner, not the weight: FSDP2 exchanges that.
         self._owner = (model.get_submodule(owner),)
-        self.sharded = ranks.is_sharded(weight)
+        self.sharded, self.shape = ranks.is_sharded(weight), weight.shape
         given = indices
         # In four bytes where they fit: they stay in memory as long as the training lasts.
         # A copy, whatever becomes of what was given; contiguous, since compiled code reads them by their address.
@@ -67,7 +73,8 @@ class TrainedEntries(nn.Module):
         for part, empty in zip(Moved._fields, nothing, strict=True):
             self.register_buffer(f"settled_{part}", empty.clone(), persistent=False)
         self._find_groups(given)
-        self.stale = False
+        self.written = self.delta.detach().clone()
+        self.looked_at: Callable[[], bool] = _never  # whether somebody has asked for all of the model's entries
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Takes deltas from a state dict; where that says which entries they are of, they must be these.
@@ -80,7 +87,7 @@ class TrainedEntries(nn.Module):
             raise FinepointError(f"the deltas of {self.name} to be loaded belong to other entries than the model's; "
                                  "choose the entries as that run did")  # fmt: skip
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self.stale = True
+        self.written = None  # of the weight too something may have been loaded
 
     @property
     def weight(self) -> nn.Parameter:
@@ -180,16 +187,66 @@ class TrainedEntries(nn.Module):
         self.write_(self.weight)
 
     def write_(self, weight: Tensor) -> None:
-        """The same into a tensor of the weight's own memory, e.g. its `.data`, which has no version counter."""
+        """The same into a tensor of the weight's own memory, e.g. its `.data`, which has a version counter of its own.
+
+        Raises:
+            FinepointError: as for `check_fit`.
+        """
+        self.check_fit()
+        delta = ranks.whole(self.delta).detach()
+        follow_(weight, self.indices, self.base, delta)
+        self.written, self.shown = delta.clone(), None
+
+    def check_fit(self) -> None:
+        """Refuses a weight that is no longer the one whose entries are trained.
+
+        Raises:
+            FinepointError: the model was cast, the weight has another shape, or the deltas have.
+        """
         wide = torch.promote_types(self.base.dtype, torch.float32)
-        if weight.dtype != self.base.dtype or self.delta.dtype != wide:
+        if self.weight.dtype != self.base.dtype or self.delta.dtype != wide:
             raise FinepointError(f"{self.name} was cast after SparseTuner; cast the model first, then make the tuner")
-        follow_(weight, self.indices, self.base, ranks.whole(self.delta))
-        self.stale = False
+        if self.weight.shape != self.shape or self.delta.shape != self.indices.shape:
+            now = f"{tuple(self.weight.shape)} with {tuple(self.delta.shape)} deltas"
+            raise FinepointError(f"{self.name} is {now}, and was {tuple(self.shape)} with {len(self.indices)} when its "
+                                 "SparseTuner was made; make another one")  # fmt: skip
+
+    def lags(self) -> bool:
+        """Whether the deltas are others than those the weight was given last, whoever changed them.
+
+        Bits are compared, since version counters do not tell: neither fused optimizers nor writes to `.data` raise
+        them. Of deltas on another device than the CPU the answer is waited for.
+
+        Raises:
+            FinepointError: a transform of torch.func runs over the deltas.
+        """
+        _refuse_transforms(self.name, self.delta)
+        delta = self.delta.detach()
+        if self.written is None or ranks.is_sharded(delta):
+            return True
+        if delta.is_meta:
+            return False
+        self.written = self.written.to(delta.device)
+        # A model that was cast has lost bits of its deltas, but nobody has changed them.
+        return not torch.equal(_as_integers(self.written.to(delta.dtype)), _as_integers(delta))
+
+    @property
+    def follows(self) -> bool:
+        """Whether the weight is to hold base + delta whenever it is asked for, not after optimizers' steps alone.
+
+        A sharded weight is put together for one forward: what is written to it then is lost, and the shards were
+        written after the step.
+        """
+        return self.shown is None and not self.sharded
+
+    def catch_up_(self) -> None:
+        """Has the weight follow where it lags; its version counter is raised only then, so that graphs stay valid."""
+        if self.follows and self.lags():
+            self.follow_()
 
     def show_(self, values: Tensor) -> None:
         """Has the entries hold other values, (k,), until `write_`; past autograd's version counters."""
-        self.stale = False  # or the next forward would write the deltas again
+        self.shown = values
         scatter_(self.weight.data, self.indices, values)
 
     def values(self) -> Tensor:
@@ -228,11 +285,12 @@ class TrainedEntries(nn.Module):
 
     @torch.compiler.disable
     def before_forward(self, module: nn.Module, args: Any) -> None:
-        # A sharded weight stands here put together for one forward: what is written to it is lost, and was written to
-        # the shards after the step.
-        if self.stale and not self.sharded:
-            # Through .data: if the deltas did not change after all, graphs that saved the weight stay valid.
-            self.write_(self.weight.data)
+        # A backward pass that computes a layer again wants it as it was.
+        if not (self.looked_at() or torch._C._current_graph_task_id() != -1):
+            self.catch_up_()
+
+    def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.catch_up_()
 
     @torch.compiler.disable
     def after_linear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -260,8 +318,6 @@ class TrainedEntries(nn.Module):
 class QuantisedEntries(TrainedEntries):
     """The chosen entries of a quantised weight, which stays as it is: its layer's forward adds the deltas."""
 
-    shown: Tensor | None = None
-
     def alter_(self, weight: Tensor) -> None:
         """weight[indices] = base + delta in the dequantised weight, which is a copy; or what it is to show instead."""
         if self.shown is None:
@@ -276,7 +332,10 @@ class QuantisedEntries(TrainedEntries):
         return moved(entries.base, entries.delta)
 
     def write_(self, weight: Tensor) -> None:
-        self.stale, self.shown = False, None
+        self.shown = None
+
+    def lags(self) -> bool:
+        return False
 
     def check(self, indices: Tensor) -> None:
         raise FinepointError(f"{self.name} is quantised, and entries of such weights are chosen once; train on a float "
@@ -298,7 +357,6 @@ class _SampledLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        ctx.entries.stale = True
         return dy, ctx.entries.gradient(dy, x), None, None
 
 
@@ -318,9 +376,23 @@ class _SampledEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
-        ctx.entries.stale = True
         gradient = sampled_embedding_gradient(dy, tokens, ctx.entries.indices, ctx.padding)
         return dy, gradient.to(ctx.entries.delta.dtype), None, None, None
+
+
+def _never() -> bool:
+    return False
+
+
+def _as_integers(numbers: Tensor) -> Tensor:
+    return numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.itemsize])
+
+
+def _refuse_transforms(name: str, delta: Tensor) -> None:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(delta)
+    if wrapped or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(delta).tangent is not None):
+        raise FinepointError(f"the deltas of {name} are transformed (vmap, grad or jvp of torch.func, forward_ad), and "
+                             "weights can hold one model at a time; use functional_call and backward()")  # fmt: skip
 
 
 def _check(name: str, weight: Tensor, indices: Tensor) -> None:

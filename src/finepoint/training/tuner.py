@@ -40,7 +40,7 @@ from finepoint.offloaded import in_memory, is_outline
 from finepoint.packed import check_weight
 from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.audit import AtFirst, Audit, Loss, audit, outcome
-from finepoint.training.following import follow_after_steps, stop_following
+from finepoint.training.following import stop_following
 from finepoint.training.hooks import WHOLE, attach, reaches_further
 from finepoint.training.inputs import made_up
 from finepoint.training.together import Deltas, LeftOutOfDDP
@@ -98,8 +98,10 @@ class SparseTuner:
         model.requires_grad_(False)
         container = self._deltas = Deltas({name.replace(".", "/"): entries for name, entries in self.entries.items()})
         setattr(model, CONTAINER, container)
-        follow_after_steps(container)
         self._handles.append(model.register_forward_pre_hook(container.meet))
+        for module in {id(each): each for each in (model, getattr(model, "base_model", model))}.values():
+            self._handles.append(module.register_forward_pre_hook(container.enter, prepend=True))
+            self._handles.append(module.register_forward_hook(container.leave, always_call=True))
         self._hooks = {name: attach(model, entries) for name, entries in self.entries.items()}
         self._handles.append(LeftOutOfDDP(model))
         self.audited: Audit | None = None
@@ -190,9 +192,8 @@ class SparseTuner:
         return True
 
     def follow_(self) -> None:
-        """Writes base + delta into the weights now. Only needed after changing deltas by hand."""
-        for entries in self.entries.values():
-            entries.follow_()
+        """Writes base + delta into the weights now: needed only by who reads them without calling the model."""
+        self._deltas.follow_()
 
     def choose_(
         self, indices: Mapping[str, Tensor], optimizer: Optimizer | None = None, keep: bool = False

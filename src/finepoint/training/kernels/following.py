@@ -23,7 +23,8 @@ def follow_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> Non
     """weight[indices] = base + delta, added in the delta's precision and rounded once to the weight's dtype.
 
     weight: any shape and float dtype; indices (int32 or int64), base, delta: (k,). Where delta is 0 the base's bits
-    are kept. Of a weight sharded by rows this process writes its own.
+    are kept. Of a weight sharded by rows this process writes its own. The weight's version counter is raised, so that
+    autograd refuses graphs that have saved it; that of `weight.data` is another.
     """
     delta = delta.detach()  # within a forward pass nothing of this may be recorded: checkpointing counts what is
     if ranks.is_sharded(weight):
@@ -42,6 +43,8 @@ def in_one_pass_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -
     """The compiled loop."""
     loop, bits = ONE_PASS[weight.dtype]
     loop(weight.detach().view(-1).view(bits).numpy(), indices.numpy(), base.view(bits).numpy(), delta.numpy())
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)  # as torch does for what it writes itself
 
 
 def in_steps_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> None:
