@@ -6,10 +6,9 @@ is frozen, keeps its layers and their forward, and always holds base + delta. Tw
 - a gradient: a linear layer's output passes through an identity whose backward computes the weight gradient at the
   chosen entries only, from the layer's input and the gradient of its output. Other weights (norms, biases, stacked
   experts) stand in for themselves during their module's forward as an identity whose backward gathers.
-- the following: after any torch optimizer's step the weights take their new values, by torch's global post-step
-  hook. Tensor version counters do not tell (fused AdamW does not raise them). For optimizers that are not torch's, "a
-  backward pass has touched the deltas" and "a state dict was loaded" are second witnesses: the next forward writes
-  once more.
+- the following: after a torch optimizer's step the weights take their new values, by torch's global post-step hook.
+  Whoever else changes deltas is found out before the next forward, state dict or adapter: their bits are compared with
+  those written last. Tensor version counters do not tell (fused AdamW does not raise them, nor do writes to `.data`).
 
 With several processes the deltas are what is communicated: DDP sees no other parameter that is trained. Over weights
 that FSDP2 has sharded the deltas stay whole in every process and are averaged by a hook of their own; of the weights
