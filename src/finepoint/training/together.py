@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finepoint import ranks
 from finepoint.errors import FinepointError
 from finepoint.training.following import follow_after_steps
-from finepoint.training.trained import TrainedEntries
+from finepoint.training.trained import TrainedEntries, refuse_transforms
 
 
 class Deltas(nn.ModuleDict):
@@ -145,18 +145,27 @@ def lagging(members: Iterable[TrainedEntries]) -> list[TrainedEntries]:
         devices[member.delta.device].append(member)
     found = []
     for device, group in devices.items():
-        if device.type == "cpu" or not _all_written(group):
+        if not _are_equal(group, at_once=device.type != "cpu"):
             found += [member for member in group if member.lags()]
     return found
 
 
-def _all_written(group: list[TrainedEntries]) -> bool:
-    deltas = [member.delta.detach() for member in group]
-    written = [member.written for member in group]
-    if any(delta.is_meta or ranks.is_sharded(delta) for delta in deltas) or any(known is None for known in written):
-        return False
-    known = torch.cat([part.to(delta) for part, delta in zip(written, deltas, strict=True)])  # type: ignore[union-attr]
-    return torch.equal(known, torch.cat(deltas))
+@torch.no_grad()
+def _are_equal(group: list[TrainedEntries], at_once: bool) -> bool:
+    """Whether all deltas certainly are as they were written: in half of the time that asking each takes."""
+    deltas, written = [], []
+    for member in group:
+        delta, known = member.delta, member.written
+        refuse_transforms(member.name, delta)
+        if known is None or known.device != delta.device or known.dtype != delta.dtype:
+            return False
+        if delta.is_meta or ranks.is_sharded(delta):
+            return False
+        deltas.append(delta)
+        written.append(known)
+    if at_once:
+        return torch.equal(torch.cat(deltas), torch.cat(written))
+    return all(map(torch.equal, deltas, written))
 
 
 def within_ddp() -> bool:

@@ -220,7 +220,7 @@ class TrainedEntries(nn.Module):
         Raises:
             FinepointError: a transform of torch.func runs over the deltas.
         """
-        _refuse_transforms(self.name, self.delta)
+        refuse_transforms(self.name, self.delta)
         delta = self.delta.detach()
         if self.written is None or ranks.is_sharded(delta):
             return True
@@ -388,7 +388,12 @@ def _as_integers(numbers: Tensor) -> Tensor:
     return numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.itemsize])
 
 
-def _refuse_transforms(name: str, delta: Tensor) -> None:
+def refuse_transforms(name: str, delta: Tensor) -> None:
+    """Refuses deltas that stand for several models at once, or for a model and its derivative.
+
+    Raises:
+        FinepointError: they do.
+    """
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(delta)
     if wrapped or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(delta).tangent is not None):
         raise FinepointError(f"the deltas of {name} are transformed (vmap, grad or jvp of torch.func, forward_ad), and "
