@@ -153,7 +153,8 @@ def lagging(members: Iterable[TrainedEntries]) -> list[TrainedEntries]:
 @torch.no_grad()
 def _are_equal(group: list[TrainedEntries], at_once: bool) -> bool:
     """Whether all deltas certainly are as they were written: in half of the time that asking each takes."""
-    deltas, written = [], []
+    deltas: list[Tensor] = []
+    written: list[Tensor] = []
     for member in group:
         delta, known = member.delta, member.written
         refuse_transforms(member.name, delta)
