@@ -18,6 +18,7 @@ from families import FAMILIES, Batch, Family, tokens
 from finepoint.batches import IGNORED, Collator, Packer, Row, accepted
 from finepoint.data import Choices
 from finepoint.errors import FinepointError
+from finepoint.measuring.generation import written
 from finepoint.measuring.scoring import choice_likelihoods
 from finepoint.training.boundaries import keeps_apart
 from finepoint.training.loss import completion_loss
@@ -142,6 +143,7 @@ def check_batches(family: Family) -> str:
                 if "position_ids" in accepted(model) and keeps_apart(model):
                     same(float(completion_loss(model, Packer(collator, 16)(rows))), alone)
                 check_choices(model)
+                check_generation(model)
     except FinepointError as error:
         return one_line(error)
     return ""
@@ -166,6 +168,18 @@ def check_choices(model: Any) -> None:
             assert abs(loss + likelihood) < 1e-5 * loss, f"{choice!r} has {likelihood:.6f}, alone {-loss:.6f}"
 
 
+def check_generation(model: Any) -> None:
+    """Prompts that are gone on with together are gone on with as alone: by the likeliest token after token."""
+    tokenizer = make_tokenizer()
+    prompts = [tokenizer(text)["input_ids"] for text in ("ab:", "say it again, and again:", "1 2 3")]
+    for prompt, found in zip(prompts, written(model, tokenizer, prompts, 64, 5), strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 5 and ids[-1] != tokenizer.eos_token_id:
+            ids.append(int(plain_logits(model, ids)[-1].argmax()))
+        expected = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+        assert found.text == expected, f"generated {found.text!r}, alone {expected!r}"
+
+
 def example(family: Family, length: int, generator: torch.Generator) -> Row:
     ids = tokens(generator, 1, length)[0].tolist()
     if "classifier" in family.kind:
@@ -175,12 +189,16 @@ def example(family: Family, length: int, generator: torch.Generator) -> Row:
 
 def plain_loss(model: Any, row: Row) -> tuple[float, int]:
     """The summed loss of one example by the model's own forward, without finepoint, and the labels it is over."""
-    plainly = {"use_cache": False} if "use_cache" in accepted(model) else {}
-    logits = model(input_ids=torch.tensor([row.ids]), **plainly).logits[0]
+    logits = plain_logits(model, row.ids)
     if isinstance(row.labels, int):
         return float(torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels))), 1
     labels = torch.tensor(row.labels)[1:]
     return float(torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="sum")), int((labels >= 0).sum())
+
+
+def plain_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    plainly = {"use_cache": False} if "use_cache" in accepted(model) else {}
+    return model(input_ids=torch.tensor([ids]), **plainly).logits[0]
 
 
 def check_export(family: Family) -> str:
