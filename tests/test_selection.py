@@ -147,6 +147,16 @@ def test_a_density_for_each_pattern(llama):
         finepoint.select(llama, rule="random", targets={"*.v_proj": 0.25}, density=0.1)
 
 
+def test_entries_that_are_given_may_not_be_excluded(llama):
+    own = {"model.embed_tokens.weight": torch.arange(9)}
+    for wrong in ({"lm_head.weight": torch.tensor([8])}, {"model.embed_tokens.weight": torch.arange(8, 20)}):
+        with pytest.raises(FinepointError, match="1 of the entries of model.embed_tokens.weight that are given are to"):
+            finepoint.sparsify(llama, indices=own, exclude=[wrong])
+    with pytest.raises(FinepointError, match="no weight 'x'"):
+        finepoint.sparsify(llama, indices=own, exclude=[{"x": torch.tensor([8])}])
+    finepoint.unload(finepoint.sparsify(llama, indices=own, exclude=[{"lm_head.weight": torch.tensor([9])}]))
+
+
 def test_what_is_excluded_belongs_to_the_model(llama):
     embedding = torch.arange(0, 1024, 2)
     alone = finepoint.select(llama, rule="magnitude-high", count=512, targets="*embed_tokens",

@@ -290,6 +290,19 @@ def allocate(sizes: Sequence[int], free: Sequence[int], k: int) -> list[int]:
     return counts
 
 
+def refuse_excluded(indices: Mapping[str, Tensor], exclude: Sequence[Mapping[str, Tensor]], model: nn.Module) -> None:
+    """Refuses entries that were given, where some of them are excluded.
+
+    Raises:
+        FinepointError: it is so; or what is excluded is not of this model.
+    """
+    taken, own = (_union(part, model, dict(model.named_parameters())) for part in (exclude, [indices]))
+    for name in taken.keys() & own.keys():
+        if shared := int(torch.isin(own[name].cpu(), taken[name].cpu()).sum()):
+            raise FinepointError(f"{shared} of the entries of {name} that are given are to be excluded, too; give "
+                                 "others, or leave out exclude")  # fmt: skip
+
+
 def _union(adapters: Sequence[Mapping[str, Tensor]], model: nn.Module, weights: Collection[str]) -> dict[str, Tensor]:
     """All indices of these weights that occur in any of the adapters, by weight, each once.
 

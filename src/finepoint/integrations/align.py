@@ -22,6 +22,7 @@ from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Collator, context_length
 from finepoint.choosing.passes import on_device
 from finepoint.choosing.rules import rule_named
+from finepoint.choosing.selection import refuse_excluded
 from finepoint.config import AlignConfig
 from finepoint.data import some
 from finepoint.errors import FinepointError
@@ -46,7 +47,7 @@ from finepoint.training.run import AUDITED, CHECKPOINTING, forget_earlier_run, v
 from finepoint.training.settings import check_warmup, refuse_quantised, warmup_of
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.unfinished import LastStep, left_by, marked
-from finepoint.training.workplace import Workplace, select_for
+from finepoint.training.workplace import Workplace, excluded, select_for
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,8 @@ def _tuner(
     if given := resumed or config.indices:
         source = read(given) if given == resumed else SparseAdapter.load(given)
         source.check(place.model, in_place=False)
+        if given != resumed:
+            refuse_excluded(source, [excluded(folder, place.model) for folder in config.exclude], place.model)
         sparse = SparseTuner(place.model, source, audit=False)
         chosen = source.info
     else:

@@ -12,8 +12,8 @@ from finepoint.config import AlignConfig
 from finepoint.data import Choices, Completion, Example, Pair, read_examples, read_pairs
 from finepoint.errors import FinepointError
 from finepoint.integrations.reference import Reference
-from finepoint.integrations.rewards import reward_named
-from finepoint.measuring.generation import written
+from finepoint.integrations.rewards import WHOLE, reward_named
+from finepoint.measuring.generation import warn_of_long_references, written
 from finepoint.measuring.scoring import choice_likelihoods
 from finepoint.tokens import (
     asking,
@@ -111,6 +111,9 @@ class GRPO:
         self, model: Any, tokenizer: Any, rows: Sequence[Completion], reference: Reference, arguments: Any
     ) -> Any:
         from trl import GRPOConfig, GRPOTrainer
+
+        if self.config.reward in WHOLE:
+            warn_of_long_references(tokenizer, rows, self.config.new_tokens)
 
         class SparseGRPOTrainer(SparseCheckpoints, GRPOTrainer):
             def _tokenize_prompts(self, prompts: list[str]) -> Any:

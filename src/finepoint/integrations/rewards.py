@@ -28,6 +28,7 @@ def exact(answer: str, reference: str) -> float:
     return float(answer.strip() == reference.strip())
 
 
+WHOLE = ("line", "exact")  # those that compare with the whole reference
 REWARDS: dict[str, Reward] = {"number": number, "line": line, "exact": exact}
 
 

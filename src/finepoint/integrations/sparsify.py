@@ -13,7 +13,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import gather
 from finepoint.choosing.passes import Batch, on_device
 from finepoint.choosing.rules import rule_named
-from finepoint.choosing.selection import Scope, select
+from finepoint.choosing.selection import Scope, refuse_excluded, select
 from finepoint.choosing.structure import Pooling
 from finepoint.choosing.weights import Targets, target_weights
 from finepoint.config import DEFAULT_RULE
@@ -99,6 +99,8 @@ def sparsify(
         info |= {"rule": selection.rule, "density": facts.get("density"), "scope": scope, "seed": seed}
         info |= {"targets": _json(targets), "selection": facts}
         indices = selection
+    elif exclude:
+        refuse_excluded(indices, exclude, model)
     if isinstance(data, str | Path):
         info["data"] = str(data)
     chosen = dict(indices) | {name: torch.arange(model.get_parameter(name).numel()) for name in whole}

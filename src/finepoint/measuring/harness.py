@@ -11,9 +11,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from finepoint.choosing.passes import evaluating
 from finepoint.errors import FinepointError
 from finepoint.extras import needing
 from finepoint.tokens import asking
+from finepoint.training.finite import refuse_not_numbers
 
 BATCH = 16
 CHATTY = ("lm_eval", "datasets", "httpx", "filelock")
@@ -60,8 +64,14 @@ class Harness:
         return scores
 
     def results(self, model: Any, tokenizer: Any, max_length: int) -> dict[str, Any]:
-        """All that lm-evaluation-harness says, with every document's answers under `samples`."""
-        with _quiet():
+        """All that lm-evaluation-harness says, with every document's answers under `samples`.
+
+        Raises:
+            FinepointError: the model's logits are no numbers, of which the harness would make scores.
+        """
+        with _quiet(), evaluating(model):
+            with torch.no_grad():
+                refuse_not_numbers(model(input_ids=torch.arange(8, device=model.device)[None]).logits)
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 

@@ -24,7 +24,7 @@ from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Packer, Row, learned
 from finepoint.choosing.passes import on_device
 from finepoint.choosing.rules import rule_named
-from finepoint.choosing.selection import Selection
+from finepoint.choosing.selection import Selection, refuse_excluded
 from finepoint.config import SelectConfig, TrainConfig
 from finepoint.data import read_examples, some
 from finepoint.errors import FinepointError
@@ -46,7 +46,16 @@ from finepoint.training.tracking import tracked
 from finepoint.training.trainer import SparseTrainer, Watch, refreshes, validation_losses
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.unfinished import LastStep, left_by, marked
-from finepoint.training.workplace import Workplace, batches_of, packer_for, prepare, rows_of, scoring_rows, select_for
+from finepoint.training.workplace import (
+    Workplace,
+    batches_of,
+    excluded,
+    packer_for,
+    prepare,
+    rows_of,
+    scoring_rows,
+    select_for,
+)
 
 logger = logging.getLogger(__name__)
 BEST = ".best.safetensors"  # while a run is under way
@@ -294,6 +303,8 @@ def _indices(
     adapter = read(source) if source == resumed else SparseAdapter.load(source)
     if problems := adapter.problems(place.model):
         raise FinepointError(f"the indices in {source} do not fit this model: {problems[0]}")
+    if source == given:
+        refuse_excluded(adapter, [excluded(folder, place.model) for folder in config.exclude], place.model)
     return {name: adapter[name] for name in adapter}, adapter.info.get("selection", {})
 
 

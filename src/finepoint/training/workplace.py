@@ -112,7 +112,7 @@ def select_for(
         count=config.count,
         scope=config.scope,
         targets=config.targets,
-        exclude=[*(_excluded(folder, place.model) for folder in config.exclude), *taken, whole],
+        exclude=[*(excluded(folder, place.model) for folder in config.exclude), *taken, whole],
         seed=config.seed,
         scoring_memory=config.scoring_memory,
         threshold=config.threshold,
@@ -124,7 +124,7 @@ def select_for(
     )
 
 
-def _excluded(folder: str, model: Any) -> SparseAdapter:
+def excluded(folder: str, model: Any) -> SparseAdapter:
     """An adapter whose entries are not to be chosen; its values do not matter, the weights' names and shapes do."""
     adapter = SparseAdapter.load(folder)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
