@@ -88,6 +88,7 @@ def sparsify(
     from_bitsandbytes_(model)
     info: dict[str, Any] = {"base_model": _name(model), "finepoint_version": finepoint.__version__}
     batches: list[Any] = []
+    refuse_excluded(indices or {}, exclude, model)
     if indices is None:
         if rule_named(rule).needs_data:
             batches = scoring_batches(model, rule, data, tokenizer, scoring_examples, batch_size, max_length, seed)
@@ -99,10 +100,7 @@ def sparsify(
         info |= {"rule": selection.rule, "density": facts.get("density"), "scope": scope, "seed": seed}
         info |= {"targets": _json(targets), "selection": facts}
         indices = selection
-    elif exclude:
-        refuse_excluded(indices, exclude, model)
-    if isinstance(data, str | Path):
-        info["data"] = str(data)
+    info |= {"data": str(data)} if isinstance(data, str | Path) else {}
     chosen = dict(indices) | {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     in_memory({name: parameters[name] for name in chosen if name in parameters})
