@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import partial
 
 import numpy
 import pytest
@@ -492,6 +493,27 @@ def test_gradient_checkpointing_finds_the_stand_ins_again():
     found, tuner = tuned(model.train(), indices, steps, sgd)
     assert tuner.audited.widened
     assert_equal(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("audit", [True, False])
+def test_a_forward_that_others_put_on_a_module_later_stays(audit):
+    """As accelerate does for mixed precision: neither the first input's audit nor the end of the tuner takes it off."""
+    model, expected, indices = Toy(), Toy(), choice(Toy())
+    [[batch], *_] = steps_for()
+    tuner = SparseTuner(model, indices, audit=audit)
+    for norm in (model.norm, expected.norm):
+        norm.forward = partial(twice, norm.forward)
+    for each in (model, expected):
+        each(**batch).loss.backward()
+    for name, positions in indices.items():
+        gradient = expected.get_parameter(name).grad.flatten()[positions]
+        torch.testing.assert_close(tuner.trained()[name].grad, gradient, rtol=1e-10, atol=1e-14)
+    tuner.close()
+    assert torch.equal(model(**batch).logits, expected(**batch).logits)
+
+
+def twice(forward, x):
+    return 2 * forward(x)
 
 
 def test_an_ordinary_model_needs_one_pass_and_no_stand_in():

@@ -175,7 +175,7 @@ class _Eager:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         own = vars(module)
-        self.patched = "forward" not in own or self.COUNT in own
+        self.patched = isinstance(own.get("forward"), _Eagerly | None)  # one that others have put there stays theirs
         if self.patched:
             own[self.COUNT] = own.get(self.COUNT, 0) + 1
             own["forward"] = _Eagerly(module)
@@ -186,7 +186,8 @@ class _Eager:
             own[self.COUNT] -= 1
             if not own[self.COUNT]:
                 del own[self.COUNT]
-                own.pop("forward", None)
+                if isinstance(own.get("forward"), _Eagerly):
+                    del own["forward"]
 
 
 class _Eagerly:
