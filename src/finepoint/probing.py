@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finepoint.errors import FinepointError
+from finepoint.precision import in_float64
 
 REFUSED = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError)
 """what a model raises that cannot compute a batch as it is"""
@@ -238,9 +239,10 @@ def agrees(found: Tensor, expected: Tensor, control: Tensor) -> bool:
 
     All are (.., width). In half precision rounding can be large at single positions, so that their mean is judged.
     """
-    error, leak = ((tensor.double() - expected.double()).norm(dim=-1) for tensor in (found, control))
+    wide = in_float64(expected)
+    error, leak = ((in_float64(tensor) - wide).norm(dim=-1) for tensor in (found, control))
     # Models of float64 weights, too, compute some of it in float32.
-    scale, precision = expected.double().norm(dim=-1).max(), max(torch.finfo(expected.dtype).eps, FLOAT32)
+    scale, precision = wide.norm(dim=-1).max(), max(torch.finfo(expected.dtype).eps, FLOAT32)
     if precision > 1e-4:
         return bool(error.mean() <= HALF * leak.mean())
     return bool(error.max() <= max(ROUNDING * precision * scale, min(LEAKING * leak.max(), NOISE * precision * scale)))

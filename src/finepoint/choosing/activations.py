@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from finepoint import ranks
 from finepoint.choosing.passes import Batch, on_device, split, undisturbed
 from finepoint.errors import FinepointError
+from finepoint.precision import home_of_float64
 from finepoint.progress import tracked
 
 
@@ -25,18 +26,19 @@ class InputSquares:
         rows, columns = weight.shape
         self.is_embedding = isinstance(module, nn.Embedding)
         shape = (1, columns) if isinstance(module, nn.Linear) else (rows, 1)
-        self.total = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+        self.total = torch.zeros(shape, dtype=torch.float64, device=home_of_float64(weight.device))
         self.ran = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.ran = True
         given: Tensor = args[0] if args else next(iter(kwargs.values()))
         if self.is_embedding:
-            tokens = given.reshape(-1)
+            tokens = given.reshape(-1).to(self.total.device)
             self.total.view(-1).index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.float64))
         else:
             wide = given.reshape(-1, given.shape[-1]).to(torch.promote_types(given.dtype, torch.float32))
-            self.total += wide.square().sum(0, dtype=torch.float64).view_as(self.total)
+            squares = wide.square().to(self.total.device)
+            self.total += squares.sum(0, dtype=torch.float64).view_as(self.total)
 
 
 def input_norms(model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -66,7 +68,7 @@ def input_norms(model: nn.Module, weights: Mapping[str, nn.Parameter], batches: 
                                  "not known; leave it out of --targets")  # fmt: skip
         total: Tensor = sum(squares.total for _, squares in uses[name])  # type: ignore[assignment]
         ranks.add_up_(total)
-        found[name] = total.sqrt().to(torch.promote_types(weight.dtype, torch.float32))
+        found[name] = total.sqrt().to(torch.promote_types(weight.dtype, torch.float32)).to(weight.device)
     return found
 
 

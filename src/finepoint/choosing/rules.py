@@ -28,6 +28,7 @@ from torch import Tensor
 from finepoint.choosing.expressions import expression, is_expression
 from finepoint.choosing.plugins import function_of, offered, package_of
 from finepoint.errors import FinepointError
+from finepoint.precision import home_of_float64, in_float64
 
 OURS = "finepoint"
 STATISTICS = ("gradient", "squared_gradient", "input_norm", "movement", "change")
@@ -157,7 +158,7 @@ def wide(tensor: Tensor) -> Tensor:
 @_rule("random", "uniform in [0, 1), seeded by seed and weight name", "SpaRTA, arXiv:2502.15975")
 def random(weight: Tensor, generator: torch.Generator) -> Tensor:
     # 53 random bits: with the 24 of float32 a weight of 2^24 entries would be full of ties.
-    return torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(home_of_float64(weight.device))
 
 
 @_rule("gradient", "|mean g|", "SAFT, arXiv:2407.03036")
@@ -234,11 +235,12 @@ def by_row(values: Tensor) -> Tensor:
     the leading bits count.
     """
     order = values.argsort(dim=-1, descending=True, stable=True)
-    place = order.argsort(dim=-1).double()
+    place = in_float64(order.argsort(dim=-1))
     whole, held = (torch.int64, 63) if values.dtype == torch.float64 else (torch.int32, 31)
     room = min(held, 52 - values.shape[-1:].numel().bit_length())
     bits = values.contiguous().view(whole) >> (held - room)
-    return (bits.double() / 2.0**room - place).masked_fill_(~values.isfinite(), torch.nan)
+    scores = in_float64(bits) / 2.0**room - place
+    return scores.masked_fill_(~values.isfinite().to(scores.device), torch.nan)
 
 
 def low_rank(matrix: Tensor, rank: int, generator: torch.Generator, oversampling: int = 8, rounds: int = 4) -> Tensor:
@@ -249,7 +251,7 @@ def low_rank(matrix: Tensor, rank: int, generator: torch.Generator, oversampling
         return matrix
     width = min(rank + oversampling, *matrix.shape[-2:])
     start = torch.randn(matrix.shape[-1], width, generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
+    basis = torch.linalg.qr(matrix @ start.to(matrix.dtype).to(matrix.device)).Q
     for _ in range(rounds):  # each sharpens the gap between what is kept and what is not
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
     left, sizes, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)

@@ -12,6 +12,7 @@ from finepoint.batches import Collator, padded, token_labels
 from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Example
 from finepoint.errors import FinepointError
+from finepoint.precision import in_float64
 from finepoint.tokens import IGNORED, Row, encode_each, refuse_beyond
 from finepoint.training.finite import refuse_not_numbers
 
@@ -69,9 +70,10 @@ def learned_and_disturbed(
         labels = padded([token_labels(rows[place]) for place in places], IGNORED, collator.side).to(base.device)[:, 1:]
         real = real[:, :-1] & real[:, 1:]
         wanted = real & (labels != IGNORED)
-        sums = torch.zeros(wanted.shape, dtype=torch.float64, device=base.device)
-        sums[wanted] = cross_entropy(adapted[:, :-1][wanted].float(), labels[wanted], reduction="none").double()
-        losses[places] = (sums.sum(1) / wanted.sum(1)).cpu()
+        sums = torch.zeros(wanted.shape, dtype=torch.float64)
+        told = cross_entropy(adapted[:, :-1][wanted].float(), labels[wanted], reduction="none")
+        sums[wanted.cpu()] = told.cpu().double()
+        losses[places] = sums.sum(1) / wanted.sum(1).cpu()
         rest = real & ~wanted
         total += _sum(base[:, :-1][rest], adapted[:, :-1][rest])
         count += int(rest.sum())
@@ -103,7 +105,7 @@ def _sum(base: Tensor, adapted: Tensor) -> float:
     for before, after in zip(base.split(CHUNK), adapted.split(CHUNK), strict=True):
         refuse_not_numbers(before)
         refuse_not_numbers(after, "with the adapter the model's logits are")
-        total += float(divergences(before, after).double().sum())
+        total += float(in_float64(divergences(before, after)).sum())
     if total == float("inf"):
         raise FinepointError("the adapter rules out tokens that the base does not: the KL between them is infinite")
     return total

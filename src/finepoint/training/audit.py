@@ -26,6 +26,7 @@ from finepoint import ranks
 from finepoint.adapters.entries import gather
 from finepoint.choosing.passes import undisturbed
 from finepoint.errors import FinepointError
+from finepoint.precision import in_float64
 from finepoint.quantised import float_values
 from finepoint.training.trained import QuantisedEntries, TrainedEntries
 
@@ -234,7 +235,7 @@ def _seen(
                 result.backward()
             for name in names:
                 gradient = members[name].delta.grad
-                found[name].sparse = None if gradient is None else ranks.whole(gradient).double()
+                found[name].sparse = None if gradient is None else in_float64(ranks.whole(gradient))
                 _put_together_(found[name], members[name])
     return found
 
@@ -245,7 +246,7 @@ def _collect_(seen: Seen, entries: TrainedEntries, weight: Tensor) -> None:
     assert gradient is not None
     weight.grad = None
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    part = _own_part(gradient, entries.indices).double()
+    part = in_float64(_own_part(gradient, entries.indices))
     seen.dense = part if seen.dense is None else seen.dense + part
     local: Tensor = gradient.to_local() if ranks.is_sharded(gradient) else gradient  # type: ignore[attr-defined]
     wide = torch.promote_types(local.dtype, torch.float32)

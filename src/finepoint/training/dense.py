@@ -22,6 +22,7 @@ from finepoint.adapters.base import form_of
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
 from finepoint.files import writing
+from finepoint.precision import in_float64, norm_of
 from finepoint.training.following import follow_after_steps, stop_following
 from finepoint.training.tuner import CONTAINER
 
@@ -82,12 +83,11 @@ class DenseTuner:
     def norm(self, exclude: Iterable[str] = ()) -> float:
         """The Euclidean norm of the change of all trained weights but the excluded ones."""
         left_out = set(exclude)
-        norms = [
-            (self._trained[name].detach().double() - base.double()).norm()
+        return norm_of(
+            in_float64(self._trained[name].detach()) - in_float64(base)
             for name, base in self.base()
             if name not in left_out
-        ]
-        return torch.stack(norms).norm().item() if norms else 0.0
+        )
 
     def adapter(
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None

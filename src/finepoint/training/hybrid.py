@@ -1,15 +1,16 @@
 """HybridTuner: chosen entries and low-rank factors of the same model, trained together (RoSA, arXiv:2401.04679)."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import scatter_
 from finepoint.adapters.lowrank import SPARSE
+from finepoint.precision import in_float64, norm_of
 from finepoint.training.lowrank import PeftTuner
 from finepoint.training.tuner import SparseTuner
 
@@ -59,9 +60,9 @@ class HybridTuner:
 
     def norm(self, exclude: Iterable[str] = ()) -> float:
         """The Euclidean norm of the merged change of all weights but the excluded ones."""
-        norms = {name: (wide.double() - base.double()).norm() for name, base, wide, _ in self.merged()}
+        norms = {name: norm_of([in_float64(wide) - in_float64(base)]) for name, base, wide, _ in self.merged()}
         norms = {name: norm for name, norm in norms.items() if name not in set(exclude)}
-        return torch.stack([*norms.values(), torch.tensor(self.sparse.norm({*exclude, *norms}))]).norm().item()
+        return math.hypot(*norms.values(), self.sparse.norm({*exclude, *norms}))
 
     def adapter(
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None

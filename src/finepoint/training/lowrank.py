@@ -15,6 +15,7 @@ from finepoint.adapters.lowrank import PEFT_TENSORS, transposed_layers, updates
 from finepoint.errors import FinepointError
 from finepoint.extras import needing
 from finepoint.files import move_files, partial_folder, write_json, writing
+from finepoint.precision import in_float64, norm_of
 from finepoint.training.tuner import CONTAINER, SparseTuner
 
 
@@ -95,9 +96,9 @@ class PeftTuner:
     def norm(self, exclude: Iterable[str] = ()) -> float:
         """The Euclidean norm of the merged change of all adapted weights but the excluded ones."""
         left_out = set(exclude)
-        norms = [(wide.double() - base.double()).norm() for name, base, wide, _ in self.merged()
-                 if name not in left_out]  # fmt: skip
-        return torch.stack(norms).norm().item() if norms else 0.0
+        return norm_of(
+            in_float64(wide) - in_float64(base) for name, base, wide, _ in self.merged() if name not in left_out
+        )
 
     def adapter(
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None

@@ -37,6 +37,7 @@ from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
 from finepoint.offloaded import in_memory, is_outline
 from finepoint.packed import check_weight
+from finepoint.precision import norm_of
 from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.audit import AtFirst, Audit, Loss, audit, outcome
 from finepoint.training.following import stop_following
@@ -275,10 +276,7 @@ class SparseTuner:
     def norm(self, exclude: Iterable[str] = ()) -> float:
         """The Euclidean norm of all deltas but those of the excluded weights (a new head has no base to compare)."""
         left_out = set(exclude)
-        norms = [
-            entries.known().delta.double().norm() for name, entries in self.entries.items() if name not in left_out
-        ]
-        return torch.stack(norms).norm().item() if norms else 0.0
+        return norm_of(entries.known().delta for name, entries in self.entries.items() if name not in left_out)
 
     def adapter(
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
