@@ -180,9 +180,7 @@ def test_an_adapter_made_on_one_device_is_used_on_the_other(dtype, there, tmp_pa
     assert_same_bits(base, snapshot(other))
 
 
-@pytest.mark.parametrize(
-    "rule", ["gallop", "saft", "magnitude-low", "wanda", "random", "fisher", "gps", "neuroada", "lift", "movement"]
-)
+@pytest.mark.parametrize("rule", RULES)
 def test_rules_choose_on_the_device_what_they_choose_on_the_cpu(rule):
     def chosen(model, batches):
         found = finepoint.select(model, batches=None if rule == "random" else batches, rule=rule, density=0.05)
