@@ -104,6 +104,17 @@ def test_every_item_scores_as_with_our_own_scorer_unless_a_token_spans_its_bound
     assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
 
 
+def test_a_damaged_model_is_not_measured_and_the_mode_is_given_back(tmp_path):
+    harness = Harness.of(["items"], task(tmp_path / "tasks", "items", write_lines(tmp_path / "items.jsonl", ROWS[:2])))
+    model = tiny_llama().train()
+    harness.scores(model, merging_tokenizer(), 64)
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(FinepointError, match="NaN or infinite, so that nothing can be measured"):
+        harness.scores(model, merging_tokenizer(), 64)
+
+
 def test_the_harness_gets_a_tokenizer_that_ends_no_prompt(tmp_path):
     rows = [{"prompt": f"{a}{b}:", "choices": [" x", " yy"], "answer": int(a > "d")} for a in "abcdefgh" for b in "ab"]
     harness = Harness.of(["ends"], task(tmp_path / "tasks", "ends", write_lines(tmp_path / "x.jsonl", rows)))

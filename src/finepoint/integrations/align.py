@@ -104,13 +104,13 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
         log, seconds = _train(config, place, method, tuner, Reference(place.model, without), folder, checkpoint,
                               settings, keep)  # fmt: skip
         peak = peak_bytes()
-        place.model.eval()
-        after = method.measure(place.model, place.tokenizer, place.held_out)
-        logger.info("after: %s", _told(after.means))
         changed, norm = tuner.changed(), tuner.norm()
         if not changed:
             raise FinepointError(f"training changed none of the {tuner.count} trained numbers; give a larger --lr than "
                                  f"{learning_rate(config)}, or rows whose answers differ in reward")  # fmt: skip
+        keep(folder, config.steps)  # whatever comes of the measuring
+        after = method.measure(place.model, place.tokenizer, place.held_out)
+        logger.info("after: %s", _told(after.means))
         facts |= {"results": {Path(place.measured_on).stem: after.means}}
         files = tuner.save(folder, tuner.adapter(config.store, info=facts), config.compact)
         forget_others(folder, files)

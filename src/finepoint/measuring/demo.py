@@ -4,12 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from finepoint.adapters.adapter import SparseAdapter
 from finepoint.config import DemoConfig, TrainConfig
 from finepoint.files import claim_folder, write_json
 from finepoint.measuring.evaluation import Evaluation, read_sets
 from finepoint.recipes.vader import write_vader
-from finepoint.training.run import train
+from finepoint.training.run import fit
 from finepoint.training.workplace import prepare
 
 logger = logging.getLogger(__name__)
@@ -48,8 +47,7 @@ def _run(config: DemoConfig, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"base": base, "runs": {}, "train_examples": len(place.rows)}
     for rule, run in configs.items():
         logger.info("%s: %d steps at learning rate %g", rule, run.steps, run.lr)
-        record = train(run, place)
-        adapter = SparseAdapter.load(run.output)
+        record, adapter = fit(run, place)
         scores = evaluation.compared(place.model, place.tokenizer, base, adapter, rule)
         facts = ("trained", "adapter_bytes", "seconds", "train_seconds", "selection_seconds", "peak_bytes", "lr",
                  "update_norm", "changed")  # fmt: skip

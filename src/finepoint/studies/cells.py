@@ -105,12 +105,15 @@ def check_sets(config: CompareConfig) -> None:
 def leaks_in(config: CompareConfig) -> dict[str, dict[str, dict[str, int]]]:
     """Which sets hold examples of which task's training data, and how many: {task: {set: counts}}."""
     sets: dict[str, list[Example]] = {}
+    limits = {"validation": config.validation_limit, "test": config.test_limit}
     for name, files in config.tasks.items():
-        sets[f"validation of {name}"] = some(read_examples(files["validation"]), config.validation_limit)
-        sets[f"test of {name}"] = some(read_examples(files["test"]), config.test_limit)
+        for part, limit in limits.items():
+            if part in files:  # a task that is not trained on is only tested
+                sets[f"{part} of {name}"] = some(read_examples(files[part]), limit)
     for name, path in config.probes.items():
         sets[f"probe {name}"] = some(read_examples(path), config.probe_limit)
-    found = {name: leaks(Seen.of(read_examples(files["train"])), sets) for name, files in config.tasks.items()}
+    trained = {name: files["train"] for name, files in config.tasks.items() if "train" in files}
+    found = {name: leaks(Seen.of(read_examples(file)), sets) for name, file in trained.items()}
     return {name: leaked for name, leaked in found.items() if leaked}
 
 

@@ -4,7 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -140,7 +140,8 @@ def _claimed(config: TrainConfig, workplace: Workplace | None, keeps: bool) -> t
     check(config)
     ranks.join()
     check_processes(config)
-    with interruption.noticed(), ExitStack() as claims:
+    # Whoever runs many decides himself what becomes of the one in hand.
+    with interruption.noticed() if keeps else nullcontext(), ExitStack() as claims:
         claim = claim_folder(config.output, config.overwrite or config.resume)
         return _fit(config, ranks.on_first(lambda: claims.enter_context(claim)), workplace, keeps)
 
