@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from conftest import assert_same_bits, snapshot
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
+from finepoint.adapters.merging import merge
 from finepoint.config import CompareConfig, TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.files import VERSION, read_record
@@ -46,8 +47,9 @@ STUDY = CompareConfig(
 )  # fmt: skip
 
 
-def test_an_adapter_of_the_first_version_goes_in_and_out(first):
+def test_an_adapter_of_the_first_version_goes_in_and_out(first, caplog):
     adapter = SparseAdapter.load(first / "run")
+    assert "knows its base by the values at its entries alone" in caplog.text
     stored = load_file(first / "run" / TENSORS)
     assert adapter.count == 77 == sum(len(stored[f"{name}.indices"]) for name in adapter)
     for name, change in adapter.changes.items():
@@ -59,15 +61,21 @@ def test_an_adapter_of_the_first_version_goes_in_and_out(first):
     assert any(not torch.equal(before[name], value) for name, value in snapshot(model).items())
     adapter.revert(model)
     assert_same_bits(before, snapshot(model))
+    merge([adapter], how="first", model=model).save("anew")
+    anew = SparseAdapter.load("anew")
+    assert anew.fingerprint is not None
+    assert anew.equals(adapter)
 
 
 @pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.0.0", reason="its random state is a pickle of NumPy 2's")
-def test_a_run_of_the_first_version_is_finished_today(first):
+def test_a_run_of_the_first_version_is_finished_today(first, caplog):
     whole = SparseAdapter.load(first / "run")
     (first / "run" / "run.json").unlink()  # as if it had been killed after its last checkpoint
     train(TrainConfig(model="model", data="rows.jsonl", output="run", steps=6, save_every=2, batch_size=8, density=0.02,
                       lr=0.01, scoring_examples=8, resume=True))  # fmt: skip
+    assert "does not know its base as a whole" in caplog.text
     resumed = SparseAdapter.load(first / "run")
+    assert resumed.fingerprint is not None
     for name, change in whole.changes.items():
         assert torch.equal(change.indices, resumed.changes[name].indices)
         # Another machine adds up in another order.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from finepoint.adapters.interpolation import lines, wise_ft
     from finepoint.adapters.merging import merge
     from finepoint.adapters.switching import AdapterSet
-    from finepoint.adapters.widening import widened
+    from finepoint.adapters.widening import rebased, widened
     from finepoint.choosing.rules import RULES, register
     from finepoint.choosing.selection import Selection, select
     from finepoint.choosing.weights import target_weights
@@ -46,6 +46,7 @@ _HOMES = {
     "load": "finepoint.integrations.sparsify",
     "merge": "finepoint.adapters.merging",
     "push_to_hub": "finepoint.integrations.session",
+    "rebased": "finepoint.adapters.widening",
     "reference": "finepoint.integrations.reference",
     "register": "finepoint.choosing.rules",
     "report": "finepoint.integrations.session",
@@ -77,6 +78,7 @@ __all__ = [
     "load",
     "merge",
     "push_to_hub",
+    "rebased",
     "reference",
     "register",
     "report",

@@ -259,6 +259,7 @@ class EvalConfig:
         new_tokens: most tokens to generate where an answer is written
         dtype: of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16
         any_dtype: take adapters trained in a narrower dtype too, where the wider weights hold the same base values
+        any_base: take a model that is another than the adapter's base beside the entries it changes
         quantise: hold the linear layers in int8, int4 or nf4, as the adapters' training did
         overwrite: replace the output file
         json: print one JSON object on stdout
@@ -279,6 +280,7 @@ class EvalConfig:
     new_tokens: int = 64
     dtype: DType = "auto"
     any_dtype: bool = False
+    any_base: bool = False
     quantise: Quantise | None = None
     overwrite: bool = False
     json: bool = False
@@ -334,6 +336,7 @@ class ExportConfig:
         format: merged, shira, supertuning, sparta, vllm-patch, or gguf (with llama.cpp's converter on the PATH)
         output: folder to write
         dtype: of the written weights (merged, gguf, vllm-patch); auto keeps the base's
+        any_base: take a model that is another than the adapter's base beside the entries it changes
         overwrite: allow an output folder that holds something
         json: print one JSON object on stdout
     """
@@ -343,6 +346,7 @@ class ExportConfig:
     format: ExportFormat
     output: str
     dtype: DType = "auto"
+    any_base: bool = False
     overwrite: bool = False
     json: bool = False
 
@@ -393,6 +397,7 @@ class VerifyConfig:
         folder: adapter folder
         model: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m
         dtype: of the weights; that of the adapter where not given
+        any_base: take a model that is another than the adapter's base beside the entries it changes
         quantise: hold the linear layers in int8, int4 or nf4, as the adapter's training did
         json: print one JSON object on stdout
     """
@@ -400,6 +405,7 @@ class VerifyConfig:
     folder: str
     model: str
     dtype: DType | None = None
+    any_base: bool = False
     quantise: Quantise | None = None
     json: bool = False
 
@@ -414,6 +420,7 @@ class MergeConfig:
         weights: a factor for each adapter, in their order, may be negative; 1 where not given
         options: the method's options, e.g. density=0.5 for ties, drop=0.5 seed=1 for dare
         model: the base model; needed for half-precision adapters where their deltas matter, and for --tune
+        any_base: take a model that is another than the adapter's base beside the entries it changes
         tune: search the weights that do best on these examples, a JSON Lines file; needs --model
         tune_by: accuracy or nll (likelihood); accuracy where the examples have one
         limit: at most so many of these examples, always the same
@@ -429,6 +436,7 @@ class MergeConfig:
     weights: list[float] = field(default_factory=list)
     options: dict[str, float] = field(default_factory=dict)
     model: str | None = None
+    any_base: bool = False
     tune: str | None = None
     tune_by: Literal["accuracy", "nll"] | None = None
     limit: int | None = None

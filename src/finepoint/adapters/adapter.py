@@ -5,12 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from finepoint.adapters.base import differences
-from finepoint.adapters.entries import checksum, gather, moved, overlap, scatter_
+from finepoint.adapters.entries import checksum, gather, moved, overlap, same_bits, scatter_
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, Moved, contents_of, fingerprint, unlike
 from finepoint.errors import FinepointError
 from finepoint.offloaded import absent
 from finepoint.packed import check_weight
@@ -18,6 +20,10 @@ from finepoint.quantised import Replaced, is_quantised, replace_forwards
 
 Kind = Literal["delta", "value", "full"]
 APPLIED = "_finepoint_applied"  # the attribute of a model that lists what is applied to it
+SETS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
+"""The `AdapterSet`s of a model; what they have switched on is in its weights too."""
+OTHER_VALUES = "its values are not those of the base model the adapter was trained on"
+ANY_BASE = "load that base, or take this one by name (finepoint.rebased(adapter, model), --any-base)"
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class SparseAdapter(Mapping[str, Tensor]):
     changes: dict[str, Change]
     info: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
-    """the base's form (see `adapters/base.py`); empty where it is not known"""
+    """the base's form (see `adapters/base.py`) and fingerprint; empty where they are not known"""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.changes[name].positions()
@@ -101,6 +107,11 @@ class SparseAdapter(Mapping[str, Tensor]):
     def count(self) -> int:
         """Trained entries in all."""
         return sum(len(change) for change in self.changes.values())
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the whole base; None where only the values at the entries are known."""
+        return Fingerprint.of_json(self.base[FINGERPRINT]) if FINGERPRINT in self.base else None
 
     def save(self, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
         """Writes `finepoint.safetensors`, `finepoint_config.json` and a README; returns the folder.
@@ -150,12 +161,30 @@ class SparseAdapter(Mapping[str, Tensor]):
                 found.append(f"{name}: {dtype} in the model, {change.dtype} in the adapter; load it as "
                              f"{change.dtype}{way}")  # fmt: skip
             elif not change.lies_on(weight):
-                bits = self.info.get("quantise")
-                hint = f"; it was quantised: --quantise {bits}" if bits and not is_quantised(weight) else ""
-                found.append(f"{name}: its values are not those of the base model the adapter was trained on{hint}")
+                found.append(f"{name}: {OTHER_VALUES}{self._hint(weight)}")
             elif not change.stays_finite(weight):
                 found.append(f"{name}: base + delta is too large a number for {dtype}")
-        return found + differences(self.base, model, [name for name in self.changes if name in parameters])
+        found += differences(self.base, model, [name for name in self.changes if name in parameters])
+        return found or self._problems_elsewhere(model)
+
+    def _problems_elsewhere(self, model: nn.Module) -> list[str]:
+        """In what the base differs beside the chosen entries, as far as that is known."""
+        known = self.fingerprint
+        if known is None:
+            return []
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        told = {
+            "values": lambda name: f"{OTHER_VALUES}, beside the entries it changes{self._hint(weights.get(name))}",
+            "missing": lambda _: "the model has no such weight, and the adapter's base has",
+            "more": lambda _: "the adapter's base has no such weight",
+        }
+        here = base_beneath(model, known)
+        return [f"{name}: {told[how](name)}; {ANY_BASE}" for name, how in unlike(known, here)]
+
+    def _hint(self, weight: Tensor | None) -> str:
+        bits = self.info.get("quantise")
+        wanted = bits and weight is not None and not is_quantised(weight)
+        return f"; it was quantised: --quantise {bits}" if wanted else ""
 
     def check(self, model: nn.Module, in_place: bool = True) -> None:
         """Refuses a model that this adapter does not belong to as it is now.
@@ -164,11 +193,14 @@ class SparseAdapter(Mapping[str, Tensor]):
             in_place: the adapter is to be written into the weights.
 
         Raises:
-            FinepointError: the first of its `problems`, or the model is being trained, or a weight to be written into
-                is quantised.
+            FinepointError: the first of its `problems`, or the model is being trained, or it is applied already, or a
+                weight to be written into is quantised.
         """
         if hasattr(model, "finepoint"):
             raise FinepointError("the model is being trained; close its SparseTuner before applying an adapter")
+        if any(self.equals(adapter) for adapter in applied_to(model)):
+            raise FinepointError("the adapter is applied to the model already; finepoint.unload(model) or "
+                                 "adapter.revert(model) takes it out")  # fmt: skip
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in self.changes.keys() & parameters.keys():
             check_weight(name, parameters[name])
@@ -213,7 +245,8 @@ class SparseAdapter(Mapping[str, Tensor]):
         """Restores the exact bits that `apply` replaced, also in a copy of the model made since.
 
         Raises:
-            FinepointError: the adapter is not applied, or one applied later shares entries with it.
+            FinepointError: the adapter is not applied, or one applied later shares entries with it, or the weights do
+                not hold what it wrote; nothing is changed then.
         """
         stack = _applied(model)
         places = [i for i, (adapter, _) in enumerate(stack) if self.equals(adapter)]
@@ -223,8 +256,14 @@ class SparseAdapter(Mapping[str, Tensor]):
             for name in set(self) & set(later):
                 if overlap(self[name], later[name]):
                     raise FinepointError(f"an adapter applied later shares entries of {name}; revert that one first")
-        _, originals = stack.pop(places[-1])
+        originals = stack[places[-1]][1]
         weights = dict(model.named_parameters(remove_duplicate=False))
+        for name, values in originals.items():
+            written = self.changes[name].new_values(values)
+            if name not in weights or not same_bits(gather(weights[name], self[name]), written):
+                raise FinepointError(f"{name} does not hold what the adapter wrote: the weights were replaced since, "
+                                     "so that there is no base to go back to; load the base anew")  # fmt: skip
+        stack.pop(places[-1])
         for name, values in originals.items():
             scatter_(weights[name], self[name], values)
 
@@ -305,6 +344,23 @@ def check_base(model: nn.Module) -> None:
     """
     if getattr(model, APPLIED, None):
         raise FinepointError("an adapter is applied to the model, which must be the base here; revert it first")
+
+
+def base_beneath(model: nn.Module, like: Fingerprint | None = None) -> Fingerprint:
+    """The fingerprint of the base beneath the adapters that are applied to a model.
+
+    Args:
+        like: what it is to be compared with: what that does not know is left out.
+    """
+    moved = [
+        Moved(name, adapter[name], base, adapter.changes[name].new_values(base))
+        for adapter, originals in vars(model).get(APPLIED, [])
+        for name, base in originals.items()
+    ]
+    for adapters in SETS.get(model, ()):
+        moved += adapters.moved()
+    without = like.unknown if like else ()
+    return fingerprint(contents_of(model), moved, like.one_in if like else None, without)
 
 
 def applied_to(model: nn.Module) -> list[SparseAdapter]:

@@ -28,7 +28,7 @@ def differences(form: Mapping[str, Any], model: nn.Module, names: Iterable[str])
     Args:
         form: the base's, as `form_of` gives it; empty where it is not known.
     """
-    if not form:
+    if "tied" not in form:
         return []
     here = form_of(model)
     found = []

@@ -62,6 +62,13 @@ def checksum(values: Tensor) -> str:
     return sha256(exact.numpy().tobytes()).hexdigest()[:32]
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one dtype and shape and the same bits, -0.0 and NaN included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(x.detach().contiguous().view(-1).view(torch.uint8) for x in (a, b.to(a.device))))
+
+
 def overlap(a: Tensor, b: Tensor) -> int:
     """How many indices two ascending index tensors share."""
     return int(torch.isin(a, b, assume_unique=True).sum())

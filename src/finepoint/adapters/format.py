@@ -4,8 +4,9 @@
 between them (since format version 2), with `<name>.delta` or `<name>.value`; or `<name>.full`. A merged change that has
 no checksum over all its entries adds the indices of its parts, `<name>.parts.<number>.indices` or `.gaps` (since
 version 3); the configuration lists their checksums. The file's metadata holds the configuration, and in it (since
-version 4) the form of the base and a digest over the configuration and all tensors. Since that is all one file,
-replacing it is atomic. `finepoint_config.json` repeats the configuration for people and hubs; `load` does not read it.
+version 4) the form of the base and a digest over the configuration and all tensors. With the form lies the base's
+fingerprint, which files of earlier finepoints lack. Since that is all one file, replacing it is atomic.
+`finepoint_config.json` repeats the configuration for people and hubs; `load` does not read it.
 
 A file is read from the outside in, so that a hostile one costs neither time nor memory: its header first, then what the
 configuration announces against the header, then the tensors.
@@ -14,7 +15,7 @@ configuration announces against the header, then the tensors.
 import json
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.fingerprint import FINGERPRINT, is_fingerprint
 from finepoint.adapters.gaps import ascending_gaps, from_gaps, most_gaps, to_gaps
 from finepoint.adapters.hub import card, fetch, is_hub_id
 from finepoint.errors import FinepointError
@@ -33,6 +35,7 @@ from finepoint.tensors import DTYPES, LONGEST_HEADER, Form, forms, header_bytes,
 
 logger = logging.getLogger(__name__)
 DIGESTED = 4  # the first version with a digest over all
+logger = logging.getLogger(__name__)
 NEWEST = 4  # 2: some indices are written as gaps; 3: some changes have parts; 4: a digest over all
 TENSORS = "finepoint.safetensors"
 CONFIG = "finepoint_config.json"
@@ -101,7 +104,17 @@ def read(folder: str | Path) -> SparseAdapter:
         theirs = (Path(folder) / "adapter_config.json").exists()
         hint = "; PEFT's adapters are taken by eval, export --format merged and import" if theirs else ""
         raise FinepointError(f"{folder} is not an adapter folder: it has no {TENSORS}{hint}")
-    return read_whole(path, partial(_read, path))
+    adapter = read_whole(path, partial(_read, path))
+    if FINGERPRINT not in adapter.base:
+        _say_what_is_not_known(str(path.absolute().parent), str(folder))
+    return adapter
+
+
+@cache
+def _say_what_is_not_known(_: str, folder: str) -> None:
+    """Once for each folder."""
+    logger.warning("%s knows its base by the values at its entries alone (an earlier finepoint wrote it): another base "
+                   "that differs elsewhere would not be noticed", folder)  # fmt: skip
 
 
 def _read(path: Path) -> SparseAdapter:
@@ -189,6 +202,8 @@ def _is_form(base: Any) -> bool:
         return False
     tied = base.get("tied", [])
     groups = isinstance(tied, list) and all(isinstance(group, list) for group in tied)
+    if FINGERPRINT in base and not is_fingerprint(base[FINGERPRINT]):
+        return False
     return groups and all(isinstance(name, str) for group in tied for name in group)
 
 

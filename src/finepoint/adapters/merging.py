@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finepoint.adapters.adapter import Change, Kind, SparseAdapter, check_base
+from finepoint.adapters.adapter import Change, Kind, SparseAdapter, base_beneath, check_base
 from finepoint.adapters.alignment import Aligned, aligned
+from finepoint.adapters.base import form_of
 from finepoint.adapters.entries import checksum, gather, moved
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, unlike
 from finepoint.errors import FinepointError
 
 
@@ -62,7 +64,7 @@ def merge(
             changes[name] = change
     if not changes:
         raise FinepointError(f"merging by {how!r} leaves no entry; choose other options, weights or another method")
-    return SparseAdapter(changes, _info(adapters, factors, how, settings), _base(adapters))
+    return SparseAdapter(changes, _info(adapters, factors, how, settings), _base(adapters, model))
 
 
 # The methods: coefficients, (n, u) float64, one for each adapter's delta at each entry of the union. `weights` are the
@@ -290,19 +292,38 @@ def _check_base(adapters: Sequence[SparseAdapter], model: nn.Module) -> None:
             raise FinepointError(f"adapter {number}: {reason}") from reason
 
 
-def _base(adapters: Sequence[SparseAdapter]) -> dict[str, Any]:
-    """The form of the base that all adapters are of, as far as they know it.
+def _base(adapters: Sequence[SparseAdapter], model: nn.Module | None) -> dict[str, Any]:
+    """The form and the fingerprint of the base that all adapters are of, as far as they know it.
 
     Raises:
         FinepointError: two tell different ones.
     """
-    known = {number: adapter.base for number, adapter in enumerate(adapters, 1) if adapter.base}
-    first = next(iter(known), 0)
-    for number, base in known.items():
-        if base != known[first]:
+    forms = {
+        number: {key: value for key, value in adapter.base.items() if key != FINGERPRINT}
+        for number, adapter in enumerate(adapters, 1) if adapter.base
+    }  # fmt: skip
+    first = next(iter(forms), 0)
+    for number, form in forms.items():
+        if form != forms[first]:
             raise FinepointError(f"adapters {first} and {number} were trained on different bases: their vocabularies "
                                  "or their tied weights differ")  # fmt: skip
-    return known.get(first, {})
+    prints = {number: adapter.fingerprint for number, adapter in enumerate(adapters, 1)}
+    whole = _one_fingerprint({number: found for number, found in prints.items() if found})
+    form = forms.get(first, {})
+    if model is not None:
+        form, whole = form or form_of(model), whole or base_beneath(model)
+    return form | ({FINGERPRINT: whole.as_json()} if whole else {})
+
+
+def _one_fingerprint(prints: Mapping[int, Fingerprint]) -> Fingerprint | None:
+    """What all of them say together."""
+    first = next(iter(prints), 0)
+    for number, found in prints.items():
+        if others := unlike(prints[first], found):
+            raise FinepointError(f"adapters {first} and {number} were trained on different bases: {others[0][0]} "
+                                 "differs, beside the entries they change")  # fmt: skip
+    known = {name: value for found in prints.values() for name, value in found.weights.items() if value}
+    return Fingerprint(prints[first].weights | known, prints[first].one_in) if prints else None
 
 
 def _info(

@@ -1,17 +1,23 @@
 """Several adapters of one model in memory: switching between them takes milliseconds and restores exact bits."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
+from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
-from finepoint.adapters.adapter import Change, SparseAdapter
-from finepoint.adapters.entries import gather, overlap, scatter_
+from finepoint.adapters.adapter import SETS, Change, SparseAdapter, base_beneath
+from finepoint.adapters.entries import gather, overlap, same_bits, scatter_
+from finepoint.adapters.fingerprint import Fingerprint, Moved, contents_of, stamps, unlike
 from finepoint.adapters.interpolation import between, unscaled
 from finepoint.errors import FinepointError
+
+REPLACED = "does not hold what the adapters lie on: the weights were replaced; make a new AdapterSet of the model"
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class AdapterSet:
         self._swaps: dict[str, dict[str, Swap]] = {}
         self._lock = threading.RLock()
         self._in_use = False
+        self._stamps: dict[str, Any] = {}
+        self._base: Fingerprint | None = None
+        SETS.setdefault(model, WeakSet()).add(self)
 
     def add(self, name: str, adapter: SparseAdapter) -> None:
         """Makes an adapter ready under a name.
@@ -60,6 +69,9 @@ class AdapterSet:
             try:
                 adapter.check(self.model)
                 weights = dict(self.model.named_parameters(remove_duplicate=False))
+                if self._base is None:
+                    self._base = base_beneath(self.model)
+                    self._stamps = stamps(contents_of(self.model))
                 fixed = unscaled(adapter, self.model)
                 self._swaps[name] = {
                     at: _swap(weights[at], change, at not in fixed) for at, change in adapter.changes.items()
@@ -78,12 +90,12 @@ class AdapterSet:
             self._switch([other for other in self.active if other != name])
             del self._swaps[name]
 
-    def set(self, names: str | Sequence[str]) -> None:
-        """Switches these adapters on and all others off.
+    def set(self, names: str | Sequence[str] | None) -> None:
+        """Switches these adapters on and all others off; None, or no name at all, is the base.
 
         Raises:
-            FinepointError: an unknown name, two adapters that share entries, or this thread is `using` the set; nothing
-                is changed then.
+            FinepointError: an unknown name, two adapters that share entries, weights that were replaced since the
+                adapters were added, or this thread is `using` the set; nothing is changed then.
         """
         with self._changing():
             self._set(names)
@@ -116,7 +128,7 @@ class AdapterSet:
         self.set([])
 
     @contextmanager
-    def using(self, names: str | Sequence[str]) -> Iterator[nn.Module]:
+    def using(self, names: str | Sequence[str] | None) -> Iterator[nn.Module]:
         """Inside, these adapters are on and stay on: other threads that switch or use wait until it ends.
 
         Afterwards, also after an exception, what was on before is on again.
@@ -147,8 +159,14 @@ class AdapterSet:
                 raise FinepointError("the adapters are in use by this thread; leave its `using` block first")
             yield
 
-    def _set(self, names: str | Sequence[str]) -> None:
-        names = [names] if isinstance(names, str) else list(names)
+    def moved(self) -> Iterator[Moved]:
+        """Where the model does not hold the base's values, since adapters of this set are on."""
+        for name in self.active:
+            for at, swap in self._swaps[name].items():
+                yield Moved(at, swap.indices, swap.base, swap.values)
+
+    def _set(self, names: str | Sequence[str] | None) -> None:
+        names = [names] if isinstance(names, str) else list(names or ())
         for name in names:
             self._known(name)
         for i, name in enumerate(names):
@@ -157,6 +175,11 @@ class AdapterSet:
         self._switch(names)
 
     def _switch(self, names: Sequence[str]) -> None:
+        if set(names) == set(self.active):
+            self.active = tuple(names)
+            return
+        contents = contents_of(self.model)
+        self._refuse_other_weights(contents, names)
         # First all that goes, then all that comes: what two adapters share ends as the one that stays has it.
         for name in self.active:
             if name not in names:
@@ -167,6 +190,30 @@ class AdapterSet:
                 for swap in self._swaps[name].values():
                     scatter_(swap.weight, swap.indices, swap.values)
         self.active = tuple(names)
+        self._stamps = stamps(contents)
+
+    def _refuse_other_weights(self, contents: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """Looks at every entry that is to be written, and at all weights where something has written to one of them."""
+        for name in {*self.active, *names}:
+            for at, swap in self._swaps[name].items():
+                expected, indices = (swap.values if name in self.active else swap.base), swap.indices
+                if name not in self.active:  # what another adapter has written, which goes now, is not the base's
+                    kept = self._left_as_base(at, indices)
+                    expected, indices = expected[kept], indices[kept]
+                if contents.get(at) is not swap.weight or not same_bits(gather(swap.weight, indices), expected):
+                    raise FinepointError(f"{at} {REPLACED}")
+        if self._base is None or stamps(contents) == self._stamps:
+            return
+        for at, _ in unlike(self._base, base_beneath(self.model, self._base)):
+            raise FinepointError(f"{at} {REPLACED}")
+
+    def _left_as_base(self, at: str, indices: Tensor) -> Tensor:
+        """Which of a weight's positions no adapter that is on has written to: (k,) bool."""
+        kept = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
+        for name in self.active:
+            if at in self._swaps[name]:
+                kept &= ~torch.isin(indices, self._swaps[name][at].indices, assume_unique=True)
+        return kept
 
     def _known(self, name: str) -> None:
         if name not in self._swaps:

@@ -14,6 +14,10 @@ from finepoint.quantised import Replaced, float_values
 def verify(adapter: SparseAdapter, model: nn.Module) -> dict[str, Any]:
     """Applies and reverts the adapter, comparing all bits of the weights it touches; of quantised ones, the values.
 
+    Returns:
+        `entries`, `weights`, `changed` (stored values), `reverted`, and in `base` how far the adapter knows its base:
+        `whole`, `sampled` (one of several parts of each weight), or `entries` alone.
+
     Raises:
         FinepointError: it does not fit the model.
     """
@@ -24,7 +28,9 @@ def verify(adapter: SparseAdapter, model: nn.Module) -> dict[str, Any]:
         changed = sum(int((_shown(model, name, adapter[name]) != originals[name]).sum()) for name in adapter)
     if _digests(adapter, model) != before:
         raise AssertionError("revert did not restore every bit")
-    return {"entries": adapter.count, "weights": len(adapter), "changed": changed, "reverted": True}
+    known = adapter.fingerprint
+    base = "entries" if known is None else "whole" if known.one_in == 1 else "sampled"
+    return {"entries": adapter.count, "weights": len(adapter), "changed": changed, "reverted": True, "base": base}
 
 
 def _shown(model: nn.Module, name: str, indices: Tensor) -> Tensor:

@@ -1,13 +1,19 @@
-"""The named exception to an adapter's dtype: its change for a model that holds the same base values in a wider one."""
+"""The named exceptions to an adapter's own base: its change for the same values in a wider dtype, and for a base that
+is another one beside the entries that the adapter changes.
+"""
 
+import logging
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import Change, SparseAdapter, base_beneath
 from finepoint.adapters.entries import gather
+from finepoint.adapters.fingerprint import FINGERPRINT, unlike
 from finepoint.errors import FinepointError
+
+logger = logging.getLogger(__name__)
 
 
 def widened(adapter: SparseAdapter, model: nn.Module) -> SparseAdapter:
@@ -31,6 +37,28 @@ def widened(adapter: SparseAdapter, model: nn.Module) -> SparseAdapter:
     found = replace(adapter, changes=changes)
     found.check(model, in_place=False)  # what did not fit is told as always
     return found
+
+
+def rebased(adapter: SparseAdapter, model: nn.Module) -> SparseAdapter:
+    """The adapter for `model`, which differs from the base it was trained on beside the entries it changes.
+
+    At these entries, in the form of the weights and in everything else the model still has to be the base. What the
+    model computes with the adapter is then what nobody has trained or measured; a line says how much differs.
+
+    Args:
+        model: the other base; it stays as it is.
+
+    Raises:
+        FinepointError: the model is being trained.
+    """
+    if hasattr(model, "finepoint"):
+        raise FinepointError("the model is being trained; close its SparseTuner before taking it for a base")
+    known = adapter.fingerprint
+    here = base_beneath(model, known)
+    if known and (others := unlike(known, here)):
+        logger.warning("taken on another base by name: %d of its %d weights are not those the adapter was trained on, "
+                       "the first %s", len(others), len(known.weights), others[0][0])  # fmt: skip
+    return replace(adapter, base=adapter.base | {FINGERPRINT: here.as_json()})
 
 
 def _widened(name: str, change: Change, weight: nn.Parameter) -> Change:

@@ -16,7 +16,8 @@ LOSSES = {
 def run(config: ExportConfig) -> None:
     from finepoint.exchange.formats import export
 
-    found = export(config.model, config.adapter, config.format, config.output, config.dtype, config.overwrite)
+    found = export(config.model, config.adapter, config.format, config.output, config.dtype, config.overwrite,
+                   config.any_base)  # fmt: skip
     if config.json:
         print_json({"model": config.model, "adapter": config.adapter, **found})
         return

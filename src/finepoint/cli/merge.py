@@ -15,10 +15,13 @@ CONFIG = MergeConfig
 def run(config: MergeConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
     from finepoint.adapters.merging import merge
+    from finepoint.adapters.widening import rebased
 
     _check(config)
     adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter}
     model = _base(config, adapters)
+    if config.any_base and model is not None:
+        adapters = {folder: rebased(adapter, model) for folder, adapter in adapters.items()}
     if config.dry_run:
         _report(config, adapters, model)
         return

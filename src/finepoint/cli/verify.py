@@ -6,22 +6,29 @@ from finepoint.cli.output import print_json
 from finepoint.config import DType, VerifyConfig
 
 CONFIG = VerifyConfig
+# How far the adapter knows that base.
+KNOWN = {"whole": "", "sampled": " (of the rest of it a sample was compared)",
+         "entries": " (whether the rest of it is that base the adapter does not know)"}  # fmt: skip
 
 
 def run(config: VerifyConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
     from finepoint.adapters.verification import verify
+    from finepoint.adapters.widening import rebased
     from finepoint.models import load_model
 
     adapter = SparseAdapter.load(config.folder)
     dtypes = {change.dtype for change in adapter.changes.values()}
     dtype = config.dtype or (dtypes.pop() if len(dtypes) == 1 else "auto")
     model = load_model(config.model, cast(DType, dtype), adapter.info.get("labels", ()), quantise=config.quantise)
+    if config.any_base:
+        adapter = rebased(adapter, model)
     found = verify(adapter, model) | {key: adapter.info[key] for key in ("unfinished",) if key in adapter.info}
     if config.json:
         print_json({"adapter": config.folder, "model": config.model, **found})
     else:
         print(
             f"{config.folder} fits {config.model}: {found['entries']:,} entries in {found['weights']} weights lie on "
-            f"the base it was trained on; apply changed {found['changed']:,} stored values, revert restored every bit"
+            f"the base it was trained on{KNOWN[found['base']]}; apply changed {found['changed']:,} stored values, "
+            "revert restored every bit"
         )

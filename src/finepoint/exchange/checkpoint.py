@@ -1,12 +1,16 @@
 """A Hugging Face folder read weight by weight: its safetensors shards, never the whole model at once."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finepoint.adapters.base import form_of
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint_of, one_in_for
 from finepoint.errors import FinepointError
 from finepoint.files import read_json
 from finepoint.models import model_folder, outline
@@ -47,6 +51,10 @@ class Checkpoint:
     """the model on the meta device: shapes without numbers"""
     ties: dict[str, tuple[str, ...]]
     """all names of a weight of the model, by each of them; the first is the one adapters use"""
+    any_base: bool = False
+    """whether an adapter goes onto it that was trained on a base that is another beside the entries it changes"""
+    prints: dict[tuple[int, str | None], Fingerprint] = field(default_factory=dict)
+    """what `fingerprint` has found, by its arguments"""
 
     def read(self, tensor: str) -> Tensor:
         """One tensor, by its name in the files: a copy, on the CPU.
@@ -74,13 +82,45 @@ class Checkpoint:
         """
         if name not in self.ties:
             raise FinepointError(f"{self.name} has no weight {name!r}")
-        spelled = [name for tied in self.ties[name] for name in (tied, tied.removeprefix(self._prefix))]
-        if found := [name for name in dict.fromkeys(spelled) if name in self.tensors]:
+        if found := self._spelled(name):
             return found
         raise OtherLayoutError(
             f"{self.name} does not store {name!r} under this name: its files have another layout than the model, which "
             "transformers translates; export as merged, or apply the adapter to the loaded model and save_pretrained it"
         )
+
+    def _spelled(self, name: str) -> list[str]:
+        spelled = [one for tied in self.ties.get(name, (name,)) for one in (tied, tied.removeprefix(self._prefix))]
+        return [one for one in dict.fromkeys(spelled) if one in self.tensors]
+
+    def fingerprint(self, one_in: int | None = None, dtype: str | None = None) -> Fingerprint:
+        """The fingerprint of the model in these files, by its own names; read once, one weight after the other.
+
+        Weights that the files store in another layout than the model stay unknown.
+
+        Args:
+            one_in: as for `fingerprint.fingerprint`.
+            dtype: that of the model when it is loaded; None for the files' own.
+        """
+        contents = contents_of(self.outline)
+        one_in = one_in or one_in_for(sum(weight.numel() for weight in {id(w): w for w in contents.values()}.values()))
+        if (one_in, dtype) not in self.prints:
+            readers = {id(weight): self._reader(name, weight, dtype) for name, weight in contents.items()}
+            named = {name: readers[id(weight)] for name, weight in contents.items()}
+            self.prints[one_in, dtype] = fingerprint_of(named, one_in)
+        return self.prints[one_in, dtype]
+
+    def base(self, dtype: str | None = None) -> dict[str, Any]:
+        """What an adapter of this model keeps of it: form and fingerprint."""
+        return form_of(self.outline) | {FINGERPRINT: self.fingerprint(dtype=dtype).as_json()}
+
+    def _reader(self, name: str, weight: Tensor, dtype: str | None) -> Callable[[], Tensor] | None:
+        """What reads a weight, or a buffer that is stored."""
+        stored = self._spelled(name)
+        if not stored or self.tensors[stored[0]].shape != tuple(weight.shape):
+            return None
+        kept: str = dtype if dtype and self.tensors[stored[0]].is_float else ""
+        return lambda: self.read(stored[0]).to(getattr(torch, kept)) if kept else self.read(stored[0])
 
     def weight_of(self, tensor: str) -> str | None:
         """The weight that a tensor of the files is, by the name adapters use; None where it is none of the model."""

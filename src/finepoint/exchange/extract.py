@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from finepoint.adapters.adapter import Change, SparseAdapter
-from finepoint.adapters.base import form_of
 from finepoint.adapters.entries import checksum, gather
 from finepoint.choosing.selection import TopK
 from finepoint.errors import FinepointError
@@ -71,7 +70,7 @@ def extract(base: str, tuned: str, density: float | None = None) -> tuple[Sparse
     if not changes:
         raise FinepointError(f"{tuned} equals {base} bit for bit: there is no change to extract")
     info = _info(before, after, density, rows)
-    return SparseAdapter(changes, info, form_of(before.outline)), list(rows.values())
+    return SparseAdapter(changes, info, before.base()), list(rows.values())
 
 
 def comparable(before: Checkpoint, after: Checkpoint) -> list[str]:

@@ -1,10 +1,10 @@
 """Export an adapter to a layout, import one from it: one function each for all layouts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.base import form_of
 from finepoint.adapters.lowrank import PEFT_CONFIG, is_peft
 from finepoint.config import DType, ExportFormat, ImportFormat
 from finepoint.errors import FinepointError
@@ -26,6 +26,7 @@ def export(
     output: str,
     dtype: DType = "auto",
     overwrite: bool = False,
+    any_base: bool = False,
 ) -> dict[str, Any]:
     """Writes an adapter in another layout; all files appear at the end, none after an error.
 
@@ -35,6 +36,7 @@ def export(
         layout: see docs/exchange.md.
         output: folder to write.
         dtype: of the written weights (`merged`, `gguf`, `vllm-patch`); `auto` keeps the base's.
+        any_base: take a model that differs from the adapter's base beside the entries that it changes.
 
     Returns:
         What was written, JSON-ready: entries, and what the layout could not keep.
@@ -49,7 +51,7 @@ def export(
         raise FinepointError(f"{layout} holds changes, which have no dtype of the model's; leave out --dtype")
     if is_peft(adapter) and layout not in ("merged", "gguf"):
         raise FinepointError(f"{adapter} is PEFT's already; only merged and gguf can be made of it")
-    checkpoint = open_checkpoint(model)
+    checkpoint = replace(open_checkpoint(model), any_base=any_base)
     _refuse_own_folder(output, checkpoint)
     # A folder with old shards would be loaded together with the new ones.
     replaces = ("*.safetensors", INDEX) if layout == "merged" else ()
@@ -96,7 +98,7 @@ def import_adapter(folder: str, model: str, layout: ImportFormat = "auto", dtype
     changes = read_sparta(place, checkpoint, kept) if is_sparta else read_peft_sparse(place, checkpoint, kept, layout)
     if not changes:
         raise FinepointError(f"{folder} changes nothing: all of its entries are 0")
-    return SparseAdapter(changes, {"base_model": model, "imported_from": folder}, form_of(checkpoint.outline))
+    return SparseAdapter(changes, {"base_model": model, "imported_from": folder}, checkpoint.base(kept))
 
 
 def _pickled(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """An adapter laid over a checkpoint's files: what it writes where, checked weight by weight."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import Change, SparseAdapter, base_beneath
 from finepoint.adapters.base import differences
 from finepoint.adapters.entries import checksum, gather
+from finepoint.adapters.fingerprint import unlike
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.progress import tracked
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ def lay_over(adapter: SparseAdapter, checkpoint: Checkpoint, loaded: nn.Module |
     is_classifier = adapter.info.get("task") == "classification"
     # A classifier lacks its base's head, so that an embedding which is tied there is not tied in training.
     form = loaded or (classifier_outline(checkpoint, adapter.info) if is_classifier else checkpoint.outline)
-    if unlike := differences(adapter.base, form, [name for name in adapter if name in checkpoint.ties]):
-        raise FinepointError(f"the adapter does not fit {checkpoint.name}: {unlike[0]}")
+    if others := differences(adapter.base, form, [name for name in adapter if name in checkpoint.ties]):
+        raise FinepointError(f"the adapter does not fit {checkpoint.name}: {others[0]}")
     for name in tracked("checking the base", list(adapter)):
         change = adapter.changes[name]
         if name not in checkpoint.ties and change.kind == "full" and is_classifier:
@@ -55,7 +59,33 @@ def lay_over(adapter: SparseAdapter, checkpoint: Checkpoint, loaded: nn.Module |
         else:
             weight = loaded.get_parameter(name) if loaded and name in checkpoint.ties else checkpoint.weight(name)
             found[name] = _patch(name, change, weight, checkpoint)
+    _refuse_other_base(adapter, checkpoint, loaded)
     return found
+
+
+def _refuse_other_base(adapter: SparseAdapter, checkpoint: Checkpoint, loaded: nn.Module | None) -> None:
+    """Compares what the adapter knows of its base as a whole."""
+    known = adapter.fingerprint
+    if known is None or checkpoint.any_base:
+        return
+    here = base_beneath(loaded, known) if loaded else checkpoint.fingerprint(known.one_in)
+    if unread := [name for name in here.unknown if known.weights.get(name)]:
+        logger.warning("%d weights of %s are stored in another layout than the model's, the first %s: whether they are "
+                       "those of the adapter's base is not known", len(unread), checkpoint.name, unread[0])  # fmt: skip
+    # What a classifier's base has beyond it is the head that the classifier did without.
+    passed = ("more",) if adapter.info.get("task") == "classification" else ()
+    others = unlike(known, here)
+    for dtype in {change.dtype for change in adapter.changes.values()} if others and not loaded else ():
+        # Of a base that was rounded when it was loaded: `narrowed` tells what follows from that.
+        rounded = dict(unlike(known, checkpoint.fingerprint(known.one_in, dtype)))
+        others = [(name, how) for name, how in others if name in rounded]
+    for name, how in others:
+        if how not in passed:
+            what = {"values": f"the values of {name} are not those of the base it was trained on, beside the entries "
+                              "it changes", "missing": f"it has no weight {name!r}, and the adapter's base has",
+                    "more": f"it has a weight {name!r} that the adapter's base has not"}  # fmt: skip
+            raise FinepointError(f"the adapter does not fit {checkpoint.name}: {what[how]}; give that base, or take "
+                                 "this one by name (--any-base)")  # fmt: skip
 
 
 def classifier_outline(checkpoint: Checkpoint, info: Mapping[str, Any]) -> nn.Module:

@@ -1,7 +1,8 @@
 """Sparse patches in checkpoint coordinates, as vLLM takes them (pull requests 50723 and 53751).
 
 `patch.safetensors` holds `<tensor>.indices` (k,) int32, flat, ascending, and `<tensor>.values` (k,), the new values
-in the tensor's dtype; `patch.json` lists the tensors with name, shape and dtype, named as the base's files name them.
+in the tensor's dtype; `patch.json` lists the tensors with name, shape and dtype, named as the base's files name them,
+and holds the fingerprint of the base, by the names of the model's weights.
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from finepoint.adapters.fingerprint import FINGERPRINT
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.overlay import Patch, narrowed
@@ -47,6 +49,6 @@ def write_patch(patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Path
             found["entries"] += int(moves.sum())
             found = found | {key: found[key] + lost[key] for key in lost}
     save_file(tensors, into / TENSORS)
-    listed = {"base_model": checkpoint.name, "patches": rows}
+    listed = {"base_model": checkpoint.name, "patches": rows, FINGERPRINT: checkpoint.fingerprint().as_json()}
     (into / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
     return found

@@ -27,23 +27,23 @@ def reference(model: nn.Module) -> "Reference":
 
 
 def as_it_is(tuner: SparseTuner) -> Without:
-    """A context in which the chosen entries hold the values they hold now.
+    """A context in which the model holds the values it holds now, whichever entries are trained then.
 
     The values are put in and taken out, (k,) each way. The writing goes past autograd's version counters: what a graph
     has saved of the weights is there again, bit for bit, before its backward pass.
     """
     tuner.follow_()
-    values = {name: entries.values() for name, entries in tuner.entries.items()}
+    before = {name: (entries.known(), entries.held(entries.known())) for name, entries in tuner.entries.items()}
 
     @contextmanager
     def inside() -> Iterator[None]:
         for name, entries in tuner.entries.items():
-            entries.show_(values[name])
+            entries.show_(*before[name])
         try:
             yield
         finally:
             for entries in tuner.entries.values():
-                entries.write_(entries.weight.data)
+                entries.unshow_()
 
     return inside
 

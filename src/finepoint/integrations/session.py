@@ -48,6 +48,7 @@ class Session:
             folder = self.adapter().save(save_directory, overwrite=True)
             kept = {f"{CONTAINER}.{name.replace('.', '/')}.{what}": getattr(entries, what).detach().cpu()
                     for name, entries in self.tuner.entries.items() for what in ("delta", "indices")}  # fmt: skip
+            kept |= {f"{CONTAINER}.{name}": tensor for name, tensor in self.tuner.kept().items()}
             write_atomic(folder / WEIGHTS, lambda path: save_file(kept, path, {"format": "pt"}))
             if push_to_hub:
                 self.push_to_hub(kwargs.get("repo_id") or folder.name, token=kwargs.get("token"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import finepoint
-from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather
 from finepoint.choosing.passes import Batch, on_device
 from finepoint.choosing.rules import rule_named
@@ -121,7 +121,7 @@ def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool =
         audit: of a trainable one, as for `sparsify`.
 
     Returns:
-        The very same model. An adapter that was not to be trained can be taken out by its own `revert`.
+        The very same model. `unload` gives it back as it was; so does the adapter's own `revert`.
 
     Raises:
         FinepointError: no adapter is there, or it does not fit the model, which is unchanged then.
@@ -131,7 +131,7 @@ def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool =
         found.apply(model)
         return model
     found.check(model)
-    tuner = SparseTuner(model, found, audit=audit)
+    tuner = SparseTuner(model, found, audit=audit, base=found.fingerprint)
     _start_from_(tuner, found)
     whole = tuple(name for name, change in found.changes.items() if change.kind == "full")
     attach(model, Session(tuner, dict(found.info), whole))
@@ -158,14 +158,23 @@ def save(
 def unload(model: Model, *, revert: bool = False) -> Model:
     """Ends the training of a model: the plain model again, its flags as they were.
 
+    Of a model that is not in training, to which adapters are applied (`load`), it takes these out: the base's exact
+    bits again, in any case.
+
     Args:
         revert: with the base's exact bits instead of the trained values.
 
     Raises:
-        FinepointError: the model is not in training.
+        FinepointError: the model is not in training and no adapter is applied to it; or, where the base's bits are to
+            be put back, weights were replaced, so that these would be entries of another model.
     """
+    if SESSION not in vars(model) and (applied := applied_to(model)):
+        for adapter in reversed(applied):
+            adapter.revert(model)
+        return model
     session = session_of(model)
     if revert:
+        session.tuner.check_base()
         session.tuner.revert_()
     session.hook.remove()
     session.tuner.close()

@@ -8,7 +8,7 @@ from typing import Any
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.interpolation import wise_ft
 from finepoint.adapters.lowrank import info_of, is_peft, load_merged
-from finepoint.adapters.widening import widened
+from finepoint.adapters.widening import rebased, widened
 from finepoint.batches import context_length
 from finepoint.config import EvalConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
@@ -168,6 +168,8 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
         model.config.pad_token_id = padding_id(tokenizer, model)
     # LoRA's can be merged only now that the model is there; in the order given.
     adapters = {f: adapters[f] if f in adapters else load_merged(f, model) for f in config.adapter}
+    if config.any_base:
+        adapters = {folder: rebased(adapter, model) for folder, adapter in adapters.items()}
     if config.any_dtype:
         adapters = {folder: widened(adapter, model) for folder, adapter in adapters.items()}
     trained = [example for examples in sets["id"].values() for example in examples]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.fingerprint import contents_of, fingerprint
 from finepoint.adapters.format import TENSORS
 from finepoint.batches import Row, learned
 from finepoint.choosing.rules import rule_named
@@ -126,7 +127,7 @@ def _refuse_other_search(config: TrainConfig, place: Workplace, search: Path) ->
     """
     validation = some(read_examples(config.validation or ""), config.validation_limit)
     files = [Path(folder) / TENSORS for folder in config.exclude]
-    settings = deciding(config, place.rows) | {
+    settings = deciding(config, place.rows, fingerprint(contents_of(place.model))) | {
         "steps": config.steps, "epochs": config.epochs, "eval_every": config.eval_every, "patience": config.patience,
         "validation examples": digest_of(validation), "validation_limit": config.validation_limit,
         "entries excluded": [digest(file) if file.is_file() else str(file) for file in files],  # or a hub's

@@ -19,6 +19,7 @@ from finepoint.choosing.statistics import Statistics, stream_statistics
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.files import VERSION, alone, read_record, refuse_version, write_atomic, write_json, write_record
+from finepoint.models import new_head
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.workplace import Workplace, select_for
 
@@ -73,7 +74,8 @@ def _select(config: TrainConfig, place: Workplace, made: Path, store: Path) -> N
     seconds = time.perf_counter() - started + spent
     with SparseTuner(place.model, selection, audit=False) as tuner:
         facts = {name: value for name, value in selection.statistics.items() if name != "weights"}
-        write(tuner.adapter("delta", info={"rule": selection.rule, "selection": facts}), made)
+        head = new_head(place.model) if place.labels else []
+        write(tuner.adapter("delta", head, {"rule": selection.rule, "selection": facts}), made)
     write_record(made / "selection.json", {"seconds": round(seconds, 2), "statistics": selection.statistics})
 
 

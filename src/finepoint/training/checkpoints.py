@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finepoint import ranks
+from finepoint.adapters.fingerprint import Fingerprint, is_fingerprint, unlike
 from finepoint.errors import FinepointError
 from finepoint.files import VERSION, read_json, read_record, refuse_version, write_record
 from finepoint.packages import digest
@@ -21,6 +22,7 @@ from finepoint.packages import digest
 logger = logging.getLogger(__name__)
 SEAL = "sealed.json"
 CHECKPOINTS, RECORD = "checkpoints", "run.json"  # of a run, in its folder
+BASE = "base"  # of the settings: the fingerprint
 STATE = "trainer_state.json"  # the last file that transformers writes
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 """What transformers writes with torch.save; without one of them a run goes on, but not as if it had never stopped."""
@@ -62,10 +64,10 @@ def checkpoints(folder: Path) -> list[str]:
     return whole
 
 
-def deciding(config: Any, rows: Sequence[Any]) -> dict[str, Any]:
-    """The settings of a command that decide a run's bits, and a digest of its examples: a resumed run has the same."""
+def deciding(config: Any, rows: Sequence[Any], base: Fingerprint) -> dict[str, Any]:
+    """What decides a run's bits, of which a resumed run has the same: settings, a digest of the examples, the base."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    return settings | {"examples": digest_of(rows), "processes": ranks.count()}
+    return settings | {"examples": digest_of(rows), "processes": ranks.count(), BASE: base.as_json()}
 
 
 def digest_of(rows: Sequence[Any]) -> str:
@@ -120,10 +122,33 @@ def refuse_others(what: str | Path, before: Mapping[str, Any], settings: Mapping
     Raises:
         FinepointError: the setting is named.
     """
+    if is_fingerprint(before.get(BASE)):
+        _refuse_unlike(what, before[BASE], settings[BASE])
     for name, now in json.loads(json.dumps(settings)).items():
-        if name in before and before[name] != now:
+        if name != BASE and name in before and before[name] != now:
             raise FinepointError(f"{what} was trained with {name} {before[name]}, not {now}; give the same "
                                  "settings again, or start afresh with --overwrite")  # fmt: skip
+
+
+def refuse_other_base(checkpoint: str, base: Fingerprint) -> None:
+    """Refuses to go on with another base model than the checkpoint was trained on.
+
+    Raises:
+        FinepointError: a weight that is not the same is named.
+    """
+    sealed = Path(checkpoint) / SEAL
+    before = read_json(sealed)["settings"].get(BASE) if sealed.is_file() else None
+    if is_fingerprint(before):
+        _refuse_unlike(checkpoint, before, base.as_json())
+    else:
+        logger.warning("%s does not know its base as a whole (an earlier finepoint wrote it): another one would not be "
+                       "noticed", checkpoint)  # fmt: skip
+
+
+def _refuse_unlike(what: str | Path, before: Any, now: Any) -> None:
+    if others := unlike(Fingerprint.of_json(before), Fingerprint.of_json(now)):
+        raise FinepointError(f"{what} was trained on another base model: {others[0][0]} is not the same; give that "
+                             "--model again, or start afresh with --overwrite")  # fmt: skip
 
 
 def _flaw(checkpoint: Path) -> str | None:

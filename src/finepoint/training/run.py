@@ -18,7 +18,8 @@ from transformers.trainer_callback import PrinterCallback
 
 import finepoint
 from finepoint import interruption, ranks
-from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter import ANY_BASE, SparseAdapter
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint
 from finepoint.adapters.format import read, write
 from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Packer, Row, learned
@@ -34,7 +35,15 @@ from finepoint.models import new_head
 from finepoint.progress import progress
 from finepoint.training.aged import AgedAdamW
 from finepoint.training.baselines import Setting, baseline_named, options_of
-from finepoint.training.checkpoints import CHECKPOINTS, RECORD, checkpoints, deciding, step_of, to_go_on_from
+from finepoint.training.checkpoints import (
+    CHECKPOINTS,
+    RECORD,
+    checkpoints,
+    deciding,
+    refuse_other_base,
+    step_of,
+    to_go_on_from,
+)
 from finepoint.training.finite import NotFiniteError, TrainingFailedError
 from finepoint.training.interface import Method
 from finepoint.training.log import LOG
@@ -79,6 +88,8 @@ class Run:
     """weights of a new classification head, which are stored whole"""
     facts: dict[str, Any]
     """what the adapter says of itself"""
+    base: Fingerprint
+    """of the model before training"""
     steps: int
     keeps: bool
     """whether it leaves something when it is interrupted"""
@@ -94,6 +105,9 @@ class Run:
         """
         facts = self.facts if step is None else self.facts | marked(step, self.steps)
         adapter = self.method.tuner.adapter(self.config.store, self.head, facts)
+        if FINGERPRINT not in adapter.base:  # a baseline's, whose weights are stored whole
+            base = self.base.without(list(adapter), adapter.base.get("tied", ()))
+            adapter = replace(adapter, base=adapter.base | {FINGERPRINT: base.as_json()})
         return adapter, ranks.on_first(lambda: [self._write(adapter, place) for place in (*places, self.folder)][-1])
 
     def _write(self, adapter: SparseAdapter, place: Path) -> int:
@@ -157,14 +171,17 @@ def _fit(
     reset_peak()
     started = time.perf_counter()
     head = new_head(place.model) if place.labels else []
-    method, statistics = _method(config, place, head, folder if saved else None)
+    base = fingerprint(contents_of(place.model), without=head)
+    if saved:
+        ranks.on_first(partial(refuse_other_base, saved[0], base))
+    method, statistics = _method(config, place, head, folder if saved else None, base)
     selection_seconds = time.perf_counter() - started
     tuner = method.tuner
     what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
     logger.info("%d %s in %.1f s", tuner.count, what, selection_seconds)
     try:
         steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
-        run = Run(config, place, folder, method, head, _description(config, place, statistics), steps, keeps)
+        run = Run(config, place, folder, method, head, _description(config, place, statistics), base, steps, keeps)
         if not saved:
             ranks.on_first(partial(forget_earlier_run, folder))
             if config.save_every and not config.baseline:
@@ -233,7 +250,8 @@ def choose(config: SelectConfig) -> Selection:
         place = prepare(config)
         selection = select_for(config, place)
         with SparseTuner(place.model, selection, audit=False) as tuner:
-            adapter = tuner.adapter(info=_description(config, place, selection.statistics))
+            head = new_head(place.model) if place.labels else []
+            adapter = tuner.adapter(full=head, info=_description(config, place, selection.statistics))
         ranks.on_first(partial(_write_selection, folder, adapter, config, selection))
     return selection
 
@@ -250,7 +268,7 @@ def versions() -> dict[str, str]:
 
 
 def _method(
-    config: TrainConfig, place: Workplace, head: list[str], resumed: Path | None
+    config: TrainConfig, place: Workplace, head: list[str], resumed: Path | None, base: Fingerprint
 ) -> tuple[Method, dict[str, Any]]:
     """The tuner the configuration asks for, and what is known of the selection (where nothing is chosen, nothing)."""
     if config.baseline is None:
@@ -258,7 +276,7 @@ def _method(
         ready = refreshable(place.model, config.targets) if config.refresh else {}
         indices, statistics = _indices(config, place, resumed)
         indices = dict(indices) | {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
-        tuner = SparseTuner(place.model, indices, ready, audit=False)
+        tuner = SparseTuner(place.model, indices, ready, audit=False, base=base)
         if not config.no_audit:
             _audit_(config, place, tuner)
         method = Method(tuner, after_step=_rounding(config, tuner))
@@ -303,7 +321,8 @@ def _indices(
         return selection, selection.statistics
     adapter = read(source) if source == resumed else SparseAdapter.load(source)
     if problems := adapter.problems(place.model):
-        raise FinepointError(f"the indices in {source} do not fit this model: {problems[0]}")
+        reason = problems[0].removesuffix(f"; {ANY_BASE}")  # which is of no use to training
+        raise FinepointError(f"the indices in {source} do not fit this model: {reason}")
     if source == given:
         refuse_excluded(adapter, [excluded(folder, place.model) for folder in config.exclude], place.model)
     return {name: adapter[name] for name in adapter}, adapter.info.get("selection", {})
@@ -313,7 +332,7 @@ def _run_trainer(run: Run, validation: list[Row] | None, packer: Packer | None, 
     """Trains, followed by trackers; returns the steps, their losses and the seconds they took."""
     config, folder = run.config, run.folder
     rows = [row for row in run.place.rows if learned(row)]
-    settings = deciding(config, rows)
+    settings = deciding(config, rows, run.base)
     checkpoint = ranks.on_first(partial(to_go_on_from, folder, saved, run.steps, settings)) if saved else None
     with tracked(config, folder, step_of(checkpoint) if checkpoint else None) as (tracking, followers):
         arguments = _arguments(config, folder, run.steps, tracking, alone=run.place.collator.side == "none")

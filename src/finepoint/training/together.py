@@ -2,6 +2,8 @@
 before the first batch, averaged by k numbers.
 """
 
+import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,16 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from finepoint import ranks
+from finepoint.adapters.entries import gather
+from finepoint.adapters.fingerprint import (
+    FINGERPRINT,
+    Fingerprint,
+    contents_of,
+    is_fingerprint,
+    part,
+    shown,
+    total_of,
+    unlike,
+)
 from finepoint.errors import FinepointError
+from finepoint.quantised import float_values
 from finepoint.training.following import follow_after_steps
 from finepoint.training.trained import TrainedEntries, refuse_transforms
 
+logger = logging.getLogger(__name__)
+
 
 class Deltas(nn.ModuleDict):
-    """The trained entries of a model, by weight name with slashes for dots."""
+    """The trained entries of a model, by weight name with slashes for dots, and the fingerprint of its base."""
 
-    def __init__(self, entries: Mapping[str, TrainedEntries]) -> None:
+    def __init__(self, entries: Mapping[str, TrainedEntries], base: Fingerprint) -> None:
         super().__init__(entries)
+        self.base = base
         self.met = False
         self.averaging = False
         self.by_hand = False
@@ -37,6 +54,49 @@ class Deltas(nn.ModuleDict):
         super().__setstate__(state)
         self.running = 0
         follow_after_steps(self)
+
+    def refuse_other_base(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Before a state dict is loaded into the model: its weights have to be the base's, beside the trained entries.
+
+        Raises:
+            FinepointError: one is not; it is named, and nothing is loaded.
+        """
+        trained = {id(entries.weight): entries for entries in self.members()}
+        for name, weight in contents_of(model).items():
+            given, known = state_dict.get(prefix + name), self.base.weights.get(name)
+            if not known or not isinstance(given, Tensor) or given.is_meta or given.shape != weight.shape:
+                continue
+            if ranks.is_sharded(given) or ranks.is_sharded(weight):
+                continue
+            given, shift = float_values(given).to(weight.dtype), 0
+            if entries := trained.get(id(weight)):
+                held = entries.known()
+                shift = part(held.indices, held.base, self.base.one_in)
+                shift -= part(held.indices, gather(given, held.indices), self.base.one_in)
+            if shown(tuple(given.shape), total_of(given, self.base.one_in) + shift) != known:
+                raise FinepointError(f"{name} of the state dict is not that of the base in training, beside the "
+                                     "entries that are trained; load it into a model of its own")  # fmt: skip
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Where the deltas say what they lie on, it has to be this base.
+
+        Raises:
+            FinepointError: it is another; nothing is loaded.
+        """
+        kept = state_dict.pop(f"{prefix}{FINGERPRINT}", None)
+        if kept is not None:
+            known = _read(kept)
+            if others := unlike(known, self.base):
+                raise FinepointError(f"the deltas to be loaded were trained on another base: {others[0][0]} differs; "
+                                     "give the model they were trained on")  # fmt: skip
+        elif any(name.endswith(".indices") for name in state_dict):
+            logger.warning("the deltas to be loaded know nothing of their base (an earlier finepoint wrote them): "
+                           "another base would not be noticed")  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def kept(self) -> dict[str, Tensor]:
+        """What tells the base where deltas are kept as tensors."""
+        return {FINGERPRINT: torch.tensor(list(json.dumps(self.base.as_json()).encode()), dtype=torch.uint8)}
 
     def forward(self, x: Any) -> Any:
         """The input: a model that is an `nn.Sequential` runs every child that it has, this one too."""
@@ -136,6 +196,16 @@ class Deltas(nn.ModuleDict):
         together /= ranks.count()
         for delta, mean in zip(deltas, together.split([len(delta) for delta in deltas]), strict=True):
             delta.grad = mean.to(delta.dtype)
+
+
+def _read(kept: Tensor) -> Fingerprint:
+    try:
+        found = json.loads(bytes(kept.cpu().tolist()))
+    except ValueError:
+        found = None
+    if not is_fingerprint(found):
+        raise FinepointError("the deltas to be loaded are damaged: what they say of their base cannot be read")
+    return Fingerprint.of_json(found)
 
 
 def lagging(members: Iterable[TrainedEntries]) -> list[TrainedEntries]:

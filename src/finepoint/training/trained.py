@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from finepoint import ranks
 from finepoint.adapters.adapter import Change
 from finepoint.adapters.entries import checksum, gather, moved, scatter_
+from finepoint.adapters.fingerprint import Moved as BaseMoved
 from finepoint.errors import FinepointError
 from finepoint.training.kernels import follow_, sampled_embedding_gradient, sampled_gradient
 from finepoint.training.kernels.groups import Groups, whole_groups
@@ -75,6 +76,7 @@ class TrainedEntries(nn.Module):
         self._find_groups(given)
         self.written = self.delta.detach().clone()
         self.looked_at: Callable[[], bool] = _never  # whether somebody has asked for all of the model's entries
+        self._hidden: tuple[Tensor, Tensor] | None = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Takes deltas from a state dict; where that says which entries they are of, they must be these.
@@ -119,6 +121,11 @@ class TrainedEntries(nn.Module):
             return self.trained()
         order = torch.cat([self.settled_indices, self.indices]).argsort()
         return Moved(*(torch.cat(parts)[order] for parts in zip(self.settled, self.trained(), strict=True)))
+
+    def moved(self) -> list[BaseMoved]:
+        """Where the weight does not hold the base's values."""
+        known = self.known()
+        return [BaseMoved(self.name, known.indices, known.base, self.held(known))]
 
     def check(self, indices: Tensor) -> None:
         """Refuses indices that `choose_` cannot take.
@@ -244,10 +251,26 @@ class TrainedEntries(nn.Module):
         if self.follows and self.lags():
             self.follow_()
 
-    def show_(self, values: Tensor) -> None:
-        """Has the entries hold other values, (k,), until `write_`; past autograd's version counters."""
+    def show_(self, earlier: Moved, values: Tensor) -> None:
+        """Has the weight hold what it held earlier, until `unshow_`; past autograd's version counters.
+
+        Args:
+            earlier: the entries that may have differed from the base then.
+            values: what they held; all others hold the base's values.
+        """
+        self.write_(self.weight.data)  # or the next forward would write the deltas again
+        now = self.known()
+        indices = torch.cat([now.indices, earlier.indices])
+        self._hidden = indices, gather(self.weight, indices)
+        scatter_(self.weight.data, now.indices, now.base)
+        scatter_(self.weight.data, earlier.indices, values)
         self.shown = values
-        scatter_(self.weight.data, self.indices, values)
+
+    def unshow_(self) -> None:
+        """Has the weight hold what it held before `show_`."""
+        if self._hidden is not None:
+            scatter_(self.weight.data, *self._hidden)
+            self._hidden = self.shown = None
 
     def values(self) -> Tensor:
         """What the trained entries hold, in the weight's dtype: (k,)."""
@@ -325,11 +348,17 @@ class QuantisedEntries(TrainedEntries):
         else:
             scatter_(weight, self.indices, self.shown)
 
-    def show_(self, values: Tensor) -> None:
-        self.shown = values
+    def show_(self, earlier: Moved, values: Tensor) -> None:
+        self.shown = values  # its entries are chosen once
+
+    def unshow_(self) -> None:
+        self.shown = None
 
     def held(self, entries: Moved) -> Tensor:
         return moved(entries.base, entries.delta)
+
+    def moved(self) -> list[BaseMoved]:
+        return []
 
     def write_(self, weight: Tensor) -> None:
         self.shown = None

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from finepoint import ranks
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.base import form_of
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, stamps, unlike
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
 from finepoint.offloaded import in_memory, is_outline
@@ -59,6 +60,7 @@ class SparseTuner:
         ready: further weights, of which entries may be chosen later.
         audit: try on the model that every chosen entry gets the gradient of its own loss, at once if an input can be
             made up for it, else with the first one that it is trained on; see `audit_`.
+        base: the model's fingerprint, where it is known already.
 
     Raises:
         FinepointError: no index at all, an unknown weight, indices out of order or range, a weight that is not in
@@ -66,8 +68,9 @@ class SparseTuner:
     """
 
     def __init__(
-        self, model: nn.Module, indices: Mapping[str, Tensor], ready: Iterable[str] = (), *, audit: bool = True
-    ) -> None:
+        self, model: nn.Module, indices: Mapping[str, Tensor], ready: Iterable[str] = (), *, audit: bool = True,
+        base: Fingerprint | None = None,
+    ) -> None:  # fmt: skip
         if hasattr(model, CONTAINER):
             raise FinepointError("the model has a SparseTuner already; close that one first")
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -91,17 +94,24 @@ class SparseTuner:
         if not self.count:
             raise FinepointError("there is no index to train; select some first")
 
+        contents = contents_of(model)
+        self.base = base or fingerprint(contents)
+        trained = {id(entries.weight) for entries in self.entries.values()}
+        self._untouched = {name: tensor for name, tensor in contents.items() if id(tensor) not in trained}
+        self._stamps = stamps(self._untouched)
         quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedEntries)]
         altered = {entries.name: entries.alter_ for entries in quantised}
         self._handles: list[Any] = [*replace_forwards(model, altered)]  # whatever `remove` takes off the model
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
-        container = self._deltas = Deltas({name.replace(".", "/"): entries for name, entries in self.entries.items()})
+        named = {name.replace(".", "/"): entries for name, entries in self.entries.items()}
+        container = self._deltas = Deltas(named, self.base)
         setattr(model, CONTAINER, container)
         self._handles.append(model.register_forward_pre_hook(container.meet))
         for module in {id(each): each for each in (model, getattr(model, "base_model", model))}.values():
             self._handles.append(module.register_forward_pre_hook(container.enter, prepend=True))
             self._handles.append(module.register_forward_hook(container.leave, always_call=True))
+        self._handles.append(model.register_load_state_dict_pre_hook(container.refuse_other_base))
         self._hooks = {name: attach(model, entries) for name, entries in self.entries.items()}
         self._handles.append(LeftOutOfDDP(model))
         self.audited: Audit | None = None
@@ -250,6 +260,10 @@ class SparseTuner:
         for name, entries in self.entries.items():
             entries.settle_(places[f"{name}.settled_indices"], places[f"{name}.settled_delta"])
 
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint of the deltas needs to know its base by."""
+        return self._deltas.kept()
+
     def train_together(self) -> None:
         """From now on several processes train, each on batches of its own, and call `average_` before each step.
 
@@ -288,16 +302,44 @@ class SparseTuner:
                 of half-precision weights and deltas of others. All reproduce the trained weights bit for bit.
             full: weights to store whole, without a base to compare with (a new classification head).
             info: where it comes from; JSON-ready.
+
+        Raises:
+            FinepointError: a weight was changed of which nothing is trained.
         """
         if store not in ("auto", "delta", "value"):
             raise FinepointError(f"store is {store!r}; give 'auto', 'delta' or 'value'")
         self.follow_()
+        self._refuse_other_changes()
         whole = set(full)
         changes = {
             name: entries.whole() if name in whole else entries.change(store) for name, entries in self.entries.items()
         }
         kept = {name: change for name, change in changes.items() if len(change)}
-        return SparseAdapter(kept, dict(info or {}), form_of(self.model))
+        form = form_of(self.model)
+        base = self.base.without(whole, form["tied"])
+        return SparseAdapter(kept, dict(info or {}), form | {FINGERPRINT: base.as_json()})
+
+    def check_base(self) -> None:
+        """Looks at all of the model: beside the entries in training it has to be the base it was.
+
+        Raises:
+            FinepointError: a weight is not; it is named.
+        """
+        contents = contents_of(self.model)
+        if contents.keys() != self.base.weights.keys():  # PEFT wraps layers, whose weights go by other names then
+            return
+        moved = [one for entries in self.entries.values() for one in entries.moved()]
+        here = fingerprint(contents, moved, self.base.one_in, self.base.unknown)
+        for name, _ in unlike(self.base, here):
+            raise FinepointError(f"{name} was changed since the training began, beside the entries that are trained, "
+                                 "and an adapter holds nothing else; load the base anew")  # fmt: skip
+
+    def _refuse_other_changes(self) -> None:
+        """`check_base`, where something has written to a weight of which nothing is trained."""
+        now = stamps(self._untouched)
+        if now != self._stamps and not any(map(ranks.is_sharded, self.model.parameters())):
+            self.check_base()
+            self._stamps = now
 
     def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> list[Path]:
         """Writes an adapter of this tuner over whatever is in the folder; returns the file with the tensors."""

@@ -1,7 +1,8 @@
 """What a run works on: a model, its tokenizer and examples in tokens; and the choosing of entries there."""
 
+import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from finepoint import ranks
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.fingerprint import contents_of, fingerprint
 from finepoint.batches import Collator, Packer, context_length
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Budget, Selection, select
@@ -57,7 +59,8 @@ def prepare(config: SelectConfig) -> Workplace:
         raise FinepointError(f"{ALONE}; give a float base, or start it without a launcher")
     if labels:
         model.config.pad_token_id = padding_id(tokenizer, model)
-    ranks.check_alike("the base model", _fingerprint(model))
+    if ranks.count() > 1:
+        ranks.check_alike("the base model", [json.dumps(fingerprint(contents_of(model)).as_json()).encode()])
     if wanted():
         shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
     return workplace(config, model, tokenizer, examples, labels)
@@ -71,14 +74,6 @@ def workplace(
     rows = encode_all(tokenizer, examples, limit, labels, "training example", model) if examples else []
     return Workplace(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer, [row.ids for row in rows]),
                      Seen.of(examples))  # fmt: skip
-
-
-def _fingerprint(model: Any) -> Iterator[bytes]:
-    """Something of every weight that is another where the weight is: the sum of its bits, at the speed of memory."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, weight in model.named_parameters():
-        bits = weight.detach().view(kinds[weight.itemsize]).sum(dtype=torch.long)
-        yield f"{name} {tuple(weight.shape)} {bits.item()}".encode()
 
 
 def select_for(
