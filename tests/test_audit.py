@@ -16,6 +16,7 @@ import finepoint
 from conftest import random_batches, snapshot, tiny_llama, write_lines
 from finepoint.errors import FinepointError
 from finepoint.files import read_record
+from finepoint.quantised import float_values, quantise_
 from finepoint.training.tuner import SparseTuner
 from reference import Output, dense_masked_training
 
@@ -560,3 +561,55 @@ def test_a_run_records_its_audit_unless_told_to_do_without(model_folder, tmp_pat
     done = finepoint(*given, "--output", tmp_path / "b", "--no-audit")
     assert "audited" not in done.stderr
     assert read_record(tmp_path / "b" / "run.json")["audit"] is None
+
+
+def test_autocast_that_hides_in_the_forward_is_no_fault():
+    """accelerate patches the model's forward, within which half precision rounds more than the weights' dtype does."""
+    model = Toy().float()
+    before = model.forward
+
+    def forward(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return before(*args, **kwargs)
+
+    model.forward = forward
+    with SparseTuner(model, choice(model)) as tuner:
+        model(**steps_for()[0][0]).loss.backward()
+        assert not tuner.audited.widened
+        assert tuner.audited.weights == set(tuner.entries)
+
+
+class Wide(nn.Module):
+    def __init__(self, functional):
+        super().__init__()
+        torch.manual_seed(0)
+        self.functional = functional
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = linear(x, self.a.weight) if self.functional else self.a(x)
+        return self.b(x.relu())
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_quantised_weight_is_asked_at_its_float_values_and_refused_where_it_is_used_elsewhere(functional):
+    pytest.importorskip("torchao")
+    model, x = Wide(functional), torch.randn(5, 64)
+    quantise_(model, "int8", ["a", "b"])
+    with torch.no_grad():
+        expected = Wide(functional)
+        for name in "ab":
+            getattr(expected, name).weight.copy_(float_values(getattr(model, name).weight))
+    indices = {"a.weight": torch.arange(0, 4096, 7), "b.weight": torch.arange(0, 4096, 5)}
+    tuner = SparseTuner(model, indices)
+    if functional:
+        with pytest.raises(FinepointError, match=r"a\.weight would get another gradient .*off by 100 %"):
+            model(x)
+        assert not hasattr(model, "finepoint")
+        return
+    model(x).square().sum().backward()
+    expected(x).square().sum().backward()
+    assert tuner.audited.weights == set(indices)
+    for name, entries in tuner.entries.items():
+        dense_gradient = expected.get_parameter(name).grad.flatten()[indices[name]]
+        torch.testing.assert_close(entries.delta.grad, dense_gradient, rtol=1e-4, atol=1e-4)

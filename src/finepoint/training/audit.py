@@ -25,8 +25,8 @@ from torch.utils.checkpoint import CheckpointError
 from finepoint import ranks
 from finepoint.adapters.entries import gather
 from finepoint.choosing.passes import undisturbed
+from finepoint.choosing.rules import wide
 from finepoint.errors import FinepointError
-from finepoint.precision import in_float64
 from finepoint.quantised import float_values
 from finepoint.training.trained import QuantisedEntries, TrainedEntries
 
@@ -173,9 +173,9 @@ class Seen:
     count: int
     """entries of the weight"""
     dense: Tensor | None = None
-    """(k,) float64, out of the dense gradient; None where none was made"""
+    """(k,), out of the dense gradient; None where none was made"""
     sparse: Tensor | None = None
-    """(k,) float64, what the deltas got; None where no graph led to them"""
+    """(k,), what the deltas got; None where no graph led to them"""
     square: float = 0.0
     """of the dense gradient's norm"""
     largest: Tensor | None = None
@@ -235,7 +235,7 @@ def _seen(
                 result.backward()
             for name in names:
                 gradient = members[name].delta.grad
-                found[name].sparse = None if gradient is None else in_float64(ranks.whole(gradient))
+                found[name].sparse = None if gradient is None else wide(ranks.whole(gradient))
                 _put_together_(found[name], members[name])
     return found
 
@@ -246,11 +246,10 @@ def _collect_(seen: Seen, entries: TrainedEntries, weight: Tensor) -> None:
     assert gradient is not None
     weight.grad = None
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    part = in_float64(_own_part(gradient, entries.indices))
+    part = wide(_own_part(gradient, entries.indices))
     seen.dense = part if seen.dense is None else seen.dense + part
     local: Tensor = gradient.to_local() if ranks.is_sharded(gradient) else gradient  # type: ignore[attr-defined]
-    wide = torch.promote_types(local.dtype, torch.float32)
-    seen.square += float(torch.linalg.vector_norm(local, dtype=wide)) ** 2
+    seen.square += float(torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))) ** 2
     if local is gradient and not bool(seen.dense.any()):
         seen.largest = local.abs().flatten().topk(min(PROBES, local.numel())).indices.sort().values
 
@@ -277,7 +276,8 @@ def _put_together_(seen: Seen, entries: TrainedEntries) -> None:
     """Of a sharded weight every process has collected a part."""
     if not entries.sharded:
         return
-    parts = torch.zeros(len(entries.indices) + 2, dtype=torch.float64, device=entries.indices.device)
+    dtype = torch.promote_types(entries.base.dtype, torch.float32)
+    parts = torch.zeros(len(entries.indices) + 2, dtype=dtype, device=entries.indices.device)
     if seen.dense is not None:
         parts[0], parts[1], parts[2:] = 1, seen.square, seen.dense
     ranks.add_up_(parts)
@@ -382,9 +382,8 @@ def _mixture(tensor: Tensor) -> Tensor:
     # No pattern in it: the sum of a normalised output, for one, has no gradient.
     factors = torch.arange(1, tensor.numel() + 1, device=tensor.device, dtype=torch.float32).mul_(1.7).square_().sin_()
     factors /= tensor.numel() ** 0.5
-    wide = tensor if tensor.is_complex() else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    mixed = (wide.reshape(-1).abs() if wide.is_complex() else wide.reshape(-1)) * factors
-    return mixed.sum().to("cpu", torch.float64)
+    numbers = (tensor.abs() if tensor.is_complex() else tensor).reshape(-1)
+    return (wide(numbers) * factors).sum().cpu().double()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -422,7 +421,8 @@ class AtFirst:
             return
         self.remove()
         if any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__):
-            return  # which is in the middle of its own forward
+            logger.info("the first input comes to a sharded model, which could not be audited with it")
+            return  # it is in the middle of its own forward
         hooks = set(model._forward_pre_hooks)
         self.audit_(lambda: outcome(model(*args, **kwargs)))
         for key, hook in list(model._forward_pre_hooks.items()):

@@ -173,9 +173,8 @@ class SparseTuner:
         """Audits with an input that is made up, or waits for the first one that comes."""
         if any(entries.weight.is_meta for entries in self.entries.values()):
             return
-        inputs = made_up(self.model)
         try:
-            if inputs is not None:
+            if (inputs := made_up(self.model)) is not None:
                 self.audit_(lambda: outcome(self.model(**inputs)))
         except FinepointError:
             raise
