@@ -339,7 +339,8 @@ def test_a_run_by_several_processes_is_that_of_one(config, alone, how, count):
     steps = [numbers for numbers in sums if numbers == k]
     assert len(steps) == config.steps
     if not sharded:
-        assert sum(sums) - sum(steps) == 2  # tokens and places of padding, at the end
+        # Losses and labels of each evaluation; tokens and places of padding, at the end.
+        assert sum(sums) - sum(steps) == 2 * config.steps + 2
         others = sum(numbers for name, numbers in found[0]["sent"] if name != "allreduce_")
         assert others < 20_000  # messages about the run, and the losses that are logged; the model is not sent
 
