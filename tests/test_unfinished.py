@@ -164,6 +164,17 @@ def test_before_the_first_step_nothing_is_left(config, monkeypatch, ctrl_c):
     assert not list(Path(config.output).rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("baseline", ["lora", "rosa"])
+def test_checkpoints_of_factors_are_evaluated_like_adapters(config, baseline, choice_file, caplog):
+    density = {"density": 0.05} if baseline == "rosa" else {"density": None, "rule": "random"}
+    train(replace(config, baseline=baseline, lr=None, save_every=4, **density))
+    place = f"{config.output}/checkpoints/checkpoint-4"
+    found = evaluate_config(EvalConfig(model=config.model, adapter=[place], probe=[f"x={choice_file}"], limit=8))
+    assert found["adapters"][place]["unfinished"] == "step 4 of 6"
+    assert found["adapters"][place]["probe_change"]["x"] != 0
+    assert f"{place} is unfinished: its training was left at step 4 of 6" in caplog.text
+
+
 @pytest.mark.parametrize("baseline", ["lora", "bitfit"])
 def test_baselines_too(config, baseline, tmp_path, monkeypatch, ctrl_c):
     config = replace(config, baseline=baseline, density=None, rule="random", lr=None)
