@@ -6,8 +6,16 @@ import pytest
 import torch
 import transformers as t
 
-from conftest import tiny_llama, write_lines
+import finepoint
+from conftest import assert_same_bits, snapshot, tiny_llama, write_lines
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.batches import IGNORED, Collator, Row
 from finepoint.config import TrainConfig
+from finepoint.errors import FinepointError
+from finepoint.exchange.formats import export
+from finepoint.measuring.generation import written
+from finepoint.measuring.scoring import class_logits, token_log_likelihoods
+from finepoint.models import class_order, load_model
 from finepoint.training.loss import completion_loss
 from finepoint.training.run import train
 from test_loss import softcapped
@@ -62,3 +70,183 @@ def test_loss_and_gradient_of_a_classifiers_step_do_not_depend_on_accumulation(t
     assert found[0][1] > 0
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+def folder_of(path, model, tokenizer):
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+DECODERS = {
+    "gpt-neo, window 8": t.GPTNeoConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, window_size=8,
+                                        attention_types=[[["global", "local"], 1]], max_position_embeddings=140,
+                                        intermediate_size=24, initializer_range=0.3),
+    "rwkv": t.RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16,
+                         intermediate_size=24),
+    "recurrent gemma": t.RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3}, num_key_value_heads=1, lru_width=16,
+                                              attention_window_size=8, head_dim=4),
+    "bloom": t.BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4, initializer_range=0.3),
+    "roberta decoder": t.RobertaConfig(**SMALL, is_decoder=True),
+    "phi 3, long rope": t.Phi3Config(**SMALL, num_key_value_heads=2, original_max_position_embeddings=10, rope_scaling={
+        "rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [3.0, 7.0],
+        "original_max_position_embeddings": 10}),
+}  # fmt: skip
+ROWS = [torch.randint(4, 60, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 17, 30)]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_batches_choices_and_generation_give_what_each_example_gives_alone(name, tokenizer):
+    model = built(DECODERS[name])
+    rows = [Row(ids, [IGNORED] * 3 + ids[3:]) for ids in ROWS]
+    collator = Collator.of(model, tokenizer, ROWS)
+    assert (collator.side == "none") == (name == "phi 3, long rope")
+    labels = sum(len(ids) - 3 for ids in ROWS)
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([r.ids]), labels=torch.tensor([r.labels])).loss for r in rows]
+        expected = sum(loss * (len(ids) - 3) for loss, ids in zip(alone, ROWS, strict=True)) / labels
+        found = sum(completion_loss(model, batch, labels) for batch in collator.batches(rows, 4))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    prompt = ROWS[3][:20]  # longer than any window
+    requests = [(prompt, ROWS[3][20:28]), (prompt, ROWS[2][:9]), (prompt, ROWS[1][:1]), (ROWS[0][:2], ROWS[0][2:])]
+    for (context, answer), values in zip(requests, token_log_likelihoods(model, tokenizer, requests, 140), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([context + answer])).logits[0].log_softmax(-1)
+        own = logits[len(context) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(values, own, rtol=1e-4, atol=1e-4)
+    together = [answer.text for answer in written(model, tokenizer, ROWS[:3], 140, 4)]
+    assert together == [written(model, tokenizer, [ids], 140, 4)[0].text for ids in ROWS[:3]]
+
+
+ENCODERS = {
+    "bert": t.BertConfig(**SMALL), "roberta": t.RobertaConfig(**SMALL), "xlnet": t.XLNetConfig(
+        vocab_size=64, d_model=16, n_layer=2, n_head=4, d_inner=24, initializer_range=0.3),
+    "t5": t.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, pad_token_id=0,
+                     eos_token_id=2, decoder_start_token_id=0),
+    "fnet": t.FNetConfig(**SMALL), "gpt2": t.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=4, n_positions=140,
+                                                        pad_token_id=0, initializer_range=0.3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_classifier_gives_every_row_of_a_batch_what_it_gives_alone(name, tokenizer):
+    model = classifier(ENCODERS[name])
+    rows = [[1, *ids, 2] for ids in ROWS]
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
+    collator = Collator.of(model, tokenizer)
+    batches = [[row] for row in rows] if collator.side == "none" else [rows]
+    assert (collator.side == "none") == (name == "fnet")  # Fourier transforms mix all there is
+    torch.testing.assert_close(torch.cat([class_logits(model, batch, collator) for batch in batches]), alone)
+
+
+@pytest.mark.parametrize("name", ["bert", "xlnet"])
+def test_a_model_that_sees_later_tokens_is_no_language_model(name, tokenizer):
+    with pytest.raises(FinepointError, match="is no causal language model"):
+        Collator.of(built(ENCODERS[name]), tokenizer)
+    decoder = built(t.BertConfig(**SMALL, is_decoder=True))
+    assert Collator.of(decoder, tokenizer).causal  # negative control
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "bert without a head"])
+def test_checkpoints_that_hold_no_language_model_are_refused(kind, tmp_path, tokenizer):
+    bart = t.BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                        decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24)  # fmt: skip
+    model = {"t5": lambda: t.T5ForConditionalGeneration(ENCODERS["t5"]),
+             "bart": lambda: t.BartForConditionalGeneration(bart),
+             "bert without a head": lambda: t.BertModel(t.BertConfig(**SMALL, is_decoder=True))}[kind]()  # fmt: skip
+    folder = folder_of(tmp_path / "m", model, tokenizer)
+    with pytest.raises(FinepointError, match="encoder-decoder" if kind != "bert without a head" else "drawn at random"):
+        load_model(folder, device="cpu")
+
+
+def test_weights_that_were_drawn_on_loading_are_stored_and_exported(tmp_path, tokenizer):
+    """BERT as a masked language model has no pooler, and its classifier draws one."""
+    torch.manual_seed(0)
+    folder = folder_of(tmp_path / "bert", t.BertForMaskedLM(t.BertConfig(**SMALL)), tokenizer)
+    data = write_lines(
+        tmp_path / "rows.jsonl", [{"text": f"{'ab' * n} {c}", "label": c} for n, c in enumerate("xyxy", 1)]
+    )
+    config = TrainConfig(model=folder, data=data, output=str(tmp_path / "a"), steps=1, density=0.05, seed=3)
+    train(config)
+    adapter = SparseAdapter.load(tmp_path / "a")
+    assert {name for name, change in adapter.changes.items() if change.kind == "full"} == {
+        "classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}  # fmt: skip
+    model = load_model(folder, labels=adapter.info["labels"], seed=7, device="cpu")
+    adapter.apply(model)
+    export(folder, str(tmp_path / "a"), "merged", str(tmp_path / "whole"))
+    elsewhere = t.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
+    ids = torch.tensor([ROWS[2]])
+    assert_same_bits(snapshot(model), snapshot(elsewhere))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, elsewhere(input_ids=ids).logits)
+
+
+def sorted_out(**kwargs):
+    config = t.LlamaConfig(**SMALL, num_key_value_heads=2, **kwargs)
+    config.architectures = ["LlamaForSequenceClassification"]
+    return config
+
+
+def test_a_base_that_is_a_classifier_keeps_the_order_of_its_labels(tmp_path, tokenizer):
+    own = {0: "sport", 1: "money", 2: "art"}
+    base = built(sorted_out(id2label=own, label2id={name: i for i, name in own.items()}),
+                 t.AutoModelForSequenceClassification)  # fmt: skip
+    folder = folder_of(tmp_path / "base", base, tokenizer)
+    assert class_order(base.config, ["art", "money", "sport"]) == ["sport", "money", "art"]
+    assert class_order(base.config, ["0", "1", "2"]) == ["0", "1", "2"]
+    assert class_order(t.LlamaConfig(**SMALL), ["a", "b"]) == ["a", "b"]
+    other = load_model(folder, labels=["art", "money", "sport"], device="cpu")  # as earlier adapters have them
+    ids = torch.tensor([ROWS[1]])
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=ids).logits, base(input_ids=ids).logits[:, [2, 1, 0]])
+    stored = SparseAdapter({}, {"task": "classification", "labels": ["art", "money", "sport"]})
+    assert not stored.problems(other)
+    assert "in this order" in stored.problems(base)[0]
+
+
+@pytest.mark.parametrize(("kwargs", "labels", "message"), [
+    ({"num_labels": 3}, ["a", "b"], "of 3 labels"),
+    ({"num_labels": 2}, ["a", "b"], "classifier of LABEL_0, LABEL_1"),
+    ({"num_labels": 1}, ["a", "b"], "for regression"),
+    ({"num_labels": 2, "problem_type": "multi_label_classification"}, ["0", "1"], "for multi_label"),
+])  # fmt: skip
+def test_a_base_that_is_another_classifier_is_refused(kwargs, labels, message):
+    with pytest.raises(FinepointError, match=message):
+        class_order(sorted_out(**kwargs), labels)
+
+
+def test_sparsify_trains_and_stores_a_head_that_no_checkpoint_holds(tmp_path):
+    model = finepoint.sparsify(classifier(t.LlamaConfig(**SMALL)), "random", 0.01)
+    finepoint.save(model, tmp_path / "a")
+    adapter = SparseAdapter.load(tmp_path / "a")
+    assert adapter.changes["score.weight"].kind == "full"
+    assert not adapter.changes_nothing()
+    assert finepoint.sparsify(tiny_llama(), "random", 0.01)._finepoint_session.whole == ()  # words need no head
+
+
+def test_what_is_trained_besides_the_entries_is_not_left_out_of_a_saved_adapter_silently(tmp_path):
+    model = finepoint.sparsify(tiny_llama(), "random", 0.01)
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(FinepointError, match=r"model\.norm\.weight \(1\)"):
+        finepoint.save(model, tmp_path / "a")
+    model.model.norm.weight.requires_grad_(False)
+    finepoint.save(model, tmp_path / "a")
+
+
+def test_an_adapter_that_changes_nothing_says_so(tmp_path, caplog):
+    for dtype in (torch.float32, torch.bfloat16):  # deltas, and values
+        model = finepoint.sparsify(tiny_llama(dtype), "random", 0.01)
+        caplog.clear()
+        finepoint.save(model, tmp_path / str(dtype))
+        assert "changes nothing" in caplog.text
+        caplog.clear()
+        finepoint.load(tiny_llama(dtype), tmp_path / str(dtype))
+        assert "changes nothing" in caplog.text
+        entries = next(iter(finepoint.tuner_of(model).entries.values()))
+        with torch.no_grad():
+            entries.delta.fill_(0.5)
+        entries.follow_()
+        caplog.clear()
+        finepoint.save(model, tmp_path / str(dtype), overwrite=True)
+        assert not caplog.text

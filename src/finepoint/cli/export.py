@@ -10,6 +10,7 @@ LOSSES = {
     "vanished": "changes were too small for it and vanished",
     "inexact": "values will come out differently there, by rounding",
     "padding": "entries with a change of 0 fill what the layout asks for",
+    "idle": "entries are all that the adapter has, and none differs from the base: it changes nothing",
 }
 
 

@@ -32,3 +32,5 @@ def run(config: VerifyConfig) -> None:
             f"the base it was trained on{KNOWN[found['base']]}; apply changed {found['changed']:,} stored values, "
             "revert restored every bit"
         )
+        if not found["changed"]:
+            print("the adapter changes nothing: no value differs from the base")

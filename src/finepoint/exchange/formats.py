@@ -69,7 +69,8 @@ def export(
             else:
                 found = write_peft_sparse(layout, patches, checkpoint, into)
     size = sum(file.stat().st_size for file in Path(output).iterdir() if file.is_file())
-    return {"format": layout, "output": output, "bytes": size, **found}
+    idle = not is_peft(adapter) and (own := SparseAdapter.load(adapter)).changes_nothing()
+    return {"format": layout, "output": output, "bytes": size, **found, **({"idle": own.count} if idle else {})}
 
 
 def import_adapter(folder: str, model: str, layout: ImportFormat = "auto", dtype: DType = "auto") -> SparseAdapter:

@@ -19,7 +19,7 @@ from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint, OtherLayoutE
 from finepoint.exchange.in_memory import write_in_memory
 from finepoint.exchange.overlay import Patch, classifier_config, classifier_outline, lay_over, narrowed
 from finepoint.files import read_json
-from finepoint.models import COMPANIONS, new_head
+from finepoint.models import COMPANIONS
 from finepoint.progress import tracked
 from finepoint.tensors import opened
 
@@ -176,9 +176,8 @@ def _write_companions(
 
 
 def _check_head(added: Mapping[str, Tensor], checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
-    """Refuses tensors that the model lacks and that are not its new head either."""
-    model: Any = classifier_outline(checkpoint, info)
-    head = {name: tuple(model.get_parameter(name).shape) for name in new_head(model)}
+    """Refuses tensors that the checkpoint lacks and its classifier would not have either: a head, a pooler."""
+    head = {name: tuple(weight.shape) for name, weight in classifier_outline(checkpoint, info).named_parameters()}
     for name, tensor in added.items():
         if head.get(name) != tuple(tensor.shape):
             raise FinepointError(f"the adapter does not fit {checkpoint.name}, which has no weight {name!r} of shape "

@@ -33,6 +33,18 @@ class Session:
     hook: RemovableHandle = None  # type: ignore[assignment]  # set as soon as the model is known to have this session
 
     def adapter(self) -> SparseAdapter:
+        """What has been trained, as it stands.
+
+        Raises:
+            FinepointError: something is trained besides, which the adapter would not hold.
+        """
+        owned = {id(parameter) for parameter in self.tuner.parameters()}
+        others = [name for name, parameter in self.tuner.model.named_parameters()
+                  if parameter.requires_grad and id(parameter) not in owned]  # fmt: skip
+        if others:
+            raise FinepointError(f"weights are trained that an adapter of chosen entries does not hold: "
+                                 f"{', '.join(others[:3])}{', ..' if len(others) > 3 else ''} ({len(others)}); freeze "
+                                 "them, or name them in sparsify's whole=..")  # fmt: skip
         return self.tuner.adapter(full=self.whole, info=self.info)
 
     def save_pretrained(

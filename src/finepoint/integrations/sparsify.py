@@ -20,12 +20,13 @@ from finepoint.config import DEFAULT_RULE
 from finepoint.errors import FinepointError
 from finepoint.integrations.given import scoring_batches
 from finepoint.integrations.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
-from finepoint.models import from_bitsandbytes_
+from finepoint.models import from_bitsandbytes_, head_of
 from finepoint.offloaded import in_memory
 from finepoint.training.audit import outcome
 from finepoint.training.tuner import CONTAINER, SparseTuner
 
 logger = logging.getLogger(__name__)
+SINGLE = "single_label_classification"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -41,7 +42,7 @@ def sparsify(
     scope: Scope = "global",
     targets: Targets = "linear",
     exclude: Sequence[Mapping[str, Tensor]] = (),
-    whole: Sequence[str] = (),
+    whole: Sequence[str] | None = None,
     rule_options: Mapping[str, float] | None = None,
     structure: str = "entry",
     pooling: Pooling = "mean",
@@ -67,7 +68,8 @@ def sparsify(
             `input_ids`, or ready batches. Other rules need none.
         tokenizer: turns examples into tokens; not needed for the latter two.
         indices: entries to train, by weight name (a selection, an adapter), instead of choosing by a rule.
-        whole: names of weights to train and store whole: the new head of a classifier, e.g. `["score.weight"]`.
+        whole: names of weights to train and store whole. Where not given, those of a head that puts out something else
+            than words (a classifier's `score.weight`), which no checkpoint of the base holds; `()` for none.
         scoring_examples: how many examples gradients are taken over; a share where below 1. Ready batches are all used.
         batch_size: examples a scoring batch.
         refreshable: entries of any target weight may be chosen later, by `tuner_of(model).choose_`. A stock trainer's
@@ -85,23 +87,26 @@ def sparsify(
     """
     if hasattr(model, CONTAINER):
         raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
+    whole = [name for name in head_of(model) if name not in (indices or {})] if whole is None else whole
     from_bitsandbytes_(model)
-    info: dict[str, Any] = {"base_model": _name(model), "finepoint_version": finepoint.__version__}
+    info: dict[str, Any] = {"base_model": _name(model), "finepoint_version": finepoint.__version__, **_classes(model)}
+    entire = {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
     batches: list[Any] = []
     refuse_excluded(indices or {}, exclude, model)
     if indices is None:
         if rule_named(rule).needs_data:
             batches = scoring_batches(model, rule, data, tokenizer, scoring_examples, batch_size, max_length, seed)
         selection = select(
-            model, batches, rule=rule, density=density, count=count, scope=scope, targets=targets, exclude=exclude,
-            seed=seed, scoring_memory=scoring_memory, rule_options=rule_options, structure=structure, pooling=pooling,
+            model, batches, rule=rule, density=density, count=count, scope=scope, targets=targets,
+            exclude=[*exclude, entire] if entire else exclude, seed=seed, scoring_memory=scoring_memory,
+            rule_options=rule_options, structure=structure, pooling=pooling,
         )  # fmt: skip
         facts = {key: value for key, value in selection.statistics.items() if key != "weights"}
         info |= {"rule": selection.rule, "density": facts.get("density"), "scope": scope, "seed": seed}
         info |= {"targets": _json(targets), "selection": facts}
         indices = selection
     info |= {"data": str(data)} if isinstance(data, str | Path) else {}
-    chosen = dict(indices) | {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
+    chosen = dict(indices) | entire
     parameters = dict(model.named_parameters(remove_duplicate=False))
     in_memory({name: parameters[name] for name in chosen if name in parameters})
     ready = target_weights(model, targets) if refreshable else ()
@@ -127,6 +132,8 @@ def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool =
         FinepointError: no adapter is there, or it does not fit the model, which is unchanged then.
     """
     found = adapter if isinstance(adapter, SparseAdapter) else SparseAdapter.load(adapter)
+    if found.changes_nothing() and not trainable:
+        logger.warning("the adapter changes nothing: no value differs from the base")
     if not trainable:
         found.apply(model)
         return model
@@ -152,7 +159,10 @@ def save(
     Raises:
         FinepointError: the model has no change to save, or the folder holds something.
     """
-    return adapter_of(model, results).save(folder, overwrite, compact)
+    adapter = adapter_of(model, results)
+    if adapter.changes_nothing():
+        logger.warning("the adapter changes nothing: no value differs from the base; has it been trained?")
+    return adapter.save(folder, overwrite, compact)
 
 
 def unload(model: Model, *, revert: bool = False) -> Model:
@@ -209,6 +219,15 @@ def _audit_(tuner: SparseTuner, batches: Sequence[Batch]) -> None:
         inputs = on_device(batch, next(tuner.model.parameters()).device)
         tuner.audit_(lambda inputs=inputs: outcome(tuner.model(**inputs)))  # type: ignore[misc]
         tuner.audit_later()
+
+
+def _classes(model: Any) -> dict[str, Any]:
+    """What an adapter says of the classes of a model that gives every text one label."""
+    config: Any = getattr(model, "config", None)
+    if not type(model).__name__.endswith("ForSequenceClassification") or config.problem_type not in (None, SINGLE):
+        return {}
+    labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+    return {"task": "classification", "labels": labels} if len(labels) > 1 else {}
 
 
 def _name(model: Any) -> str:

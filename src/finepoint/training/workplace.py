@@ -20,7 +20,7 @@ from finepoint.config import SelectConfig, TrainConfig
 from finepoint.data import Example, label_names, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.leaks import Seen
-from finepoint.models import load_model, load_tokenizer, new_head
+from finepoint.models import class_order, load_config, load_model, load_tokenizer, new_head
 from finepoint.quantised import quantised_layers
 from finepoint.tokens import Row, encode_all, learned, padding_id
 from finepoint.training.boundaries import PACKABLE, keeps_apart
@@ -52,6 +52,8 @@ def prepare(config: SelectConfig) -> Workplace:
     if len(labels) == 1:
         raise FinepointError(f"{config.data} knows only the label {labels[0]!r}; a classifier needs two")
     tokenizer = load_tokenizer(config.model)
+    if labels:
+        labels = class_order(load_config(config.model), labels)
     # To be sharded it is loaded beside the device, which may not have room for all of it.
     device = "cpu" if wanted() else None
     model = load_model(config.model, config.dtype, labels, config.seed, device=device, quantise=config.quantise)
