@@ -13,7 +13,7 @@ from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather
 from finepoint.choosing.passes import Batch, on_device
 from finepoint.choosing.rules import rule_named
-from finepoint.choosing.selection import Scope, refuse_excluded, select
+from finepoint.choosing.selection import Scope, Selection, refuse_excluded, select
 from finepoint.choosing.structure import Pooling
 from finepoint.choosing.weights import Targets, target_weights
 from finepoint.config import DEFAULT_RULE
@@ -85,11 +85,10 @@ def sparsify(
     Raises:
         FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
     """
-    if hasattr(model, CONTAINER):
-        raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
+    _refuse_trained(model)
     whole = [name for name in head_of(model) if name not in (indices or {})] if whole is None else whole
     from_bitsandbytes_(model)
-    info: dict[str, Any] = {"base_model": _name(model), "finepoint_version": finepoint.__version__, **_classes(model)}
+    info = _origin(model, data)
     entire = {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
     batches: list[Any] = []
     refuse_excluded(indices or {}, exclude, model)
@@ -101,11 +100,8 @@ def sparsify(
             exclude=[*exclude, entire] if entire else exclude, seed=seed, scoring_memory=scoring_memory,
             rule_options=rule_options, structure=structure, pooling=pooling,
         )  # fmt: skip
-        facts = {key: value for key, value in selection.statistics.items() if key != "weights"}
-        info |= {"rule": selection.rule, "density": facts.get("density"), "scope": scope, "seed": seed}
-        info |= {"targets": _json(targets), "selection": facts}
+        info |= _choice(selection, scope, seed, targets)
         indices = selection
-    info |= {"data": str(data)} if isinstance(data, str | Path) else {}
     chosen = dict(indices) | entire
     parameters = dict(model.named_parameters(remove_duplicate=False))
     in_memory({name: parameters[name] for name in chosen if name in parameters})
@@ -219,6 +215,24 @@ def _audit_(tuner: SparseTuner, batches: Sequence[Batch]) -> None:
         inputs = on_device(batch, next(tuner.model.parameters()).device)
         tuner.audit_(lambda inputs=inputs: outcome(tuner.model(**inputs)))  # type: ignore[misc]
         tuner.audit_later()
+
+
+def _refuse_trained(model: nn.Module) -> None:
+    if hasattr(model, CONTAINER):
+        raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
+
+
+def _origin(model: Any, data: Any) -> dict[str, Any]:
+    """What an adapter says of where it comes from."""
+    origin = {"base_model": _name(model), "finepoint_version": finepoint.__version__}
+    return origin | ({"data": str(data)} if isinstance(data, str | Path) else {}) | _classes(model)
+
+
+def _choice(selection: Selection, scope: str, seed: int, targets: Targets) -> dict[str, Any]:
+    """What an adapter says of how its entries were chosen."""
+    facts = {key: value for key, value in selection.statistics.items() if key != "weights"}
+    return {"rule": selection.rule, "density": facts.get("density"), "scope": scope, "seed": seed,
+            "targets": _json(targets), "selection": facts}  # fmt: skip
 
 
 def _classes(model: Any) -> dict[str, Any]:
