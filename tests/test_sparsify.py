@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 import finepoint
 from conftest import assert_same_bits, make_tokenizer, random_batches, snapshot, tiny_llama, write_lines
 from finepoint.errors import FinepointError
+from finepoint.integrations.given import token_row
+from finepoint.tokens import Row
 from standin_hub import hub
 
 ROWS = [{"prompt": f"a{c}:", "completion": " yes" if c > "d" else " no"} for c in "abcdefgh"]
@@ -340,3 +342,13 @@ def test_tokenised_rows_that_cannot_be_read_are_one_line(llama, more, message):
     with pytest.raises(FinepointError, match=message) as caught:
         finepoint.sparsify(llama, "saft", 0.02, data=[{"input_ids": [5, 6, 7]} | more])
     assert "\n" not in str(caught.value)
+
+
+def test_labels_of_an_encoder_decoder_are_a_text_of_their_own():
+    row = {"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0], "labels": [8, 9]}
+    assert token_row(row, "row 0", apart=True) == Row([5, 6, 7], [8, 9])
+    with pytest.raises(FinepointError, match="there are no 'labels'"):
+        token_row({"input_ids": [5, 6]}, "row 0", apart=True)
+    with pytest.raises(FinepointError, match=r"the keys \['completion_mask'\]"):
+        token_row(row | {"completion_mask": [1] * 4}, "row 0", apart=True)
+    assert token_row({"input_ids": [5, 6, 0], "labels": 1, "attention_mask": [1, 1, 0]}, "row 0") == Row([5, 6], 1)

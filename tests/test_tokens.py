@@ -13,7 +13,8 @@ from conftest import make_tokenizer, tiny_llama
 from finepoint.batches import IGNORED, Row
 from finepoint.data import Chat, Choices, Completion, Labelled, Pair, Text
 from finepoint.errors import FinepointError
-from finepoint.measuring.generation import generation_hits, prompt_ids
+from finepoint.measuring import generation
+from finepoint.measuring.generation import Written, generation_hits, prompt_ids
 from finepoint.measuring.scoring import choice_likelihoods
 from finepoint.models import load_tokenizer
 from finepoint.packages import cache_folder
@@ -281,18 +282,16 @@ def test_answers_that_a_tokenizer_does_not_see_are_refused():
         encode_all(tongue("wordpiece"), [Completion("a", "b"), Completion("a", " ", where="d.jsonl, line 2")], BROAD)
 
 
-def test_exact_match_can_match_an_answer_that_writes_its_end():
+def test_exact_match_can_match_an_answer_that_writes_its_end(monkeypatch):
     tokenizer = tongue("gpt2")
-    model = tiny_llama()
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    said = read(tokenizer, bare(tokenizer, " yes"))
-    ids = iter([*bare(tokenizer, " yes"), tokenizer.eos_token_id] * 2)
-    hook = model.lm_head.register_forward_hook(
-        lambda module, args, output: output.index_fill(-1, torch.tensor([next(ids)]), 99.0)
-    )
-    assert generation_hits(model, tokenizer, [Completion("Q:", f"{said}</s>")], 64, 8) == [True]
-    assert generation_hits(model, tokenizer, [Completion("Q:", f"{said}!</s>")], 64, 8) == [False]
-    hook.remove()
+    ids = [*bare(tokenizer, " yes"), tokenizer.eos_token_id]
+    said = Written(tokenizer.batch_decode([ids], skip_special_tokens=True)[0], False)
+    monkeypatch.setattr(generation, "written", lambda model, tokenizer, prompts, *_: [said] * len(prompts))
+    examples = [Completion("Q:", " yes</s>"), Completion("Q:", " yes!</s>"), Completion("Q:", " yes")]
+    assert generation.generation_hits(None, tokenizer, examples, 64, 8) == [True, False, True]
+    choices = [Choices("Q:", (" yes</s>", " no</s>"), 0)]
+    found = generation.generated(None, tokenizer, choices, [" maybe</s>"], 64, 8)
+    assert (found["accuracy"], found["format_failures"], found["memorised"]) == (1, 0, 0)
     assert without_special(tokenizer, "<s>a</s>b") == "ab"
 
 

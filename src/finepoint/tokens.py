@@ -186,7 +186,8 @@ def around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def without_special(tokenizer: Any, text: str) -> str:
     """A text as it reads when a model has written it: decoded without special tokens, such as the end token."""
-    for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+    more = (added.content for added in tokenizer.added_tokens_decoder.values() if added.special)
+    for token in sorted({*tokenizer.all_special_tokens, *more}, key=len, reverse=True):
         text = text.replace(token, "")
     return text
 
@@ -453,7 +454,7 @@ def _warn_of_contexts(tokenizer: Any, splits: Sequence[Split], count: int, what:
 def embedding_count(model: Any) -> int | None:
     """How many tokens a model can embed; None where it does not tell."""
     try:
-        return int(model.get_input_embeddings().weight.shape[0])
+        return int(model.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):
         return None
 

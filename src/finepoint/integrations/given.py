@@ -38,9 +38,10 @@ def scoring_batches(
     if isinstance(first, Mapping) and isinstance(first.get("input_ids"), Tensor) and first["input_ids"].ndim == 2:
         return [_masked(model, tokenizer, batch) for batch in given]
     limit = context_length(model, max_length)
+    apart = bool(getattr(model.config, "is_encoder_decoder", False))
     texts = not (isinstance(first, Mapping) and "input_ids" in first)
     if not texts:
-        tokens = [token_row(row, f"data, row {number}") for number, row in enumerate(given)]
+        tokens = [token_row(row, f"data, row {number}", apart) for number, row in enumerate(given)]
         refuse_beyond(model, tokenizer, [row.ids for row in tokens])
         warn_of_truncation([len(row.ids) for row in tokens], limit, "row")
         tokens = [cut(row, limit) for row in tokens]
@@ -64,7 +65,8 @@ def _masked(model: Any, tokenizer: Any, batch: Any) -> Any:
     """A ready batch, what its masks leave out labelled -100: a model's loss looks at labels alone."""
     refuse_beyond(model, tokenizer, batch["input_ids"].tolist())
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.shape != batch["input_ids"].shape:
+    apart = getattr(model.config, "is_encoder_decoder", False)  # whose labels are a text of their own
+    if apart or not isinstance(labels, Tensor) or labels.shape != batch["input_ids"].shape:
         return batch
     kept = {key: value for key, value in batch.items() if key not in LEARNED}
     for key in MASKS & set(batch):
@@ -76,44 +78,56 @@ def _masked(model: Any, tokenizer: Any, batch: Any) -> Any:
     return kept | {"labels": labels}
 
 
-def token_row(row: Any, where: str) -> Row:
+def token_row(row: Any, where: str, apart: bool = False) -> Row:
     """A tokenised row as datasets hold it: what its masks leave out is not learned, and padding goes.
 
     Args:
         row: `input_ids`, and where given `labels`, `attention_mask`, `completion_mask`, `assistant_masks`: one number
             a token each; a token is learned where every mask is 1 and its label, if there is one, is not -100. Of a
             classifier's rows `labels` is the number of the class.
+        apart: the labels are a text of their own, as of an encoder-decoder.
 
     Raises:
         FinepointError: another key, which might matter; numbers that are no list as long as the tokens, or no mask;
             padding inside the row.
     """
+    known = KNOWN - LEARNED if apart else KNOWN
     keys = set(row) if isinstance(row, Mapping) else set()
-    if "input_ids" not in keys or (unknown := sorted(map(str, keys - KNOWN))):
-        found = f"the keys {unknown}" if "input_ids" in keys else f"{type(row).__name__} without 'input_ids'"
-        raise FinepointError(f"{where}: {found}; expected rows of {', '.join(sorted(KNOWN))}; take away what else "
+    if "input_ids" not in keys or (unknown := sorted(map(str, keys - known))):
+        found = f"the keys {unknown}" if "input_ids" in keys else f"a {type(row).__name__} without 'input_ids'"
+        raise FinepointError(f"{where}: {found}; expected rows of {', '.join(sorted(known))}; take away what else "
                              "they hold")  # fmt: skip
-    single = row["labels"] if isinstance(row.get("labels"), Integral) else None
+    if apart and "labels" not in keys:
+        raise FinepointError(f"{where}: there are no 'labels', which this model learns apart from 'input_ids'")
+    label = row["labels"] if isinstance(row.get("labels"), Integral) else None
     numbers = {key: _numbers(row[key], f"{where}: {key!r}") for key in keys - EXTRAS
-               if key != "labels" or single is None}  # fmt: skip
-    ids = numbers["input_ids"]
-    for key, values in numbers.items():
-        if len(values) != len(ids):
-            raise FinepointError(f"{where}: {key!r} has {len(values)} numbers for {len(ids)} tokens")
-        allowed = {0, 1} if key in MASKS else {0} if key == "token_type_ids" else set(values)
-        if wrong := set(values) - allowed:
-            raise FinepointError(f"{where}: {key!r} holds {min(wrong)}; scoring knows no more than {allowed}")
+               if key != "labels" or label is None}  # fmt: skip
+    ids, labels = numbers["input_ids"], numbers.pop("labels", numbers["input_ids"])
+    _check(numbers | ({} if apart else {"labels": labels}), len(ids), where)
     real = [i for i, kept in enumerate(numbers.get("attention_mask", [1] * len(ids))) if kept]
-    if not real or real[-1] - real[0] + 1 != len(real):
-        what = "leaves out every token" if not real else "has a gap, and padding is before or behind a row"
-        raise FinepointError(f"{where}: 'attention_mask' {what}")
     inside = slice(real[0], real[-1] + 1)
-    if single is not None:
-        return Row(ids[inside], int(single))
-    labels = list(numbers.get("labels", ids))
+    if label is not None:
+        return Row(ids[inside], int(label))
+    if apart:
+        return Row(ids[inside], labels)
     for key in MASKS & keys:
         labels = [label if kept else IGNORED for label, kept in zip(labels, numbers[key], strict=True)]
     return Row(ids[inside], labels[inside])
+
+
+def _check(numbers: Mapping[str, list[int]], count: int, where: str) -> None:
+    """Refuses lists of another length than the tokens, masks that are none, and padding inside a row."""
+    for key, values in numbers.items():
+        if len(values) != count:
+            raise FinepointError(f"{where}: {key!r} has {len(values)} numbers for {count} tokens")
+        allowed = {0, 1} if key in MASKS else {0} if key == "token_type_ids" else set(values)
+        if wrong := set(values) - allowed:
+            raise FinepointError(f"{where}: {key!r} holds {min(wrong)}; scoring knows no more than {allowed}")
+    shown = "".join(map(str, numbers.get("attention_mask", [1])))
+    if "1" not in shown:
+        raise FinepointError(f"{where}: 'attention_mask' leaves out every token")
+    if "0" in shown.strip("0"):
+        raise FinepointError(f"{where}: 'attention_mask' has a gap, and padding is before or behind a row")
 
 
 def _numbers(values: Any, what: str) -> list[int]:
