@@ -65,8 +65,7 @@ def sparsify(
         rule: a name from `finepoint.RULES`, or `module:function`.
         density: share of the target entries, in (0, 1]; 0.001 where neither it nor `count` is given.
         data: what rules that look at gradients score on: a JSON Lines file, examples (as in its lines), rows of
-            `input_ids`, or ready batches; of the latter two what `labels`, `attention_mask`, `completion_mask` or
-            `assistant_masks` leave out is not learned. Other rules need none.
+            `input_ids`, or ready batches; of the latter two their masks say what counts. Other rules need none.
         tokenizer: turns examples into tokens; not needed for the latter two.
         indices: entries to train, by weight name (a selection, an adapter), instead of choosing by a rule.
         whole: names of weights to train and store whole. Where not given, those of a head that puts out something else
