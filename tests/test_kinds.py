@@ -10,6 +10,8 @@ import finepoint
 from conftest import assert_same_bits, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.batches import IGNORED, Collator, Row
+from finepoint.choosing.passes import counts_every_label
+from finepoint.choosing.statistics import stream_statistics
 from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.exchange.formats import export
@@ -250,3 +252,56 @@ def test_an_adapter_that_changes_nothing_says_so(tmp_path, caplog):
         caplog.clear()
         finepoint.save(model, tmp_path / str(dtype), overwrite=True)
         assert not caplog.text
+
+
+SEQUENCES = {
+    "t5": lambda: t.T5ForConditionalGeneration(ENCODERS["t5"]),
+    "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=24, init_std=0.3, pad_token_id=0,
+        eos_token_id=2, decoder_start_token_id=2)),
+    "masked bert": lambda: t.BertForMaskedLM(t.BertConfig(**SMALL)),
+    "llama": tiny_llama,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_the_mean_gradient_weighs_the_labels_that_the_models_own_loss_counts(name):
+    torch.manual_seed(0)
+    model = SEQUENCES[name]().double().eval()
+    generator, batches = torch.Generator().manual_seed(2), []
+    for labels in (3, 7, 2):
+        ids = torch.randint(4, 60, (2, 9), generator=generator)
+        wanted = (
+            ids[:, :labels].contiguous() if name in ("t5", "bart") else torch.where(torch.arange(9) < labels, ids, -100)
+        )
+        batches.append({"input_ids": ids, "labels": wanted})
+    first = 1 if name == "llama" else 0
+    assert counts_every_label(model, batches) == (first == 0)
+    counts = [int((batch["labels"][:, first:] != -100).sum()) for batch in batches]
+    weights = dict(list(model.named_parameters())[2:4])
+    loss = sum(model(**batch).loss * count for batch, count in zip(batches, counts, strict=True)) / sum(counts)
+    expected = torch.autograd.grad(loss, list(weights.values()))
+    found = stream_statistics(model, weights, batches, ["gradient"])
+    for (_, statistics), gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(statistics.gradient, gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_input_norms_of_an_encoder_decoder_are_those_of_its_own_decoder_inputs(name):
+    torch.manual_seed(0)
+    model = SEQUENCES[name]().double().eval()
+    ids, labels = torch.tensor([ROWS[1], ROWS[1]]), torch.tensor([ROWS[0], [*ROWS[0][:3], -100, -100]])
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    at = next(at for at, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "decoder" in at)
+    squares = []
+    hook = model.get_submodule(at).register_forward_pre_hook(
+        lambda module, args: squares.append(args[0].flatten(0, -2).square().sum(0)))  # fmt: skip
+    for row, end in ((0, 5), (1, 3)):
+        model(input_ids=ids[row : row + 1, : 9 if row == 0 else 6], labels=labels[row : row + 1, :end])
+    hook.remove()
+    weights = {f"{at}.weight": model.get_parameter(f"{at}.weight")}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ((_, statistics),) = stream_statistics(model, weights, [batch], ["input_norm"])
+    torch.testing.assert_close(statistics.input_norm[0], sum(squares).sqrt())

@@ -14,6 +14,8 @@ from finepoint.errors import FinepointError
 from finepoint.precision import home_of_float64
 from finepoint.progress import tracked
 
+DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
+
 
 class InputSquares:
     """Adds up the squares of what one module multiplies a weight by, over all tokens: a hook before its forward.
@@ -85,7 +87,9 @@ def _uses(model: nn.Module, name: str, weight: nn.Parameter) -> list[tuple[nn.Mo
 
 def _run(model: nn.Module, batches: Sequence[Batch], weights: Mapping[str, nn.Parameter]) -> None:
     """This process's share of the examples, each alone; of a sharded model all processes run equally many."""
-    examples = [trimmed(example) for batch in batches for example in _rows(batch)]
+    # An encoder-decoder is given its labels, of which it makes the decoder's inputs.
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    examples = [trimmed(example) for batch in batches for example in (split(batch) if decodes else _rows(batch))]
     if ranks.count() > 1 and any(ranks.is_sharded(weight) for weight in weights.values()):
         raise FinepointError("the norms of inputs are not taken over a sharded model; choose entries in one process "
                              "with `finepoint select` and train them with --indices")  # fmt: skip
@@ -103,7 +107,15 @@ def _rows(batch: Batch) -> list[dict[str, Any]]:
 
 
 def trimmed(example: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of one example without the places that its attention mask leaves out."""
+    """A batch of one example without the places that its attention mask leaves out, and without labels at the end of a
+    decoder's that are ignored."""
+    labels = example.get("labels")
+    if labels is not None and labels.ndim == 2:
+        learned = (labels[0] != -100).nonzero()
+        end = int(learned[-1]) + 1 if len(learned) else 1
+        own = {key: example[key][:, :end] for key in DECODER if isinstance(example.get(key), Tensor)}
+        rest = {key: value for key, value in example.items() if key not in own}
+        return trimmed(rest) | own
     mask = example.get("attention_mask")
     if mask is None or mask.ndim != 2 or mask.is_meta or bool(mask.all()):
         return dict(example)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from finepoint import ranks
 from finepoint.choosing.activations import input_norms
-from finepoint.choosing.passes import Batch, label_count, on_device, split, undisturbed
+from finepoint.choosing.passes import Batch, counts_every_label, label_count, on_device, split, undisturbed
 from finepoint.choosing.rules import wide
 from finepoint.choosing.warmup import warmed_up
 from finepoint.errors import FinepointError
@@ -66,7 +66,8 @@ def stream_statistics(
     if not batches:
         raise FinepointError("this rule scores by examples and needs data; give --data (in Python: batches)")
     if wanted or warm:
-        told = (str(label_count(batch)).encode() for batch in batches)
+        every = counts_every_label(model, batches)
+        told = (str(label_count(batch, every)).encode() for batch in batches)
         ranks.check_alike("a label of the scoring examples", told)
     with ExitStack() as stack:
         norms = input_norms(model, weights, batches) if "input_norm" in needs else {}
@@ -118,7 +119,7 @@ def _accumulate_(
     per_example = "squared_gradient" in sums
     if per_example and all("labels" in batch for batch in batches):
         batches = [example for batch in batches for example in split(batch)]
-    counts = [label_count(batch) for batch in batches]
+    counts = [label_count(batch, counts_every_label(model, batches)) for batch in batches]
     total = sum(counts)
     if not total:
         raise FinepointError("every label of the scoring examples is ignored (-100): nothing to compute a gradient of")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finepoint import ranks
-from finepoint.choosing.passes import Batch, label_count, on_device, undisturbed
+from finepoint.choosing.passes import Batch, counts_every_label, label_count, on_device, undisturbed
 from finepoint.choosing.weights import DELTAS
 from finepoint.errors import FinepointError
 from finepoint.progress import tracked
@@ -105,7 +105,7 @@ def warm_up_(
 ) -> Iterator[tuple[str, Tensor | None, Tensor]]:
     """Trains; then yields each weight's name, its sum of -w g where wanted, and its trained value (of half-precision
     weights the float32 master), and forgets them."""
-    batches = [batch for batch in batches if label_count(batch)]
+    batches = [batch for batch in batches if label_count(batch, counts_every_label(model, batches))]
     if not batches:
         raise FinepointError("every label of the scoring examples is ignored (-100): nothing to train on")
     trained = {name: _trained(weight) for name, weight in weights.items()}
