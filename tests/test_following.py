@@ -465,6 +465,13 @@ def test_deltas_of_another_length_are_refused_and_nothing_is_written():
     assert torch.equal(logits(model), logits(tiny_llama()))
 
 
+def test_what_was_trained_in_a_layer_that_the_model_has_no_more_is_not_saved():
+    model = sparse(std=0.1)
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(16, 24, bias=False)
+    with pytest.raises(FinepointError, match=r"model.layers.0.mlp.up_proj.weight is no longer in the model"):
+        finepoint.tuner_of(model).adapter()
+
+
 def test_a_tuner_on_its_own_follows_as_well():
     model = tiny_llama()
     with SparseTuner(model, INDICES):

@@ -303,10 +303,16 @@ class SparseTuner:
             info: where it comes from; JSON-ready.
 
         Raises:
-            FinepointError: a weight was changed of which nothing is trained.
+            FinepointError: another `store`; a trained weight's module was replaced; a weight was changed of which
+                nothing is trained.
         """
         if store not in ("auto", "delta", "value"):
             raise FinepointError(f"store is {store!r}; give 'auto', 'delta' or 'value'")
+        held = {id(parameter) for parameter in self.model.parameters()}
+        for name, entries in self.entries.items():
+            if id(entries.weight) not in held:
+                raise FinepointError(f"{name} is no longer in the model, which has another module in its place and was "
+                                     "not trained there; resize or replace layers first, then train")  # fmt: skip
         self.follow_()
         self._refuse_other_changes()
         whole = set(full)
