@@ -82,3 +82,30 @@ def test_quantised_weights_are_refused(llama):
     layer.up_proj.weight = nn.Parameter(torch.zeros(24, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(FinepointError, match="int8, not floating point"):
         target_weights(llama, "model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.filterwarnings("ignore")  # of models, about kernels that are not installed
+def test_linear_takes_dbrx_s_experts_and_no_mixing_vectors():
+    from families import FAMILIES
+
+    dbrx = set(target_weights(FAMILIES["dbrx"].build()))
+    assert {f"transformer.blocks.{i}.ffn.experts.mlp.{w}" for i in range(2) for w in ("w1", "v1", "w2")} <= dbrx
+    rwkv = target_weights(FAMILIES["rwkv"].build())
+    assert rwkv
+    assert all(weight.ndim == 2 for weight in rwkv.values())
+    experts = target_weights(FAMILIES["gpt_oss"].build())  # whose experts have biases of two dimensions
+    assert any("experts.down_proj" in name for name in experts)
+    assert not any(name.endswith("bias") for name in experts)
+
+
+def test_a_parameter_is_named_in_full_and_a_preset_that_finds_nothing_says_so():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.layer = nn.Parameter(torch.ones(())), nn.Linear(2, 2)
+
+    assert list(target_weights(Bare(), "scale")) == ["scale"]
+    with pytest.raises(FinepointError, match=r"no weight that 'linear' stands for .*names look like 'layer.weight'"):
+        target_weights(Bare())
+    with pytest.raises(FinepointError, match="none: the model has no weights"):
+        target_weights(nn.Identity(), "linear")

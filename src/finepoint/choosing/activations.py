@@ -1,6 +1,6 @@
 """How large the inputs are that every column of a weight multiplies: what Wanda weighs magnitudes with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +14,8 @@ from finepoint.errors import FinepointError
 from finepoint.precision import home_of_float64
 from finepoint.progress import tracked
 
-DECODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
+# A forward pass does without.
+FOR_A_LOSS = {"labels", "logits_to_keep", "return_loss", "start_positions", "end_positions"}
 
 
 class InputSquares:
@@ -87,9 +88,7 @@ def _uses(model: nn.Module, name: str, weight: nn.Parameter) -> list[tuple[nn.Mo
 
 def _run(model: nn.Module, batches: Sequence[Batch], weights: Mapping[str, nn.Parameter]) -> None:
     """This process's share of the examples, each alone; of a sharded model all processes run equally many."""
-    # An encoder-decoder is given its labels, of which it makes the decoder's inputs.
-    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    examples = [trimmed(example) for batch in batches for example in (split(batch) if decodes else _rows(batch))]
+    examples = [trimmed(example) for batch in batches for example in _rows(model, batch)]
     if ranks.count() > 1 and any(ranks.is_sharded(weight) for weight in weights.values()):
         raise FinepointError("the norms of inputs are not taken over a sharded model; choose entries in one process "
                              "with `finepoint select` and train them with --indices")  # fmt: skip
@@ -98,27 +97,39 @@ def _run(model: nn.Module, batches: Sequence[Batch], weights: Mapping[str, nn.Pa
         model(**on_device(example, device))
 
 
-def _rows(batch: Batch) -> list[dict[str, Any]]:
-    """The batch as batches of one example, without labels: no loss is needed."""
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "logits_to_keep")}
-    size = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
-    return [{key: value for key, value in row.items() if key != "labels"}
-            for row in split(inputs | {"labels": torch.zeros(size)})]  # fmt: skip
+def _rows(model: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
+    """The batch as batches of one example, without what only a loss needs."""
+    # An encoder-decoder is given its labels, of which it makes the decoder's inputs.
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    left_out = FOR_A_LOSS - ({"labels"} if decodes else set())
+    for row in split(batch):
+        yield {key: value for key, value in row.items() if key not in left_out}
 
 
 def trimmed(example: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of one example without the places that its attention mask leaves out, and without labels at the end of a
-    decoder's that are ignored."""
-    labels = example.get("labels")
-    if labels is not None and labels.ndim == 2:
+    """A batch of one example without the places that its attention masks leave out, or at its end its labels."""
+    found = dict(example)
+    for mask_name, belongs in (("attention_mask", _to_the_encoder), ("decoder_attention_mask", _to_the_decoder)):
+        mask = example.get(mask_name)
+        if mask is None or mask.ndim != 2 or mask.is_meta or bool(mask.all()):
+            continue
+        kept = mask[0].bool()
+        for key, value in found.items():
+            if isinstance(value, Tensor) and belongs(key) and value.shape[:2] == mask.shape:
+                found[key] = value[:, kept]
+            elif key == "position_ids" and belongs(key) and value.ndim == 3:
+                found[key] = value[:, :, kept]
+    labels = found.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_meta and "decoder_attention_mask" not in found:
         learned = (labels[0] != -100).nonzero()
         end = int(learned[-1]) + 1 if len(learned) else 1
-        own = {key: example[key][:, :end] for key in DECODER if isinstance(example.get(key), Tensor)}
-        rest = {key: value for key, value in example.items() if key not in own}
-        return trimmed(rest) | own
-    mask = example.get("attention_mask")
-    if mask is None or mask.ndim != 2 or mask.is_meta or bool(mask.all()):
-        return dict(example)
-    kept = mask[0].bool()
-    return {key: value[:, kept] if isinstance(value, Tensor) and value.shape[:2] == mask.shape else value
-            for key, value in example.items()}  # fmt: skip
+        found |= {key: found[key][:, :end] for key in ("labels", "decoder_input_ids") if key in found}
+    return found
+
+
+def _to_the_decoder(key: str) -> bool:
+    return key.startswith("decoder_") or key == "labels"
+
+
+def _to_the_encoder(key: str) -> bool:
+    return not _to_the_decoder(key)

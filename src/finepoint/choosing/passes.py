@@ -1,6 +1,7 @@
-"""Passes over the scoring examples: what a batch is, and how many labels its loss is a mean over."""
+"""Passes over the scoring examples: what a batch is, its loss and what this is a mean over, its single examples."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,20 +13,28 @@ from finepoint import ranks
 from finepoint.errors import FinepointError
 from finepoint.probing import evaluating, undisturbed
 
-__all__ = ["Batch", "counts_every_label", "evaluating", "label_count", "on_device", "split", "undisturbed"]
+__all__ = ["Batch", "counts_every_label", "evaluating", "label_count", "loss_of", "on_device", "row_count", "split",
+           "undisturbed"]  # fmt: skip
 
 Batch = Mapping[str, Any]
-"""What a model's forward takes, `labels` among it; ignored positions are labelled -100."""
+"""What a model's forward takes and returns a loss for: `labels` among it (ignored positions are labelled -100), or
+`start_positions` and `end_positions`, or `return_loss=True`."""
+# Of the first of these that a batch holds, the first dimension counts examples.
+ROWS = ("labels", "input_ids", "start_positions", "decoder_input_ids", "inputs_embeds", "input_features",
+        "input_values", "attention_mask")  # fmt: skip
+# Pieces of all images in one long row, with what tells how many belong to each image.
+PACKED = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+SHARED = ("cache_position",)  # one for all examples
 
 
 def label_count(batch: Batch, every: bool = False) -> int:
-    """How many labels the loss of this batch is a mean over.
+    """How many labels the loss of this batch is a mean over; without labels it is one over the examples.
 
     Args:
         every: the first label of a row counts too; see `counts_every_label`.
     """
     if "labels" not in batch:
-        raise FinepointError(f"a scoring batch has no 'labels', only {', '.join(batch)}; they are needed for the loss")
+        return row_count(batch)
     labels = batch["labels"]
     if labels.ndim == 1:  # one label a sequence
         return len(labels)
@@ -46,7 +55,9 @@ def counts_every_label(model: nn.Module, batches: Sequence[Batch]) -> bool:
         first = next((batch for batch in batches if _has_token_labels(batch)), None)
         if first is None or any(ranks.is_sharded(weight) for weight in model.parameters()):
             return usual
-        _EVERY[model] = _tried(model, next(split(first)), usual)
+        with suppress(FinepointError):  # what cannot be told apart is tried together
+            first = next(split(first))
+        _EVERY[model] = _tried(model, first, usual)
     return _EVERY[model]
 
 
@@ -59,7 +70,10 @@ def _has_token_labels(batch: Batch) -> bool:
 def _tried(model: nn.Module, example: Batch, usual: bool) -> bool:
     """Which of the two ways gives the loss of an example; `usual` where neither does, or both."""
     with undisturbed(model), torch.no_grad():
-        output = model(**on_device(example, next(model.parameters()).device))
+        try:
+            output = model(**on_device(example, next(model.parameters()).device))
+        except (TypeError, ValueError):  # which the scoring will tell of
+            return usual
     logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
     labels = example["labels"]
     if logits is None or loss is None or logits.shape[:2] != labels.shape:
@@ -72,14 +86,70 @@ def _tried(model: nn.Module, example: Batch, usual: bool) -> bool:
     return right[0] if len(right) == 1 else usual
 
 
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss of a batch, whatever form its output has: (), on the device of the model.
+
+    Raises:
+        FinepointError: the model refuses the batch, or returns no loss for it.
+    """
+    held = ", ".join(map(str, batch))
+    try:
+        output = model(**batch)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FinepointError(f"the model does not take a scoring batch of {held}: {reason}") from error
+    if isinstance(output, tuple):
+        loss = output[0]
+    else:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise FinepointError(f"the model returns no loss for a scoring batch of {held}; add labels, or what else makes "
+                             "it return one (return_loss=True, start_positions and end_positions)")  # fmt: skip
+    return loss.reshape(())
+
+
+def row_count(batch: Batch) -> int:
+    """How many examples a batch has.
+
+    Raises:
+        FinepointError: it holds no tensor.
+    """
+    named = (batch[key] for key in ROWS if isinstance(batch.get(key), Tensor))
+    for value in (*named, *batch.values()):
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+    raise FinepointError(f"a scoring batch holds no tensor, only {', '.join(map(str, batch)) or 'nothing'}")
+
+
 def split(batch: Batch) -> Iterator[dict[str, Any]]:
-    """The batch as batches of one example."""
-    size = len(batch["labels"])
+    """The batch as batches of one example.
+
+    Raises:
+        FinepointError: nothing tells which part of a tensor belongs to which example.
+    """
+    size = row_count(batch)
+    parts = {key: _parts(key, value, batch, size) for key, value in batch.items()}
     for row in range(size):
-        yield {
-            key: value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-            for key, value in batch.items()
-        }
+        yield {key: of[row] for key, of in parts.items()}
+
+
+def _parts(key: str, value: Any, batch: Batch, size: int) -> list[Any]:
+    """What each example has of one thing in a batch."""
+    if size == 1 or not isinstance(value, Tensor) or not value.ndim or key in SHARED:
+        return [value] * size
+    grid = batch.get(PACKED.get(key, ""))
+    if isinstance(grid, Tensor):
+        pieces = grid.prod(-1).tolist()
+        if len(grid) == size and sum(pieces) == len(value):
+            return list(value.split(pieces))
+    elif key == "position_ids" and value.ndim == 3:  # (kinds, examples, tokens) of models of pictures
+        return list(value.split(1, dim=1))
+    elif len(value) == size:
+        return list(value.split(1))
+    elif len(value) == 1:
+        return [value] * size
+    raise FinepointError(f"a scoring batch of {size} examples holds {key} of shape {tuple(value.shape)}, and nothing "
+                         "tells which part is whose; give batches of one example")  # fmt: skip
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:

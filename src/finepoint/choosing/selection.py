@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finepoint import ranks
 from finepoint.choosing.passes import Batch
+from finepoint.choosing.reach import is_text, reached_by_text
 from finepoint.choosing.rules import OURS, STATISTICS, Rule, rule_named
 from finepoint.choosing.statistics import Statistics, seeded_generator, stream_statistics
 from finepoint.choosing.structure import Pooling, tilings
@@ -84,6 +85,7 @@ def select(
     pooling: Pooling = "mean",
     plan: Sequence[Budget] | None = None,
     stream: Callable[..., Iterator[tuple[str, Statistics]]] = stream_statistics,
+    text: bool = False,
 ) -> Selection:
     """Chooses the entries to train; the model is left exactly as found.
 
@@ -111,6 +113,8 @@ def select(
         pooling: `mean`, which puts groups of different sizes on one scale, or `sum`.
         plan: how many out of which target weights, each weight once, instead of density, count and scope.
         stream: where statistics come from; another one with `stream_statistics`' parameters may have kept them.
+        text: the model will be trained on text alone, as batches that hold nothing else say too: weights that text
+            never reaches (a vision tower) are left out, with a warning that names them.
 
     Raises:
         FinepointError: unknown rule or option, no target matched, a density that is out of range or chooses nothing,
@@ -119,13 +123,16 @@ def select(
     _check_words(scope=scope, pooling=pooling, threshold=threshold)
     chosen_rule = rule_named(rule)
     options = checked_options(chosen_rule, rule_options or {})
+    batches = list(batches or ())
     weights = in_memory(target_weights(model, targets))
+    if text or is_text(batches):
+        weights = reached_by_text(model, weights)
+        plan = [Budget(tuple(name for name in part.names if name in weights), part.k) for part in plan or ()]
     cut = tilings(model, weights, structure)
     taken = {name: cut[name].tiles(out) for name, out in _union(exclude, model, weights).items()}
     sizes = {name: tiling.count for name, tiling in cut.items()}
     held = {name: len(tiles) for name, tiles in taken.items()}
     plan = plan or budgets(model, sizes, held, density=density, count=count, scope=scope, targets=targets)
-    batches = list(batches or ())
     summary = Summary(seed)
 
     def scores() -> Iterator[Scored]:

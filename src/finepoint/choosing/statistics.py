@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from finepoint import ranks
 from finepoint.choosing.activations import input_norms
-from finepoint.choosing.passes import Batch, counts_every_label, label_count, on_device, split, undisturbed
+from finepoint.choosing.passes import Batch, counts_every_label, label_count, loss_of, on_device, split, undisturbed
 from finepoint.choosing.rules import wide
 from finepoint.choosing.warmup import warmed_up
 from finepoint.errors import FinepointError
@@ -117,7 +117,10 @@ def _accumulate_(
     gradient of the example's log-likelihood (the sum over its labels), squared, averaged over the examples.
     """
     per_example = "squared_gradient" in sums
-    if per_example and all("labels" in batch for batch in batches):
+    if per_example and any(batch.get("return_loss") for batch in batches):
+        raise FinepointError("this rule squares the gradient of one example at a time, and a loss over pairs "
+                             "(return_loss) has none; take another, e.g. gradient")  # fmt: skip
+    if per_example:
         batches = [example for batch in batches for example in split(batch)]
     counts = [label_count(batch, counts_every_label(model, batches)) for batch in batches]
     total = sum(counts)
@@ -145,7 +148,7 @@ def _accumulate_(
             # Collected as soon as it is made, so that one dense gradient exists at a time beside the sums.
             stack.callback(weight.register_post_accumulate_grad_hook(partial(collect, name)).remove)
         for share in tracked("scoring examples", _shares(batches, counts, sharded, per_example)):
-            loss = model(**on_device(share.batch, device)).loss
+            loss = loss_of(model, on_device(share.batch, device))
             if not torch.isfinite(loss):
                 raise FinepointError(f"the loss of a scoring batch is {loss.item()}; is --dtype too narrow?")
             (loss if share.scale is None else loss * share.scale).backward()

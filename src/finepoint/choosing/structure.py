@@ -1,8 +1,8 @@
 """Whole rows, columns, blocks or heads instead of single entries: how scores are grouped, and groups become indices.
 
 Every structure is a tiling of a weight by equal rectangles, so there is one way to pool scores and one to come back.
-A weight is seen as the matrix (out, in) that it is, one of one dimension as a column, a stack of matrices (experts)
-one under the other.
+A weight is seen as the matrix (out, in) that it is, one of one dimension (or none) as a column, a stack of matrices
+(experts) one under the other.
 """
 
 import re
@@ -33,7 +33,7 @@ class Tiling:
     @cached_property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the weight seen as a matrix."""
-        rows = prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+        rows = prod(self.shape[:-1] if len(self.shape) > 1 else self.shape)
         return rows, prod(self.shape) // rows
 
     @cached_property
@@ -104,7 +104,7 @@ def tilings(model: nn.Module, weights: Mapping[str, Tensor], structure: str) -> 
 
 
 def _tile(model: nn.Module, name: str, weight: Tensor, structure: str) -> tuple[int, int]:
-    out, features = (len(weight), 1) if weight.ndim == 1 else (weight.shape[-2], weight.shape[-1])
+    out, features = (weight.numel(), 1) if weight.ndim < 2 else (weight.shape[-2], weight.shape[-1])
     if structure == "head":
         return _head(model, name, out, features)
     if block := check_structure(structure):

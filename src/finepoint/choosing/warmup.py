@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finepoint import ranks
-from finepoint.choosing.passes import Batch, counts_every_label, label_count, on_device, undisturbed
+from finepoint.choosing.passes import Batch, counts_every_label, label_count, loss_of, on_device, undisturbed
 from finepoint.choosing.weights import DELTAS
 from finepoint.errors import FinepointError
 from finepoint.progress import tracked
@@ -118,7 +118,7 @@ def warm_up_(
             hook = partial(_hand_over, trained[name])
             stack.callback(weight.register_post_accumulate_grad_hook(hook).remove)
         for step in tracked("warming up", range(steps)):
-            loss = model(**on_device(batches[step % len(batches)], device)).loss
+            loss = loss_of(model, on_device(batches[step % len(batches)], device))
             loss.backward()
             grads = {name: value.grad for name, value in trained.items() if value.grad is not None}
             if not (torch.isfinite(loss) and all(bool(torch.isfinite(grad).all()) for grad in grads.values())):

@@ -58,6 +58,9 @@ def match(model: nn.Module, pattern: str) -> list[str]:
     parameters = {name: p for name, p in model.named_parameters() if not name.startswith(DELTAS)}
     names = [name for name in parameters if matches(model, name)]
     if not names:
+        if pattern in PRESETS:
+            raise FinepointError(f"the model has no weight that {pattern!r} stands for (linear layers of its blocks); "
+                                 f"give patterns: names look like {_example(list(parameters))}")  # fmt: skip
         raise FinepointError(f"no weight matches {pattern!r}; {_suggestion(pattern, list(parameters))}")
     for name in names:
         check_weight(name, parameters[name])
@@ -78,8 +81,12 @@ def _is_linear(model: nn.Module, name: str) -> bool:
     owner = model.get_submodule(owner_name)
     if isinstance(owner, LINEAR_LAYERS):
         return attribute == "weight"
-    # Mixture-of-experts layers stack their linear weights in one 3-D parameter; convolutions are 3-D as well.
-    return model.get_parameter(name).ndim == 3 and not isinstance(owner, nn.modules.conv._ConvNd)
+    # Mixture-of-experts layers stack their linear weights in one parameter: (experts, out, in), or one under the other.
+    # Convolutions are 3-D as well, and so are vectors that are shaped to be multiplied with states, (1, 1, n).
+    shape, of_experts = model.get_parameter(name).shape, "experts" in owner_name.split(".")
+    if len(shape) == 3:
+        return (min(shape) > 1 or of_experts) and not isinstance(owner, nn.modules.conv._ConvNd | nn.Embedding)
+    return len(shape) == 2 and of_experts and not name.endswith("bias")
 
 
 def _is_attention(model: nn.Module, name: str) -> bool:
@@ -99,7 +106,7 @@ def _matcher(pattern: str) -> Callable[[nn.Module, str], bool]:
         return lambda model, name: fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
     # A short name stands for the weights of modules called that, so `v` does not pick up `v_proj.bias`.
     owners = (pattern, f"{pattern}_proj")
-    return lambda model, name: name.endswith(".weight") and name.split(".")[-2] in owners
+    return lambda model, name: name == pattern or (name.endswith(".weight") and name.split(".")[-2] in owners)
 
 
 def _suggestion(pattern: str, names: list[str]) -> str:
@@ -108,4 +115,8 @@ def _suggestion(pattern: str, names: list[str]) -> str:
     close = close or get_close_matches(pattern, [*owners, *PRESETS], n=3, cutoff=0.5)
     if close:
         return f"close names: {', '.join(close)}"
-    return f"names look like {names[len(names) // 2]!r}; presets are {', '.join(PRESETS)}"
+    return f"names look like {_example(names)}; presets are {', '.join(PRESETS)}"
+
+
+def _example(names: list[str]) -> str:
+    return repr(names[len(names) // 2]) if names else "none: the model has no weights"

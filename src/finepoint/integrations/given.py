@@ -35,7 +35,7 @@ def scoring_batches(
     if first is None:
         raise FinepointError("data holds nothing to score on")
     given = chain([first], iter_rows)
-    if isinstance(first, Mapping) and isinstance(first.get("input_ids"), Tensor) and first["input_ids"].ndim == 2:
+    if _is_batch(first):
         return [_masked(model, tokenizer, batch) for batch in given]
     limit = context_length(model, max_length)
     apart = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -63,6 +63,8 @@ def scoring_batches(
 
 def _masked(model: Any, tokenizer: Any, batch: Any) -> Any:
     """A ready batch, what its masks leave out labelled -100: a model's loss looks at labels alone."""
+    if "input_ids" not in batch:
+        return batch
     refuse_beyond(model, tokenizer, batch["input_ids"].tolist())
     labels = batch.get("labels")
     apart = getattr(model.config, "is_encoder_decoder", False)  # whose labels are a text of their own
@@ -76,6 +78,15 @@ def _masked(model: Any, tokenizer: Any, batch: Any) -> Any:
             raise FinepointError(f"a batch of data has a {key!r} of {tuple(batch[key].shape)} for labels of "
                                  f"{tuple(labels.shape)}")  # fmt: skip
     return kept | {"labels": labels}
+
+
+def _is_batch(first: Any) -> bool:
+    """Whether it is a ready batch: rows of tokens side by side, or tensors of something else (pictures, sounds)."""
+    if not isinstance(first, Mapping):
+        return False
+    if "input_ids" in first:
+        return isinstance(first["input_ids"], Tensor) and first["input_ids"].ndim > 1
+    return any(isinstance(value, Tensor) and value.ndim for value in first.values())
 
 
 def token_row(row: Any, where: str, apart: bool = False) -> Row:

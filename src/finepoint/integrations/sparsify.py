@@ -12,6 +12,7 @@ import finepoint
 from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather
 from finepoint.choosing.passes import Batch, on_device
+from finepoint.choosing.reach import name_unreached
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Scope, Selection, refuse_excluded, select
 from finepoint.choosing.structure import Pooling
@@ -98,8 +99,10 @@ def sparsify(
         selection = select(
             model, batches, rule=rule, density=density, count=count, scope=scope, targets=targets,
             exclude=[*exclude, entire] if entire else exclude, seed=seed, scoring_memory=scoring_memory,
-            rule_options=rule_options, structure=structure, pooling=pooling,
+            rule_options=rule_options, structure=structure, pooling=pooling, text=isinstance(data, str | Path),
         )  # fmt: skip
+        if not batches:  # so that what it will be trained on is not known
+            name_unreached(model, selection)
         info |= _choice(selection, scope, seed, targets)
         indices = selection
     chosen = dict(indices) | entire

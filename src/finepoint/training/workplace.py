@@ -118,6 +118,7 @@ def select_for(
         pooling=config.pooling,
         plan=plan,
         stream=stream,
+        text=True,
     )
 
 
