@@ -113,8 +113,7 @@ def select(
         pooling: `mean`, which puts groups of different sizes on one scale, or `sum`.
         plan: how many out of which target weights, each weight once, instead of density, count and scope.
         stream: where statistics come from; another one with `stream_statistics`' parameters may have kept them.
-        text: the model will be trained on text alone, as batches that hold nothing else say too: weights that text
-            never reaches (a vision tower) are left out, with a warning that names them.
+        text: it will be trained on text alone, as such batches say too: weights that text never reaches are left out.
 
     Raises:
         FinepointError: unknown rule or option, no target matched, a density that is out of range or chooses nothing,
@@ -122,16 +121,11 @@ def select(
     """
     _check_words(scope=scope, pooling=pooling, threshold=threshold)
     chosen_rule = rule_named(rule)
-    options = checked_options(chosen_rule, rule_options or {})
-    batches = list(batches or ())
-    weights = in_memory(target_weights(model, targets))
-    if text or is_text(batches):
-        weights = reached_by_text(model, weights)
-        plan = [Budget(tuple(name for name in part.names if name in weights), part.k) for part in plan or ()]
+    options, batches = checked_options(chosen_rule, rule_options or {}), list(batches or ())
+    weights, plan = _taking_part(model, targets, plan, text or is_text(batches))
     cut = tilings(model, weights, structure)
     taken = {name: cut[name].tiles(out) for name, out in _union(exclude, model, weights).items()}
-    sizes = {name: tiling.count for name, tiling in cut.items()}
-    held = {name: len(tiles) for name, tiles in taken.items()}
+    sizes, held = {name: cut[name].count for name in weights}, {name: len(tiles) for name, tiles in taken.items()}
     plan = plan or budgets(model, sizes, held, density=density, count=count, scope=scope, targets=targets)
     summary = Summary(seed)
 
@@ -153,6 +147,17 @@ def select(
     if not indices:
         raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
     return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan, structure))
+
+
+def _taking_part(
+    model: nn.Module, targets: Targets, plan: Sequence[Budget] | None, text: bool
+) -> tuple[dict[str, nn.Parameter], Sequence[Budget] | None]:
+    """The target weights and the plan without those that the data cannot reach."""
+    weights = in_memory(target_weights(model, targets))
+    if text:
+        weights = reached_by_text(model, weights)
+        plan = [Budget(tuple(name for name in part.names if name in weights), part.k) for part in plan or ()]
+    return weights, plan
 
 
 def _check_words(**given: str) -> None:

@@ -101,8 +101,7 @@ def sparsify(
             exclude=[*exclude, entire] if entire else exclude, seed=seed, scoring_memory=scoring_memory,
             rule_options=rule_options, structure=structure, pooling=pooling, text=isinstance(data, str | Path),
         )  # fmt: skip
-        if not batches:  # so that what it will be trained on is not known
-            name_unreached(model, selection)
+        name_unreached(model, {} if batches else selection)  # what it will be trained on is not known
         info |= _choice(selection, scope, seed, targets)
         indices = selection
     chosen = dict(indices) | entire
