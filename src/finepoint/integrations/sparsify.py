@@ -105,8 +105,7 @@ def sparsify(
         info |= _choice(selection, scope, seed, targets)
         indices = selection
     chosen = dict(indices) | entire
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    in_memory({name: parameters[name] for name in chosen if name in parameters})
+    in_memory({name: weight for name, weight in model.named_parameters(remove_duplicate=False) if name in chosen})
     ready = target_weights(model, targets) if refreshable else ()
     tuner = SparseTuner(model, chosen, ready, audit=audit and not batches)
     _audit_(tuner, batches[:1] if audit else [])
