@@ -147,6 +147,36 @@ class DropsWeights(Toy):
         return self.b(self.statistics(x.flatten(0, 1)).view_as(x))
 
 
+class Normalised(Toy):
+    """The weight that is multiplied by is made of others, by a parametrisation or by a hook from before."""
+
+    def build(self):
+        nn.utils.parametrizations.weight_norm(self.a)
+        self.b = nn.utils.parametrizations.spectral_norm(self.b)
+
+
+class CountedEmbedding(Toy):
+    def build(self):
+        self.embed = nn.Embedding(VOCABULARY, WIDTH, scale_grad_by_freq=True)
+
+
+class Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return dy @ weight, dy.flatten(0, 1).T @ x.flatten(0, 1)
+
+
+class Fused(Toy):
+    def middle(self, x):
+        return Kernel.apply(x, self.a.weight) + self.a.bias
+
+
 class Experts(Toy):
     """Whose way depends on the tokens: the first batch does not come to all."""
 
@@ -197,7 +227,8 @@ class RecomputedReentrant(Recomputed):
 
 
 USES = [Toy, Functional, ForwardCalled, TiedByHand, AlsoElsewhere, WithinAChild, OfASibling, InAList, AttentionOfTorch,
-        OtherLayers, ScaledByAHook, ForwardOfItsOwn, DropsWeights, Experts, Sometimes]  # fmt: skip
+        OtherLayers, ScaledByAHook, ForwardOfItsOwn, DropsWeights, Normalised, CountedEmbedding,
+        Fused, Experts, Sometimes]  # fmt: skip
 REFUSED = [Stolen, Recomputed, RecomputedReentrant]
 
 
@@ -369,27 +400,55 @@ def test_the_model_is_left_as_it_is_found():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_an_input_that_holds_a_cache_is_not_tried():
-    class Counting(Toy):
+def test_the_input_is_left_as_it_is_found():
+    class Changing(Toy):
         def forward(self, input_ids, labels=None, cache=None):
-            if cache is not None:
-                cache.calls += 1
+            cache.calls += 1
+            cache.numbers += 1
+            self.given = cache.numbers
             return super().forward(input_ids, labels)
 
     class Cache:
-        calls = 0
+        def __init__(self):
+            self.calls, self.numbers = 0, torch.zeros(3)
 
-    model, cache = Counting(), Cache()
-    indices = choice(model)
-    with SparseTuner(model, indices) as tuner:
-        model(**steps_for()[0][0], cache=cache)
-        assert cache.calls == 1
-        assert tuner.audited is None
-        with torch.no_grad():
-            model(**steps_for()[0][0])
-        assert tuner.audited is None
-        model(**steps_for()[0][0])
-        assert tuner.audited.weights == set(indices)
+    class Lock(Cache):
+        def __deepcopy__(self, memo):
+            raise TypeError("there is one only")
+
+    for kind, audited in ((Cache, True), (Lock, False)):
+        model, cache = Changing(), kind()
+        indices = choice(model)
+        with SparseTuner(model, indices) as tuner:
+            with torch.no_grad():
+                model(**steps_for()[0][0], cache=Cache())
+            assert tuner.audited is None
+            model(**steps_for()[0][0], cache=cache)
+            assert cache.calls == 1
+            assert torch.equal(cache.numbers, torch.ones(3))
+            assert model.given is cache.numbers
+            assert (tuner.audited is not None) == audited
+            if audited:
+                assert tuner.audited.weights == set(indices)
+
+
+def test_a_tensor_that_is_given_is_not_changed_and_gets_no_gradient():
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x, more):
+            return self.a(x + more["mask"].add_(1))
+
+    model, x, mask = Adding(), torch.randn(3, WIDTH, requires_grad=True), torch.zeros(3, 1)
+    with SparseTuner(model, {"a.weight": torch.arange(5)}) as tuner:
+        output = model(x, {"mask": mask})
+        assert tuner.audited.weights == {"a.weight"}
+        assert x.grad is None
+        assert torch.equal(mask, torch.ones(3, 1))
+        output.sum().backward()
+        torch.testing.assert_close(x.grad, model.a.weight.detach().sum(0).expand(3, -1))
 
 
 def test_a_deep_copy_has_stand_ins_of_its_own():

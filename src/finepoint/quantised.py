@@ -72,7 +72,10 @@ def quantised_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         f"{name}.weight": module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and isinstance(module.weight, Tensor) and is_quantised(module.weight)
+        if isinstance(module, nn.Linear)
+        # Not by the attribute, which a parametrisation computes anew, and may change itself by that.
+        and isinstance(weight := module._parameters.get("weight"), Tensor)
+        and is_quantised(weight)
     }
 
 

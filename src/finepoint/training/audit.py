@@ -7,6 +7,7 @@ dense one, which is reduced to the chosen entries as soon as it is made. A weigh
 in a wider and wider surrounding, up to the whole model, until they agree; where they never do, it is refused by name.
 """
 
+import copy
 import logging
 import random
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointError
 
 from finepoint import ranks
@@ -256,8 +258,9 @@ def _collect_(seen: Seen, entries: TrainedEntries, weight: Tensor) -> None:
 
 def _look_(seen: Seen, module: nn.Module, args: Any) -> None:
     """Within the model's forward autocast is on where it is never seen from outside."""
-    if (weight := getattr(module, "weight", None)) is not None:
-        seen.epsilon = max(seen.epsilon, _epsilon(weight))
+    for weight in module._parameters.values():
+        if weight is not None:
+            seen.epsilon = max(seen.epsilon, _epsilon(weight))
 
 
 def _own_part(gradient: Tensor, indices: Tensor) -> Tensor:
@@ -416,23 +419,36 @@ class AtFirst:
 
     @torch.compiler.disable
     def meet(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        # What a pass would change, such as a cache, is no input to try.
-        if not torch.is_grad_enabled() or not all(map(_is_plain, (*args, *kwargs.values()))):
+        if not torch.is_grad_enabled():
             return
         self.remove()
+        name = type(model).__name__
         if any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__):
-            logger.info("the first input comes to a sharded model, which could not be audited with it")
-            return  # it is in the middle of its own forward
+            logger.info("%s is in the middle of a sharded forward; its weights could not be audited", name)
+            return
+        try:
+            _copy((args, kwargs))
+        except Exception as error:  # of whatever a user's class says
+            logger.info("the input of %s cannot be copied; its weights could not be audited: %s", name, error)
+            return
         hooks = set(model._forward_pre_hooks)
-        self.audit_(lambda: outcome(model(*args, **kwargs)))
+
+        def loss() -> Tensor | None:
+            inputs, named = _copy((args, kwargs))
+            return outcome(model(*inputs, **named))
+
+        self.audit_(loss)
         for key, hook in list(model._forward_pre_hooks.items()):
             if key not in hooks:  # which this call would leave out
                 hook(model, args, *([kwargs] if key in model._forward_pre_hooks_with_kwargs else []))
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device)
+def _copy(inputs: Any) -> Any:
+    """An input that a pass may change, or leave gradients on, without a trace: caches, tensors that are added to."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        return copy.deepcopy(value)
+
+    return tree_map(leaf, inputs)
