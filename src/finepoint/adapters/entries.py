@@ -66,7 +66,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have one dtype and shape and the same bits, -0.0 and NaN included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(x.detach().contiguous().view(-1).view(torch.uint8) for x in (a, b.to(a.device))))
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
+    return torch.equal(a.detach().contiguous().view(bits), b.detach().to(a.device).contiguous().view(bits))
 
 
 def overlap(a: Tensor, b: Tensor) -> int:

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from finepoint.adapters.adapter import SETS, Change, SparseAdapter, base_beneath
@@ -179,41 +178,40 @@ class AdapterSet:
             self.active = tuple(names)
             return
         contents = contents_of(self.model)
-        self._refuse_other_weights(contents, names)
+        going, coming = ([name for name in some if name not in others]
+                         for some, others in ((self.active, names), (names, self.active)))  # fmt: skip
+        self._refuse_other_weights(contents)
+        self._refuse_other_entries(contents, going, "values")
         # First all that goes, then all that comes: what two adapters share ends as the one that stays has it.
-        for name in self.active:
-            if name not in names:
-                for swap in self._swaps[name].values():
-                    scatter_(swap.weight, swap.indices, swap.base)
-        for name in names:
-            if name not in self.active:
-                for swap in self._swaps[name].values():
-                    scatter_(swap.weight, swap.indices, swap.values)
+        self._write(going, "base")
+        try:
+            self._refuse_other_entries(contents, coming, "base")
+        except FinepointError:
+            self._write(going, "values")
+            raise
+        self._write(coming, "values")
         self.active = tuple(names)
         self._stamps = stamps(contents)
 
-    def _refuse_other_weights(self, contents: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        """Looks at every entry that is to be written, and at all weights where something has written to one of them."""
-        for name in {*self.active, *names}:
-            for at, swap in self._swaps[name].items():
-                expected, indices = (swap.values if name in self.active else swap.base), swap.indices
-                if name not in self.active:  # what another adapter has written, which goes now, is not the base's
-                    kept = self._left_as_base(at, indices)
-                    expected, indices = expected[kept], indices[kept]
-                if contents.get(at) is not swap.weight or not same_bits(gather(swap.weight, indices), expected):
-                    raise FinepointError(f"{at} {REPLACED}")
+    def _write(self, names: Sequence[str], what: Literal["base", "values"]) -> None:
+        for swap in (swap for name in names for swap in self._swaps[name].values()):
+            scatter_(swap.weight, swap.indices, getattr(swap, what))
+
+    def _refuse_other_entries(
+        self, contents: Mapping[str, Tensor], names: Sequence[str], what: Literal["base", "values"]
+    ) -> None:
+        """Looks at every entry that is to be written: it holds what these adapters lie on, or have written."""
+        for at, swap in (pair for name in names for pair in self._swaps[name].items()):
+            held = contents.get(at) is swap.weight and gather(swap.weight, swap.indices)
+            if held is False or not same_bits(held, getattr(swap, what)):
+                raise FinepointError(f"{at} {REPLACED}")
+
+    def _refuse_other_weights(self, contents: Mapping[str, Tensor]) -> None:
+        """Looks at all weights, where something else has written to one of them."""
         if self._base is None or stamps(contents) == self._stamps:
             return
         for at, _ in unlike(self._base, base_beneath(self.model, self._base)):
             raise FinepointError(f"{at} {REPLACED}")
-
-    def _left_as_base(self, at: str, indices: Tensor) -> Tensor:
-        """Which of a weight's positions no adapter that is on has written to: (k,) bool."""
-        kept = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
-        for name in self.active:
-            if at in self._swaps[name]:
-                kept &= ~torch.isin(indices, self._swaps[name][at].indices, assume_unique=True)
-        return kept
 
     def _known(self, name: str) -> None:
         if name not in self._swaps:
