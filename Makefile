@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 OLDEST := .venv-oldest
 
-.PHONY: demo gpu test test-slow test-faults test-hostile test-oldest test-mergekit wheel audit lint bench bench-quick docs clean
+.PHONY: demo gpu test test-slow test-faults test-hostile test-oldest test-mergekit families wheel audit lint bench bench-quick docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/finepoint demo --output runs/demo --overwrite
@@ -27,6 +27,10 @@ test-faults: $(INSTALLED)
 # The oldest versions that pyproject.toml admits, in an environment of their own; there they warn of each other.
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -W default $(SIDE_BY_SIDE)
+
+# docs/supported-models.md: what works of each family of models, tried anew (some minutes)
+families: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/supported.py
 
 # The wheel in an environment that sees the packages of $(VENV) and not the checkout: what a user gets from pip.
 wheel: $(INSTALLED)

@@ -46,12 +46,13 @@ class Layout:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, the model is frozen, in eval mode and without gradients; afterwards it is exactly as before.
 
-    That covers requires_grad, gradients, the train/eval mode of every module and the random state of every device.
+    That covers requires_grad, gradients, the train/eval mode of every module, the random state of every device and
+    whether configurations ask for a cache, which there is none of inside.
     """
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
-    with _random_state_kept(parameters), torch.enable_grad(), evaluating(model):
+    with _random_state_kept(parameters), torch.enable_grad(), evaluating(model), _without_cache(model):
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -73,6 +74,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, the model keeps no cache unless it is told to: some change theirs in place, and have no gradient then."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    asking = [config for config in found if getattr(config, "use_cache", None) is True]
+    for config in asking:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
 
 
 @contextmanager
@@ -191,17 +206,6 @@ def _tried(model: Any, padding: int, pair: tuple[list[int], list[int]], usual: L
             if agrees(found, alone, joined):
                 return layout
     return replace(one, causal=causal)
-
-
-def counts_from_zero(model: Any, row: Sequence[int]) -> bool:
-    """Whether positions that start at 0 are those the model takes by itself, if it can be given any."""
-    if "position_ids" not in accepted(model):
-        return True
-    one = Layout("none", mask="attention_mask" in accepted(model))
-    with undisturbed(model), torch.no_grad():
-        own, given = (_outputs(model, laid_out([row], 0, layout), [row], "none")
-                      for layout in (one, replace(one, positions=True)))  # fmt: skip
-    return agrees(given, own, -own)
 
 
 def _is_causal(model: Any, padding: int, row: list[int], before: Tensor, layout: Layout) -> bool:
