@@ -87,7 +87,7 @@ def test_a_search_goes_on_with_the_same_data_and_settings_alone(config, tmp_path
         train_auto(config)
     monkeypatch.setattr(density, "fit", fit)
     rows = [json.loads(line) for line in Path(choice_file).read_text().splitlines()]
-    other = write_lines(tmp_path / "other.jsonl", [rows[0] | {"answer": 1 - rows[0]["answer"]}, *rows[1:]])
+    other = write_lines(tmp_path / "other.jsonl", [row | {"answer": 1 - row["answer"]} for row in rows])
     excluded = str(tmp_path / "excluded")
     choose(SelectConfig(model=config.model, output=excluded, rule="random", count=5))
     changed = {"data": other, "validation": other, "rule": "magnitude-high", "seed": 1, "steps": 9,

@@ -1,6 +1,7 @@
 """Kinds of model: what a batch, a step and an adapter mean is the same for all of them, or they are refused."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from finepoint.measuring.scoring import class_logits, token_log_likelihoods
 from finepoint.models import class_order, load_model
 from finepoint.training.loss import completion_loss
 from finepoint.training.run import train
+from finepoint.training.workplace import prepare
 from test_loss import softcapped
 
 SMALL = {
@@ -305,3 +307,21 @@ def test_input_norms_of_an_encoder_decoder_are_those_of_its_own_decoder_inputs(n
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     ((_, statistics),) = stream_statistics(model, weights, [batch], ["input_norm"])
     torch.testing.assert_close(statistics.input_norm[0], sum(squares).sqrt())
+
+
+def test_a_model_that_sees_padding_trains_on_batches_of_one_that_make_up_a_step(tmp_path, tokenizer):
+    folder = folder_of(tmp_path / "phi", built(DECODERS["phi 3, long rope"]), tokenizer)
+    data = write_lines(tmp_path / "rows.jsonl", [{"prompt": "ab" * n, "completion": " c"} for n in range(1, 9)])
+    config = TrainConfig(model=folder, data=data, output=str(tmp_path / "a"), steps=2, batch_size=4, density=0.05)
+    assert train(config)["padding"] == 0
+    assert (tmp_path / "a" / "log.jsonl").read_text().count('"loss"') == 2
+
+
+def test_encoders_that_number_positions_by_the_padding_token_are_not_trained_by_the_command(tmp_path, tokenizer):
+    data = write_lines(tmp_path / "rows.jsonl", [{"text": "ab", "label": "x"}, {"text": "abc", "label": "y"}])
+    for kind, refused in ((t.RobertaForMaskedLM(t.RobertaConfig(**SMALL)), True),
+                          (t.BertForMaskedLM(t.BertConfig(**SMALL)), False)):  # fmt: skip
+        folder = folder_of(tmp_path / type(kind).__name__, kind, tokenizer)
+        config = TrainConfig(model=folder, data=data, output=str(tmp_path / "a"))
+        with pytest.raises(FinepointError, match="numbers its positions") if refused else nullcontext():
+            prepare(config)

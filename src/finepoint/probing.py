@@ -208,6 +208,17 @@ def _tried(model: Any, padding: int, pair: tuple[list[int], list[int]], usual: L
     return replace(one, causal=causal)
 
 
+def counts_from_zero(model: Any, row: Sequence[int]) -> bool:
+    """Whether positions that start at 0 are those the model takes by itself, if it can be given any."""
+    if "position_ids" not in accepted(model):
+        return True
+    one = Layout("none", mask="attention_mask" in accepted(model))
+    with undisturbed(model), torch.no_grad():
+        own, given = (_outputs(model, laid_out([row], 0, layout), [row], "none")
+                      for layout in (one, replace(one, positions=True)))  # fmt: skip
+    return agrees(given, own, -own)
+
+
 def _is_causal(model: Any, padding: int, row: list[int], before: Tensor, layout: Layout) -> bool:
     """Whether other tokens in the second half of a row leave the first half as it is."""
     half = len(row) // 2

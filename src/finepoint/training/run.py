@@ -301,7 +301,7 @@ def _audit_(config: TrainConfig, place: Workplace, tuner: SparseTuner) -> None:
     if config.gradient_checkpointing:  # as the Trainer will
         getattr(place.model, f"{CHECKPOINTING}_enable")()
     rows = [row for row in place.rows if learned(row)][:AUDITED]
-    batch = on_device(place.collator(rows), next(place.model.parameters()).device)
+    batch = on_device(place.collator.batches(rows, len(rows))[0], next(place.model.parameters()).device)
     tuner.audit_(lambda: completion_loss(place.model, batch))
     tuner.audit_later()
 

@@ -154,6 +154,9 @@ class SparseTuner:
         Raises:
             FinepointError: entries that would get another gradient whatever is done; the tuner is closed.
         """
+        if self._is_sharded():
+            logger.info("weights that are sharded over processes are not audited")
+            return Audit()
         known = self.audited or Audit()
         names = [name for name in self.entries if name not in known.weights]
         self.follow_()
@@ -171,7 +174,7 @@ class SparseTuner:
 
     def _audit(self) -> None:
         """Audits with an input that is made up, or waits for the first one that comes."""
-        if any(entries.weight.is_meta for entries in self.entries.values()):
+        if self._is_sharded() or any(entries.weight.is_meta for entries in self.entries.values()):
             return
         try:
             if (inputs := made_up(self.model)) is not None:
@@ -184,11 +187,16 @@ class SparseTuner:
 
     def audit_later(self) -> None:
         """Has what no audit has met be audited with the first input that the model is trained on."""
+        if self._is_sharded():
+            return
         if self.audited is None:
             logger.info("no input could be made up for %s; its first one will audit the weights",
                         type(self.model).__name__)  # fmt: skip
         if self.audited is None or self.audited.silent:
             self._handles.append(AtFirst(self.model, partial(self.audit_, last=True)))
+
+    def _is_sharded(self) -> bool:
+        return any(entries.sharded for entries in self.entries.values())
 
     def _widen(self, name: str, reach: int) -> bool:
         """Has a weight stand in for itself so far around its module; False if that is no further than before."""

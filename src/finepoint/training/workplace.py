@@ -21,6 +21,7 @@ from finepoint.data import Example, label_names, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.leaks import Seen
 from finepoint.models import class_order, load_config, load_model, load_tokenizer, new_head
+from finepoint.probing import counts_from_zero
 from finepoint.quantised import quantised_layers
 from finepoint.tokens import Row, encode_all, learned, padding_id
 from finepoint.training.boundaries import PACKABLE, keeps_apart
@@ -65,7 +66,11 @@ def prepare(config: SelectConfig) -> Workplace:
         ranks.check_alike("the base model", [json.dumps(fingerprint(contents_of(model)).as_json()).encode()])
     if wanted():
         shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
-    return workplace(config, model, tokenizer, examples, labels)
+    place = workplace(config, model, tokenizer, examples, labels)
+    if labels and not place.collator.positions and not counts_from_zero(model, place.rows[0].ids):
+        raise FinepointError(f"{type(model).__name__} numbers its positions by the padding token, and such encoders "
+                             "are trained in Python alone; use finepoint.sparsify, or another encoder")  # fmt: skip
+    return place
 
 
 def workplace(
