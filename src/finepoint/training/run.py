@@ -18,8 +18,8 @@ from transformers.trainer_callback import PrinterCallback
 
 import finepoint
 from finepoint import interruption, ranks
-from finepoint.adapters.adapter import ANY_BASE, SparseAdapter
-from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint
+from finepoint.adapters.adapter import ANY_BASE, SparseAdapter, base_beneath
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint
 from finepoint.adapters.format import read, write
 from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Packer, Row, learned
@@ -172,7 +172,7 @@ def _fit(
     reset_peak()
     started = time.perf_counter()
     head = new_head(place.model) if place.labels else []
-    base = fingerprint(contents_of(place.model), without=head)
+    base = base_beneath(place.model).without(head)  # of a sequence the earlier tasks' adapters are applied
     if saved:
         ranks.on_first(partial(refuse_other_base, saved[0], base))
     method, statistics = _method(config, place, head, folder if saved else None, base)
