@@ -66,7 +66,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; afterwards each has the mode it had, also after an exception."""
+    """Inside, every module is in eval mode; afterwards each has the mode it had, also after an exception.
+
+    Weights that FSDP2 has put together for a forward pass, and keeps for a backward pass that does not come, are
+    sharded again.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -74,6 +78,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+            if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+                module.reshard()  # type: ignore[operator]
 
 
 @contextmanager
