@@ -130,7 +130,11 @@ def sampled_embedding_gradient(dy: Tensor, tokens: Tensor, indices: Tensor, padd
     if padding is not None:
         dy = dy.masked_fill((flat == padding)[:, None], 0)
     distinct, row = flat.unique(return_inverse=True)
-    sums = torch.zeros(len(distinct), width, dtype=dtype, device=dy.device).index_add_(0, row, dy)
+    sums = torch.zeros(len(distinct), width, dtype=dtype, device=dy.device)
+    if dy.device.type == "cpu":
+        sums.index_add_(0, row, dy)
+    else:  # in a fixed order: on a GPU `index_add_` adds in any, and no run would repeat another's bits
+        sums.index_put_((row,), dy, accumulate=True)
     wanted = (indices // width).long()
     place = torch.searchsorted(distinct, wanted).clamp(max=len(distinct) - 1)
     return torch.where(distinct[place] == wanted, sums[place, indices % width], 0)
