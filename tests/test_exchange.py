@@ -692,7 +692,7 @@ HOSTILE = {
     "stranger": (lambda t: t.update(stranger=torch.ones(1)), "holds 'stranger'"),
     "three rows": (lambda t: t.update({f"{Q}.shira_indices": torch.ones(3, 64).int()}), "for changes of shape"),
     "no such layer": (
-        lambda t: t.update({k.replace("layers.0", "layers.9"): t.pop(k) for k in list(t)}), "no weight 'model.layers.9"
+        lambda t: t.update({k.replace("layers.0", "layers.9"): t.pop(k) for k in list(t)}), "leave out model.layers.9"
     ),
     "zeros": (lambda t: [t[key].zero_() for key in t if key.endswith("shira_weight")], "changes nothing"),
 }  # fmt: skip

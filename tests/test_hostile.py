@@ -574,7 +574,7 @@ def test_positions_beyond_two_to_the_31_on_the_meta_device():
     from finepoint.choosing.selection import budgets
     from finepoint.choosing.structure import tilings
 
-    model = tiny_llama()
+    model = tiny_llama().to("meta")
     stack = torch.nn.Parameter(torch.empty(128, 8192, 8192, device="meta"))
     model.model.layers[0].mlp.register_parameter("experts", stack)
     weights = finepoint.target_weights(model, "*.experts")
