@@ -193,7 +193,9 @@ def finepoint(warm):
 def ctrl_c():
     """Python's own handler, as in a terminal: where tests run in the background the signal may be ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ended = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what a library that an earlier test used may handle
     yield
+    signal.signal(signal.SIGTERM, ended)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler, "another was left"
 
 

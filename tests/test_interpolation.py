@@ -117,7 +117,7 @@ def test_factors_by_name():
 def test_a_model_that_is_not_the_base_is_refused():
     model = tiny_llama()
     adapter = make_adapter(model, "full")
-    with adapter.applied(model), pytest.raises(FinepointError, match="must be the base here; revert it first"):
+    with adapter.applied(model), pytest.raises(FinepointError, match="is applied to the model already"):
         wise_ft(adapter, model, 0.5)
     sparse = make_adapter(model, "delta")
     with torch.no_grad():

@@ -151,7 +151,8 @@ def test_groups_and_entries_off_the_cpu_take_one_dense_product(case):
 
 def test_half_precision_is_not_multiplied_as_it_is_where_a_device_cannot_sum_it_in_float32():
     assert not plain.sums_in_float32("cpu", torch.bfloat16)  # has no such product
-    assert plain.sums_in_float32("meta", torch.bfloat16) is False
+    half = torch.ones(2, 3, dtype=torch.bfloat16, device="meta")
+    assert plain.product(half, half.T).dtype == torch.float32
 
 
 @settings(max_examples=60, deadline=None)

@@ -36,9 +36,11 @@ def finepoint(capsys, *arguments, status=0):
     printed = capsys.readouterr()
     assert found == status, printed.err
     if status:
-        assert len(printed.err.strip().splitlines()) == 1
+        # Adapters made by hand, as those of earlier versions, do not know their base as a whole, which is said first.
+        said = [line for line in printed.err.strip().splitlines() if "knows its base by the values at" not in line]
+        assert len(said) == 1
         assert printed.out == ""
-        return printed.err
+        return said[0]
     return printed.out
 
 

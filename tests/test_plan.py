@@ -9,11 +9,11 @@ import torch
 from transformers import (
     BloomConfig,
     DeepseekV3Config,
+    JetMoeConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MixtralConfig,
-    RwkvConfig,
 )
 
 from finepoint.cli import main
@@ -61,11 +61,14 @@ def measured(model, phase, **settings):
 
 
 def assert_close(parts, peak):
-    """Within 15 %, with the process and without; and it would not be, were a large part forgotten."""
+    """Within 15 %, with the process and without; and it would not be, were a large part forgotten.
+
+    Of two processes that hold the same, one may hold a dozen megabytes more: it differs between machines.
+    """
     process, total = parts["process"], sum(parts.values())
     print(f"planned {total / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB, process {process / 1e6:.0f} MB")
     assert total == pytest.approx(peak, rel=0.15)
-    assert total - process == pytest.approx(peak - process, rel=0.15)
+    assert total - process == pytest.approx(peak - process, rel=0.15, abs=16e6)
     for part, size in parts.items():
         if part != "process" and size > 0.3 * (total - process):
             assert total - process - size < 0.85 * (peak - process), part
@@ -157,7 +160,7 @@ def test_llama_3_8b():
     assert found.training["weights"] == pytest.approx(2 * found.parameters, rel=1e-6)
     assert found.training["weights"] / 1e9 == pytest.approx(16.06, abs=0.005)
     assert found.selection["scoring_gradients"] == 4 * found.entries
-    assert found.training["trained_entries"] == (4 + 2 + 4) * found.trained  # indices, base, delta
+    assert found.training["trained_entries"] == (4 + 2 + 4 + 4) * found.trained  # indices, base, delta, a copy
     assert found.training["optimizer"] == pytest.approx(8 * found.trained, rel=1e-3)
 
 
@@ -241,8 +244,11 @@ def test_the_product_of_experts_has_the_shapes_of_the_real_one_and_of_its_gradie
 
 
 def test_a_model_whose_code_needs_numbers_is_refused_by_one_line(tmp_path):
-    RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2).save_pretrained(tmp_path)
-    with pytest.raises(FinepointError, match="cannot be planned: its code .RwkvForCausalLM. does not run on shapes"):
+    JetMoeConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8, intermediate_size=24,
+        num_local_experts=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(FinepointError, match="cannot be planned: its code .JetMoeForCausalLM. does not run on shapes"):
         plan(PlanConfig(model=str(tmp_path), tokens=16, batch_size=2, density=0.1, rule="gallop"))
 
 

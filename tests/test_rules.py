@@ -342,7 +342,7 @@ def test_excluding_entries_never_writes_into_the_model(llama):
 
 def test_batches_without_labels_are_refused(llama):
     for rule in ("gallop", "fisher"):
-        with pytest.raises(FinepointError, match="has no 'labels', only input_ids"):
+        with pytest.raises(FinepointError, match="returns no loss for a scoring batch of input_ids; add labels"):
             finepoint.select(llama, [{"input_ids": torch.ones(1, 3).long()}], rule=rule)
 
 

@@ -42,6 +42,7 @@ def label_count(batch: Batch, every: bool = False) -> int:
     return int((labels[:, 0 if every else 1 :] != -100).sum())
 
 
+TRIED = 64  # labels by which is tried how a model counts them
 _EVERY: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
@@ -57,8 +58,23 @@ def counts_every_label(model: nn.Module, batches: Sequence[Batch]) -> bool:
             return usual
         with suppress(FinepointError):  # what cannot be told apart is tried together
             first = next(split(first))
-        _EVERY[model] = _tried(model, first, usual)
+        _EVERY[model] = _tried(model, _shortened(first), usual)
     return _EVERY[model]
+
+
+def _shortened(example: Batch) -> Batch:
+    """Its places up to the last label, a few of them: the way to count is the same, and all logits of a long text would
+    take more memory than the scoring itself."""
+    labels = example["labels"]
+    end = int((labels[0] != -100).nonzero()[-1]) + 1
+    start = max(0, end - TRIED)
+    kept = example.get("logits_to_keep")
+    others = any(isinstance(value, Tensor) and value.ndim > 2 for value in example.values())  # masks, pictures
+    if len(labels) > 1 or others or (kept is not None and end < labels.shape[1]):
+        return example
+    cut = {key: value[:, start:end] if isinstance(value, Tensor) and value.shape[:2] == labels.shape else value
+           for key, value in example.items()}  # fmt: skip
+    return cut if kept is None else cut | {"logits_to_keep": min(int(kept), TRIED)}
 
 
 def _has_token_labels(batch: Batch) -> bool:

@@ -86,14 +86,14 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     study = make_study(config)
     check_sets(config)
     leaked = leaks_in(config)
-    for task, found in leaked.items():
-        warn_of_leaks(found, f"task {task!r}")
     folder = Path(config.output)
     manifest = manifest_of(study)
     manifest["arms"] += _arms_before(folder, manifest)
     if config.dry_run:
+        _warn_of(leaked)
         return _outlook(study, Ledger.of(folder))
     with _alone(folder):
+        _warn_of(leaked)
         facts = {"leaks": leaked, "versions": versions(), "machine": machine(), "date": str(date.today())}
         write_json(folder / "study.json", manifest | facts)
         ledger = Ledger.of(folder)
@@ -120,6 +120,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "leaks": leaked,
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def _warn_of(leaked: Mapping[str, Mapping[str, dict[str, int]]]) -> None:
+    for task, found in leaked.items():
+        warn_of_leaks(found, f"task {task!r}")
 
 
 def _run(study: Study, ledger: Ledger, crew: Crew, advance: Callable[[int], None] = lambda done: None) -> None:

@@ -162,6 +162,7 @@ def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device:
                 ledger.enter("optimizer")
                 optimizer.step()
                 optimizer.zero_grad()
+                ledger.hold([entries.written for entries in tuner.entries.values()], "trained_entries")
         del chosen
         return _by_part(ledger)
 
@@ -248,8 +249,20 @@ def _parts(model: Any, ledger: Ledger) -> Iterator[None]:
         if args[0].requires_grad:  # its gradient is there once the backward pass has left loss and logits behind
             args[0].register_hook(lambda gradient: ledger.enter("backward"))
 
+    before = []
+
+    def enter_model(module: nn.Module, args: tuple[Any, ...]) -> None:
+        before.append(ledger.part)
+        ledger.enter("activations")
+
+    def leave_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        part = before.pop()
+        if not torch.is_grad_enabled():  # no backward pass will say what comes next
+            ledger.enter(part)
+
     handles = [
-        model.register_forward_pre_hook(lambda module, args: ledger.enter("activations")),
+        model.register_forward_pre_hook(enter_model),
+        model.register_forward_hook(leave_model),
         model.get_output_embeddings().register_forward_pre_hook(enter_head),
     ]
     try:

@@ -89,7 +89,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     dtypes, as under autocast, the wider is rounded to the other's, in which the layer itself has multiplied.
     """
     dtype = accumulator(a, b)
-    if a.device.type != "cpu" and dtype == torch.float32:
+    if a.device.type not in ("cpu", "meta") and dtype == torch.float32:
         if a.itemsize != b.itemsize:
             narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
             a, b = a.to(narrow), b.to(narrow)
