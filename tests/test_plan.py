@@ -63,12 +63,12 @@ def measured(model, phase, **settings):
 def assert_close(parts, peak):
     """Within 15 %, with the process and without; and it would not be, were a large part forgotten.
 
-    Of two processes that hold the same, one may hold a dozen megabytes more: it differs between machines.
+    Of two processes that hold the same, one may hold some 20 megabytes more: it differs between machines.
     """
     process, total = parts["process"], sum(parts.values())
     print(f"planned {total / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB, process {process / 1e6:.0f} MB")
     assert total == pytest.approx(peak, rel=0.15)
-    assert total - process == pytest.approx(peak - process, rel=0.15, abs=16e6)
+    assert total - process == pytest.approx(peak - process, rel=0.15, abs=24e6)
     for part, size in parts.items():
         if part != "process" and size > 0.3 * (total - process):
             assert total - process - size < 0.85 * (peak - process), part
