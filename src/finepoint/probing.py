@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from finepoint import ranks
 from finepoint.errors import FinepointError
 from finepoint.precision import in_float64
 
@@ -78,7 +79,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-            if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            if ranks.is_fsdp(module):
                 module.reshard()  # type: ignore[operator]
 
 

@@ -154,6 +154,11 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_fsdp(module: Any) -> bool:
+    """Whether FSDP2 shards the parameters of this module."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
 def whole(tensor: Any) -> Any:
     """All of a sharded tensor, on every process; any other is returned as it is."""
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor

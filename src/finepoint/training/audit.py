@@ -423,7 +423,7 @@ class AtFirst:
             return
         self.remove()
         name = type(model).__name__
-        if any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__):
+        if ranks.is_fsdp(model):
             logger.info("%s is in the middle of a sharded forward; its weights could not be audited", name)
             return
         try:

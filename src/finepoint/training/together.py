@@ -149,9 +149,9 @@ class Deltas(nn.ModuleDict):
         if torch.compiler.is_compiling() or self.met or ranks.count() == 1:
             return
         refuse_flattened(model, self.members())
-        if within_ddp() or is_fsdp(model):
+        if within_ddp() or ranks.is_fsdp(model):
             for entries in self.members():
-                entries.sharded = is_fsdp(model)
+                entries.sharded = ranks.is_fsdp(model)
             self.compare()
 
     def compare(self) -> None:
@@ -244,11 +244,6 @@ def within_ddp() -> bool:
     return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
-def is_fsdp(model: nn.Module) -> bool:
-    """Whether the model's parameters are sharded by FSDP2."""
-    return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
-
-
 class LeftOutOfDDP:
     """Has DDP keep its hands off buffers that no checkpoint holds, which it would send along before every forward.
 
@@ -284,5 +279,5 @@ def refuse_flattened(model: nn.Module, members: Iterable[TrainedEntries]) -> Non
         if hasattr(weight, "ds_id"):  # DeepSpeed marks what ZeRO-3 has partitioned
             raise FinepointError(ranks.ZERO3)
         # Both kinds of FSDP leave this mark, for torch.compile; the second one is told by the class.
-        if getattr(owner, "_is_fsdp_managed_module", False) and not is_fsdp(model):
+        if getattr(owner, "_is_fsdp_managed_module", False) and not ranks.is_fsdp(model):
             raise FinepointError(ranks.FSDP1)
