@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from finepoint.config import DType, Quantise
 from finepoint.errors import FinepointError
 from finepoint.extras import needing
 from finepoint.files import alone, partial_folder
 from finepoint.packages import cache_folder, digest, fetch
 from finepoint.packed import Packed, replace_layers_
 from finepoint.quantised import is_quantised, quantise_, quantised_layers
+from finepoint.settings import DType, Quantise
 
 logger = logging.getLogger(__name__)
 DRAWN = "_finepoint_drawn"  # the attribute of a model that names what its checkpoint did not hold

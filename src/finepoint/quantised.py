@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finepoint.config import Quantise
 from finepoint.errors import FinepointError
 from finepoint.extras import needing
 from finepoint.packed import nf4
+from finepoint.settings import Quantise
 
 GROUP = 32  # entries of a row that share a scale, in int4
 Alter = Callable[[Tensor], None]

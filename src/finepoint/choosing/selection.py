@@ -17,11 +17,12 @@ from finepoint.choosing.statistics import Statistics, seeded_generator, stream_s
 from finepoint.choosing.structure import Pooling, tilings
 from finepoint.choosing.summary import Summary
 from finepoint.choosing.weights import Targets, match, target_weights
-from finepoint.config import DEFAULT_RULE, fits, spelled
+from finepoint.config import DEFAULT_RULE
 from finepoint.errors import FinepointError
 from finepoint.models import block_of
 from finepoint.offloaded import in_memory
 from finepoint.quantised import float_values
+from finepoint.settings import fits, spelled
 
 Scope = Literal["global", "weight", "layer"]
 Threshold = Literal["exact", "sampled"]

@@ -34,6 +34,7 @@ COMMANDS = {
     "import": "make an adapter of one of PEFT's or peft-sparta's",
     "data": "list the data recipes, write one as JSON Lines",
     "rules": "list the rules with formula and source",
+    "schema": "print the JSON schema of a command's YAML file",
 }
 
 

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any, cast
 
 from finepoint.cli.output import print_json, print_table
-from finepoint.config import DType, MergeConfig
+from finepoint.config import MergeConfig
 from finepoint.errors import FinepointError
+from finepoint.settings import DType
 
 if TYPE_CHECKING:
     from finepoint.adapters.adapter import SparseAdapter

@@ -8,29 +8,19 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
+from itertools import pairwise
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from finepoint.errors import FinepointError
+from finepoint.settings import close, default_of, sections
 
 Config = TypeVar("Config")
-# What `--help` of train, align and select is divided into.
-SECTIONS = {
-    "files": "model data validation validation_limit fisher_data output overwrite resume",
-    "which entries": "rule rule_options density count structure pooling scope targets exclude indices refresh dropped",
-    "scoring": "scoring_examples scoring_memory threshold",
-    "instead of entries": "baseline baseline_options",
-    "alignment": "method reward beta generations new_tokens temperature",
-    "training": "lr steps epochs batch_size accumulation packing max_length warmup schedule weight_decay clip round_to",
-    "memory": "dtype quantise gradient_checkpointing",
-    "while it runs": "no_audit eval_every keep patience save_every report_to",
-    "the adapter": "store compact",
-    "everything else": "seed json",
-}
 
 
 def parse(
@@ -51,30 +41,72 @@ def parse(
     parser = ArgumentParser(prog=f"finepoint {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below; a flag overrides it")
     parser.add_class_arguments(config)
-    spelled = spell(arguments, {field.name: field for field in fields(config)})  # type: ignore[arg-type]
     if any(word in ("-h", "--help") for word in arguments):
         print(help_text(config, command))
         if after_help:
             print(f"\n{after_help()}")
         raise SystemExit(0)
+    known = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
+    printed = "--print-config" in arguments
+    for file in _files(arguments):
+        check_keys(file, known)
+    spelled = spell([word for word in arguments if word != "--print-config"], known)
     try:
         values = parser.parse_args(spelled).as_dict()
     except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
         raise FinepointError(_plain(str(error))) from error
     values.pop("config", None)
+    if printed:
+        print(yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False), end="")
+        raise SystemExit(0)
     return config(**values)
+
+
+def check_keys(file: str, known: Iterable[str]) -> None:
+    """Refuses a YAML file that cannot be read, or has a key that is no setting.
+
+    Raises:
+        FinepointError: file, line, what is wrong.
+    """
+    try:
+        with open(file, encoding="utf-8") as text:
+            found = yaml.compose(text, yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FinepointError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise FinepointError(f"{file}{where}: no YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(found, yaml.MappingNode):
+        raise FinepointError(f"{file}: expected settings, a line each: name: value")
+    for key, _ in found.value:
+        if key.value not in known:
+            where = f"{file}:{key.start_mark.line + 1}"
+            raise FinepointError(f"{where}: no setting {key.value!r}{close(str(key.value), known)}")
+
+
+def _files(arguments: Sequence[str]) -> Iterator[str]:
+    """The files named after --config."""
+    for word, following in pairwise([*arguments, ""]):
+        if word == "--config" and not following.startswith("--"):
+            yield following
+        elif word.startswith("--config="):
+            yield word.partition("=")[2]
 
 
 def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
     """The arguments as jsonargparse wants them: one `--name=value` each, lists and mappings as JSON."""
     given: dict[str, list[str]] = {}
     # A field may have a second name, which only flags know: that of a Python keyword can be no field's.
-    also = {field.metadata["also"]: name for name, field in known.items() if "also" in field.metadata}
+    also = {field.metadata["also"]: name for name, field in known.items() if field.metadata["also"]}
     name = None
     for word in arguments:
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
             name = also.get(flag, flag.replace("-", "_"))
+            if name not in known and name != "config":
+                near = close("--" + flag, map(_flag, known)) or "; `--help` lists them"
+                raise FinepointError(f"no flag --{flag}{near}")
             given.setdefault(name, [])
             if equals:
                 given[name].append(value)
@@ -97,7 +129,7 @@ def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:
 
 def _positional(word: str, known: dict[str, Field[Any]]) -> str:
     for name, field in known.items():
-        if name in ("folder", "name") or field.metadata.get("positional"):
+        if field.metadata["positional"]:
             return name
     raise FinepointError(f"{word!r} belongs to no flag; `--help` lists the flags and what they take")
 
@@ -162,20 +194,11 @@ def help_text(config: type, command: str) -> str:
     lines = [f"usage: finepoint {command} [--config FILE.yaml] [--flag value ..]", "", summary(config)]
     for heading, members in sections(config):
         lines += ["", *([f"{heading}:"] if heading else [])]
-        for flag, meaning, default in members:
+        for flag, meaning, default in map(row, members):
             shown = default if default == "required" else f"default: {default}"
             lines.append(f"  {flag:<24} {meaning} ({shown})")
+    lines += ["", f"--print-config prints all of them as YAML; `finepoint schema {command}` is their JSON schema"]
     return "\n".join(lines)
-
-
-def sections(config: type) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """The flags of a command under headings; under none where one of them is in no section."""
-    found = flags(config)
-    place = {_flag(name): heading for heading, names in SECTIONS.items() for name in names.split()}
-    if any(flag not in place for flag, _, _ in found):
-        return [("", found)]
-    under = {heading: [row for row in found if place[row[0]] == heading] for heading in SECTIONS}
-    return [(heading, members) for heading, members in under.items() if members]
 
 
 def summary(config: type) -> str:
@@ -185,32 +208,16 @@ def summary(config: type) -> str:
 
 def flags(config: type) -> list[tuple[str, str, str]]:
     """Every flag of a command, its meaning, and its default or `required`."""
-    meanings = descriptions(config)
-    return [
-        (_flag(field.name), meanings.get(field.name, ""), "required" if _is_required(field) else _default(field))
-        for field in fields(config)
-    ]
+    return [row(known) for _, members in sections(config) for known in members]
 
 
-def descriptions(config: type) -> dict[str, str]:
-    """What each field means, from the `Args:` of the class and of those it extends."""
-    found: dict[str, str] = {}
-    for owner in reversed(config.__mro__):
-        _, _, listed = inspect.cleandoc(owner.__doc__ or "").partition("Args:\n")
-        for line in listed.splitlines():
-            name, colon, meaning = line.strip().partition(": ")
-            if colon:
-                found[name] = meaning
-    return found
-
-
-def _is_required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
-
-
-def _default(field: Field[Any]) -> str:
-    make = field.default_factory
-    value = field.default if make is MISSING else make()
-    if value is None or value in ([], {}):
-        return "none"
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+def row(known: Field[Any]) -> tuple[str, str, str]:
+    """A flag, its meaning, and its default or `required`."""
+    value = default_of(known)
+    if value is MISSING:
+        shown = "required"
+    elif value is None or value in ([], {}):
+        shown = "none"
+    else:
+        shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    return _flag(known.name), known.metadata["meaning"], shown

@@ -3,7 +3,8 @@
 from typing import cast
 
 from finepoint.cli.output import print_json
-from finepoint.config import DType, VerifyConfig
+from finepoint.config import VerifyConfig
+from finepoint.settings import DType
 
 CONFIG = VerifyConfig
 # How far the adapter knows that base.

@@ -6,7 +6,7 @@ from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.lowrank import PEFT_CONFIG, is_peft
-from finepoint.config import DType, ExportFormat, ImportFormat
+from finepoint.config import ExportFormat, ImportFormat
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import INDEX, Checkpoint, open_checkpoint
 from finepoint.exchange.gguf import converter, write_gguf
@@ -17,6 +17,7 @@ from finepoint.exchange.peft_sparse import read_peft_sparse, write_peft_sparse
 from finepoint.exchange.sparta import TENSORS as SPARTA_TENSORS
 from finepoint.exchange.sparta import read_sparta, write_sparta
 from finepoint.files import fill_folder
+from finepoint.settings import DType
 
 
 def export(

@@ -38,7 +38,7 @@ from finepoint.progress import progress
 from finepoint.tokens import encode_all
 from finepoint.training.audit import outcome
 from finepoint.training.baselines import Setting, baseline_named, options_of
-from finepoint.training.checkpoints import CHECKPOINTS, RECORD, checkpoints, deciding, refuse_other_base, to_go_on_from
+from finepoint.training.checkpoints import CHECKPOINTS, RECORD, checkpoints, decisive, refuse_other_base, to_go_on_from
 from finepoint.training.finite import NotFiniteError, refuse_not_finite
 from finepoint.training.interface import Tuner
 from finepoint.training.log import LOG, append, cut_log_
@@ -89,7 +89,7 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
     base = fingerprint(contents_of(place.model))
     if saved:
         refuse_other_base(saved[0], base)
-    settings = deciding(config, place.rows, base)
+    settings = decisive(config, place.rows, base)
     checkpoint = to_go_on_from(folder, saved, config.steps, settings) if saved else None
     reset_peak()
     started = time.perf_counter()

@@ -18,6 +18,7 @@ from finepoint.files import alone, contents, read_json, read_record, refuse_vers
 from finepoint.leaks import warn_of_leaks
 from finepoint.packages import digest
 from finepoint.progress import progress
+from finepoint.settings import names
 from finepoint.studies.cells import check_sets, leaks_in
 from finepoint.studies.crews import LOST, Crew, Failure, Here, Outcome, Processes, Ray
 from finepoint.studies.estimate import estimate
@@ -27,7 +28,6 @@ from finepoint.training.run import versions
 logger = logging.getLogger(__name__)
 FORMAT = 1
 # What may be added to a study that has begun; everything else would change what its cells mean.
-GROWS = ("arms", "seeds", "train_on", "tuning", "keep_adapters")
 
 
 @dataclass
@@ -245,9 +245,8 @@ def _arms_before(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, An
     arms, known = ({arm["name"]: {**arm, "lrs": None} for arm in found["arms"]} for found in (manifest, before))
     finished = {cell["arm"] for cell in Ledger.of(folder).cells.values()}
     pairs = [(f"arm {name}", known[name], arm) for name, arm in arms.items() if name in known and name in finished]
-    pairs += [
-        (name, before["config"].get(name), value) for name, value in manifest["config"].items() if name not in GROWS
-    ]
+    fixed = names(CompareConfig, "bits")  # the rest may grow from one call to the next
+    pairs += [(name, before["config"].get(name), value) for name, value in manifest["config"].items() if name in fixed]
     pairs += [(name, before["data"][name], value) for name, value in manifest["data"].items() if name in before["data"]]
     for what, was, now in pairs:
         if was != now:

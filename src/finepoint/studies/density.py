@@ -29,9 +29,10 @@ from finepoint.interruption import BrokenOff
 from finepoint.leaks import leaks, warn_of_leaks
 from finepoint.measuring.divergence import learned_and_disturbed
 from finepoint.packages import digest
+from finepoint.settings import deciding
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import BLIND_RATES, GRADIENT_RATES
-from finepoint.training.checkpoints import deciding, digest_of, refuse_others
+from finepoint.training.checkpoints import decisive, digest_of, refuse_others
 from finepoint.training.finite import TrainingFailedError
 from finepoint.training.run import RECORD, fit
 from finepoint.training.settings import steps_of
@@ -127,9 +128,8 @@ def _refuse_other_search(config: TrainConfig, place: Workplace, search: Path) ->
     """
     validation = some(read_examples(config.validation or ""), config.validation_limit)
     files = [Path(folder) / TENSORS for folder in config.exclude]
-    settings = deciding(config, place.rows, fingerprint(contents_of(place.model))) | {
-        "steps": config.steps, "epochs": config.epochs, "eval_every": config.eval_every, "patience": config.patience,
-        "validation examples": digest_of(validation), "validation_limit": config.validation_limit,
+    settings = decisive(config, place.rows, fingerprint(contents_of(place.model))) | {
+        **deciding(config, "length", files=False), "validation examples": digest_of(validation),
         "entries excluded": [digest(file) if file.is_file() else str(file) for file in files],  # or a hub's
     }  # fmt: skip
     file = search / SETTINGS

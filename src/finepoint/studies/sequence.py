@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from finepoint.files import claim_folder, contents, read_json, read_record, writ
 from finepoint.measuring.metrics import sequence_metrics
 from finepoint.measuring.scoring import accuracy
 from finepoint.models import load_model, load_tokenizer
+from finepoint.settings import close, deciding
 from finepoint.studies.results import SEQUENCE, SEQUENCE_RESULT, WAYS, adapter_folder
 from finepoint.training.run import RECORD, fit, versions
 from finepoint.training.workplace import Workplace, workplace
@@ -110,18 +111,24 @@ def _train(walk: Walk, way: str, task: str, place: Path) -> None:
     """Trains one task on the model as the earlier ones have left it."""
     config = walk.config
     earlier = walk.tasks[: walk.tasks.index(task)]
-    settings = TrainConfig(
-        model=config.model, data=config.tasks[task]["train"], output=str(place), dtype=config.dtype, rule=config.rule,
-        density=config.density, lr=config.lr, overwrite=True,
-        seed=config.seed + len(earlier),  # of one seed, random choices would be the same entries for every task
-        exclude=[str(walk.adapter_folder(way, name)) for name in earlier] if way == "exclude" else [],
-    )  # fmt: skip
-    settings = replace(settings, **config.train)
+    exclude = [str(walk.adapter_folder(way, name)) for name in earlier] if way == "exclude" else []
+    settings = TrainConfig(**_own(config, task, str(place), exclude), **config.train)
     shutil.rmtree(place, ignore_errors=True)
     examples = read_examples(str(settings.data))
     where: Workplace = workplace(settings, walk.model, walk.tokenizer, examples)
     logger.info("%s: training %s on %s", way, task, "entries of its own" if settings.exclude else "any entries")
     fit(settings, where)
+
+
+def _own(config: SequenceConfig, task: str, output: str, exclude: list[str]) -> dict[str, Any]:
+    """What a sequence sets for every task by itself."""
+    # Of one seed, random choices would be the same entries for every task.
+    seed = config.seed + list(config.tasks).index(task)
+    return {
+        "model": config.model, "dtype": config.dtype, "quantise": None, "data": config.tasks[task]["train"],
+        "output": output, "overwrite": True, "baseline": None, "rule": config.rule, "density": config.density,
+        "exclude": exclude, "lr": config.lr, "seed": seed,
+    }  # fmt: skip
 
 
 def _row(walk: Walk) -> dict[str, float]:
@@ -177,15 +184,11 @@ def _check(config: SequenceConfig) -> dict[str, Any]:
     for name, files in config.tasks.items():
         if set(files) != {"train", "test"}:
             raise FinepointError(f"task {name!r} has the sets {sorted(files)}; give train and test")
-    taken = {"model", "data", "output", "rule", "density", "lr", "seed", "exclude", "overwrite", "baseline", "dtype",
-             "quantise"}  # fmt: skip
-    known = set(asdict(TrainConfig(model="", output=""))) - taken
+    known = {setting.name for setting in fields(TrainConfig)} - set(_own(config, next(iter(config.tasks)), "", []))
     if unknown := sorted(set(config.train) - known):
-        raise FinepointError(f"train gives {unknown[0]!r}, which is no setting that a sequence takes there")
-    settings = asdict(config)
-    for name in ("output", "overlap", "json"):
-        settings.pop(name)
-    return settings
+        raise FinepointError(f"train gives {unknown[0]!r}, which is no setting that a sequence takes there"
+                             f"{close(unknown[0], known)}")  # fmt: skip
+    return deciding(config, "bits")
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

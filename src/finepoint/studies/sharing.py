@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,23 +19,9 @@ from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.files import VERSION, alone, read_record, refuse_version, write_atomic, write_json, write_record
 from finepoint.models import new_head
+from finepoint.settings import Decides, deciding
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.workplace import Workplace, select_for
-
-# What decides a gradient, and what besides decides a choice by it.
-STATISTIC = ("model", "data", "targets", "scoring_examples", "max_length", "batch_size", "dtype", "seed")
-CHOICE = (
-    *STATISTIC,
-    "rule",
-    "rule_options",
-    "density",
-    "count",
-    "structure",
-    "pooling",
-    "scope",
-    "exclude",
-    "threshold",
-)
 
 
 def shared_selection(config: TrainConfig, place: Workplace, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -45,7 +30,7 @@ def shared_selection(config: TrainConfig, place: Workplace, folder: Path) -> tup
     Made by whoever comes first; others wait for it. `seconds` counts the gradients as if they had been made for this
     selection alone.
     """
-    made = folder / "selections" / key(config, CHOICE)
+    made = folder / "selections" / key(config, "statistics", "selection")
     with alone(made):
         if not (made / "selection.json").is_file():
             _select(config, place, made, folder / "statistics")
@@ -55,8 +40,8 @@ def shared_selection(config: TrainConfig, place: Workplace, folder: Path) -> tup
 def _select(config: TrainConfig, place: Workplace, made: Path, store: Path) -> None:
     needs = [need for need in STATISTICS if need in rule_named(config.rule).needs]
     # What a warm-up finds depends on the rule's options, too.
-    decides = (*STATISTIC, "rule_options") if {"movement", "change"} & set(needs) else STATISTIC
-    kept = store / f"{'-'.join(needs)}-{key(config, decides)}"
+    options = config.rule_options if {"movement", "change"} & set(needs) else None
+    kept = store / f"{'-'.join(needs)}-{key(config, 'statistics', options=options)}"
     spent = 0.0
 
     def stream(*arguments: Any) -> Iterator[tuple[str, Statistics]]:
@@ -102,7 +87,7 @@ def _kept(folder: Path, weights: Mapping[str, nn.Parameter]) -> list[Path]:
     return [folder / f"{name}.safetensors" for name in weights]
 
 
-def key(config: TrainConfig, parts: Sequence[str]) -> str:
-    """A name for everything among the settings that decides a result; the files' contents are the study's business."""
-    values = {part: value for part, value in asdict(config).items() if part in parts}
+def key(config: TrainConfig, *decides: Decides, **more: Any) -> str:
+    """A name for all settings that decide a result; the files' contents are the study's business."""
+    values = deciding(config, *decides) | more
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

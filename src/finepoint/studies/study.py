@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from finepoint.choosing.rules import rule_named
-from finepoint.config import CompareConfig, TrainConfig, fits, spelled
+from finepoint.config import DEFAULT_RULE, CompareConfig, TrainConfig
 from finepoint.errors import FinepointError
+from finepoint.settings import close, deciding, fits, spelled
 from finepoint.studies.results import best_lr
 from finepoint.training.baselines import baseline_named
 from finepoint.training.settings import check
@@ -23,11 +24,6 @@ BASELINE_RATES = {
     "bitfit": (3e-4, 1e-3, 3e-3, 1e-2),
     "head": (1e-5, 3e-5, 1e-4, 3e-4),
 }
-# What a study sets by itself for every cell.
-TAKEN = {
-    "model", "data", "validation", "validation_limit", "output", "rule", "rule_options", "baseline", "baseline_options",
-    "density", "lr", "seed", "indices", "keep", "overwrite", "resume", "save_every", "json", "dtype", "quantise",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,24 +120,32 @@ def planned(study: Study, cells: Sequence[dict[str, Any]], failures: Sequence[Ma
 
 def train_config(study: Study, cell: Cell, output: str) -> TrainConfig:
     """What `finepoint train` would be told for a cell."""
-    arm, config = study.arm(cell.arm), study.config
-    files = config.tasks[cell.task]
-    common = TrainConfig(
-        model=config.model, data=files["train"], validation=files["validation"],
-        validation_limit=config.validation_limit, output=output, dtype=config.dtype, quantise=config.quantise,
-        lr=cell.lr, seed=cell.seed, keep="best", overwrite=True,
-    )  # fmt: skip
-    settings = {**config.train, **arm.train}
-    if arm.kind == "baseline":
-        return replace(common, baseline=arm.method, baseline_options=arm.options, density=arm.density, **settings)
-    return replace(common, rule=arm.method, rule_options=arm.options, density=arm.density, **settings)
+    arm = study.arm(cell.arm)
+    return TrainConfig(**{**_own(study.config, arm, cell, output), **study.config.train, **arm.train})
+
+
+def _own(config: CompareConfig, arm: Arm, cell: Cell, output: str) -> dict[str, Any]:
+    """What a study sets for every cell by itself."""
+    files = config.tasks.get(cell.task, {})
+    baseline = arm.kind == "baseline"
+    return {
+        "model": config.model, "dtype": config.dtype, "quantise": config.quantise,
+        "data": files.get("train"), "validation": files.get("validation"), "validation_limit": config.validation_limit,
+        "rule": DEFAULT_RULE if baseline else arm.method, "rule_options": {} if baseline else arm.options,
+        "baseline": arm.method if baseline else None, "baseline_options": arm.options if baseline else {},
+        "density": arm.density, "indices": None, "lr": cell.lr, "seed": cell.seed, "keep": "best",
+        "output": output, "overwrite": True, "save_every": None, "resume": False, "json": False,
+    }  # fmt: skip
+
+
+OWN = frozenset(
+    _own(CompareConfig(model="", tasks={}, arms=[], output=""), Arm("", "", "", None, ()), Cell("", "", 0, 0), "")
+)
 
 
 def described(study: Study) -> dict[str, Any]:
     """The study as its manifest keeps it."""
-    config = asdict(study.config)
-    for key in ("output", "workers", "executor", "address", "dry_run", "json"):
-        config.pop(key)
+    config = deciding(study.config, "bits", "length")
     return {"config": config, "arms": [asdict(arm) for arm in study.arms], "tasks": list(study.tasks)}
 
 
@@ -194,10 +198,10 @@ def _check_cell(study: Study, cell: Cell) -> None:
 def _check_settings(settings: Mapping[str, Any], where: str) -> None:
     kinds = {setting.name: setting.type for setting in fields(TrainConfig)}
     for name, value in settings.items():
-        if name in TAKEN:
+        if name in OWN:
             raise FinepointError(f"{where} gives {name!r}, which the study sets for every cell by itself")
         if name not in kinds:
-            raise FinepointError(f"{where} gives {name!r}, which is no setting of finepoint train")
+            raise FinepointError(f"{where} gives {name!r}, which is no setting of finepoint train{close(name, kinds)}")
         if not fits(value, kinds[name]):
             raise FinepointError(f"{where} gives {name} {value!r}; it is {' or '.join(spelled(kinds[name]))}")
 

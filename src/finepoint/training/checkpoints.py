@@ -4,7 +4,6 @@ import json
 import logging
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from finepoint.adapters.fingerprint import Fingerprint, is_fingerprint, unlike
 from finepoint.errors import FinepointError
 from finepoint.files import VERSION, read_json, read_record, refuse_version, write_record
 from finepoint.packages import digest
+from finepoint.settings import deciding
 
 logger = logging.getLogger(__name__)
 SEAL = "sealed.json"
@@ -26,10 +26,6 @@ BASE = "base"  # of the settings: the fingerprint
 STATE = "trainer_state.json"  # the last file that transformers writes
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 """What transformers writes with torch.save; without one of them a run goes on, but not as if it had never stopped."""
-# What a resumed run may be told otherwise: of files the contents count, not the names they go by.
-FREE = ("model", "data", "output", "indices", "exclude", "overwrite", "json", "resume", "steps", "epochs", "save_every",
-        "eval_every", "validation", "validation_limit", "keep", "patience", "report_to", "fisher_data", "store",
-        "compact")  # fmt: skip
 
 
 def step_of(checkpoint: str | Path) -> int:
@@ -64,9 +60,12 @@ def checkpoints(folder: Path) -> list[str]:
     return whole
 
 
-def deciding(config: Any, rows: Sequence[Any], base: Fingerprint) -> dict[str, Any]:
-    """What decides a run's bits, of which a resumed run has the same: settings, a digest of the examples, the base."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+def decisive(config: Any, rows: Sequence[Any], base: Fingerprint) -> dict[str, Any]:
+    """What decides a run's bits, of which a resumed run has the same: settings, a digest of the examples, the base.
+
+    Of files the contents count, not the names they go by; and a run may be carried on further.
+    """
+    settings = deciding(config, "statistics", "selection", "bits", files=False)
     return settings | {"examples": digest_of(rows), "processes": ranks.count(), BASE: base.as_json()}
 
 
@@ -88,7 +87,7 @@ def to_go_on_from(folder: Path, saved: Sequence[str], steps: int, settings: Mapp
     Args:
         saved: the run's checkpoints, latest first.
         steps: how many the run is to do.
-        settings: `deciding` of them.
+        settings: `decisive` of them.
 
     Raises:
         FinepointError: all is done and written; the settings are not those of the run; all checkpoints lie at the end.

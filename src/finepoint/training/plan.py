@@ -30,10 +30,11 @@ from finepoint.choosing.selection import SLICE, budgets, score
 from finepoint.choosing.statistics import stream_statistics
 from finepoint.choosing.warmup import warm_up_
 from finepoint.choosing.weights import target_weights
-from finepoint.config import PlanConfig, Quantise
+from finepoint.config import PlanConfig
 from finepoint.errors import FinepointError
 from finepoint.models import shape_of
 from finepoint.quantised import quantise_
+from finepoint.settings import Quantise
 from finepoint.tokens import IGNORED, Row
 from finepoint.training.ledger import Ledger
 from finepoint.training.memory import resident_bytes

@@ -39,7 +39,7 @@ from finepoint.training.checkpoints import (
     CHECKPOINTS,
     RECORD,
     checkpoints,
-    deciding,
+    decisive,
     refuse_other_base,
     step_of,
     to_go_on_from,
@@ -333,7 +333,7 @@ def _run_trainer(run: Run, validation: list[Row] | None, packer: Packer | None, 
     """Trains, followed by trackers; returns the steps, their losses and the seconds they took."""
     config, folder = run.config, run.folder
     rows = [row for row in run.place.rows if learned(row)]
-    settings = deciding(config, rows, run.base)
+    settings = decisive(config, rows, run.base)
     checkpoint = ranks.on_first(partial(to_go_on_from, folder, saved, run.steps, settings)) if saved else None
     with tracked(config, folder, step_of(checkpoint) if checkpoint else None) as (tracking, followers):
         arguments = _arguments(config, folder, run.steps, tracking, alone=run.place.collator.side == "none")

@@ -1,0 +1,130 @@
+"""Settings, described once: a field's default, what it means, what it decides. All else is derived from that.
+
+Help, reference, the JSON schema; what a resumed run may be told otherwise; what the runs of a study can share. Nothing
+heavy is imported, so that help is instant.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, fields
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Quantise = Literal["int8", "int4", "nf4"]
+TargetsOption = str | list[str] | dict[str, float]
+
+Decides = Literal["statistics", "selection", "bits", "length", "nothing"]
+"""What a setting decides, and with it all that follows from that: the gradients that rules score by; which entries are
+chosen; what comes out bit by bit; how far it is carried on; or nothing of these (where to write, what to tell)."""
+SECTIONS = ("", "files", "which entries", "scoring", "instead of entries", "alignment", "training", "memory",
+            "while it runs", "the adapter", "everything else")  # fmt: skip
+"""The headings of `--help`, in this order."""
+
+
+def setting(
+    meaning: str, default: Any = MISSING, decides: Decides = "nothing", section: str = "", *,
+    file: bool = False, positional: bool = False, also: str = "",
+) -> Any:  # fmt: skip
+    """A field of a command's settings: a flag, and a key of its YAML.
+
+    Args:
+        meaning: what `--help` says of it.
+        default: its default; required where not given.
+        decides: see `Decides`.
+        section: its heading in `--help`.
+        file: it names a file or folder, whose contents decide and not the name.
+        positional: on the command line it needs no flag.
+        also: another name, which only flags know.
+    """
+    assert section in SECTIONS, section
+    metadata = {"meaning": meaning, "decides": decides, "section": section, "file": file, "positional": positional,
+                "also": also}  # fmt: skip
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_of(known: Field[Any]) -> Any:
+    """A field's default, `MISSING` where it is required."""
+    return known.default if known.default_factory is MISSING else known.default_factory()
+
+
+def names(config: Any, *decides: Decides, files: bool = True) -> list[str]:
+    """Those settings that decide one of these; `files`: also those that name files."""
+    chosen = [known for known in fields(config) if known.metadata["decides"] in decides]
+    return [known.name for known in chosen if files or not known.metadata["file"]]
+
+
+def deciding(config: Any, *decides: Decides, files: bool = True) -> dict[str, Any]:
+    """The values of the settings that `names` finds."""
+    values = asdict(config)
+    return {name: values[name] for name in names(config, *decides, files=files)}
+
+
+def sections(config: type) -> Iterator[tuple[str, list[Field[Any]]]]:
+    """A command's settings by their headings."""
+    for heading in SECTIONS:
+        if found := [known for known in fields(config) if known.metadata["section"] == heading]:
+            yield heading, found
+
+
+def close(name: str, known: Any) -> str:
+    """`; did you mean ..?` where one of the known names is near, else nothing."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value, as YAML gives it, can stand in a field of this type."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in members
+    if origin in (Union, UnionType):
+        return any(fits(value, member) for member in members)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, members[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def spelled(kind: Any) -> list[str]:
+    """What may stand in a field of this type, for messages."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return [str(member) for member in members]
+    if origin in (Union, UnionType):
+        return [text for member in members if member is not NoneType for text in spelled(member)]
+    if origin in (list, dict):
+        return [f"a {'list' if origin is list else 'mapping'}"]
+    return [{int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]]
+
+
+def json_schema(config: type, title: str) -> dict[str, Any]:
+    """The JSON schema of a command's YAML file, for editors that complete and check it."""
+    known = {each.name: each for each in fields(config)}
+    properties = {}
+    for name, each in known.items():
+        default = default_of(each)
+        properties[name] = {"description": each.metadata["meaning"], **_schema_of(each.type)}
+        properties[name] |= {} if default is MISSING else {"default": default}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, "type": "object",
+            "properties": properties, "additionalProperties": False}  # fmt: skip
+
+
+def _schema_of(kind: Any) -> dict[str, Any]:
+    origin, members = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return {"enum": list(members)}
+    if origin in (Union, UnionType):
+        return {"anyOf": [_schema_of(member) for member in members]}
+    if origin is list:
+        return {"type": "array", "items": _schema_of(members[0])}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema_of(members[1])}
+    names = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
+    return {"type": names[kind]} if kind in names else {}

@@ -1,0 +1,158 @@
+"""A setting is described once, beside its default; help, schema, resuming and sharing follow from that."""
+
+import inspect
+import json
+from dataclasses import asdict, dataclass, fields
+
+import pytest
+import yaml
+
+from finepoint import config as configs
+from finepoint.cli import COMMANDS, main, module_of
+from finepoint.cli.options import flags, help_text, parse
+from finepoint.config import AlignConfig, CompareConfig, SequenceConfig, TrainConfig
+from finepoint.errors import FinepointError
+from finepoint.settings import deciding, json_schema, names, sections, setting
+from finepoint.studies.sharing import key
+from finepoint.studies.study import OWN
+from finepoint.training.checkpoints import decisive, refuse_others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dummy(TrainConfig):
+    """Train, with settings that nothing else has been told of."""
+
+    grain: float = setting("how fine", 0.5, "selection", "which entries")
+    polish: int = setting("how often", 3, "bits", "training")
+    colour: str = setting("of the bar", "green", section="everything else")
+    further: int = setting("how far", 1, "length", "training")
+
+
+def config(**settings):
+    return Dummy(**{"model": "m", "data": "d", "output": "o"} | settings)
+
+
+def test_help_and_schema_show_a_new_setting():
+    text = help_text(Dummy, "train")
+    entries = text.split("which entries:")[1].split("\n\n")[0]
+    assert "--grain" in entries
+    assert "how fine (default: 0.5)" in entries
+    assert json_schema(Dummy, "train")["properties"]["polish"] == {
+        "description": "how often", "type": "integer", "default": 3,
+    }  # fmt: skip
+    assert parse(Dummy, "train", ["--model", "m", "--output", "o", "--grain", "0.25"]).grain == 0.25
+
+
+class Base:
+    def as_json(self):
+        return {}
+
+
+def test_a_resumed_run_has_the_same_bits_and_may_be_carried_further():
+    before = decisive(config(), [], Base())
+    refuse_others("it", before, decisive(config(colour="red", further=2, output="p", steps=9), [], Base()))
+    for change in ({"grain": 0.1}, {"polish": 4}, {"lr": 1.0}, {"batch_size": 2}):
+        with pytest.raises(FinepointError, match=next(iter(change))):
+            refuse_others("it", before, decisive(config(**change), [], Base()))
+
+
+def test_arms_share_a_selection_only_where_all_that_decides_it_is_the_same():
+    one = key(config(), "statistics", "selection")
+    assert key(config(polish=4, colour="red", lr=1.0, output="p"), "statistics", "selection") == one
+    for change in ({"grain": 0.1}, {"density": 0.5}, {"quantise": "int8"}, {"seed": 1}):
+        assert key(config(**change), "statistics", "selection") != one
+    assert key(config(grain=0.1), "statistics") == key(config(), "statistics")
+
+
+def test_every_setting_is_explained_and_has_its_place():
+    for command in COMMANDS:
+        known = module_of(command).CONFIG
+        assert all(meaning and not meaning.endswith(".") for _, meaning, _ in flags(known)), command
+        assert sum(len(members) for _, members in sections(known)) == len(fields(known))
+        headings = [heading for heading, _ in sections(known)]
+        assert headings == [""] or ("" not in headings and len(headings) > 3), command
+
+
+def test_no_class_has_more_than_twenty_settings_of_its_own():
+    for name, found in vars(configs).items():
+        if isinstance(found, type) and name != "Any":
+            own = inspect.get_annotations(found)
+            assert len(own) <= 24, f"{name} has {len(own)}"
+
+
+def test_what_a_run_may_be_told_otherwise():
+    free = set(asdict(config())) - set(deciding(config(), "statistics", "selection", "bits", files=False))
+    assert free - {"colour", "further"} == {
+        "model", "data", "output", "indices", "exclude", "fisher_data", "overwrite", "json", "resume", "steps",
+        "epochs", "save_every", "eval_every", "validation", "validation_limit", "keep", "patience", "report_to",
+        "store", "compact", "scoring_memory", "no_audit",
+    }  # fmt: skip
+
+
+def test_what_studies_set_by_themselves_and_what_may_grow():
+    assert {"model", "data", "lr", "seed", "rule", "density", "indices", "resume"} <= OWN
+    assert {each.name for each in fields(TrainConfig)} >= OWN
+    assert names(CompareConfig, "length") == ["arms", "train_on", "seeds", "tuning", "keep_adapters"]
+    assert set(names(SequenceConfig, "bits")) == {each.name for each in fields(SequenceConfig)} - {
+        "output", "overlap", "json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_schema_admits_every_default(command, capsys):
+    assert main(["schema", command]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["properties"]) == [each.name for each in fields(module_of(command).CONFIG)]
+    for name, rule in found["properties"].items():
+        if "default" in rule:
+            kinds = rule.get("anyOf", [rule])
+            assert any(admits(kind, rule["default"]) for kind in kinds), name
+
+
+def admits(kind, value):
+    if "enum" in kind:
+        return value in kind["enum"]
+    python = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "null": type(None),
+              "array": list, "object": dict}[kind["type"]]  # fmt: skip
+    return isinstance(value, python)
+
+
+def test_printed_settings_are_taken_again(tmp_path, capsys):
+    arguments = ["--model", "m", "--data", "d", "--output", "o", "--targets", "v,o", "--rule-options", "epsilon=1e-6"]
+    assert main_exits(["train", *arguments, "--print-config"]) == 0
+    file = tmp_path / "train.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert yaml.safe_load(file.read_text())["rule_options"] == {"epsilon": 1e-6}
+    assert parse(TrainConfig, "train", ["--config", str(file)]) == parse(TrainConfig, "train", arguments)
+
+
+def main_exits(arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [("--batch_sise=2", "did you mean --batch-size"), ("--learning-rat", "no flag --learning-rat"),
+     ("--densty=1", "no flag --densty; did you mean --density")],
+)  # fmt: skip
+def test_unknown_flags_are_spelled_as_given(flag, hint):
+    with pytest.raises(FinepointError, match=hint):
+        parse(TrainConfig, "train", ["--model", "m", "--output", "o", flag])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("model: m\nbatch-size: 2\n", ":2: no setting 'batch-size'; did you mean batch_size"),
+     ("model: m\n\ndensty: 1\n", ":3: no setting 'densty'; did you mean density"),
+     ("model: [m\nlr: 1\n", "no YAML"), ("- model\n", "expected settings")],
+)  # fmt: skip
+def test_unknown_keys_are_told_with_file_and_line(tmp_path, text, told):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(FinepointError) as raised:
+        parse(AlignConfig, "align", ["--config", str(file)])
+    assert told in str(raised.value)
+    assert str(file) in str(raised.value)
+    assert "\n" not in str(raised.value)
