@@ -4,11 +4,10 @@ This file imports nothing heavy, so that help is instant.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from finepoint.settings import DType, Quantise, TargetsOption, setting
 
-ExportFormat = Literal["merged", "shira", "supertuning", "sparta", "vllm-patch", "gguf"]
 ImportFormat = Literal["auto", "shira", "supertuning", "sparta"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
@@ -121,6 +120,8 @@ class Training:
 class TrainConfig(Training, SelectConfig):
     """Choose entries, train them in place, save them as an adapter."""
 
+    RATES: ClassVar = (3e-4, 1e-2)  # for rules that look at gradients, and for the others
+
     data: str | None = setting("training examples, a JSON Lines file", None, "statistics", "files", file=True)
     density: float | Literal["auto"] | None = setting(  # type: ignore[assignment]  # wider than select's
         "share of the target entries to train, in (0, 1]; auto searches a good one, 0.001 if none",
@@ -157,6 +158,8 @@ class TrainConfig(Training, SelectConfig):
 class AlignConfig(Training, SelectConfig):
     """Align a model by preferences (DPO) or rewards (GRPO) through TRL, on chosen entries; measured on both sides."""
 
+    RATES: ClassVar = (1e-4, 3e-3)
+
     method: Literal["dpo", "grpo"] = setting(
         "dpo learns from pairs of answers, grpo from a reward for answers the model samples itself",
         decides="bits", section="alignment")
@@ -167,7 +170,7 @@ class AlignConfig(Training, SelectConfig):
         "held-out rows of the same form, to measure on; those of --data where not given",
         None, "length", "files", file=True)
     validation_limit: int | None = setting("at most so many of them, always the same", 200, "length", "files")
-    baseline: Literal["lora", "dora"] | None = setting(
+    baseline: str | None = setting(
         "instead of chosen entries: lora or dora, to compare with", None, "bits", "instead of entries")
     reward: str = setting(
         "for grpo: number, line, exact, or module:function of (answer, reference)", "number", "bits", "alignment")
@@ -283,7 +286,7 @@ class ExportConfig:
     adapter: str = setting(
         "adapter folder, also without its flag; for merged and gguf also LoRA or DoRA as PEFT writes them",
         positional=True)
-    format: ExportFormat = setting(
+    format: str = setting(
         "merged, shira, supertuning, sparta, vllm-patch, or gguf (with llama.cpp's converter on the PATH)")
     output: str = setting("folder to write")
     dtype: DType = setting("of the written weights (merged, gguf, vllm-patch); auto keeps the base's", "auto")
@@ -337,7 +340,7 @@ class MergeConfig:
 
     adapter: list[str] = setting(
         "adapter folders, also without their flag: `finepoint merge DIR DIR ..`", [], positional=True)
-    how: Literal["sum", "mean", "ties", "dare", "breadcrumbs", "consensus", "first", "last", "error"] = setting(
+    how: str = setting(
         "sum (task arithmetic), mean, ties, dare, breadcrumbs or consensus; on shared entries first, last or error",
         "sum")
     weights: list[float] = setting("a factor for each adapter, in their order, may be negative; 1 where not given", [])

@@ -52,14 +52,14 @@ def merge(
             unknown method or option, weights of the wrong count, a base model that is needed, nothing left.
     """
     factors = _checked(adapters, weights)
-    method, settings = _method(how, options)
+    coefficients, settings = _method(how, options)
     if model is not None:
         _check_base(adapters, model)
     parameters = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
     changes = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):
         at = aligned(name, adapters, parameters.get(name))
-        change = _combined(at, method(at, factors, **settings))
+        change = _combined(at, coefficients(at, factors, **settings))
         if len(change):
             changes[name] = change
     if not changes:
@@ -67,15 +67,30 @@ def merge(
     return SparseAdapter(changes, _info(adapters, factors, how, settings), _base(adapters, model))
 
 
-# The methods: coefficients, (n, u) float64, one for each adapter's delta at each entry of the union. `weights` are the
-# adapters' factors, (n, 1) float64.
+METHODS: dict[str, Callable[..., Tensor]] = {}
 
 
+def method(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Makes a function a merge method, by this name; its options are its further parameters, all numbers.
+
+    It gives coefficients, (n, u) float64, one for each adapter's delta at each entry of the union; `weights` are the
+    adapters' factors, (n, 1) float64.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        METHODS[name] = function
+        return function
+
+    return register
+
+
+@method("sum")
 def add(at: Aligned, weights: Tensor) -> Tensor:
     """The weighted sum. Task arithmetic, arXiv:2212.04089."""
     return at.present * weights
 
 
+@method("mean")
 def mean(at: Aligned, weights: Tensor) -> Tensor:
     """The weighted mean over all adapters; one that has no entry leaves the base's value."""
     total = float(ordered_sum(weights))
@@ -84,6 +99,7 @@ def mean(at: Aligned, weights: Tensor) -> Tensor:
     return at.present * (weights / total)
 
 
+@method("ties")
 def ties(at: Aligned, weights: Tensor, density: float = 1.0, scale: float = 1.0) -> Tensor:
     """Trim each delta, elect the sign with the larger mass, average what agrees with it. TIES, arXiv:2306.01708.
 
@@ -101,6 +117,7 @@ def ties(at: Aligned, weights: Tensor, density: float = 1.0, scale: float = 1.0)
     return scale * shares / ordered_sum(shares.abs()).clamp(min=torch.finfo(torch.float64).tiny)
 
 
+@method("dare")
 def dare(at: Aligned, weights: Tensor, drop: float = 0.5, seed: float = 0) -> Tensor:
     """The weighted sum of what is left of each delta, drawn at random, times 1 / (1 - drop). DARE, arXiv:2311.03099.
 
@@ -113,6 +130,7 @@ def dare(at: Aligned, weights: Tensor, drop: float = 0.5, seed: float = 0) -> Te
     return at.spread([draw >= drop for draw in draws]) * weights / (1 - drop)
 
 
+@method("breadcrumbs")
 def breadcrumbs(at: Aligned, weights: Tensor, smallest: float = 0.85, largest: float = 0.007) -> Tensor:
     """The weighted sum without each delta's small and outlying entries. Model Breadcrumbs, arXiv:2312.06795.
 
@@ -130,6 +148,7 @@ def breadcrumbs(at: Aligned, weights: Tensor, smallest: float = 0.85, largest: f
     return at.spread(kept) * weights
 
 
+@method("consensus")
 def consensus(at: Aligned, weights: Tensor, least: float = 2, strictness: float = 0.4, same_sign: float = 0) -> Tensor:
     """The weighted sum, where it matters to enough adapters. Consensus merging (TALL masks), arXiv:2405.07813.
 
@@ -151,28 +170,25 @@ def consensus(at: Aligned, weights: Tensor, least: float = 2, strictness: float 
     return at.present * weights * (matters.sum(0) >= least)
 
 
+@method("first")
 def first(at: Aligned, weights: Tensor) -> Tensor:
     """Of the adapters that hold an entry, the first, times its weight."""
     return (at.present & (at.present.cumsum(0) == 1)) * weights
 
 
+@method("last")
 def last(at: Aligned, weights: Tensor) -> Tensor:
     """Of the adapters that hold an entry, the last, times its weight."""
     later = at.present.flip(0).cumsum(0).flip(0)
     return (at.present & (later == 1)) * weights
 
 
+@method("error")
 def error(at: Aligned, weights: Tensor) -> Tensor:
     """The weighted sum of adapters that share no entry; sharing one is an error."""
     if shared := int((at.present.sum(0) > 1).sum()):
         raise FinepointError(f"{at.name}: the adapters share {shared} entries; choose another --how than error")
     return add(at, weights)
-
-
-METHODS: dict[str, Callable[..., Tensor]] = {
-    "sum": add, "mean": mean, "ties": ties, "dare": dare, "breadcrumbs": breadcrumbs, "consensus": consensus,
-    "first": first, "last": last, "error": error,
-}  # fmt: skip
 
 
 def ordered_sum(table: Tensor) -> Tensor:

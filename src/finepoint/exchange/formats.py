@@ -6,16 +6,13 @@ from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.lowrank import PEFT_CONFIG, is_peft
-from finepoint.config import ExportFormat, ImportFormat
+from finepoint.config import ImportFormat
 from finepoint.errors import FinepointError
-from finepoint.exchange.checkpoint import INDEX, Checkpoint, open_checkpoint
-from finepoint.exchange.gguf import converter, write_gguf
-from finepoint.exchange.merged import write_merged
-from finepoint.exchange.overlay import lay_over
-from finepoint.exchange.patch import write_patch
-from finepoint.exchange.peft_sparse import read_peft_sparse, write_peft_sparse
+from finepoint.exchange.checkpoint import Checkpoint, open_checkpoint
+from finepoint.exchange.layouts import Source, layout_named
+from finepoint.exchange.peft_sparse import read_peft_sparse
 from finepoint.exchange.sparta import TENSORS as SPARTA_TENSORS
-from finepoint.exchange.sparta import read_sparta, write_sparta
+from finepoint.exchange.sparta import read_sparta
 from finepoint.files import fill_folder
 from finepoint.settings import DType
 
@@ -23,7 +20,7 @@ from finepoint.settings import DType
 def export(
     model: str,
     adapter: str,
-    layout: ExportFormat,
+    layout: str,
     output: str,
     dtype: DType = "auto",
     overwrite: bool = False,
@@ -45,30 +42,17 @@ def export(
     Raises:
         FinepointError: the adapter does not belong to the model or does not fit the layout; the folder is not empty.
     """
-    if layout == "gguf":
-        converter()  # before any work
+    chosen = layout_named(layout)
+    chosen.check()
     kept = None if dtype == "auto" else dtype
-    if kept and layout not in ("merged", "gguf", "vllm-patch"):
+    if kept and not chosen.dtype:
         raise FinepointError(f"{layout} holds changes, which have no dtype of the model's; leave out --dtype")
-    if is_peft(adapter) and layout not in ("merged", "gguf"):
+    if is_peft(adapter) and not chosen.peft:
         raise FinepointError(f"{adapter} is PEFT's already; only merged and gguf can be made of it")
     checkpoint = replace(open_checkpoint(model), any_base=any_base)
     _refuse_own_folder(output, checkpoint)
-    # A folder with old shards would be loaded together with the new ones.
-    replaces = ("*.safetensors", INDEX) if layout == "merged" else ()
-    with fill_folder(output, overwrite, replaces) as into:
-        if layout == "merged":
-            found = write_merged(adapter, checkpoint, into, kept)
-        elif layout == "gguf":
-            found = write_gguf(adapter, checkpoint, into, kept)
-        else:
-            patches = lay_over(SparseAdapter.load(adapter), checkpoint)
-            if layout == "vllm-patch":
-                found = write_patch(patches, checkpoint, into, kept)
-            elif layout == "sparta":
-                found = write_sparta(patches, checkpoint, into)
-            else:
-                found = write_peft_sparse(layout, patches, checkpoint, into)
+    with fill_folder(output, overwrite, chosen.replaces) as into:
+        found = chosen.write(Source(adapter, checkpoint, kept), into)
     size = sum(file.stat().st_size for file in Path(output).iterdir() if file.is_file())
     idle = not is_peft(adapter) and (own := SparseAdapter.load(adapter)).changes_nothing()
     return {"format": layout, "output": output, "bytes": size, **found, **({"idle": own.count} if idle else {})}

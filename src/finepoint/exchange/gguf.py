@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.errors import FinepointError
-from finepoint.exchange.checkpoint import Checkpoint
+from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.merged import write_merged
 
 COMMANDS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
@@ -30,7 +30,8 @@ def converter() -> str:
     )
 
 
-def write_gguf(adapter: str, checkpoint: Checkpoint, into: Path, dtype: str | None) -> dict[str, Any]:
+@layout("gguf", dtype=True, peft=True, check=converter)
+def write_gguf(source: Source, into: Path) -> dict[str, Any]:
     """Writes `model.gguf`, not quantised, by way of a merged folder that is thrown away.
 
     Raises:
@@ -39,9 +40,9 @@ def write_gguf(adapter: str, checkpoint: Checkpoint, into: Path, dtype: str | No
     command = converter()
     with tempfile.TemporaryDirectory(dir=into) as temporary:
         # The converter names the model after its folder.
-        folder = Path(temporary) / f"{Path(checkpoint.name).stem}-{Path(adapter).resolve().name}"
+        folder = Path(temporary) / f"{Path(source.checkpoint.name).stem}-{Path(source.adapter).resolve().name}"
         folder.mkdir()
-        found = write_merged(adapter, checkpoint, folder, dtype)
+        found = write_merged(source, folder)
         if found["dtype"] not in TYPES:
             raise FinepointError(f"gguf holds no {found['dtype']}; give --dtype, one of {', '.join(TYPES)}")
         arguments = [command, str(folder), "--outfile", str(into / FILE), "--outtype", TYPES[found["dtype"]]]

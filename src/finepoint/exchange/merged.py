@@ -17,6 +17,7 @@ from finepoint.adapters.lowrank import Update, info_of, is_peft, read_peft, spar
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint, OtherLayoutError
 from finepoint.exchange.in_memory import write_in_memory
+from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.overlay import Patch, classifier_config, classifier_outline, lay_over, narrowed
 from finepoint.files import read_json
 from finepoint.models import COMPANIONS
@@ -27,25 +28,22 @@ Rewrite = Callable[[Tensor], Tensor]
 """A stored weight to what it becomes; may write into it."""
 
 
-def write_merged(folder: str, checkpoint: Checkpoint, into: Path, dtype: str | None) -> dict[str, Any]:
+@layout("merged", dtype=True, peft=True, replaces=("*.safetensors", INDEX))  # old shards would be loaded with the new
+def write_merged(source: Source, into: Path) -> dict[str, Any]:
     """Copies a model's folder with an adapter written into the weights it changes; the rest keeps its bytes.
 
     Everything is checked before the first byte is written. Memory holds the adapter and one shard, and only of shards
     that change; or the whole model, where it has another layout in its files and a weight that changes is stored
     otherwise.
 
-    Args:
-        folder: an adapter of finepoint's, or LoRA or DoRA as PEFT writes them.
-        into: an empty folder.
-        dtype: of all weights; None keeps the base's.
-
     Raises:
         FinepointError: the adapter does not belong to the model; the weight is named.
     """
+    given = source.adapter, source.checkpoint, into, source.dtype
     try:
-        return _write_weight_by_weight(folder, checkpoint, into, dtype)
+        return _write_weight_by_weight(*given)
     except OtherLayoutError:
-        return write_in_memory(folder, checkpoint, into, dtype)
+        return write_in_memory(*given)
 
 
 def _write_weight_by_weight(folder: str, checkpoint: Checkpoint, into: Path, dtype: str | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ and holds the fingerprint of the base, by the names of the model's weights.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,22 @@ from safetensors.torch import save_file
 
 from finepoint.adapters.fingerprint import FINGERPRINT
 from finepoint.errors import FinepointError
-from finepoint.exchange.checkpoint import Checkpoint
-from finepoint.exchange.overlay import Patch, narrowed
+from finepoint.exchange.layouts import Source, layout
+from finepoint.exchange.overlay import narrowed
 
 TENSORS = "patch.safetensors"
 LIST = "patch.json"
 INT32_ENTRIES = 1 << 31
 
 
-def write_patch(patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Path, dtype: str | None) -> dict[str, Any]:
-    """Writes the patch; entries whose stored value stays the same are left out.
-
-    Args:
-        dtype: of the values; None for that of each stored tensor.
+@layout("vllm-patch", dtype=True)
+def write_patch(source: Source, into: Path) -> dict[str, Any]:
+    """Writes the patch, each tensor in its own dtype unless told, without entries whose stored value stays the same.
 
     Raises:
         FinepointError: a new classification head; a tensor too large for int32 positions.
     """
+    patches, checkpoint, dtype = source.patches, source.checkpoint, source.dtype
     tensors, rows = {}, []
     found = {"entries": 0, "rounded": 0, "vanished": 0}
     for name, patch in patches.items():

@@ -21,6 +21,7 @@ from finepoint.adapters.lowrank import PEFT_CONFIG, PEFT_TENSORS, PREFIX
 from finepoint.adapters.peft_config import SPARSE, check_fields, check_targets
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
+from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.overlay import Patch
 from finepoint.exchange.reading import change_of
 from finepoint.files import read_json
@@ -32,25 +33,37 @@ SUFFIXES = {
 }  # fmt: skip
 
 
-def write_peft_sparse(layout: str, patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Path) -> dict[str, Any]:
+@layout("shira")
+def write_shira(source: Source, into: Path) -> dict[str, Any]:
+    """See `_write`."""
+    return _write("shira", source.patches, source.checkpoint, into)
+
+
+@layout("supertuning")
+def write_supertuning(source: Source, into: Path) -> dict[str, Any]:
+    """See `_write`."""
+    return _write("supertuning", source.patches, source.checkpoint, into)
+
+
+def _write(kind: str, patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Path) -> dict[str, Any]:
     """Writes a folder for `PeftModel.from_pretrained`; `inexact` counts the values that PEFT's sum will miss.
 
     Raises:
         FinepointError: the adapter changes something other than linear layers, or too much for `shira`.
     """
     for name, patch in patches.items():
-        _refuse_all_but_linear(name, patch, checkpoint, layout)
-    config, counts = (_shira if layout == "shira" else _supertuning)(patches)
-    numbers_key, indices_key = SUFFIXES[layout]
+        _refuse_all_but_linear(name, patch, checkpoint, kind)
+    config, counts = (_shira if kind == "shira" else _supertuning)(patches)
+    numbers_key, indices_key = SUFFIXES[kind]
     tensors = {}
     padding = inexact = 0
     for name, patch in patches.items():
-        change, missed = _peft_change(patch, layout)
+        change, missed = _peft_change(patch, kind)
         indices, change = _padded(patch.indices, change, counts[name])
         module = PREFIX + name.removesuffix(".weight")
         tensors[f"{module}.{numbers_key}"] = change
         columns = patch.shape[1]
-        pairs = torch.stack([indices // columns, indices % columns]) if layout == "shira" else indices
+        pairs = torch.stack([indices // columns, indices % columns]) if kind == "shira" else indices
         tensors[f"{module}.{indices_key}"] = pairs.int()
         padding += counts[name] - len(patch.indices)
         inexact += missed

@@ -5,7 +5,6 @@ where nothing changes; `config.json` is the base's, with the base's place under 
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from finepoint.adapters.adapter import Change
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
-from finepoint.exchange.overlay import Patch
+from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.reading import change_of
 from finepoint.files import read_json
 from finepoint.tensors import opened
@@ -23,7 +22,8 @@ from finepoint.tensors import opened
 TENSORS = "sparse_deltas.safetensors"
 
 
-def write_sparta(patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Path) -> dict[str, Any]:
+@layout("sparta")
+def write_sparta(source: Source, into: Path) -> dict[str, Any]:
     """Writes a folder for `peft_sparta.SpaRTAforCausalLM`, which adds in float32 to a base loaded in bfloat16.
 
     `inexact` counts the values that this loader will not hit, among them all that bfloat16 cannot hold.
@@ -31,6 +31,7 @@ def write_sparta(patches: Mapping[str, Patch], checkpoint: Checkpoint, into: Pat
     Raises:
         FinepointError: a new classification head, for which peft-sparta has another form.
     """
+    patches, checkpoint = source.patches, source.checkpoint
     tensors = {}
     inexact = 0
     for name, weight in checkpoint.outline.named_parameters():

@@ -22,7 +22,6 @@ from finepoint.adapters.format import read
 from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Collator, context_length
 from finepoint.choosing.passes import on_device
-from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import refuse_excluded
 from finepoint.config import AlignConfig
 from finepoint.data import some
@@ -45,7 +44,7 @@ from finepoint.training.log import LOG, append, cut_log_
 from finepoint.training.lowrank import PeftTuner
 from finepoint.training.memory import peak_bytes, reset_peak
 from finepoint.training.run import AUDITED, CHECKPOINTING, forget_earlier_run, versions
-from finepoint.training.settings import check_warmup, refuse_quantised, warmup_of
+from finepoint.training.settings import check_common, learning_rate, warmup_of
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.unfinished import LastStep, left_by, marked
 from finepoint.training.workplace import Workplace, excluded, select_for
@@ -142,12 +141,11 @@ def check(config: AlignConfig) -> None:
         import trl  # noqa: F401
     if config.data is None:
         raise FinepointError("alignment needs rows to learn from; give --data FILE.jsonl")
-    for name in ("steps", "batch_size", "accumulation", "new_tokens"):
-        if getattr(config, name) < 1:
-            raise FinepointError(f"{name} is {getattr(config, name)}; give at least 1")
-    if learning_rate(config) <= 0:
-        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
-    check_warmup(config.warmup)
+    check_common(config)
+    if config.baseline:
+        baseline = baseline_named(config.baseline)
+        if baseline.chooses or not baseline.low_rank:
+            raise FinepointError(f"align compares chosen entries with lora or dora, not with {baseline.name!r}")
     if config.method == "grpo":
         reward_named(config.reward)
         if config.generations < 2:
@@ -156,20 +154,6 @@ def check(config: AlignConfig) -> None:
         if answers % config.generations:
             raise FinepointError(f"batch_size x accumulation is {answers} answers; give a multiple of the "
                                  f"{config.generations} generations")  # fmt: skip
-    if config.baseline:
-        refuse_quantised(config.baseline, config.quantise)
-        options_of(baseline_named(config.baseline), config.baseline_options)
-    elif config.baseline_options:
-        raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
-
-
-def learning_rate(config: AlignConfig) -> float:
-    """The learning rate, by default the baseline's or that of the kind of rule."""
-    if config.lr is not None:
-        return config.lr
-    if config.baseline:
-        return baseline_named(config.baseline).lr
-    return 1e-4 if rule_named(config.rule).needs_data else 3e-3
 
 
 def _prepare(config: AlignConfig, method: Alignment) -> Place:

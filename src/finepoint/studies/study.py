@@ -11,19 +11,11 @@ from finepoint.errors import FinepointError
 from finepoint.settings import close, deciding, fits, spelled
 from finepoint.studies.results import best_lr
 from finepoint.training.baselines import baseline_named
-from finepoint.training.settings import check
+from finepoint.training.settings import check, unused_by
 
 # Four rates each, so that every arm gets as many trials: a grid for each kind of method.
 GRADIENT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 BLIND_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-DENSE_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
-BASELINE_RATES = {
-    "lora": GRADIENT_RATES,
-    "dora": GRADIENT_RATES,
-    "rosa": GRADIENT_RATES,
-    "bitfit": (3e-4, 1e-3, 3e-3, 1e-2),
-    "head": (1e-5, 3e-5, 1e-4, 3e-4),
-}
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,9 @@ def planned(study: Study, cells: Sequence[dict[str, Any]], failures: Sequence[Ma
 def train_config(study: Study, cell: Cell, output: str) -> TrainConfig:
     """What `finepoint train` would be told for a cell."""
     arm = study.arm(cell.arm)
-    return TrainConfig(**{**_own(study.config, arm, cell, output), **study.config.train, **arm.train})
+    unused = unused_by(baseline_named(arm.method)) if arm.kind == "baseline" else {}
+    shared = {name: value for name, value in study.config.train.items() if name not in unused}
+    return TrainConfig(**{**_own(study.config, arm, cell, output), **shared, **arm.train})
 
 
 def _own(config: CompareConfig, arm: Arm, cell: Cell, output: str) -> dict[str, Any]:
@@ -171,7 +165,7 @@ def _arm(entry: Mapping[str, Any], density: float | None, several: bool) -> Arm:
     if "baseline" in entry:
         baseline = baseline_named(entry["baseline"])
         method, source, kind = baseline.name, baseline.source, "baseline"
-        rates = BASELINE_RATES.get(method, DENSE_RATES)
+        rates = baseline.rates
         train |= {"rule": entry["rule"]} if "rule" in entry else {}  # of the entries that are trained along
     else:
         rule = rule_named(entry["rule"])

@@ -65,6 +65,30 @@ class Baseline:
     """the options and their defaults"""
     chooses: bool = False
     """whether entries are chosen by a rule, to be trained along"""
+    low_rank: bool = False
+    """whether factors of linear layers are trained, which `targets` names"""
+    fisher: bool = False
+    """whether it takes examples of what is not to be forgotten"""
+    rates: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4)
+    """learning rates that a study tries, where it is told none"""
+
+
+BASELINES: dict[str, Baseline] = {}
+FACTOR_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+Make = Callable[[Setting], Method]
+
+
+def baseline(
+    formula: str, source: str, lr: float, options: Mapping[str, float] | None = None, **more: Any
+) -> Callable[[Make], Make]:
+    """Makes a function a baseline, by its name; see `Baseline`."""
+
+    def register(make: Make) -> Make:
+        name = make.__name__.replace("_", "-")
+        BASELINES[name] = Baseline(name, make, formula, source, lr, dict(options or {}), **more)
+        return make
+
+    return register
 
 
 def baseline_named(name: str) -> Baseline:
@@ -109,10 +133,12 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
+@baseline("every weight", "full fine-tuning", 1e-5)
 def full(setting: Setting) -> Method:
     return Method(DenseTuner(setting.model, _all(setting.model)))
 
 
+@baseline("the output matrix alone", "head only", 1e-4, rates=(1e-5, 3e-5, 1e-4, 3e-4))
 def head(setting: Setting) -> Method:
     if setting.head:
         return Method(DenseTuner(setting.model, setting.head))
@@ -124,18 +150,30 @@ def head(setting: Setting) -> Method:
     return Method(DenseTuner(setting.model, [name for name, parameter in named if id(parameter) in owned]))
 
 
+@baseline("biases and norms alone", "BitFit, arXiv:2106.10199", 1e-3, rates=(3e-4, 1e-3, 3e-3, 1e-2))
 def bitfit(setting: Setting) -> Method:
     vectors = [name for name, parameter in setting.model.named_parameters() if parameter.ndim == 1]
     return Method(DenseTuner(setting.model, [*vectors, *setting.head]))
 
 
+@baseline("half of each block's matrices, drawn by the seed", "HFT, arXiv:2404.18466", 1e-5)
 def random_half(setting: Setting) -> Method:
     names = half_of_matrices(setting.model, setting.seed)
     return Method(DenseTuner(setting.model, [*names, *setting.head]))
 
 
-def lora(setting: Setting, dora: bool = False) -> Method:
-    return Method(_low_rank(setting, setting.head, dora=dora))
+LOW_RANK = {"rank": 8.0, "alpha": 16.0, "dropout": 0.0}
+
+
+@baseline("W + (alpha/rank) B A", "LoRA, arXiv:2106.09685", 1e-4, LOW_RANK, low_rank=True, rates=FACTOR_RATES)
+def lora(setting: Setting) -> Method:
+    return Method(_low_rank(setting, setting.head))
+
+
+@baseline("m (W + (alpha/rank) B A) / |W + (alpha/rank) B A|, by rows", "DoRA, arXiv:2402.09353", 1e-4, LOW_RANK,
+          low_rank=True, rates=FACTOR_RATES)  # fmt: skip
+def dora(setting: Setting) -> Method:
+    return Method(_low_rank(setting, setting.head, dora=True))
 
 
 def _low_rank(setting: Setting, head: Sequence[str], **more: Any) -> PeftTuner:
@@ -150,10 +188,8 @@ def _low_rank(setting: Setting, head: Sequence[str], **more: Any) -> PeftTuner:
     )
 
 
-def dora(setting: Setting) -> Method:
-    return lora(setting, dora=True)
-
-
+@baseline("W + sparse + (alpha/rank) B A; entries by --rule, their rate is ratio x lr", "RoSA, arXiv:2401.04679", 1e-4,
+          LOW_RANK | {"ratio": 1.0}, chooses=True, low_rank=True, rates=FACTOR_RATES)  # fmt: skip
 def rosa(setting: Setting) -> Method:
     whole = {name: torch.arange(setting.model.get_parameter(name).numel()) for name in setting.head}
     sparse = SparseTuner(setting.model, dict(setting.indices) | whole, audit=setting.audit)
@@ -170,6 +206,8 @@ def rosa(setting: Setting) -> Method:
     return Method(HybridTuner(sparse, low_rank, setting.head), optimizer=optimizer)
 
 
+@baseline("every weight; loss + (strength/2) sum F (w - w0)^2", "EWC, arXiv:1612.00796", 1e-5, {"strength": 1000.0},
+          fisher=True)  # fmt: skip
 def ewc(setting: Setting) -> Method:
     weights = {name: weight for name, weight in setting.model.named_parameters() if name not in setting.head}
     statistics = stream_statistics(setting.model, weights, setting.fisher_batches, ["squared_gradient"], setting.memory)
@@ -178,6 +216,8 @@ def ewc(setting: Setting) -> Method:
     return Method(tuner, penalty=Anchor(tuner, fisher, setting.options["strength"]).add_)
 
 
+@baseline("every weight; a step moves the largest |momentum| of each tensor", "MoFO, arXiv:2407.20999", 1e-5,
+          {"share": 0.15})  # fmt: skip
 def mofo(setting: Setting) -> Method:
     tuner = DenseTuner(setting.model, _all(setting.model))
     optimizer = FilteredAdamW(
@@ -225,25 +265,3 @@ def half_of_matrices(model: nn.Module, seed: int) -> list[str]:
 
 def _all(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
-
-
-LOW_RANK = {"rank": 8.0, "alpha": 16.0, "dropout": 0.0}
-BASELINES = {
-    baseline.name: baseline
-    for baseline in (
-        Baseline("full", full, "every weight", "full fine-tuning", 1e-5),
-        Baseline("lora", lora, "W + (alpha/rank) B A", "LoRA, arXiv:2106.09685", 1e-4, LOW_RANK),
-        Baseline("dora", dora, "m (W + (alpha/rank) B A) / |W + (alpha/rank) B A|, by rows",
-                 "DoRA, arXiv:2402.09353", 1e-4, LOW_RANK),
-        Baseline("rosa", rosa, "W + sparse + (alpha/rank) B A; entries by --rule, their rate is ratio x lr",
-                 "RoSA, arXiv:2401.04679", 1e-4, LOW_RANK | {"ratio": 1.0}, chooses=True),
-        Baseline("head", head, "the output matrix alone", "head only", 1e-4),
-        Baseline("bitfit", bitfit, "biases and norms alone", "BitFit, arXiv:2106.10199", 1e-3),
-        Baseline("random-half", random_half, "half of each block's matrices, drawn by the seed",
-                 "HFT, arXiv:2404.18466", 1e-5),
-        Baseline("ewc", ewc, "every weight; loss + (strength/2) sum F (w - w0)^2", "EWC, arXiv:1612.00796", 1e-5,
-                 {"strength": 1000.0}),
-        Baseline("mofo", mofo, "every weight; a step moves the largest |momentum| of each tensor",
-                 "MoFO, arXiv:2407.20999", 1e-5, {"share": 0.15}),
-    )
-}  # fmt: skip

@@ -1,15 +1,17 @@
 """What a run is told: refused where it cannot be done, and spelled out where it is left open."""
 
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
 from finepoint import ranks
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.structure import check_structure
-from finepoint.config import TrainConfig
+from finepoint.config import AlignConfig, TrainConfig
 from finepoint.errors import FinepointError
-from finepoint.training.baselines import baseline_named, options_of
+from finepoint.settings import default_of, sections
+from finepoint.training.baselines import Baseline, baseline_named, options_of
 from finepoint.training.refreshing import schedule_of
 from finepoint.training.tracking import require
 
@@ -22,31 +24,36 @@ def check(config: TrainConfig) -> None:
         raise FinepointError("density 'auto' is a search over many runs; call finepoint.studies.density.train_auto")
     if config.data is None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
-    for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),
-                               ("accumulation", config.accumulation, 1), ("eval_every", config.eval_every, 1),
-                               ("save_every", config.save_every, 1), ("patience", config.patience, 1)):  # fmt: skip
-        if value is not None and value < least:
-            raise FinepointError(f"{name} is {value}; give at least {least}")
-    check_warmup(config.warmup)
-    if learning_rate(config) <= 0:
-        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
-    check_structure(config.structure)
+    check_common(config)
     require(config.report_to)
     needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
     for name, given in needing:
         if given and config.validation is None:
             raise FinepointError(f"{name} is given without examples; give --validation FILE.jsonl")
-    if config.baseline:
-        _check_baseline(config)
-    elif config.baseline_options:
-        raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
     if config.refresh:
         _check_refresh(config)
     elif config.dropped != "revert":
         raise FinepointError("dropped says what becomes of entries that are trained no more; give --refresh with it")
-    if (config.baseline == "ewc") != (config.fisher_data is not None):
+    if bool(config.baseline and baseline_named(config.baseline).fisher) != (config.fisher_data is not None):
         raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
                              "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
+
+
+def check_common(config: TrainConfig | AlignConfig) -> None:
+    """Refuses what no training can do, be it by a loss, by preferences or by rewards."""
+    for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every", "patience", "new_tokens"):
+        value = getattr(config, name, None)
+        if value is not None and value < 1:
+            raise FinepointError(f"{name} is {value}; give at least 1")
+    if not 0 <= config.warmup <= 1:
+        raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
+    if learning_rate(config) <= 0:
+        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    check_structure(config.structure)
+    if config.baseline:
+        _check_baseline(config)
+    elif config.baseline_options:
+        raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
 
 
 def _check_refresh(config: TrainConfig) -> None:
@@ -67,23 +74,26 @@ def _check_refresh(config: TrainConfig) -> None:
                              "give --density or --count")  # fmt: skip
 
 
-def _check_baseline(config: TrainConfig) -> None:
+def _check_baseline(config: TrainConfig | AlignConfig) -> None:
     """Refuses unknown baselines and options, and settings that only choosing entries has."""
     baseline = baseline_named(config.baseline or "")
     refuse_quantised(baseline.name, config.quantise)
     options_of(baseline, config.baseline_options)
-    defaults = TrainConfig(model=config.model, output=config.output)
-    unused = ["refresh", "dropped"]
-    if not baseline.chooses:
-        unused += ["density", "count", "indices", "exclude", "rule", "rule_options"]
-    if baseline.name not in ("lora", "dora", "rosa"):
-        unused.append("targets")
-    elif config.round_to:
+    if baseline.low_rank and getattr(config, "round_to", None):
         raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
-    for name in unused:
-        if getattr(config, name) != getattr(defaults, name):
+    for name, default in unused_by(baseline).items():
+        if getattr(config, name, default) != default:
             raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "
                                  f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
+
+
+def unused_by(baseline: Baseline) -> dict[str, Any]:
+    """The settings of choosing entries that a baseline does not look at, and their defaults."""
+    entries = {known.name: default_of(known) for known in dict(sections(TrainConfig))["which entries"]}
+    used = {"targets"} if baseline.low_rank else set()
+    if baseline.chooses:
+        used |= set(entries) - {"targets", "refresh", "dropped"}
+    return {name: default for name, default in entries.items() if name not in used}
 
 
 def refuse_quantised(baseline: str, quantise: str | None) -> None:
@@ -109,19 +119,14 @@ def resumes_together() -> bool:
     return torch.cuda.is_available() or tuple(map(int, version("transformers").split(".")[:2])) >= RESUMES_TOGETHER
 
 
-def learning_rate(config: TrainConfig) -> float:
+def learning_rate(config: TrainConfig | AlignConfig) -> float:
     """The learning rate, by default the baseline's or that of the kind of rule: gradient rules need smaller steps."""
     if config.lr is not None:
         return config.lr
     if config.baseline:
         return baseline_named(config.baseline).lr
-    return 3e-4 if rule_named(config.rule).needs_data else 1e-2
-
-
-def check_warmup(warmup: float) -> None:
-    """Refuses what is no share of the steps."""
-    if not 0 <= warmup <= 1:
-        raise FinepointError(f"warmup is {warmup}; it is a share of the steps, in [0, 1]")
+    by_gradient, blind = config.RATES
+    return by_gradient if rule_named(config.rule).needs_data else blind
 
 
 def warmup_of(warmup: float, steps: int) -> float:
