@@ -126,25 +126,25 @@ def test_a_wider_dtype_is_taken_by_name_and_computes_what_was_trained(own, wide,
     adapter, expected = trained(model, store, full=["model.norm.weight"])
     other = tiny_llama(getattr(torch, own)).to(getattr(torch, wide))
     before = snapshot(other)
-    with pytest.raises(FinepointError, match=f"{wide} in the model, {own} in the adapter.*finepoint.widened"):
+    with pytest.raises(FinepointError, match=f"{wide} in the model, {own} in the adapter.*finepoint.in_wider_dtype"):
         adapter.apply(other)
-    found = finepoint.widened(adapter, other)
+    found = finepoint.in_wider_dtype(adapter, other)
     with found.applied(other):
         assert_same_bits({name: value.to(getattr(torch, wide)) for name, value in expected.items()}, snapshot(other))
     assert_same_bits(before, snapshot(other))
-    assert finepoint.widened(adapter, model).changes == adapter.changes  # nothing to widen
+    assert finepoint.in_wider_dtype(adapter, model).changes == adapter.changes  # nothing to widen
 
 
 def test_a_narrower_dtype_and_every_other_difference_stay_refused(adapter):
     with pytest.raises(FinepointError, match="bfloat16 in the model"):
-        finepoint.widened(adapter, tiny_llama(torch.bfloat16))
+        finepoint.in_wider_dtype(adapter, tiny_llama(torch.bfloat16))
     half = trained(tiny_llama(torch.bfloat16), density=0.5)[0]
     with pytest.raises(FinepointError, match="float16 in the model does not hold what was trained in bfloat16"):
-        finepoint.widened(half, tiny_llama(torch.bfloat16).to(torch.float16))
+        finepoint.in_wider_dtype(half, tiny_llama(torch.bfloat16).to(torch.float16))
     for make in (lambda: tiny_llama(seed=5), lambda: resized(tiny_llama(torch.bfloat16).float()),
                  lambda: renamed(tiny_llama())):  # fmt: skip
         with pytest.raises(FinepointError):
-            finepoint.widened(half, make())
+            finepoint.in_wider_dtype(half, make())
 
 
 # --- the command line
@@ -228,7 +228,7 @@ def ways_into(adapter):
         "set": lambda m: AdapterSet(m).add("a", adapter),
         "merge": lambda m: merge([adapter], model=m),
         "strength": lambda m: scaled(adapter, m, 0.5),
-        "widened": lambda m: finepoint.widened(adapter, m),
+        "widened": lambda m: finepoint.in_wider_dtype(adapter, m),
         "train": lambda m: finepoint.load(m, adapter, trainable=True),
         "verify": lambda m: verify(adapter, m),
     }

@@ -95,3 +95,23 @@ def test_functions_fit_on_a_screen():
         if isinstance(node, ast.FunctionDef)
     }
     assert {name: length for name, length in lengths.items() if length > 80} == {}
+
+
+def test_completion_shows_what_is_public_and_old_names_still_work():
+    assert dir(finepoint) == sorted(finepoint.__all__)
+    for old, new in {"lines": "scale_by_depth", "report": "trainable_parameters", "widened": "in_wider_dtype"}.items():
+        with pytest.warns(FutureWarning, match=f"is called finepoint.{new} now"):
+            assert getattr(finepoint, old) is getattr(finepoint, new)
+
+
+def test_whatever_a_user_meets_prints_in_one_line(llama):
+    indices = finepoint.select(llama, rule="random", density=0.1, seed=0)
+    with finepoint.SparseTuner(llama, indices, audit=False) as tuner:
+        adapter = tuner.adapter()
+        met = [indices, tuner, adapter, adapter.fingerprint, *adapter.changes.values()]
+        assert f"{indices.count:,} entries" in repr(adapter)
+    kept = finepoint.AdapterSet(llama)
+    kept.add("a", adapter)
+    assert repr(kept) == "AdapterSet(a)"
+    assert all(len(repr(each)) < 150 and "\n" not in repr(each) for each in (*met, kept))
+    assert adapter._repr_html_().count("<tr>") == 1 + len({name.split(".", 4)[-1] for name in adapter})

@@ -6,7 +6,7 @@ import torch
 from conftest import assert_same_bits, snapshot, tiny_llama
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.entries import checksum, gather
-from finepoint.adapters.interpolation import lines, scaled, wise_ft
+from finepoint.adapters.interpolation import scale_by_depth, scaled, wise_ft
 from finepoint.errors import FinepointError
 
 LAYERS = 4
@@ -53,7 +53,7 @@ def test_one_gives_the_adapter_and_zero_the_base(model, kind):
         model.model.norm.weight[0] = -0.0  # whose bits a sum with 0 would lose
     adapter, base = make_adapter(model, kind), snapshot(model)
     assert_same_bits(trained(model, wise_ft(adapter, model, 1.0)), trained(model, adapter))
-    assert_same_bits(trained(model, lines(adapter, model, 1.0)), trained(model, adapter))
+    assert_same_bits(trained(model, scale_by_depth(adapter, model, 1.0)), trained(model, adapter))
     assert_same_bits(trained(model, wise_ft(adapter, model, 0.0)), base)
     assert_same_bits(snapshot(model), base)
 
@@ -86,7 +86,7 @@ def test_lines_rises_with_depth():
     model = tiny_llama(torch.float64, tied=False, layers=LAYERS)
     adapter, base = make_adapter(model, "full"), snapshot(model)
     after, alpha = trained(model, adapter), 0.1
-    found = trained(model, lines(adapter, model, alpha))
+    found = trained(model, scale_by_depth(adapter, model, alpha))
     for name, value in found.items():
         factor = 1.0
         for layer in range(LAYERS):
@@ -101,7 +101,7 @@ def test_lines_rises_with_depth():
 def test_a_tied_head_goes_with_the_embedding():
     model = tiny_llama(torch.float64)
     adapter, base = make_adapter(model, "value"), snapshot(model)
-    found = trained(model, lines(adapter, model, 0.0))
+    found = trained(model, scale_by_depth(adapter, model, 0.0))
     assert torch.equal(found["lm_head.weight"], base["lm_head.weight"])
 
 
@@ -125,7 +125,7 @@ def test_a_model_that_is_not_the_base_is_refused():
     with pytest.raises(FinepointError, match="its values are not those of the base"):
         wise_ft(sparse, model, 0.5)
     with pytest.raises(FinepointError, match="Linear has no blocks"):
-        lines(SparseAdapter({}), torch.nn.Linear(2, 2), 0.5)
+        scale_by_depth(SparseAdapter({}), torch.nn.Linear(2, 2), 0.5)
 
 
 def test_a_scaled_adapter_is_saved_like_any(tmp_path):

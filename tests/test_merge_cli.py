@@ -1,7 +1,6 @@
 """`finepoint merge`, in this process."""
 
 import json
-from typing import get_args, get_type_hints
 
 import pytest
 import torch

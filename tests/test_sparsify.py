@@ -88,7 +88,7 @@ def test_the_report_counts_what_is_trained(llama, capsys):
     llama.print_trainable_parameters()
     expected = f"trainable params: 50 || all params: {total:,} || trainable%: {100 * 50 / total:.4f}"
     assert capsys.readouterr().out == expected + "\n"
-    assert finepoint.report(llama) == expected
+    assert finepoint.trainable_parameters(llama) == expected
     with pytest.raises(FinepointError, match="already"):
         finepoint.sparsify(llama, "random")
 

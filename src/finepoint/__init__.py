@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finepoint.adapters.adapter import SparseAdapter
-    from finepoint.adapters.interpolation import lines, wise_ft
+    from finepoint.adapters.interpolation import scale_by_depth, wise_ft
     from finepoint.adapters.merging import merge
     from finepoint.adapters.switching import AdapterSet
-    from finepoint.adapters.widening import rebased, widened
+    from finepoint.adapters.widening import in_wider_dtype, rebased
     from finepoint.choosing.rules import RULES, register
     from finepoint.choosing.selection import Selection, select
     from finepoint.choosing.weights import target_weights
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from finepoint.exchange.extract import extract
     from finepoint.exchange.formats import export, import_adapter
     from finepoint.integrations.reference import reference
-    from finepoint.integrations.session import push_to_hub, report, tuner_of
+    from finepoint.integrations.session import push_to_hub, trainable_parameters, tuner_of
     from finepoint.integrations.sparsify import load, save, sparsify, unload
     from finepoint.models import from_bitsandbytes_
     from finepoint.training.aged import AgedAdamW
@@ -42,22 +42,22 @@ _HOMES = {
     "extract": "finepoint.exchange.extract",
     "from_bitsandbytes_": "finepoint.models",
     "import_adapter": "finepoint.exchange.formats",
-    "lines": "finepoint.adapters.interpolation",
+    "in_wider_dtype": "finepoint.adapters.widening",
     "load": "finepoint.integrations.sparsify",
     "merge": "finepoint.adapters.merging",
     "push_to_hub": "finepoint.integrations.session",
     "rebased": "finepoint.adapters.widening",
     "reference": "finepoint.integrations.reference",
     "register": "finepoint.choosing.rules",
-    "report": "finepoint.integrations.session",
     "save": "finepoint.integrations.sparsify",
+    "scale_by_depth": "finepoint.adapters.interpolation",
     "select": "finepoint.choosing.selection",
     "sparsify": "finepoint.integrations.sparsify",
     "target_weights": "finepoint.choosing.weights",
     "train": "finepoint.training.run",
+    "trainable_parameters": "finepoint.integrations.session",
     "tuner_of": "finepoint.integrations.session",
     "unload": "finepoint.integrations.sparsify",
-    "widened": "finepoint.adapters.widening",
     "wise_ft": "finepoint.adapters.interpolation",
 }
 
@@ -74,31 +74,39 @@ __all__ = [
     "extract",
     "from_bitsandbytes_",
     "import_adapter",
-    "lines",
+    "in_wider_dtype",
     "load",
     "merge",
     "push_to_hub",
     "rebased",
     "reference",
     "register",
-    "report",
     "save",
+    "scale_by_depth",
     "select",
     "sparsify",
     "target_weights",
     "train",
+    "trainable_parameters",
     "tuner_of",
     "unload",
-    "widened",
     "wise_ft",
 ]
 
 
+_RENAMED = {"lines": "scale_by_depth", "report": "trainable_parameters", "widened": "in_wider_dtype"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        from warnings import warn
+
+        warn(f"finepoint.{name} is called finepoint.{_RENAMED[name]} now", FutureWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name not in _HOMES:
         raise AttributeError(f"module 'finepoint' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

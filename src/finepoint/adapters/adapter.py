@@ -59,6 +59,9 @@ class Change:
         alike = self.kind == other.kind and self.numbers.dtype == other.numbers.dtype
         return alike and torch.equal(self.indices, other.indices) and torch.equal(self.numbers, other.numbers)
 
+    def __repr__(self) -> str:
+        return f"Change({len(self):,} entries of {self.dtype} {tuple(self.shape)}, kind {self.kind})"
+
     def positions(self) -> Tensor:
         """The flat indices this change writes to, (k,) int64."""
         return torch.arange(self.numbers.numel()) if self.kind == "full" else self.indices
@@ -108,6 +111,16 @@ class SparseAdapter(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.changes)
+
+    def __repr__(self) -> str:
+        rule, base = self.info.get("rule"), self.info.get("base_model")
+        told = f"{f', rule {rule}' if rule else ''}{f', base {base}' if base else ''}"
+        return f"SparseAdapter({self.count:,} entries of {len(self)} weights{told})"
+
+    def _repr_html_(self) -> str:
+        from finepoint.adapters.inspection import html
+
+        return html(self)
 
     @property
     def count(self) -> int:
@@ -167,7 +180,7 @@ class SparseAdapter(Mapping[str, Tensor]):
                 found.append(f"{name}: shape {tuple(weight.shape)} in the model, {change.shape} in the adapter")
             elif dtype != change.dtype:
                 wider = torch.promote_types(weight.dtype, getattr(torch, change.dtype)) == weight.dtype
-                way = " (or take finepoint.widened(adapter, model), in eval --any-dtype)" if wider else ""
+                way = " (or take finepoint.in_wider_dtype(adapter, model), in eval --any-dtype)" if wider else ""
                 found.append(f"{name}: {dtype} in the model, {change.dtype} in the adapter; load it as "
                              f"{change.dtype}{way}")  # fmt: skip
             elif not change.lies_on(weight):

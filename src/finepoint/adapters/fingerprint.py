@@ -53,6 +53,9 @@ class Fingerprint:
     one_in: int = 1
     """of so many chunks of a weight one is looked at; more than 1 of very large bases only"""
 
+    def __repr__(self) -> str:
+        return f"Fingerprint({len(self.weights)} weights, one chunk in {self.one_in})"
+
     def as_json(self) -> dict[str, Any]:
         return {"one_in": self.one_in, "weights": dict(self.weights)}
 

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from html import escape
 from math import prod
 from typing import Any
 
@@ -46,6 +47,17 @@ def facts(adapter: SparseAdapter) -> dict[str, Any]:
             "max_abs_delta": None if moved is None else moved.max().item(),
         }
     return {"entries": adapter.count, "changed_weights": len(adapter), **adapter.info, "weights": weights}
+
+
+def html(adapter: SparseAdapter) -> str:
+    """A notebook's table of an adapter: its kinds of modules."""
+    cells = [[row["module"], row["weights"], f"{row['entries']:,}", f"{row['share']:.3g}",
+              "" if row["mean_abs_delta"] is None else f"{row['mean_abs_delta']:.3g}"]
+             for row in by_module(adapter)]  # fmt: skip
+    head = ["module", "weights", "entries", "share", "mean |delta|"]
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in cells)
+    return (f"<p>{escape(repr(adapter))}</p><table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{rows}"
+            "</table>")  # fmt: skip
 
 
 def heat_map(adapter: SparseAdapter) -> str:

@@ -47,7 +47,7 @@ def wise_ft(adapter: SparseAdapter, model: nn.Module, alpha: float) -> SparseAda
     return scaled(adapter, model, alpha)
 
 
-def lines(adapter: SparseAdapter, model: nn.Module, alpha: float) -> SparseAdapter:
+def scale_by_depth(adapter: SparseAdapter, model: nn.Module, alpha: float) -> SparseAdapter:
     """LiNeS, arXiv:2410.17146: block l of L (from 0) is scaled by alpha + (1 - alpha) l / (L - 1).
 
     What comes before the blocks (the embedding, with a head that is tied to it) counts as the first block, what comes

@@ -54,6 +54,10 @@ class AdapterSet:
         self._base: Fingerprint | None = None
         SETS.setdefault(model, WeakSet()).add(self)
 
+    def __repr__(self) -> str:
+        on = f", on: {', '.join(self.active)}" if self.active else ""
+        return f"AdapterSet({', '.join(self._swaps) or 'empty'}{on})"
+
     def add(self, name: str, adapter: SparseAdapter) -> None:
         """Makes an adapter ready under a name.
 

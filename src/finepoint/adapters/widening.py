@@ -16,7 +16,7 @@ from finepoint.errors import FinepointError
 logger = logging.getLogger(__name__)
 
 
-def widened(adapter: SparseAdapter, model: nn.Module) -> SparseAdapter:
+def in_wider_dtype(adapter: SparseAdapter, model: nn.Module) -> SparseAdapter:
     """The adapter for `model`, whose weights have a wider dtype than those it was trained on, and the same values.
 
     So a model trained in bfloat16 runs, exactly, on a machine that computes in float32. What is written are the values

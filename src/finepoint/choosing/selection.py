@@ -54,6 +54,9 @@ class Selection(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __repr__(self) -> str:
+        return f"Selection({self.count:,} entries of {len(self)} weights, rule {self.rule})"
+
     @property
     def count(self) -> int:
         """How many entries are chosen in all."""

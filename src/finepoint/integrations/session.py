@@ -71,7 +71,7 @@ class Session:
 
     def print_trainable_parameters(self) -> None:
         """PEFT's habit: one line on stdout."""
-        print(report(self.tuner.model))
+        print(trainable_parameters(self.tuner.model))
 
     def after_load(self, model: nn.Module, result: Any) -> None:
         """The frozen weights are not missing from a state dict of deltas: they are the base's."""
@@ -126,7 +126,7 @@ def adapter_of(model: nn.Module, results: Results | None = None) -> SparseAdapte
     return replace(adapter, info=adapter.info | extra)
 
 
-def report(model: nn.Module) -> str:
+def trainable_parameters(model: nn.Module) -> str:
     """How much of a model is trained, in the words of PEFT's `print_trainable_parameters`.
 
     Raises:

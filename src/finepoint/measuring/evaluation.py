@@ -8,7 +8,7 @@ from typing import Any
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.interpolation import wise_ft
 from finepoint.adapters.lowrank import info_of, is_peft, load_merged
-from finepoint.adapters.widening import rebased, widened
+from finepoint.adapters.widening import in_wider_dtype, rebased
 from finepoint.batches import context_length
 from finepoint.config import EvalConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
@@ -171,7 +171,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     if config.any_base:
         adapters = {folder: rebased(adapter, model) for folder, adapter in adapters.items()}
     if config.any_dtype:
-        adapters = {folder: widened(adapter, model) for folder, adapter in adapters.items()}
+        adapters = {folder: in_wider_dtype(adapter, model) for folder, adapter in adapters.items()}
     trained = [example for examples in sets["id"].values() for example in examples]
     evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens, harness=harness,
                             generate=config.generate, trained_answers=frequent_answers(trained))  # fmt: skip

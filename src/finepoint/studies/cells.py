@@ -10,7 +10,7 @@ from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
-from finepoint.adapters.interpolation import lines, wise_ft
+from finepoint.adapters.interpolation import wise_ft
 from finepoint.config import CompareConfig, TrainConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
@@ -190,7 +190,7 @@ def antidotes(arm: Arm) -> list[tuple[str, float]]:
 
 def measured_antidote(desk: Desk, task: str, adapter: SparseAdapter, how: str, alpha: float) -> dict[str, Any]:
     """A run measured again with its change weakened after training."""
-    weakened = {"wise-ft": wise_ft, "lines": lines}[how](adapter, desk.model, alpha)
+    weakened = {"wise-ft": wise_ft, "lines": scale_by_depth}[how](adapter, desk.model, alpha)
     return {"how": how, "alpha": alpha} | measured(desk, task, weakened)
 
 

@@ -124,6 +124,9 @@ class SparseTuner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"SparseTuner({self.count:,} entries of {len(self.entries)} weights of {type(self.model).__name__})"
+
     @property
     def count(self) -> int:
         """Trained entries in all."""
