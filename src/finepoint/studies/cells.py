@@ -10,7 +10,7 @@ from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
-from finepoint.adapters.interpolation import wise_ft
+from finepoint.adapters.interpolation import scale_by_depth, wise_ft
 from finepoint.config import CompareConfig, TrainConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
