@@ -89,7 +89,7 @@ def shown(value: Any) -> str:
 def text_file(name: str = "news") -> str:
     """A file of the demo's real data, fetched at first use."""
     if not DATA.is_dir():
-        from finepoint.recipes.vader import write_vader
+        from finepoint.data.recipes.vader import write_vader
 
         write_vader(DATA)
     return str(DATA / f"{name}.jsonl")
@@ -99,8 +99,8 @@ def text_batches(rows: int, tokens: int, learned: int | None = None, count: int 
     """Batches of running text without padding; a loss on the last `learned` tokens of a row, or on all."""
     import torch
 
-    from finepoint.data import Text, read_examples
-    from finepoint.models import load_tokenizer
+    from finepoint.data.examples import Text, read_examples
+    from finepoint.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2")
     ids: list[int] = []

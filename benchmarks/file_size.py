@@ -16,7 +16,7 @@ from common import options, report
 
 def main() -> None:
     given = options(__doc__)
-    from finepoint.models import load_model
+    from finepoint.models.loading import load_model
 
     rows = []
     for dtype in ("bfloat16", "float32"):

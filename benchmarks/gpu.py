@@ -30,7 +30,7 @@ ARMS = {name: common.ARMS[name] for name in ("bound", "sparse 0.1 %", "sparse 1 
 def main() -> None:
     options = common.options(__doc__)
     assert torch.cuda.is_available(), "needs a GPU"
-    from finepoint.training.kernels import plain
+    from finepoint.tuner.kernels import plain
 
     torch.backends.cuda.matmul.allow_tf32 = False
     folder = Path(options.output) if options.output else common.RESULTS

@@ -21,9 +21,9 @@ STEPS, RATE = 100, 1e-5
 def selections(examples: int) -> dict[str, Any]:
     """What every rule's selection says of itself, at one density, from the same examples."""
     import finepoint
-    from finepoint.batches import Collator, encode_all
-    from finepoint.data import read_examples
-    from finepoint.models import load_model, load_tokenizer
+    from finepoint.data.batches import Collator, encode_all
+    from finepoint.data.examples import read_examples
+    from finepoint.models.loading import load_model, load_tokenizer
 
     model, tokenizer = load_model("smollm2", "float32"), load_tokenizer("smollm2")
     rows = encode_all(tokenizer, read_examples(text_file("movies-train"))[:examples], 8192)

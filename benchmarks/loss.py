@@ -24,7 +24,7 @@ WAYS = {"whole logits": lambda model, batch: model(**batch).loss, "in chunks": c
 def main() -> None:
     given = options(__doc__, repeats=3)
     import finepoint
-    from finepoint.models import load_model
+    from finepoint.models.loading import load_model
 
     model = load_model("smollm2", "float32")
     tuner = finepoint.SparseTuner(model, finepoint.select(model, rule="random", density=1e-3))
@@ -47,7 +47,7 @@ def main() -> None:
 
 def turn(model: Any, batch: dict[str, Any], optimizer: Any, loss_of: Any) -> tuple[float, int, float]:
     """Seconds, extra bytes at the peak, and the loss."""
-    from finepoint.training.memory import peak_bytes, reset_peak
+    from finepoint.runtime.peak import peak_bytes, reset_peak
 
     ctypes.CDLL(None).malloc_trim(0)  # what earlier turns freed counts as extra memory when it is used again (Linux)
     reset_peak()

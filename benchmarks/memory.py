@@ -20,8 +20,8 @@ BYTES_AN_ENTRY = 24
 
 def one(name: str, rows: int, tokens: int, dtype: str, logits: str) -> dict[str, float]:
     """Runs one arm in this process."""
-    from finepoint.models import load_model
-    from finepoint.training.memory import peak_bytes, reset_peak
+    from finepoint.models.loading import load_model
+    from finepoint.runtime.peak import peak_bytes, reset_peak
 
     batches = text_batches(rows, tokens, 8 if logits == "learned" else None)
     reset_peak()
@@ -37,7 +37,7 @@ def tensors(name: str, rows: int, tokens: int, dtype: str, logits: str) -> dict[
     """The peak of live tensors' bytes in the third step of one arm, the model's own included."""
     from torch.profiler import ProfilerActivity, profile
 
-    from finepoint.models import load_model
+    from finepoint.models.loading import load_model
 
     batches = text_batches(rows, tokens, 8 if logits == "learned" else None)
     model = load_model("smollm2", dtype)

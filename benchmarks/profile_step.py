@@ -22,9 +22,9 @@ def one(density: float, dtype: str, repeats: int) -> dict[str, float]:
 
     import finepoint
     from common import bound
-    from finepoint.models import load_model
-    from finepoint.training import tuner as tuning
-    from finepoint.training.kernels import numba as compiled
+    from finepoint.models.loading import load_model
+    from finepoint.tuner import tuner as tuning
+    from finepoint.tuner.kernels import numba as compiled
 
     spent = dict.fromkeys(PARTS, 0.0)
 
@@ -41,8 +41,8 @@ def one(density: float, dtype: str, repeats: int) -> dict[str, float]:
 
     timed(tuning, "sampled_gradient", "sampled gradient")
     timed(compiled, "in_torch_threads", "in the kernel")
-    timed(tuning.TrainedEntries, "follow_", "following")
-    timed(tuning.TrainedEntries, "after_linear", "hooks")
+    timed(tuning.SparseWeight, "follow_", "following")
+    timed(tuning.SparseWeight, "after_linear", "hooks")
     batches = text_batches(4, 128, 8)
     model = load_model("smollm2", dtype).train()
     optimizer = None

@@ -9,8 +9,8 @@ import time
 import torch
 
 from common import options, report
-from finepoint.training.kernels import plain
-from finepoint.training.kernels.numba import by_tiles
+from finepoint.tuner.kernels import plain
+from finepoint.tuner.kernels.numba import by_tiles
 
 KERNELS = (by_tiles, plain.by_gather, plain.by_blocks)
 SHAPES = ((192, 576), (576, 576), (1536, 576))

@@ -16,8 +16,8 @@ BATCH_SIZES = (1, 8, 32)
 
 def main() -> None:
     given = options(__doc__, items=64)
-    from finepoint.data import Choices, read_examples
-    from finepoint.models import load_model, load_tokenizer
+    from finepoint.data.examples import Choices, read_examples
+    from finepoint.models.loading import load_model, load_tokenizer
 
     count = 16 if given.quick else given.items
     model, tokenizer = load_model("smollm2", "float32"), load_tokenizer("smollm2")
@@ -34,7 +34,7 @@ def main() -> None:
 
 def continuations(count: int):
     """Which of four endings follows a paragraph: its own, or those of three others."""
-    from finepoint.data import Choices, Text, read_examples
+    from finepoint.data.examples import Choices, Text, read_examples
 
     texts = [e.text.split() for e in read_examples(text_file()) if isinstance(e, Text)]
     spans = [words[at : at + 100] for words in texts for at in range(0, len(words) - 100, 100)]
@@ -78,7 +78,7 @@ def lm_eval(model, tokenizer, items, batch_size: int) -> tuple[float, list[float
 
 
 def finepoint(model, tokenizer, items) -> tuple[float, list[float]]:
-    from finepoint.measuring.scoring import choice_likelihoods
+    from finepoint.evaluation.scoring import choice_likelihoods
 
     started = time.perf_counter()
     found = choice_likelihoods(model, tokenizer, items, 8192)

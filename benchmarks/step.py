@@ -17,7 +17,7 @@ WARM_UP = 2  # turns: caches, allocators, compiled kernels
 
 def main() -> None:
     given = options(__doc__, dtype="float32", logits="learned", rows=4, tokens=128, repeats=9, arms="")
-    from finepoint.models import load_model
+    from finepoint.models.loading import load_model
 
     batches = text_batches(given.rows, given.tokens, 8 if given.logits == "learned" else None)
     steps, failed = {}, {}

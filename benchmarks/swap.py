@@ -19,7 +19,7 @@ def main() -> None:
 
 def timed(dtype: str, repeats: int) -> dict[str, object]:
     import finepoint
-    from finepoint.models import load_model
+    from finepoint.models.loading import load_model
 
     model = load_model("smollm2", dtype)
     base = {name: value.clone() for name, value in model.state_dict().items()}

@@ -18,8 +18,8 @@ WEIGHTS = 10
 def one(way: str, scores: int, density: float) -> dict[str, float]:
     import torch
 
-    from finepoint.choosing.selection import TopK
-    from finepoint.training.memory import peak_bytes, reset_peak
+    from finepoint.runtime.peak import peak_bytes, reset_peak
+    from finepoint.selection.select import TopK
 
     size = scores // WEIGHTS
     generator = torch.Generator().manual_seed(0)

@@ -7,9 +7,9 @@ for more, see `finepoint compare`)
 import finepoint
 from common import fetched, options
 from finepoint.adapters.interference import interference
-from finepoint.measuring.evaluation import Evaluation, evaluate, read_sets
+from finepoint.evaluation.evaluate import Evaluation, evaluate, read_sets
+from finepoint.training.context import prepare
 from finepoint.training.run import fit
-from finepoint.training.workplace import prepare
 
 RATES = {"random": 3e-2, "gallop": 3e-4, "gradient": 3e-4}  # an entry chosen for its gradient wants a smaller step
 

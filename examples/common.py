@@ -4,7 +4,7 @@ reviews and WordNet's definitions, fetched out of packages at first use."""
 import argparse
 from pathlib import Path
 
-from finepoint.recipes.table import recipe
+from finepoint.data.recipes.table import recipe
 
 
 def options(doc: str, **defaults: int) -> argparse.Namespace:

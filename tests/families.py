@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
-from finepoint.batches import IGNORED
+from finepoint.data.batches import IGNORED
 
 IMAGE = 60  # the token that stands for a piece of an image or of a sound
 

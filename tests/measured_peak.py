@@ -9,14 +9,14 @@ import sys
 
 import torch
 
-from finepoint.batches import Collator, Row
-from finepoint.choosing.passes import on_device
-from finepoint.choosing.selection import select
-from finepoint.choosing.weights import target_weights
-from finepoint.models import load_model
-from finepoint.training.memory import peak_bytes, reset_peak
+from finepoint.data.batches import Collator, Row
+from finepoint.models.loading import load_model
+from finepoint.runtime.peak import peak_bytes, reset_peak
+from finepoint.selection.passes import on_device
+from finepoint.selection.select import select
+from finepoint.selection.targets import target_weights
 from finepoint.training.run import CHECKPOINTING
-from finepoint.training.tuner import SparseTuner
+from finepoint.tuner.tuner import SparseTuner
 
 
 class NoPadding:

@@ -15,12 +15,12 @@ import transformers
 import finepoint
 from conftest import assert_same_bits, make_tokenizer, snapshot
 from families import FAMILIES, Batch, Family, tokens
-from finepoint.batches import IGNORED, Collator, Packer, Row, accepted
-from finepoint.data import Choices
+from finepoint.data.batches import IGNORED, Collator, Packer, Row, accepted
+from finepoint.data.examples import Choices
 from finepoint.errors import FinepointError
-from finepoint.measuring.generation import written
-from finepoint.measuring.scoring import choice_likelihoods
-from finepoint.training.boundaries import keeps_apart
+from finepoint.evaluation.generation import written
+from finepoint.evaluation.scoring import choice_likelihoods
+from finepoint.models.probing import keeps_apart
 from finepoint.training.loss import completion_loss
 from reference import dense_masked_training
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, moved
 from finepoint.adapters.format import TENSORS
 from finepoint.adapters.gaps import from_gaps, to_gaps

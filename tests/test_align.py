@@ -11,17 +11,17 @@ from tokenizers.processors import TemplateProcessing
 
 import finepoint
 from conftest import assert_same_bits, make_tokenizer, random_batches, snapshot, write_lines
+from finepoint.alignment.align import Steps, align
+from finepoint.alignment.rewards import exact, line, number
+from finepoint.alignment.settings import AlignConfig
+from finepoint.baselines.peft import PeftTuner
 from finepoint.cli import main
-from finepoint.config import AlignConfig
-from finepoint.data import Completion, read_pairs
+from finepoint.data.examples import Completion, read_pairs
 from finepoint.errors import FinepointError
-from finepoint.integrations.align import Steps, align
-from finepoint.integrations.reference import Reference
-from finepoint.integrations.rewards import exact, line, number
-from finepoint.measuring.generation import Written
-from finepoint.models import load_model, load_tokenizer
+from finepoint.evaluation.generation import Written
+from finepoint.huggingface.reference import Reference
+from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.training.log import read_log
-from finepoint.training.lowrank import PeftTuner
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 PAIRS = [{"prompt": f"a{c}:", "chosen": " yes", "rejected": " no"} for c in "abcdefgh"]
@@ -75,7 +75,7 @@ def test_a_run_of_one_step_takes_it(method, warmup, model_folder, tmp_path, pair
 
 
 def test_the_adapter_is_what_was_measured(model_folder, tmp_path, pairs, tokenizer):
-    from finepoint.integrations.methods import DPO
+    from finepoint.alignment.methods import DPO
 
     config = settings(model_folder, tmp_path, "dpo", pairs, rule="random")
     record = align(config)
@@ -254,7 +254,7 @@ def test_a_tokenizer_that_ends_every_text_learns_and_is_asked_the_same(model_fol
 
 
 def test_rewards_see_a_reference_without_its_end(model_folder, tmp_path, tokenizer, monkeypatch):
-    from finepoint.integrations import methods
+    from finepoint.alignment import methods
 
     monkeypatch.setattr(
         methods, "written", lambda model, tokenizer, prompts, *_: [Written(" 3", False) for _ in prompts]

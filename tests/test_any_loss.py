@@ -7,9 +7,9 @@ from torch import nn
 import finepoint
 from conftest import random_batches, snapshot, tiny_llama
 from families import FAMILIES
-from finepoint.choosing.passes import row_count, split
-from finepoint.choosing.statistics import stream_statistics
 from finepoint.errors import FinepointError
+from finepoint.selection.passes import row_count, split
+from finepoint.selection.statistics import stream_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of models, about kernels that are not installed
 

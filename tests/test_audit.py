@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import finepoint
 from conftest import random_batches, snapshot, tiny_llama, write_lines
 from finepoint.errors import FinepointError
-from finepoint.files import read_record
-from finepoint.quantised import float_values, quantise_
-from finepoint.training.tuner import SparseTuner
+from finepoint.models.quantised import float_values, quantise_
+from finepoint.runtime.files import read_record
+from finepoint.tuner.tuner import SparseTuner
 from reference import Output, dense_masked_training
 
 WIDTH, VOCABULARY = 6, 11

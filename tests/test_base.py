@@ -11,10 +11,10 @@ from transformers import LlamaForSequenceClassification
 import finepoint
 from conftest import VOCABULARY, assert_same_bits, make_tokenizer, snapshot, tiny_gemma, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.base import differences, form_of
-from finepoint.adapters.interpolation import scaled
-from finepoint.adapters.merging import merge
-from finepoint.adapters.switching import AdapterSet
+from finepoint.adapters.adapter_set import AdapterSet
+from finepoint.adapters.combining import merge
+from finepoint.adapters.form import differences, form_of
+from finepoint.adapters.scaling import scaled
 from finepoint.adapters.verification import verify
 from finepoint.cli import main
 from finepoint.errors import FinepointError

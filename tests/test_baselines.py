@@ -11,18 +11,19 @@ import torch
 import finepoint
 from conftest import assert_same_bits, interrupted_at, random_batches, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.lowrank import load_merged
-from finepoint.config import EvalConfig, TrainConfig
+from finepoint.adapters.peft import load_merged
+from finepoint.baselines.dense import DenseTuner
+from finepoint.baselines.registry import BASELINES, BaselineContext, baseline_named, half_of_matrices, options_of
 from finepoint.errors import FinepointError
+from finepoint.evaluation.evaluate import evaluate_config
+from finepoint.evaluation.settings import EvalConfig
 from finepoint.exchange.formats import export
-from finepoint.measuring.evaluation import evaluate_config
-from finepoint.models import load_model
-from finepoint.training.baselines import BASELINES, Setting, baseline_named, half_of_matrices, options_of
-from finepoint.training.dense import DenseTuner
-from finepoint.training.filtered import FilteredAdamW
+from finepoint.models.loading import load_model
+from finepoint.training.context import prepare
 from finepoint.training.run import fit, train
+from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import LengthBuckets, SparseTrainer
-from finepoint.training.workplace import prepare
+from finepoint.tuner.optimizers import MoFOAdamW
 from reference import TiedToy, mean_squared_gradient
 from test_adapter import assert_same_adapter
 
@@ -31,7 +32,7 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 def make(name, model, seed=0, head=(), batches=(), lr=1e-2, indices=None, **options):
     baseline = baseline_named(name)
-    setting = Setting(model, head, options_of(baseline, options), "linear", seed, lr, 0.0, batches)
+    setting = BaselineContext(model, head, options_of(baseline, options), "linear", seed, lr, 0.0, batches)
     return baseline.make(replace(setting, indices=indices or {}))
 
 
@@ -182,7 +183,7 @@ def test_mofo_with_all_entries_is_adamw():
     torch.manual_seed(0)
     a = torch.nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
     b = torch.nn.Parameter(a.detach().clone())
-    ours, theirs = FilteredAdamW([a], 1.0, 1e-2, weight_decay=0.1), torch.optim.AdamW([b], 1e-2, weight_decay=0.1)
+    ours, theirs = MoFOAdamW([a], 1.0, 1e-2, weight_decay=0.1), torch.optim.AdamW([b], 1e-2, weight_decay=0.1)
     for _ in range(5):
         a.grad = torch.randn(5, 4, dtype=torch.float64)
         b.grad = a.grad.clone()

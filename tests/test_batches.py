@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, MambaConfig
 
 from conftest import make_tokenizer, tiny_llama
-from finepoint.batches import (
+from finepoint.data.batches import (
     IGNORED,
     Collator,
     Row,
@@ -16,7 +16,7 @@ from finepoint.batches import (
     encode_all,
     learned,
 )  # fmt: skip
-from finepoint.data import Chat, Choices, Completion, Labelled, Text
+from finepoint.data.examples import Chat, Choices, Completion, Labelled, Text
 from finepoint.errors import FinepointError
 
 

@@ -12,8 +12,9 @@ from finepoint import config as configs
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli import COMMANDS, main
 from finepoint.cli.options import parse
-from finepoint.config import EvalConfig, TrainConfig
 from finepoint.errors import FinepointError
+from finepoint.evaluation.settings import EvalConfig
+from finepoint.training.settings import TrainConfig
 
 
 @pytest.fixture(scope="module")

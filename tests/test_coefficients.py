@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from conftest import assert_same_bits, snapshot, tiny_llama
-from finepoint.adapters.merging import merge
-from finepoint.data import Choices, Labelled, Text
+from finepoint.adapters.combining import merge
+from finepoint.data.examples import Choices, Labelled, Text
 from finepoint.errors import FinepointError
-from finepoint.measuring import coefficients
-from finepoint.measuring.coefficients import GRID, tuned_weights
-from finepoint.measuring.scoring import accuracy, mean_nll
+from finepoint.evaluation import combining_weights
+from finepoint.evaluation.combining_weights import GRID, tuned_weights
+from finepoint.evaluation.scoring import accuracy, mean_nll
 from test_merging import NAMES, make
 
 TEXTS = [Text("abcdefgh"), Text("hello you")]
@@ -23,7 +23,7 @@ def made_up(monkeypatch, score):
         parts = [0.0, 0.0] if merged is None else [part["weight"] for part in merged.info["merge"]["parts"]]
         return score(*parts)
 
-    monkeypatch.setattr(coefficients, "_measured", measured)
+    monkeypatch.setattr(combining_weights, "_measured", measured)
 
 
 def test_the_search_finds_the_top_of_a_hill_without_measuring_twice(monkeypatch):

@@ -13,13 +13,14 @@ import yaml
 
 from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.config import CompareConfig, SelectConfig
 from finepoint.errors import FinepointError
+from finepoint.selection.settings import SelectConfig
 from finepoint.studies import cells as cells_module
 from finepoint.studies import compare as compare_module
-from finepoint.studies import crews, sharing
-from finepoint.studies.compare import Ledger, compare
-from finepoint.studies.crews import LOST, Failure
+from finepoint.studies import executors, sharing
+from finepoint.studies.compare import StudyState, compare
+from finepoint.studies.executors import LOST, Failure
+from finepoint.studies.settings import CompareConfig
 from finepoint.studies.study import Cell, make_study, planned, train_config
 from finepoint.training.run import choose
 
@@ -158,7 +159,7 @@ def test_a_study_runs_to_its_end_and_never_runs_a_cell_twice(config, tmp_path, m
     found = compare(config)
     assert (found["cells"], found["done"], found["failed"]) == (6, 6, {})
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").iterdir()}
-    monkeypatch.setattr(crews, "run_cell", None)
+    monkeypatch.setattr(executors, "run_cell", None)
     assert compare(config)["done"] == 6
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").iterdir()}
     assert not list((tmp_path / "study").glob("adapters/*"))
@@ -194,8 +195,8 @@ def test_a_cell_holds_what_the_report_needs(config, tmp_path):
 
 def test_a_cell_is_what_train_and_eval_would_give(config, tmp_path):
     """The same run through the public functions, without anything shared."""
-    from finepoint.config import EvalConfig
-    from finepoint.measuring.evaluation import evaluate_config
+    from finepoint.evaluation.evaluate import evaluate_config
+    from finepoint.evaluation.settings import EvalConfig
     from finepoint.training.run import train
 
     compare(config)
@@ -292,7 +293,7 @@ def test_two_at_once_are_refused(config, tmp_path):
         compare(config)
 
 
-# Other crews
+# Other executors
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
@@ -310,7 +311,7 @@ def test_several_processes_give_the_same_results(config, tmp_path, executor, mon
 
 
 class Unlucky:
-    """A crew whose processes are killed when they run certain cells."""
+    """A executor whose processes are killed when they run certain cells."""
 
     size = 2
 
@@ -339,19 +340,19 @@ class Unlucky:
 def test_a_cell_whose_process_was_killed_is_run_again_exactly_once(config, tmp_path):
     study = make_study(config)
     once, twice = (cell.id for cell in planned(study, [], [])[:2])
-    crew = Unlucky({once: 1, twice: 2, "base": 1})
+    executor = Unlucky({once: 1, twice: 2, "base": 1})
     (tmp_path / "study" / "cells").mkdir(parents=True)
-    ledger = Ledger.of(tmp_path / "study")
-    compare_module._run(study, ledger, crew)
-    assert [crew.given.count(name) for name in ("base", once, twice)] == [2, 2, 2]
-    assert set(ledger.failures) == {twice}
-    assert "killed, twice" in ledger.failures[twice]["error"]
-    assert once in ledger.cells
+    state = StudyState.of(tmp_path / "study")
+    compare_module._run(study, state, executor)
+    assert [executor.given.count(name) for name in ("base", once, twice)] == [2, 2, 2]
+    assert set(state.failures) == {twice}
+    assert "killed, twice" in state.failures[twice]["error"]
+    assert once in state.cells
 
 
 def test_a_base_that_cannot_be_measured_ends_the_study(tmp_path):
     with pytest.raises(FinepointError, match="no luck"):
-        Ledger(tmp_path).keep(None, Failure("no luck", ""))
+        StudyState(tmp_path).keep(None, Failure("no luck", ""))
 
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
@@ -360,31 +361,31 @@ def test_a_killed_worker_costs_one_cell_at_most(config, tmp_path, executor):
     if executor == "ray":
         pytest.importorskip("ray")
     study = make_study(replace(config, workers=2, executor=executor))
-    crew = compare_module._crew(study)
+    executor = compare_module._executor(study)
     (tmp_path / "study" / "cells").mkdir(parents=True)
-    ledger = Ledger.of(tmp_path / "study")
+    state = StudyState.of(tmp_path / "study")
     killed = []
-    start = crew.start
+    start = executor.start
 
     def start_and_kill(job):
         start(job)
         if job[0] is not None and not killed:
             killed.append(job[0].id)
             if executor == "local":
-                process = next(process for process, given in crew.busy.values() if given == job)
+                process = next(process for process, given in executor.busy.values() if given == job)
                 os.kill(process.pid, signal.SIGKILL)
             else:
-                actor = next(actor for actor, given in crew.busy.values() if given == job)
-                crew.ray.kill(actor)
+                actor = next(actor for actor, given in executor.busy.values() if given == job)
+                executor.ray.kill(actor)
 
-    crew.start = start_and_kill
+    executor.start = start_and_kill
     try:
-        compare_module._run(study, ledger, crew)
+        compare_module._run(study, state, executor)
     finally:
-        crew.close()
+        executor.close()
     assert killed
-    assert not ledger.failures
-    assert len(ledger.cells) == 6
+    assert not state.failures
+    assert len(state.cells) == 6
 
 
 # The command

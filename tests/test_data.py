@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import write_lines
-from finepoint.data import Chat, Choices, Completion, Labelled, Text, label_names, read_examples
+from finepoint.data.examples import Chat, Choices, Completion, Labelled, Text, label_names, read_examples
 from finepoint.errors import FinepointError
 
 ROWS = {

@@ -7,12 +7,13 @@ import pytest
 from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli.train import print_search
-from finepoint.config import SelectConfig, TrainConfig
 from finepoint.errors import FinepointError
+from finepoint.selection.settings import SelectConfig
 from finepoint.studies import density
 from finepoint.studies.density import Trial, best, train_auto
-from finepoint.training.finite import TrainingFailedError
 from finepoint.training.run import choose, train
+from finepoint.training.settings import TrainConfig
+from finepoint.tuner.finite import TrainingFailedError
 
 
 @pytest.fixture

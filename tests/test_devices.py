@@ -22,9 +22,9 @@ from conftest import (
     tiny_llama,
     write_lines,
 )
-from finepoint.choosing.passes import undisturbed
-from finepoint.data import as_examples
-from finepoint.training.kernels import plain, sampled_embedding_gradient, sampled_gradient
+from finepoint.data.examples import as_examples
+from finepoint.selection.passes import undisturbed
+from finepoint.tuner.kernels import plain, sampled_embedding_gradient, sampled_gradient
 from reference import dense_masked_training
 
 if torch.cuda.is_available():
@@ -253,8 +253,8 @@ def test_adapters_are_switched_and_the_base_is_at_hand():
 
 
 def test_measures_are_those_of_the_cpu():
-    from finepoint.measuring.generation import written
-    from finepoint.measuring.scoring import choice_likelihoods, mean_nll
+    from finepoint.evaluation.generation import written
+    from finepoint.evaluation.scoring import choice_likelihoods, mean_nll
 
     tokenizer = make_tokenizer()
     examples = as_examples([{"prompt": f"{c}b:", "choices": [" yes", " no"], "answer": 1} for c in "abcde"])
@@ -373,9 +373,9 @@ def test_the_command_line_trains_evaluates_and_exports_on_a_gpu(tmp_path, capfd)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @on_a_gpu
 def test_the_plan_for_a_gpu_holds_there(checkpointing, tmp_path):
-    from finepoint.config import PlanConfig
-    from finepoint.models import load_model
-    from finepoint.training.plan import plan
+    from finepoint.memory.plan import plan
+    from finepoint.memory.settings import PlanConfig
+    from finepoint.models.loading import load_model
     from measured_peak import train
 
     config = LlamaConfig(

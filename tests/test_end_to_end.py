@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conftest import write_lines
-from finepoint.data import read_examples
+from finepoint.data.examples import read_examples
 
 pytestmark = pytest.mark.timeout(1200)
 

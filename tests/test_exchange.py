@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import finepoint
-import finepoint.exchange.merged as merged_
+import finepoint.exchange.folded as merged_
 from conftest import assert_same_bits, bits, make_tokenizer, random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import INDEX, WHOLE, OtherLayoutError, open_checkpoint
 from finepoint.exchange.extract import extract
 from finepoint.exchange.formats import export, import_adapter
-from finepoint.models import load_model
+from finepoint.models.loading import load_model
 
 # PEFT asks transformers for what transformers 5 calls by another name, and makes sparse tensors without a check.
 pytestmark = [
@@ -404,7 +404,7 @@ def test_lora_and_dora_are_merged_as_in_memory(tmp_path, dora):
     wrapped.save_pretrained(tmp_path / "lora")
     export(folder, str(tmp_path / "lora"), "merged", str(tmp_path / "out"))
     back = loaded(tmp_path / "out")
-    with finepoint.adapters.lowrank.load_merged(tmp_path / "lora", tiny_llama()).applied(model := tiny_llama()):
+    with finepoint.adapters.peft.load_merged(tmp_path / "lora", tiny_llama()).applied(model := tiny_llama()):
         assert_same_bits(snapshot(model), snapshot(back))
     expected = logits(PeftModel.from_pretrained(loaded(folder), tmp_path / "lora").eval())
     assert torch.allclose(expected, logits(back), atol=1e-5)
@@ -413,7 +413,7 @@ def test_lora_and_dora_are_merged_as_in_memory(tmp_path, dora):
 
 
 def test_a_classifier_is_merged_with_its_head(tmp_path):
-    from finepoint.models import new_head
+    from finepoint.models.loading import new_head
 
     folder = saved(tiny_llama(torch.bfloat16), tmp_path / "m", shards=True)
     model = load_model(folder, "bfloat16", labels=["no", "yes"], seed=3, device="cpu")
@@ -517,7 +517,7 @@ def test_what_files_cannot_hold_or_memory_cannot_is_refused(tmp_path, monkeypatc
     changed_entries(model, "all").save(tmp_path / "a")
     with pytest.raises(FinepointError, match=r"do not hold model\.(en|de)coder\.embed_positions"):
         export(str(tmp_path / "m"), str(tmp_path / "a"), "merged", str(tmp_path / "out"))
-    monkeypatch.setattr("finepoint.exchange.in_memory._memory_left", lambda: 10)
+    monkeypatch.setattr("finepoint.exchange.folded_in_memory._memory_left", lambda: 10)
     with pytest.raises(FinepointError, match=r"must be in memory: 0.0 GB, and 0.0 GB are left"):
         export(str(tmp_path / "m"), str(tmp_path / "a"), "merged", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -525,7 +525,7 @@ def test_what_files_cannot_hold_or_memory_cannot_is_refused(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_classifier_whose_embedding_is_trained_is_merged_into_a_tied_base(tmp_path, tied):
-    from finepoint.models import new_head
+    from finepoint.models.loading import new_head
 
     folder = saved(tiny_llama(tied=tied), tmp_path / "m")
     model = load_model(folder, "float32", labels=["no", "yes"], seed=3, device="cpu")

@@ -5,11 +5,11 @@ import torch
 
 import finepoint
 from conftest import random_batches, tiny_llama
-from finepoint.choosing.rules import rule_named
-from finepoint.choosing.selection import score
-from finepoint.choosing.statistics import stream_statistics
-from finepoint.choosing.weights import target_weights
 from finepoint.errors import FinepointError
+from finepoint.selection.rules import rule_named
+from finepoint.selection.select import score
+from finepoint.selection.statistics import stream_statistics
+from finepoint.selection.targets import target_weights
 
 SPELLED = {
     "gallop": "abs(g) / (abs(w) + 1e-8)", "gradient": "max(g, -g)", "snip": "abs(g*w)", "magnitude-low": "-abs(w)",

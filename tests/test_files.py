@@ -3,12 +3,12 @@
 import subprocess
 import sys
 
-from finepoint.files import claim_folder, contents
+from finepoint.runtime.files import claim_folder, contents
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from finepoint.files import write_atomic
+from finepoint.runtime.files import write_atomic
 
 def write(path):
     path.write_text("half")

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 import finepoint
 from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_llama
 from finepoint.errors import FinepointError
-from finepoint.training.kernels import following
-from finepoint.training.tuner import SparseTuner
+from finepoint.tuner.kernels import following
+from finepoint.tuner.tuner import SparseTuner
 
 BATCHES = random_batches(3)
 PROMPT = torch.arange(4, 10)[None]

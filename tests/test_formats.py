@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from conftest import assert_same_bits, snapshot
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.combining import merge
 from finepoint.adapters.format import TENSORS
-from finepoint.adapters.merging import merge
-from finepoint.config import CompareConfig, TrainConfig
 from finepoint.errors import FinepointError
-from finepoint.files import VERSION, read_record
-from finepoint.models import load_model
+from finepoint.models.loading import load_model
+from finepoint.runtime.files import VERSION, read_record
 from finepoint.studies.compare import compare
 from finepoint.studies.results import read_results
+from finepoint.studies.settings import CompareConfig
 from finepoint.training.run import train
+from finepoint.training.settings import TrainConfig
 
 FIRST = Path(__file__).parent / "first"
 

@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from finepoint import probing
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import IGNORED, Collator, Row, encode
-from finepoint.data import Choices, Completion, Text
-from finepoint.measuring.divergence import divergences, learned_and_disturbed, mean_kl
-from finepoint.measuring.generation import (
+from finepoint.data.batches import IGNORED, Collator, Row, encode
+from finepoint.data.examples import Choices, Completion, Text
+from finepoint.evaluation.divergence import divergences, learned_and_disturbed, mean_kl
+from finepoint.evaluation.generation import (
     Written,
     answers_right,
     begins_with,
@@ -22,8 +21,9 @@ from finepoint.measuring.generation import (
     prompt_ids,
     written,
 )
-from finepoint.measuring.metrics import collapse
-from finepoint.training.tuner import SparseTuner
+from finepoint.evaluation.metrics import collapse
+from finepoint.models.loading import probing
+from finepoint.tuner.tuner import SparseTuner
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from conftest import VOCABULARY, make_tokenizer, snapshot, tiny_llama, write_lines
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum
-from finepoint.config import EvalConfig
-from finepoint.data import Choices, read_examples
+from finepoint.data.examples import Choices, read_examples
 from finepoint.errors import FinepointError
-from finepoint.measuring.evaluation import evaluate_config
-from finepoint.measuring.harness import Harness
-from finepoint.measuring.scoring import choice_accuracy, choice_likelihoods
+from finepoint.evaluation.evaluate import evaluate_config
+from finepoint.evaluation.harness import Harness
+from finepoint.evaluation.scoring import choice_accuracy, choice_likelihoods
+from finepoint.evaluation.settings import EvalConfig
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("default")  # other people's: deprecations in datasets, dill, lm_eval

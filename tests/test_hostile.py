@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import finepoint
 from conftest import assert_same_bits, snapshot, tiny_llama, write_lines
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter_set import AdapterSet
+from finepoint.adapters.change import Change
+from finepoint.adapters.combining import merge
 from finepoint.adapters.entries import checksum
 from finepoint.adapters.format import TENSORS
 from finepoint.adapters.inspection import by_module, facts, heat_map
-from finepoint.adapters.lowrank import load_merged
-from finepoint.adapters.merging import merge
-from finepoint.adapters.switching import AdapterSet
+from finepoint.adapters.peft import load_merged
 from finepoint.cli import main
 from finepoint.errors import LONGEST, FinepointError, one_line
 from finepoint.exchange.formats import export, import_adapter
@@ -571,8 +572,8 @@ def test_entries_beyond_two_to_the_31_survive_everything(tmp_path, compact):
 
 def test_positions_beyond_two_to_the_31_on_the_meta_device():
     """Shapes without memory: a stack of experts with 2^33 entries is a target, is cut and is budgeted."""
-    from finepoint.choosing.selection import budgets
-    from finepoint.choosing.structure import tilings
+    from finepoint.selection.select import budgets
+    from finepoint.selection.structure import tilings
 
     model = tiny_llama().to("meta")
     stack = torch.nn.Parameter(torch.empty(128, 8192, 8192, device="meta"))

@@ -5,12 +5,12 @@ import sys
 import types
 
 import pytest
+from finepoint.data.examples.recipes import hub
 
-from finepoint.data import read_examples
+from finepoint.data.examples import read_examples
+from finepoint.data.recipes.hub import TASKS, examples, write_hub
+from finepoint.data.recipes.table import recipe
 from finepoint.errors import FinepointError
-from finepoint.recipes import hub
-from finepoint.recipes.hub import TASKS, examples, write_hub
-from finepoint.recipes.table import recipe
 
 SAID = {"text": ["ice", "fire", "air"], "label": ["A", "B", "C"]}
 # A row of the hub, and prompt, right choice and group of ours.

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from conftest import assert_same_bits, snapshot, tiny_llama
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, gather
-from finepoint.adapters.interpolation import scale_by_depth, scaled, wise_ft
+from finepoint.adapters.scaling import scale_by_depth, scaled, wise_ft
 from finepoint.errors import FinepointError
 
 LAYERS = 4

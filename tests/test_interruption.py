@@ -14,11 +14,11 @@ import torch
 import yaml
 
 from conftest import write_lines
-from finepoint import interruption
 from finepoint.cli import main
 from finepoint.errors import FinepointError
-from finepoint.progress import progress
-from finepoint.studies import crews
+from finepoint.runtime import interruption
+from finepoint.runtime.progress import progress
+from finepoint.studies import executors
 
 
 class Pressed:
@@ -108,7 +108,7 @@ def study(model_folder, choice_file, tmp_path):
 
 def test_a_cell_that_it_breaks_has_not_failed(study, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as broken:
-        broken.setattr(crews, "run_cell", lambda desk, cell: torch.asarray(Pressed()))
+        broken.setattr(executors, "run_cell", lambda worker, cell: torch.asarray(Pressed()))
         assert main(study) == 130
     said = capfd.readouterr().err
     assert said.splitlines()[-1] == "finepoint compare: interrupted"
@@ -160,7 +160,7 @@ def test_workers_end_with_the_command(with_workers):
 
 
 def workers(parent):
-    """The processes of a command's crew."""
+    """The processes of a command's executor."""
     found = []
     with suppress(OSError):
         for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():

@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finepoint.adapters.entries import moved
-from finepoint.training import kernels
-from finepoint.training.kernels import following, plain, sampled_gradient
-from finepoint.training.kernels import numba as compiled
-from finepoint.training.kernels.compiled import numba_kernels, or_plain
-from finepoint.training.kernels.numba import by_tiles
+from finepoint.tuner import kernels
+from finepoint.tuner.kernels import following, plain, sampled_gradient
+from finepoint.tuner.kernels import numba as compiled
+from finepoint.tuner.kernels.compiled import numba_kernels, or_plain
+from finepoint.tuner.kernels.numba import by_tiles
 
 KERNELS = {kernel.__name__: kernel for kernel in (plain.by_gather, plain.by_blocks, plain.by_product, by_tiles)}
 
@@ -134,7 +134,7 @@ def test_without_numba_or_with_a_broken_one_plain_pytorch_is_used(error, monkeyp
     def broken(name):
         raise error
 
-    monkeypatch.setattr("finepoint.training.kernels.compiled.import_module", broken)
+    monkeypatch.setattr("finepoint.tuner.kernels.compiled.import_module", broken)
     assert numba_kernels.__wrapped__() is None
     assert len(caplog.records) == (not isinstance(error, ModuleNotFoundError))  # what is not installed is no fault
 

@@ -10,18 +10,18 @@ import transformers as t
 import finepoint
 from conftest import assert_same_bits, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import IGNORED, Collator, Row
-from finepoint.choosing.passes import counts_every_label
-from finepoint.choosing.statistics import stream_statistics
-from finepoint.config import TrainConfig
+from finepoint.data.batches import IGNORED, Collator, Row
 from finepoint.errors import FinepointError
+from finepoint.evaluation.generation import written
+from finepoint.evaluation.scoring import class_logits, token_log_likelihoods
 from finepoint.exchange.formats import export
-from finepoint.measuring.generation import written
-from finepoint.measuring.scoring import class_logits, token_log_likelihoods
-from finepoint.models import class_order, load_model
+from finepoint.models.loading import class_order, load_model
+from finepoint.selection.passes import counts_every_label
+from finepoint.selection.statistics import stream_statistics
+from finepoint.training.context import prepare
 from finepoint.training.loss import completion_loss
 from finepoint.training.run import train
-from finepoint.training.workplace import prepare
+from finepoint.training.settings import TrainConfig
 from test_loss import softcapped
 
 SMALL = {

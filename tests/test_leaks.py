@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import write_lines
+from finepoint.alignment.align import align
+from finepoint.alignment.settings import AlignConfig
 from finepoint.cli import main
-from finepoint.config import AlignConfig, EvalConfig, TrainConfig
-from finepoint.data import Chat, Choices, Completion, Labelled, Pair, Text
-from finepoint.integrations.align import align
-from finepoint.leaks import TRAINED_ON, Seen, leaks, normalised, text_of
-from finepoint.measuring.evaluation import evaluate_config
+from finepoint.data.examples import Chat, Choices, Completion, Labelled, Pair, Text
+from finepoint.data.leaks import TRAINED_ON, Seen, leaks, normalised, text_of
+from finepoint.evaluation.evaluate import evaluate_config
+from finepoint.evaluation.settings import EvalConfig
 from finepoint.training.run import train
+from finepoint.training.settings import TrainConfig
 
 TRAINED = ["abc: def", "a b c", "hello you", "Bad, Gad.", "12 34"]
 SAME = ["abc: def", "12 34"]

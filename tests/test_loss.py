@@ -7,7 +7,7 @@ from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma3ForCausalLM, G
 from conftest import VOCABULARY, assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.training import loss as module
 from finepoint.training.loss import completion_loss, log_likelihoods, plain_head
-from finepoint.training.tuner import SparseTuner
+from finepoint.tuner.tuner import SparseTuner
 
 MODELS = {"llama": tiny_llama, "llama-untied": lambda dtype: tiny_llama(dtype, tied=False), "gemma": tiny_gemma}
 

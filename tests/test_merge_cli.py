@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from conftest import assert_same_bits, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.merging import METHODS, merge
+from finepoint.adapters.combining import METHODS, merge
 from finepoint.adapters.verification import verify
 from finepoint.cli import main
+from finepoint.cli.merge import MergeConfig
 from finepoint.cli.options import parse
-from finepoint.config import MergeConfig
-from finepoint.data import Choices
-from finepoint.measuring import coefficients
-from finepoint.measuring.scoring import choice_likelihoods
+from finepoint.data.examples import Choices
+from finepoint.evaluation import combining_weights
+from finepoint.evaluation.scoring import choice_likelihoods
 from test_adapter import assert_same_adapter
 from test_merging import applied, make
 
@@ -105,7 +105,7 @@ def test_a_base_that_does_best_is_left_alone(capsys, folders, model_folder, tmp_
     def worse_the_more(model, tokenizer, merged, examples, measure):
         return 0.0 if merged is None else sum(part["weight"] for part in merged.info["merge"]["parts"])
 
-    monkeypatch.setattr(coefficients, "_measured", worse_the_more)
+    monkeypatch.setattr(combining_weights, "_measured", worse_the_more)
     text = write_lines(tmp_path / "t.jsonl", [{"text": "hello you"}])
     error = finepoint(capsys, "merge", *folders[:2], "--model", model_folder, "--tune", text, "--output",
                       tmp_path / "o", status=2)  # fmt: skip

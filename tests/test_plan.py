@@ -17,13 +17,13 @@ from transformers import (
 )
 
 from finepoint.cli import main
-from finepoint.config import PlanConfig
 from finepoint.errors import FinepointError
-from finepoint.models import load_model
-from finepoint.quantised import is_quantised
-from finepoint.training import plan as planning
-from finepoint.training.ledger import Ledger
-from finepoint.training.plan import plan
+from finepoint.memory import plan as planning
+from finepoint.memory.plan import plan
+from finepoint.memory.settings import PlanConfig
+from finepoint.memory.tracker import MemoryTracker
+from finepoint.models.loading import load_model
+from finepoint.models.quantised import is_quantised
 
 # Freed blocks of a few megabytes go back to the system, as on a GPU they go back to the pool. By default glibc keeps
 # them, and what fragmentation costs depends on the order of all allocations: it is not in the plan.
@@ -253,29 +253,29 @@ def test_a_model_whose_code_needs_numbers_is_refused_by_one_line(tmp_path):
 
 
 def test_the_ledger_follows_storages():
-    with Ledger() as ledger:
-        ledger.enter("a")
+    with MemoryTracker() as tracker:
+        tracker.enter("a")
         x = torch.empty(100, device="meta")
         view = x.view(10, 10)
         y = x + 1
-        assert ledger.held == {"a": 800}
-        ledger.hold([y], "b")
-        assert ledger.held == {"a": 400, "b": 400}
+        assert tracker.held == {"a": 800}
+        tracker.hold([y], "b")
+        assert tracker.held == {"a": 400, "b": 400}
         del y, x
-        assert ledger.held["a"] == 400
+        assert tracker.held["a"] == 400
         del view
-        assert ledger.held.total() == 0
-        assert ledger.peak.total() == 800
+        assert tracker.held.total() == 0
+        assert tracker.peak.total() == 800
 
 
 def test_attention_takes_the_operator_of_the_device():
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         query = torch.empty(2, 4, 64, 8, dtype=dtype, device="meta", requires_grad=True)
         key = torch.empty(2, 2, 64, 8, dtype=dtype, device="meta", requires_grad=True)
-        with Ledger() as ledger:
+        with MemoryTracker() as tracker:
             out = planning.fused_attention(device, query, key, key, is_causal=True, enable_gqa=True)
         assert out.shape == query.shape
-        assert ledger.peak.total() < 4 * 64 * 64 * dtype.itemsize * 2  # no attention matrix
+        assert tracker.peak.total() < 4 * 64 * 64 * dtype.itemsize * 2  # no attention matrix
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.choosing.rules import RULES, every_rule, rule_named
 from finepoint.cli import main
 from finepoint.errors import FinepointError
+from finepoint.selection.rules import RULES, every_rule, rule_named
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "finepoint-example-rules"
 

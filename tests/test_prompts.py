@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_gemma, tiny_llama
-from finepoint.batches import Collator
-from finepoint.measuring import prompts
-from finepoint.measuring.scoring import token_log_likelihoods
+from finepoint.data.batches import Collator
+from finepoint.evaluation import shared_prompts
+from finepoint.evaluation.scoring import token_log_likelihoods
 from test_scoring import plain_log_likelihood
 
 PLAIN = Collator(padding=0, positions=True, trims=True)
@@ -38,8 +38,8 @@ def test_shared_rows_score_as_one_plain_pass_each(wide, tokenizer, pairs, limit)
 @settings(max_examples=50, deadline=None)
 @given(requests, st.booleans())
 def test_every_token_is_scored_once_and_none_of_a_prompt_computed_twice(pairs, branching):
-    rows = prompts.shared_rows(pairs, 64, branching)
-    scored = [(request, token) for request, _, _, token in prompts.spots(rows)]
+    rows = shared_prompts.shared_rows(pairs, 64, branching)
+    scored = [(request, token) for request, _, _, token in shared_prompts.spots(rows)]
     assert sorted(request for request, _ in scored) == sorted(i for i, (_, c) in enumerate(pairs) for _ in c)
     for i, (_, continuation) in enumerate(pairs):
         assert [token for request, token in scored if request == i] == continuation
@@ -49,10 +49,12 @@ def test_every_token_is_scored_once_and_none_of_a_prompt_computed_twice(pairs, b
 
 def test_without_the_mask_continuations_would_see_each_other(tokenizer, monkeypatch):
     wide = tiny_llama(torch.float64).eval()
-    assert prompts.branches_apart(wide, PLAIN)
+    assert shared_prompts.branches_apart(wide, PLAIN)
     pairs = [([1, 2, 3], [4, 5, 6]), ([1, 2, 3], [7, 8, 9])]
     right = token_log_likelihoods(wide, tokenizer, pairs, 64)
-    monkeypatch.setattr(prompts, "branch_mask", lambda segments, dtype: torch.ones(len(segments), segments.shape[1]))
+    monkeypatch.setattr(
+        shared_prompts, "branch_mask", lambda segments, dtype: torch.ones(len(segments), segments.shape[1])
+    )
     wrong = token_log_likelihoods(wide, tokenizer, pairs, 64)
     torch.testing.assert_close(wrong[0], right[0])
     assert (wrong[1] - right[1]).abs().max() > 1e-3
@@ -60,19 +62,19 @@ def test_without_the_mask_continuations_would_see_each_other(tokenizer, monkeypa
 
 def test_models_that_cannot_branch_are_found_out():
     model = tiny_llama().eval()
-    assert prompts.branches_apart(model, PLAIN)
-    assert not prompts.branches_apart(model, Collator(padding=0, positions=False, trims=True))
+    assert shared_prompts.branches_apart(model, PLAIN)
+    assert not shared_prompts.branches_apart(model, Collator(padding=0, positions=False, trims=True))
     windowed = tiny_llama().eval()
     windowed.config.sliding_window = 4
-    assert not prompts.branches_apart(windowed, PLAIN)
+    assert not shared_prompts.branches_apart(windowed, PLAIN)
     leaky = tiny_llama().eval()
     leaky.register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {"attention_mask": None}), with_kwargs=True
     )
-    assert not prompts.branches_apart(leaky, PLAIN)
+    assert not shared_prompts.branches_apart(leaky, PLAIN)
 
 
 def test_a_row_has_its_widest(monkeypatch):
-    monkeypatch.setattr(prompts, "WIDEST", 8)
+    monkeypatch.setattr(shared_prompts, "WIDEST", 8)
     pairs = [([1, 2, 3], [4, 5, 6])] * 5
-    assert [len(row) for row in prompts.shared_rows(pairs, 64, True)] == [7, 7, 5]
+    assert [len(row) for row in shared_prompts.shared_rows(pairs, 64, True)] == [7, 7, 5]

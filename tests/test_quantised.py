@@ -25,17 +25,21 @@ import finepoint
 from conftest import assert_same_bits, make_tokenizer, random_batches, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.verification import verify
+from finepoint.alignment.align import align
+from finepoint.alignment.settings import AlignConfig
 from finepoint.cli import main
-from finepoint.config import AlignConfig, CompareConfig, EvalConfig, SelectConfig, TrainConfig
 from finepoint.errors import FinepointError
-from finepoint.integrations.align import align
-from finepoint.integrations.reference import Reference, as_it_is
-from finepoint.measuring.evaluation import evaluate_config
-from finepoint.models import load_model
-from finepoint.quantised import float_values, is_quantised, quantised_layers
+from finepoint.evaluation.evaluate import evaluate_config
+from finepoint.evaluation.settings import EvalConfig
+from finepoint.huggingface.reference import Reference, as_it_is
+from finepoint.models.loading import load_model
+from finepoint.models.quantised import float_values, is_quantised, quantised_layers
+from finepoint.selection.settings import SelectConfig
 from finepoint.studies.compare import compare
+from finepoint.studies.settings import CompareConfig
+from finepoint.training.context import prepare
 from finepoint.training.run import choose, train
-from finepoint.training.workplace import prepare
+from finepoint.training.settings import TrainConfig
 from reference import dense_masked_training, dense_top_k, four_bit_values, mean_gradient
 
 pytest.importorskip("torchao")
@@ -467,7 +471,7 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_as_it_is(checkpoint, data, tmp_
         refused = arguments | {"rule": None, "density": None, "baseline": baseline, "output": str(tmp_path / "c")}
         with pytest.raises(FinepointError, match="is quantised, and baselines train float weights"):
             train(TrainConfig(**{name: value for name, value in refused.items() if value is not None}))
-    monkeypatch.setattr("finepoint.ranks.count", lambda: 2)
+    monkeypatch.setattr("finepoint.runtime.distributed.count", lambda: 2)
     with pytest.raises(FinepointError, match="trains in one process; give a float base"):
         prepare(TrainConfig(**arguments, output=str(tmp_path / "d")))
     monkeypatch.undo()

@@ -16,18 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama, write_lines
-from finepoint import ranks
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import gather, scatter_
-from finepoint.choosing.selection import select
-from finepoint.choosing.statistics import stream_statistics
-from finepoint.choosing.weights import target_weights
-from finepoint.config import SelectConfig, TrainConfig
 from finepoint.errors import FinepointError
-from finepoint.files import contents
+from finepoint.runtime import distributed
+from finepoint.runtime.files import contents
+from finepoint.selection.select import select
+from finepoint.selection.settings import SelectConfig
+from finepoint.selection.statistics import stream_statistics
+from finepoint.selection.targets import target_weights
+from finepoint.training.resolve import resumes_together
 from finepoint.training.run import choose, train
-from finepoint.training.settings import resumes_together
-from finepoint.training.tuner import SparseTuner
+from finepoint.training.settings import TrainConfig
+from finepoint.tuner.tuner import SparseTuner
 from together import together
 
 DENSITY = 0.05
@@ -78,7 +79,7 @@ def select_and_train(config, sharded, steps_before_breaking=3):
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     record = train(config)
     found = {"record": record, "adapter": numbers_of(SparseAdapter.load(config.output))}
-    if ranks.is_first():
+    if distributed.is_first():
         lines = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
         found["log"] = [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
@@ -90,7 +91,7 @@ def select_and_train(config, sharded, steps_before_breaking=3):
     broken = replace(whole, output=f"{config.output}-broken")
     with breaking_off(steps_before_breaking), suppress(KeyboardInterrupt):
         train(broken)
-    if ranks.count() == 1 or resumes_together():
+    if distributed.count() == 1 or resumes_together():
         train(replace(broken, resume=True))
         found["resumed"] = numbers_of(SparseAdapter.load(broken.output))
     else:
@@ -140,14 +141,14 @@ def statistics_and_selections(sharded):
 
 
 def whole(state):
-    return {name: ranks.whole(value) for name, value in state.items()}
+    return {name: distributed.whole(value) for name, value in state.items()}
 
 
 def sharded_llama(dtype=torch.float32, make=tiny_llama):
     from finepoint.training.sharding import shard_
 
     model = make(dtype)
-    if ranks.count() > 1:
+    if distributed.count() > 1:
         shard_(model, "cpu")
     return model
 
@@ -161,16 +162,16 @@ def _entries_of(make, dtype):
     model = sharded_llama(dtype, make)
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
-        assert ranks.is_sharded(weight)
-        local, first = ranks.own_rows(weight)
-        full = ranks.whole(weight)
+        assert distributed.is_sharded(weight)
+        local, first = distributed.own_rows(weight)
+        full = distributed.whole(weight)
         assert torch.equal(local.reshape(-1), full.reshape(-1)[first : first + local.numel()])
         indices = torch.randperm(weight.numel(), generator=generator)[:4].sort().values
         values = torch.randn(4, generator=generator).to(dtype)
         values[0] = -0.0
         scatter_(weight, indices, values)
         full.view(-1)[indices] = values
-        assert_same_bits({name: full}, {name: ranks.whole(weight)})
+        assert_same_bits({name: full}, {name: distributed.whole(weight)})
         assert_same_bits({name: values}, {name: gather(weight, indices)})
     before = snapshot(model)
     with SparseTuner(model, select(model, rule="magnitude-low", density=DENSITY)) as tuner:
@@ -180,7 +181,7 @@ def _entries_of(make, dtype):
         tuner.revert_()
     assert_same_bits(whole(before), whole(snapshot(model)))
     adapter.apply(model)
-    changed = sum(int((ranks.whole(value) != ranks.whole(before[name])).sum())
+    changed = sum(int((distributed.whole(value) != distributed.whole(before[name])).sum())
                   for name, value in snapshot(model).items() if name != "lm_head.weight")  # fmt: skip
     adapter.revert(model)
     assert_same_bits(whole(before), whole(snapshot(model)))
@@ -201,7 +202,7 @@ def plain_loop(make, how):
     model = make(torch.float64)
     names = ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight",
              "model.layers.1.self_attn.v_proj.weight", "model.layers.1.mlp.down_proj.weight"]  # fmt: skip
-    several = ranks.count() > 1
+    several = distributed.count() > 1
     if several and how == "tuner on shards":
         model = sharded_llama(torch.float64, make)
     tuner = SparseTuner(model, {name: torch.arange(0, model.get_parameter(name).numel(), 5) for name in names})
@@ -213,15 +214,15 @@ def plain_loop(make, how):
     elif several and how == "ddp":
         running = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
-    share = 2 // ranks.count() if several else 2
+    share = 2 // distributed.count() if several else 2
     for step in range(3):
-        for batch in random_batches(2, seed=step)[ranks.rank() * share :][:share]:
+        for batch in random_batches(2, seed=step)[distributed.rank() * share :][:share]:
             (running(**batch).loss / share).backward()
         nn.utils.clip_grad_norm_(tuner.parameters(), 0.05)
         optimizer.step()
         optimizer.zero_grad()
     adapter = tuner.adapter()
-    state = {name: ranks.whole(model.get_parameter(name)).clone() for name in names}
+    state = {name: distributed.whole(model.get_parameter(name)).clone() for name in names}
     tuner.revert_()
     tuner.close()
     return numbers_of(adapter), state, whole(snapshot(model))
@@ -238,17 +239,17 @@ def mistakes(config):
         except FinepointError as error:
             messages[what] = str(error)
 
-    (Path(config.output) if ranks.is_first() else Path(config.output).parent).mkdir(exist_ok=True)
-    if ranks.is_first():
+    (Path(config.output) if distributed.is_first() else Path(config.output).parent).mkdir(exist_ok=True)
+    if distributed.is_first():
         (Path(config.output) / "precious.txt").write_text("x")
     torch.distributed.barrier()
     attempt("occupied", lambda: train(config))
     attempt("baseline", lambda: train(replace(config, baseline="lora", rule="random", density=None)))
     with poisoned(number=1, step=3):
         attempt("nan", lambda: train(replace(config, output=f"{config.output}-nan")))
-    attempt("labels", lambda: select(tiny_llama(), random_batches(2, rows=2 + ranks.rank()), rule="gallop"))
+    attempt("labels", lambda: select(tiny_llama(), random_batches(2, rows=2 + distributed.rank()), rule="gallop"))
 
-    tuner = SparseTuner(tiny_llama(), {"model.layers.0.mlp.up_proj.weight": torch.arange(3) + ranks.rank()})
+    tuner = SparseTuner(tiny_llama(), {"model.layers.0.mlp.up_proj.weight": torch.arange(3) + distributed.rank()})
     running = nn.parallel.DistributedDataParallel(tuner.model)
     attempt("entries", lambda: running(**random_batches(1)[0]))
 
@@ -273,7 +274,7 @@ def poisoned(number, step):
 
     def poisoning(self, *args, **kwargs):
         loss = compute(self, *args, **kwargs)
-        return loss * float("nan") if ranks.rank() == number and self.state.global_step + 1 >= step else loss
+        return loss * float("nan") if distributed.rank() == number and self.state.global_step + 1 >= step else loss
 
     SparseTrainer.compute_loss = poisoning
     try:
@@ -290,7 +291,7 @@ def stock_trainer(folder):
     rows = [{key: value[row] for key, value in batch.items()} for batch in random_batches(6) for row in range(4)]
     tuner = SparseTuner(model, select(model, rule="magnitude-low", density=DENSITY))
     arguments = TrainingArguments(
-        folder, per_device_train_batch_size=4, gradient_accumulation_steps=2 // ranks.count(), max_steps=3,
+        folder, per_device_train_batch_size=4, gradient_accumulation_steps=2 // distributed.count(), max_steps=3,
         learning_rate=1e-2, report_to="none", disable_tqdm=True, save_strategy="no", use_cpu=True, seed=0,
     )  # fmt: skip
     with Sent() as sent:
@@ -396,13 +397,13 @@ def test_a_mistake_is_the_mistake_of_all(config):
 
 def test_the_launchers_words_for_what_cannot_be_done_are_refused():
     with pytest.raises(FinepointError, match="FSDP1 .* --fsdp_version 2"):
-        ranks.refuse_unfit({"ACCELERATE_USE_FSDP": "true"})
+        distributed.refuse_unfit({"ACCELERATE_USE_FSDP": "true"})
     deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true"}
     with pytest.raises(FinepointError, match="ZeRO-3 .* use FSDP2"):
-        ranks.refuse_unfit(deepspeed | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
+        distributed.refuse_unfit(deepspeed | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
     with pytest.raises(FinepointError, match="ZeRO-1 and ZeRO-2 .* without DeepSpeed"):
-        ranks.refuse_unfit(deepspeed | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
-    ranks.refuse_unfit({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+        distributed.refuse_unfit(deepspeed | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
+    distributed.refuse_unfit({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
 
 
 def others(config, classes):
@@ -411,7 +412,7 @@ def others(config, classes):
     settings = {"model": config.model, "data": config.data, "density": DENSITY, "dtype": "float64"}
     found["selection"] = dict(choose(SelectConfig(output=f"{config.output}-selection", **settings)))
     found["files"] = sorted(contents(Path(f"{config.output}-selection")))
-    train(replace(config, data=classes, accumulation=2 // ranks.count()))
+    train(replace(config, data=classes, accumulation=2 // distributed.count()))
     found["classifier"] = numbers_of(SparseAdapter.load(config.output))
     return found
 

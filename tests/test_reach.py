@@ -6,8 +6,8 @@ import torch
 import finepoint
 from conftest import assert_same_bits, random_batches, snapshot
 from families import FAMILIES
-from finepoint.choosing.reach import unreached_by_text
 from finepoint.errors import FinepointError
+from finepoint.selection.reach import unreached_by_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of models, about kernels that are not installed
 SEEING = ["gemma3", "llava", "qwen2_5_vl"]

@@ -13,7 +13,7 @@ import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_llama, write_lines
 from documents import blocks
 from finepoint.cli import COMMANDS
-from finepoint.models import load_model, load_tokenizer
+from finepoint.models.loading import load_model, load_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

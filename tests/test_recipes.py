@@ -8,15 +8,15 @@ import zlib
 from collections import Counter
 
 import pytest
+from finepoint.data.examples.recipes import generators, gsm8k, wordnet
 
-from finepoint.data import read_examples
+from finepoint.data.examples import read_examples
+from finepoint.data.recipes.generators import Pool, distinct, generate
+from finepoint.data.recipes.novels import excerpts, paragraphs
+from finepoint.data.recipes.rdata import read_database
+from finepoint.data.recipes.table import RECIPES, recipe
+from finepoint.data.recipes.wordnet import Synset, parse, question, questions, split
 from finepoint.errors import FinepointError
-from finepoint.recipes import generators, gsm8k, wordnet
-from finepoint.recipes.generators import Pool, distinct, generate
-from finepoint.recipes.novels import excerpts, paragraphs
-from finepoint.recipes.rdata import read_database
-from finepoint.recipes.table import RECIPES, recipe
-from finepoint.recipes.wordnet import Synset, parse, question, questions, split
 
 
 def fetched(name, folder):

@@ -16,16 +16,17 @@ from torch.nn.functional import cross_entropy
 import finepoint
 from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.config import SelectConfig, TrainConfig
-from finepoint.data import read_examples
+from finepoint.data.examples import read_examples
 from finepoint.errors import FinepointError
-from finepoint.models import load_model
-from finepoint.training.aged import AgedAdamW
-from finepoint.training.refreshing import Schedule, schedule_of
+from finepoint.models.loading import load_model
+from finepoint.selection.settings import SelectConfig
+from finepoint.training.context import prepare, training_context
+from finepoint.training.refresh import Schedule, schedule_of
 from finepoint.training.run import choose, train
+from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import LengthBuckets
-from finepoint.training.tuner import SparseTuner
-from finepoint.training.workplace import prepare, workplace
+from finepoint.tuner.optimizers import PerEntryAdamW
+from finepoint.tuner.tuner import SparseTuner
 from reference import TiedToy, dense_refreshed_training, dense_top_k, mean_gradient
 from together import SERVER, together
 
@@ -80,7 +81,7 @@ def test_equals_dense_training_with_the_same_choices(kind, keep):
 
     before = snapshot(model)
     tuner = SparseTuner(model, first, ready=[name for name, _ in model.named_parameters()])
-    optimizer = AgedAdamW(tuner.parameters(), lr=1e-2)
+    optimizer = PerEntryAdamW(tuner.parameters(), lr=1e-2)
     for done, batch in enumerate(batches):
         if done and done in schedule:
             found = tuner.choose_(schedule[done], optimizer, keep)
@@ -134,7 +135,10 @@ def test_ages_of_its_own_make_no_difference_where_all_are_of_one_age():
     torch.manual_seed(0)
     start = torch.randn(50, dtype=torch.float64)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = [AgedAdamW([ours], lr=1e-2, weight_decay=0.1), torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)]
+    optimizers = [
+        PerEntryAdamW([ours], lr=1e-2, weight_decay=0.1),
+        torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1),
+    ]
     for _ in range(300):
         gradient = torch.randn(50, dtype=torch.float64)
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -149,7 +153,7 @@ def test_half_precision_is_exact_to_the_bit(keep):
     before = snapshot(model)
     first, second, third = choices(model, 3)
     tuner = SparseTuner(model, first, ready=dict(model.named_parameters()))
-    optimizer = AgedAdamW(tuner.parameters(), lr=3e-3)
+    optimizer = PerEntryAdamW(tuner.parameters(), lr=3e-3)
     for batch, chosen in zip(random_batches(3), (second, third, None), strict=True):
         model(**batch).loss.backward()
         optimizer.step()
@@ -230,7 +234,7 @@ def test_any_sequence_of_choices_is_plain_bookkeeping(seed):
 def test_scoring_under_a_tuner_leaves_everything_as_found(batches):
     model = tiny_llama()
     tuner = SparseTuner(model, choices(model, 2)[0])
-    optimizer = AgedAdamW(tuner.parameters(), lr=1e-2)
+    optimizer = PerEntryAdamW(tuner.parameters(), lr=1e-2)
     model.train()
     model(**batches[0]).loss.backward()
     optimizer.step()
@@ -321,7 +325,7 @@ def test_what_cannot_be_refreshed_is_refused_by_name(config, changes, message):
 def test_a_quantised_checkpoint_is_refused_before_it_is_touched(config, tokenizer):
     pytest.importorskip("torchao")
     model = load_model(config.model, quantise="int8")
-    place = workplace(config, model, tokenizer, read_examples(config.data))
+    place = training_context(config, model, tokenizer, read_examples(config.data))
     with pytest.raises(FinepointError, match="q_proj.weight is quantised, .* leave out --refresh"):
         train(config, place)
     assert not hasattr(model, "finepoint")
@@ -635,8 +639,8 @@ def test_within_ddp_it_is_refused():
 
 
 def test_an_arm_of_a_study_is_refreshed(model_folder, choice_file, tmp_path):
-    from finepoint.config import CompareConfig
     from finepoint.studies.compare import compare
+    from finepoint.studies.settings import CompareConfig
 
     study = CompareConfig(
         model=str(model_folder), output=str(tmp_path / "study"), seeds=[0], validation_limit=16, test_limit=16,

@@ -15,9 +15,9 @@ import pytest
 
 from browser import CHROMIUM, Browser
 from finepoint.cli import main
-from finepoint.config import ReportConfig
 from finepoint.errors import FinepointError
 from finepoint.reporting.report import write_report
+from finepoint.reporting.settings import ReportConfig
 from finepoint.reporting.tables import (
     GROUPS,
     by_task,
@@ -29,8 +29,8 @@ from finepoint.reporting.tables import (
     to_csv,
     to_latex,
 )  # fmt: skip
+from finepoint.reporting.text import headline
 from finepoint.reporting.views import summary
-from finepoint.reporting.wording import headline
 from finepoint.studies.results import read_results
 from studies import arm, put, write_study
 

@@ -11,11 +11,11 @@ import torch
 
 import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama
-from finepoint.choosing.rules import ALIASES, OURS, RULES, by_row, low_rank, rule_named
-from finepoint.choosing.selection import score
-from finepoint.choosing.statistics import stream_statistics
-from finepoint.choosing.weights import target_weights
 from finepoint.errors import FinepointError
+from finepoint.selection.rules import ALIASES, OURS, RULES, by_row, low_rank, rule_named
+from finepoint.selection.select import score
+from finepoint.selection.statistics import stream_statistics
+from finepoint.selection.targets import target_weights
 from reference import TiedToy, mean_gradient, mean_squared_gradient
 
 EVERY_RULE = sorted(RULES)

@@ -4,18 +4,19 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum
-from finepoint.batches import IGNORED, Collator, encode
-from finepoint.data import Chat, Choices, Completion, Text
+from finepoint.data.batches import IGNORED, Collator, encode
+from finepoint.data.examples import Chat, Choices, Completion, Text
+from finepoint.data.tokens import encode_pair
 from finepoint.errors import FinepointError
-from finepoint.measuring import scoring
-from finepoint.measuring.divergence import learned_and_disturbed, mean_kl
-from finepoint.measuring.evaluation import Evaluation, evaluate, read_sets
-from finepoint.measuring.generation import generated
-from finepoint.measuring.metrics import changes, forget_ratio
-from finepoint.measuring.scoring import accuracy, mean_nll, token_log_likelihoods
-from finepoint.tokens import encode_pair
+from finepoint.evaluation import scoring
+from finepoint.evaluation.divergence import learned_and_disturbed, mean_kl
+from finepoint.evaluation.evaluate import Evaluation, evaluate, read_sets
+from finepoint.evaluation.generation import generated
+from finepoint.evaluation.metrics import changes, forget_ratio
+from finepoint.evaluation.scoring import accuracy, mean_nll, token_log_likelihoods
 
 
 def plain_log_likelihood(model, ids, start):

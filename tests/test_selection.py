@@ -5,9 +5,13 @@ from hypothesis import strategies as st
 
 import finepoint
 from conftest import random_batches, tiny_llama
-from finepoint.choosing.selection import Budget, TopK, allocate, exact, largest
-from finepoint.config import AlignConfig, PlanConfig, SelectConfig, SequenceConfig, TrainConfig
+from finepoint.alignment.settings import AlignConfig
 from finepoint.errors import FinepointError
+from finepoint.memory.settings import PlanConfig
+from finepoint.selection.select import Budget, TopK, allocate, exact, largest
+from finepoint.selection.settings import SelectConfig
+from finepoint.studies.settings import SequenceConfig
+from finepoint.training.settings import TrainConfig
 from reference import dense_top_k
 
 
@@ -39,7 +43,7 @@ def test_streamed_top_k_equals_one_sort_of_everything(case):
 @given(score_sets(), st.integers(1, 7))
 def test_slices_do_not_change_the_answer(case, slice_size):
     scores, k = case
-    import finepoint.choosing.selection as selection
+    import finepoint.selection.select as selection
 
     before = selection.SLICE
     selection.SLICE = slice_size

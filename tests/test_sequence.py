@@ -8,13 +8,14 @@ import torch
 
 from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.config import ReportConfig, SequenceConfig
 from finepoint.errors import FinepointError
-from finepoint.measuring.metrics import sequence_metrics
-from finepoint.models import load_model
+from finepoint.evaluation.metrics import sequence_metrics
+from finepoint.models.loading import load_model
 from finepoint.reporting.report import write_report
+from finepoint.reporting.settings import ReportConfig
 from finepoint.studies import sequence
 from finepoint.studies.sequence import run_sequence, values_of
+from finepoint.studies.settings import SequenceConfig
 
 LETTERS = "abcdefgh"
 
@@ -67,9 +68,9 @@ def test_random_choices_of_the_tasks_share_what_chance_gives(config):
 
 def test_the_matrix_is_that_of_adapters_applied_one_after_the_other(config):
     """Without the sequence's own code: load what it left, apply, score."""
-    from finepoint.data import read_examples, some
-    from finepoint.measuring.scoring import accuracy
-    from finepoint.models import load_tokenizer
+    from finepoint.data.examples import read_examples, some
+    from finepoint.evaluation.scoring import accuracy
+    from finepoint.models.loading import load_tokenizer
 
     found = run_sequence(config)
     tokenizer = load_tokenizer(config.model)

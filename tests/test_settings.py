@@ -8,14 +8,16 @@ import pytest
 import yaml
 
 from finepoint import config as configs
+from finepoint.alignment.settings import AlignConfig
 from finepoint.cli import COMMANDS, main, module_of
 from finepoint.cli.options import flags, help_text, parse
-from finepoint.config import AlignConfig, CompareConfig, SequenceConfig, TrainConfig
 from finepoint.errors import FinepointError
-from finepoint.settings import deciding, json_schema, names, sections, setting
+from finepoint.runtime.settings import deciding, json_schema, names, sections, setting
+from finepoint.studies.settings import CompareConfig, SequenceConfig
 from finepoint.studies.sharing import key
 from finepoint.studies.study import OWN
 from finepoint.training.checkpoints import decisive, refuse_others
+from finepoint.training.settings import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import finepoint
 from conftest import assert_same_bits, make_tokenizer, random_batches, snapshot, tiny_llama, write_lines
+from finepoint.data.tokens import Row
 from finepoint.errors import FinepointError
-from finepoint.integrations.given import token_row
-from finepoint.tokens import Row
+from finepoint.huggingface.scoring_data import token_row
 from standin_hub import hub
 
 ROWS = [{"prompt": f"a{c}:", "completion": " yes" if c > "d" else " no"} for c in "abcdefgh"]
@@ -46,8 +46,8 @@ def test_it_is_the_same_model_and_the_entries_are_those_of_select(llama, tmp_pat
 
 
 def test_a_file_rows_and_tokens_of_the_same_examples_choose_the_same_entries(tmp_path, tokenizer):
-    from finepoint.batches import encode_all
-    from finepoint.data import as_examples
+    from finepoint.data.batches import encode_all
+    from finepoint.data.examples import as_examples
 
     file = write_lines(tmp_path / "rows.jsonl", ROWS)
     tokens = encode_all(tokenizer, as_examples(ROWS), 64)

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 import finepoint
 from conftest import random_batches, tiny_gemma, tiny_llama
-from finepoint.choosing.rules import rule_named
-from finepoint.choosing.selection import score
-from finepoint.choosing.statistics import stream_statistics
-from finepoint.choosing.structure import Tiling, tilings
-from finepoint.choosing.weights import target_weights
 from finepoint.errors import FinepointError
-from finepoint.training.kernels import groups, plain
-from finepoint.training.kernels.groups import LEAST, Blocks, Columns, Rows, every, whole_groups
+from finepoint.selection.rules import rule_named
+from finepoint.selection.select import score
+from finepoint.selection.statistics import stream_statistics
+from finepoint.selection.structure import Tiling, tilings
+from finepoint.selection.targets import target_weights
+from finepoint.tuner.kernels import groups, plain
+from finepoint.tuner.kernels.groups import LEAST, Blocks, Columns, Rows, every, whole_groups
 from reference import dense_masked_training
 
 STRUCTURES = ["row", "column", "block:4x4", "block:3x5", "block:1000x2"]

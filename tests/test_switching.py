@@ -6,7 +6,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import finepoint
 from conftest import assert_same_bits, snapshot, tiny_llama
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.change import Change
 from finepoint.errors import FinepointError
 from test_adapter import trained
 

@@ -10,15 +10,23 @@ from hypothesis import strategies as st
 from jinja2 import Template
 
 from conftest import make_tokenizer, tiny_llama
-from finepoint.batches import IGNORED, Row
-from finepoint.data import Chat, Choices, Completion, Labelled, Pair, Text
+from finepoint.data.batches import IGNORED, Row
+from finepoint.data.examples import Chat, Choices, Completion, Labelled, Pair, Text
+from finepoint.data.tokens import (
+    asking,
+    encode,
+    encode_all,
+    encode_pair,
+    encode_preferences,
+    padding_id,
+    without_special,
+)
 from finepoint.errors import FinepointError
-from finepoint.measuring import generation
-from finepoint.measuring.generation import Written, generation_hits, prompt_ids
-from finepoint.measuring.scoring import choice_likelihoods
-from finepoint.models import load_tokenizer
-from finepoint.packages import cache_folder
-from finepoint.tokens import asking, encode, encode_all, encode_pair, encode_preferences, padding_id, without_special
+from finepoint.evaluation import generation
+from finepoint.evaluation.generation import Written, generation_hits, prompt_ids
+from finepoint.evaluation.scoring import choice_likelihoods
+from finepoint.models.loading import load_tokenizer
+from finepoint.models.packages import cache_folder
 from tongues import EXACT, MAKERS, tongue
 
 BROAD = 1 << 30
@@ -37,7 +45,7 @@ def warnings():
     found = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
-    log = logging.getLogger("finepoint.tokens")
+    log = logging.getLogger("finepoint.data.tokens")
     log.addHandler(handler)
     log.propagate = False
     try:

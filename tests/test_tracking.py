@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.training.run import train
+from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import SparseTrainer
 
 
@@ -75,7 +75,7 @@ def test_tensorboard_has_every_step_once_also_after_a_resume(config, tmp_path, m
 SCRIPT = """
 import json, sys
 import pytest
-from finepoint.config import TrainConfig
+from finepoint.training.settings import TrainConfig
 from finepoint.training.run import train
 from test_tracking import break_at
 

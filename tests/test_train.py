@@ -6,14 +6,15 @@ import torch
 
 from conftest import assert_same_bits, interrupted_at, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.config import SelectConfig, TrainConfig
-from finepoint.data import Chat, Completion, Text, read_examples
+from finepoint.data.examples import Chat, Completion, Text, read_examples
 from finepoint.errors import FinepointError
-from finepoint.measuring.evaluation import evaluate_config
-from finepoint.models import load_model, load_tokenizer
+from finepoint.evaluation.evaluate import evaluate_config
+from finepoint.models.loading import load_model, load_tokenizer
+from finepoint.selection.settings import SelectConfig
+from finepoint.training.context import prepare, scoring_rows
 from finepoint.training.run import choose, train
+from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import LengthBuckets, SparseTrainer
-from finepoint.training.workplace import prepare, scoring_rows
 from test_adapter import assert_same_adapter
 
 
@@ -47,7 +48,7 @@ def test_same_configuration_and_seed_give_the_same_adapter(config, tmp_path):
 def test_it_learns_and_evaluation_says_so(config, choice_file):
     record, _ = run(config, steps=120, density=0.5, rule="saft", lr=2e-2)
     assert record["last_loss"] < record["first_loss"]
-    from finepoint.config import EvalConfig
+    from finepoint.evaluation.settings import EvalConfig
 
     found = evaluate_config(EvalConfig(model=config.model, adapter=[config.output], id=[f"x={choice_file}"]))
     adapted = found["adapters"][config.output]
@@ -226,7 +227,7 @@ def test_classification_trains_the_head_whole_and_stores_it(config, tmp_path):
     assert adapter.changes["score.weight"].kind == "full"
     assert adapter.changes["score.weight"].shape == (2, 16)
     assert adapter.info["labels"] == ["neg", "pos"]
-    from finepoint.config import EvalConfig
+    from finepoint.evaluation.settings import EvalConfig
 
     found = evaluate_config(EvalConfig(model=config.model, adapter=[config.output], id=[f"x={path}"]))
     assert found["adapters"][config.output]["id"]["x"]["accuracy"] > 0.9
@@ -254,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_adapter(config,
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, monkeypatch):
-    import finepoint.training.trained as trained_module
+    import finepoint.tuner.sparse_weight as trained_module
 
     monkeypatch.setattr(
         trained_module, "sampled_gradient", lambda dy, x, indices: torch.full((len(indices),), float("inf"))
@@ -331,7 +332,7 @@ def test_a_base_model_and_its_tokenizer_load_without_noise(model_folder, capfd):
 
 
 def rounded_place(config):
-    """A workplace whose base lies on bfloat16's grid, as that of a bfloat16 checkpoint does."""
+    """A context whose base lies on bfloat16's grid, as that of a bfloat16 checkpoint does."""
     place = prepare(config)
     for parameter in place.model.parameters():
         parameter.data = parameter.data.bfloat16().float()

@@ -9,7 +9,7 @@ import torch
 import finepoint
 from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.errors import FinepointError
-from finepoint.training.tuner import SparseTuner
+from finepoint.tuner.tuner import SparseTuner
 from reference import TiedToy, dense_masked_training
 
 

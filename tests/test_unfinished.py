@@ -11,13 +11,15 @@ import torch
 
 from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.alignment.align import align
+from finepoint.alignment.settings import AlignConfig
 from finepoint.cli import main
-from finepoint.config import AlignConfig, EvalConfig, TrainConfig
-from finepoint.integrations.align import align
-from finepoint.interruption import BrokenOff
-from finepoint.measuring.evaluation import evaluate_config
+from finepoint.evaluation.evaluate import evaluate_config
+from finepoint.evaluation.settings import EvalConfig
+from finepoint.runtime.interruption import BrokenOff
 from finepoint.training.log import read_log
 from finepoint.training.run import fit, train
+from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import SparseTrainer, Watch
 
 STEPS = 6

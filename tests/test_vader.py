@@ -5,8 +5,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finepoint.recipes.splits import NEAR_DUPLICATE, jaccard, split_by_group, without_near_duplicates, words
-from finepoint.recipes.vader import TEST_SHARE, Snippet, as_row, documents, parse, rated
+from finepoint.data.recipes.splits import NEAR_DUPLICATE, jaccard, split_by_group, without_near_duplicates, words
+from finepoint.data.recipes.vader import TEST_SHARE, Snippet, as_row, documents, parse, rated
 
 LINES = "7_2\t2.5\tSecond &amp; best\r\n7_1\t-0.2\tMeh\r\n9_1\t-1.0\tAwful\ttabbed\r\n9_2\t3\tSECOND &amp; BEST\r\n\r\n"
 

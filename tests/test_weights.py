@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from conftest import tiny_gemma, tiny_llama
-from finepoint.choosing.weights import target_weights
 from finepoint.errors import FinepointError
-from finepoint.models import block_of
+from finepoint.models.loading import block_of
+from finepoint.selection.targets import target_weights
 
 
 def test_linear_is_every_linear_layer_of_the_blocks_and_nothing_else(model):

@@ -44,11 +44,11 @@ def _run(rank, count, port, results, work, arguments):
     os.environ |= {name: str(value) for name, value in launched.items() if count > 1}
     import torch
 
-    from finepoint import ranks
+    from finepoint.runtime import distributed
 
     torch.set_num_threads(1)
     try:
-        ranks.join()
+        distributed.join()
         outcome = work(*arguments)
     except Exception:
         outcome = traceback.format_exc()

@@ -20,8 +20,8 @@ from pathlib import Path
 from select import select
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib.figure", "finepoint.cli.options", "finepoint.training.run",
-         "finepoint.training.lowrank", "finepoint.studies.compare", "finepoint.studies.sequence",
-         "finepoint.measuring.evaluation", "finepoint.exchange.formats", "finepoint.reporting.report",
+         "finepoint.baselines.peft", "finepoint.studies.compare", "finepoint.studies.sequence",
+         "finepoint.evaluation.evaluate", "finepoint.exchange.formats", "finepoint.reporting.report",
          "transformers.models.llama.modeling_llama")  # fmt: skip
 CLIENT = f"""#!{sys.executable} -SE
 import json, os, socket, sys

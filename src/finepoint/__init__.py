@@ -6,66 +6,67 @@ The public names, imported when first used, so that `import finepoint` stays ins
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from finepoint.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from finepoint.adapters.adapter import SparseAdapter
-    from finepoint.adapters.interpolation import scale_by_depth, wise_ft
-    from finepoint.adapters.merging import merge
-    from finepoint.adapters.switching import AdapterSet
-    from finepoint.adapters.widening import in_wider_dtype, rebased
-    from finepoint.choosing.rules import RULES, register
-    from finepoint.choosing.selection import Selection, select
-    from finepoint.choosing.weights import target_weights
-    from finepoint.config import TrainConfig
+    from finepoint.adapters.adapter_set import AdapterSet
+    from finepoint.adapters.combining import merge
+    from finepoint.adapters.other_bases import in_wider_dtype, rebased
+    from finepoint.adapters.scaling import scale_by_depth, wise_ft
     from finepoint.errors import FinepointError
     from finepoint.exchange.extract import extract
     from finepoint.exchange.formats import export, import_adapter
-    from finepoint.integrations.reference import reference
-    from finepoint.integrations.session import push_to_hub, trainable_parameters, tuner_of
-    from finepoint.integrations.sparsify import load, save, sparsify, unload
-    from finepoint.models import from_bitsandbytes_
-    from finepoint.training.aged import AgedAdamW
+    from finepoint.huggingface.reference import reference
+    from finepoint.huggingface.session import push_to_hub, trainable_parameters, tuner_of
+    from finepoint.huggingface.sparsify import load, save, sparsify, unload
+    from finepoint.models.loading import from_bitsandbytes_
+    from finepoint.selection.rules import RULES, register
+    from finepoint.selection.select import Selection, select
+    from finepoint.selection.targets import target_weights
     from finepoint.training.run import train
-    from finepoint.training.tuner import SparseTuner
+    from finepoint.training.settings import TrainConfig
+    from finepoint.tuner.optimizers import PerEntryAdamW
+    from finepoint.tuner.tuner import SparseTuner
 
-__version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterSet": "finepoint.adapters.switching",
-    "AgedAdamW": "finepoint.training.aged",
+    "AdapterSet": "finepoint.adapters.adapter_set",
+    "PerEntryAdamW": "finepoint.tuner.optimizers",
     "FinepointError": "finepoint.errors",
-    "RULES": "finepoint.choosing.rules",
-    "Selection": "finepoint.choosing.selection",
+    "RULES": "finepoint.selection.rules",
+    "Selection": "finepoint.selection.select",
     "SparseAdapter": "finepoint.adapters.adapter",
-    "SparseTuner": "finepoint.training.tuner",
-    "TrainConfig": "finepoint.config",
+    "SparseTuner": "finepoint.tuner.tuner",
+    "TrainConfig": "finepoint.training.settings",
     "export": "finepoint.exchange.formats",
     "extract": "finepoint.exchange.extract",
-    "from_bitsandbytes_": "finepoint.models",
+    "from_bitsandbytes_": "finepoint.models.loading",
     "import_adapter": "finepoint.exchange.formats",
-    "in_wider_dtype": "finepoint.adapters.widening",
-    "load": "finepoint.integrations.sparsify",
-    "merge": "finepoint.adapters.merging",
-    "push_to_hub": "finepoint.integrations.session",
-    "rebased": "finepoint.adapters.widening",
-    "reference": "finepoint.integrations.reference",
-    "register": "finepoint.choosing.rules",
-    "save": "finepoint.integrations.sparsify",
-    "scale_by_depth": "finepoint.adapters.interpolation",
-    "select": "finepoint.choosing.selection",
-    "sparsify": "finepoint.integrations.sparsify",
-    "target_weights": "finepoint.choosing.weights",
+    "in_wider_dtype": "finepoint.adapters.other_bases",
+    "load": "finepoint.huggingface.sparsify",
+    "merge": "finepoint.adapters.combining",
+    "push_to_hub": "finepoint.huggingface.session",
+    "rebased": "finepoint.adapters.other_bases",
+    "reference": "finepoint.huggingface.reference",
+    "register": "finepoint.selection.rules",
+    "save": "finepoint.huggingface.sparsify",
+    "scale_by_depth": "finepoint.adapters.scaling",
+    "select": "finepoint.selection.select",
+    "sparsify": "finepoint.huggingface.sparsify",
+    "target_weights": "finepoint.selection.targets",
     "train": "finepoint.training.run",
-    "trainable_parameters": "finepoint.integrations.session",
-    "tuner_of": "finepoint.integrations.session",
-    "unload": "finepoint.integrations.sparsify",
-    "wise_ft": "finepoint.adapters.interpolation",
+    "trainable_parameters": "finepoint.huggingface.session",
+    "tuner_of": "finepoint.huggingface.session",
+    "unload": "finepoint.huggingface.sparsify",
+    "wise_ft": "finepoint.adapters.scaling",
 }
 
 __all__ = [
     "RULES",
     "AdapterSet",
-    "AgedAdamW",
     "FinepointError",
+    "PerEntryAdamW",
     "Selection",
     "SparseAdapter",
     "SparseTuner",

@@ -1,24 +1,26 @@
-"""What a trained change is, and how it goes into a model and out again, exactly."""
+"""How a trained change goes into a model and out again, exactly."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from finepoint.adapters.base import differences
-from finepoint.adapters.entries import checksum, gather, moved, overlap, same_bits, scatter_
-from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, Moved, contents_of, fingerprint, unlike
+from finepoint.adapters.change import Contents
+from finepoint.adapters.entries import gather, overlap, same_bits, scatter_
+from finepoint.adapters.fingerprint import Fingerprint, Moved, contents_of, fingerprint, unlike
+from finepoint.adapters.form import differences
+from finepoint.adapters.format import read, save, say_unfinished
+from finepoint.adapters.inspection import html
 from finepoint.errors import FinepointError
-from finepoint.offloaded import absent
-from finepoint.packed import check_weight
-from finepoint.quantised import Replaced, is_quantised, replace_forwards
+from finepoint.models.bitsandbytes import check_weight
+from finepoint.models.offloaded import absent
+from finepoint.models.quantised import Replaced, is_quantised, replace_forwards
 
-Kind = Literal["delta", "value", "full"]
 APPLIED = "_finepoint_applied"  # the attribute of a model that lists what is applied to it
 SETS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 """The `AdapterSet`s of a model; what they have switched on is in its weights too."""
@@ -26,115 +28,14 @@ OTHER_VALUES = "its values are not those of the base model the adapter was train
 ANY_BASE = "load that base, or take this one by name (finepoint.rebased(adapter, model), --any-base)"
 
 
-@dataclass(frozen=True)
-class Change:
-    """The trained change of one weight."""
+class SparseAdapter(Contents):
+    """The trained change of a whole model, which can be written into the model and taken out of it.
 
-    shape: tuple[int, ...]
-    dtype: str
-    """of the weight, e.g. `bfloat16`"""
-    kind: Kind
-    """`delta`: added to the base; `value`: replaces it exactly; `full`: replaces the whole weight, whatever it was"""
-    indices: Tensor
-    """(k,) int64, ascending, unique; empty for `full`"""
-    numbers: Tensor
-    """(k,) float32 deltas (float64 over float64), or (k,) values in the weight's dtype, or the whole weight"""
-    base: str = ""
-    """checksum of the base's values at the indices; empty for `full` and where there are parts"""
-    parts: tuple[tuple[Tensor, str], ...] = ()
-    """of a merged change: the indices and the base's checksum of each change it was made of, where the base itself was
-    not at hand to take one over all of them"""
-
-    @staticmethod
-    def whole(weight: Tensor) -> "Change":
-        """A weight's value as it is now, whatever it was before; it shares memory with a weight on the CPU."""
-        dtype = str(weight.dtype).removeprefix("torch.")
-        return Change(tuple(weight.shape), dtype, "full", torch.empty(0, dtype=torch.long), weight.detach().cpu())
-
-    def __len__(self) -> int:
-        return self.numbers.numel()
-
-    def equals(self, other: "Change") -> bool:
-        """Whether another change writes the same numbers to the same entries."""
-        alike = self.kind == other.kind and self.numbers.dtype == other.numbers.dtype
-        return alike and torch.equal(self.indices, other.indices) and torch.equal(self.numbers, other.numbers)
-
-    def __repr__(self) -> str:
-        return f"Change({len(self):,} entries of {self.dtype} {tuple(self.shape)}, kind {self.kind})"
-
-    def positions(self) -> Tensor:
-        """The flat indices this change writes to, (k,) int64."""
-        return torch.arange(self.numbers.numel()) if self.kind == "full" else self.indices
-
-    def checksums(self) -> tuple[tuple[Tensor, str], ...]:
-        """What is known of the base: indices and the checksum of its values there."""
-        return self.parts or (() if self.kind == "full" else ((self.indices, self.base),))
-
-    def lies_on(self, weight: Tensor) -> bool:
-        """Whether a weight of the right shape holds the base's values, wherever they are known."""
-        return all(checksum(gather(weight, indices)) == digest for indices, digest in self.checksums())
-
-    def stays_finite(self, weight: Tensor) -> bool:
-        """Whether no finite value of the base becomes one that is not: float32 deltas can leave float16's range."""
-        base = gather(weight, self.positions())
-        return self.kind != "delta" or bool((self.new_values(base).isfinite() | ~base.isfinite()).all())
-
-    def is_idle(self) -> bool:
-        """Whether the base's values stay what they are; of a whole weight, whose base is not known, never."""
-        if self.kind == "delta":
-            return not bool(self.numbers.any())
-        return self.kind == "value" and bool(self.base) and checksum(self.numbers) == self.base
-
-    def new_values(self, base: Tensor) -> Tensor:
-        """What the entries become, given the base's values there: (k,), the base's dtype."""
-        numbers = self.numbers.to(base.device)
-        return moved(base, numbers) if self.kind == "delta" else numbers.reshape(-1)
-
-
-@dataclass(frozen=True, eq=False)
-class SparseAdapter(Mapping[str, Tensor]):
-    """The trained change of a whole model: a mapping from weight name to indices, with what is written there.
-
-    `info` says where it comes from (base model, rule, density, data, ..): JSON-ready, for people and for `inspect`.
+    A mapping from weight name to flat indices, (k,) int64; `changes` has what is written there.
     """
 
-    changes: dict[str, Change]
-    info: dict[str, Any] = field(default_factory=dict)
-    base: dict[str, Any] = field(default_factory=dict)
-    """the base's form (see `adapters/base.py`) and fingerprint; empty where they are not known"""
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.changes[name].positions()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.changes)
-
-    def __len__(self) -> int:
-        return len(self.changes)
-
-    def __repr__(self) -> str:
-        rule, base = self.info.get("rule"), self.info.get("base_model")
-        told = f"{f', rule {rule}' if rule else ''}{f', base {base}' if base else ''}"
-        return f"SparseAdapter({self.count:,} entries of {len(self)} weights{told})"
-
     def _repr_html_(self) -> str:
-        from finepoint.adapters.inspection import html
-
         return html(self)
-
-    @property
-    def count(self) -> int:
-        """Trained entries in all."""
-        return sum(len(change) for change in self.changes.values())
-
-    @property
-    def fingerprint(self) -> Fingerprint | None:
-        """Of the whole base; None where only the values at the entries are known."""
-        return Fingerprint.of_json(self.base[FINGERPRINT]) if FINGERPRINT in self.base else None
-
-    def changes_nothing(self) -> bool:
-        """Whether no value it stores differs from the base: a choice that has not been trained."""
-        return all(change.is_idle() for change in self.changes.values())
 
     def save(self, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
         """Writes `finepoint.safetensors`, `finepoint_config.json` and a README; returns the folder.
@@ -145,8 +46,6 @@ class SparseAdapter(Mapping[str, Tensor]):
         Raises:
             FinepointError: the folder holds something and `overwrite` is not given, or cannot be written.
         """
-        from finepoint.adapters.format import save
-
         return save(self, folder, overwrite, compact)
 
     @staticmethod
@@ -159,9 +58,14 @@ class SparseAdapter(Mapping[str, Tensor]):
         Raises:
             FinepointError: missing, truncated or inconsistent file, unknown version; the weight is named.
         """
-        from finepoint.adapters.format import load
+        adapter = SparseAdapter.read(folder)
+        say_unfinished(folder, adapter.info)
+        return adapter
 
-        return load(folder)
+    @staticmethod
+    def read(folder: str | Path) -> "SparseAdapter":
+        """`load`, without a word where its training did not come to an end."""
+        return SparseAdapter(**vars(read(folder)))
 
     def problems(self, model: nn.Module) -> list[str]:
         """Why this adapter does not belong to the model as it is now; empty if it does."""

@@ -5,8 +5,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from finepoint import ranks
-from finepoint.quantised import float_values
+from finepoint.models.quantised import float_values
+from finepoint.runtime import distributed
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
@@ -14,26 +14,26 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
 
     Those of a sharded weight come from all processes, each of which must ask for the same.
     """
-    if ranks.is_sharded(weight):
+    if distributed.is_sharded(weight):
         return _gather_sharded(weight, indices)
     return float_values(weight).reshape(-1).index_select(0, indices.to(weight.device))
 
 
 def _gather_sharded(weight: Tensor, indices: Tensor) -> Tensor:
-    local, first = ranks.own_rows(weight)
+    local, first = distributed.own_rows(weight)
     indices = indices.to(local.device)
     mine = (indices >= first) & (indices < first + local.numel())
     found = torch.zeros(len(indices), dtype=weight.dtype, device=local.device)
     found[mine] = local.reshape(-1)[indices[mine] - first]
     # As bytes, of which those of a process that does not hold the entry are 0: numbers would lose the sign of -0.0.
-    ranks.largest_(found.view(torch.uint8))
+    distributed.largest_(found.view(torch.uint8))
     return found
 
 
 def scatter_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """Writes (k,) values to flat positions of a weight of any layout; no autograd, no other entry touched."""
-    if ranks.is_sharded(weight):
-        local, first = ranks.own_rows(weight)
+    if distributed.is_sharded(weight):
+        local, first = distributed.own_rows(weight)
         mine = (indices >= first) & (indices < first + local.numel())
         scatter_(local, indices[mine] - first, values[mine.to(values.device)])
         return

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from finepoint import ranks
-from finepoint.quantised import float_values
+from finepoint.models.quantised import float_values
+from finepoint.runtime import distributed
 
 logger = logging.getLogger(__name__)
 ROW = 1024  # entries that share a multiplier of their row
@@ -193,20 +193,20 @@ def shown(shape: tuple[int, ...], total: int) -> str:
 
 def _sum_of(weight: Tensor, one_in: int) -> int:
     """A weight's sum, or of a sharded one what this process adds to it."""
-    if not ranks.is_sharded(weight):
+    if not distributed.is_sharded(weight):
         return total_of(weight, one_in)
     mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]
     copies = [mesh.get_local_rank(axis) for axis, placement in enumerate(placements) if placement.is_replicate()]
-    local, first = ranks.own_rows(weight)
+    local, first = distributed.own_rows(weight)
     return 0 if any(copies) else total_of(local, one_in, first)
 
 
 def _add_up(found: dict[int, int], weights: Mapping[int, tuple[str, Tensor]]) -> None:
     """Adds the parts of sharded weights over all processes, in one message."""
-    keys = [key for key in found if ranks.is_sharded(weights[key][1])]
+    keys = [key for key in found if distributed.is_sharded(weights[key][1])]
     if keys:
-        sums = torch.tensor([_signed(found[key]) for key in keys], device=ranks.device())
-        ranks.add_up_(sums)
+        sums = torch.tensor([_signed(found[key]) for key in keys], device=distributed.device())
+        distributed.add_up_(sums)
         found.update(zip(keys, sums.tolist(), strict=True))
 
 

@@ -25,13 +25,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.card import card
+from finepoint.adapters.change import Change, Contents
 from finepoint.adapters.fingerprint import FINGERPRINT, is_fingerprint
 from finepoint.adapters.gaps import ascending_gaps, from_gaps, most_gaps, to_gaps
-from finepoint.adapters.hub import card, fetch, is_hub_id
+from finepoint.adapters.hub import fetch, is_hub_id
 from finepoint.errors import FinepointError
-from finepoint.files import claim_folder, read_whole, refuse_version, write_atomic, write_json, write_text
-from finepoint.tensors import DTYPES, LONGEST_HEADER, Form, forms, header_bytes, opened
+from finepoint.runtime.files import claim_folder, read_whole, refuse_version, write_atomic, write_json, write_text
+from finepoint.runtime.tensor_files import DTYPES, LONGEST_HEADER, Form, forms, header_bytes, opened
 
 logger = logging.getLogger(__name__)
 DIGESTED = 4  # the first version with a digest over all
@@ -51,14 +52,14 @@ Need = Callable[[bool, str], None]
 """Refuses a file, saying what is wrong with which of its weights, unless the condition holds."""
 
 
-def save(adapter: SparseAdapter, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
+def save(adapter: Contents, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
     """See `SparseAdapter.save`."""
     with claim_folder(folder, overwrite) as claimed:
         write(adapter, claimed, compact)
     return Path(folder)
 
 
-def write(adapter: SparseAdapter, folder: Path, compact: bool = False) -> None:
+def write(adapter: Contents, folder: Path, compact: bool = False) -> None:
     """`save` into a folder that is this process's already, over whatever adapter is there."""
     tensors: dict[str, Tensor] = {}
     for name, change in adapter.changes.items():
@@ -82,21 +83,14 @@ def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> 
                              f"longer than {LONGEST_HEADER:,} bytes; choose fewer --targets")  # fmt: skip
 
 
-def load(folder: str | Path) -> SparseAdapter:
-    """See `SparseAdapter.load`."""
-    found = read(folder)
-    say_unfinished(folder, found.info)
-    return found
-
-
 def say_unfinished(folder: str | Path, info: Mapping[str, Any]) -> None:
     """Says of an adapter that was left before the end of its training that it was."""
     if left := info.get("unfinished"):
         logger.warning("%s is unfinished: its training was left at %s", folder, left)
 
 
-def read(folder: str | Path) -> SparseAdapter:
-    """`load`, whether or not its training came to an end."""
+def read(folder: str | Path) -> Contents:
+    """What an adapter folder holds, all of it checked; see `SparseAdapter.load`."""
     if isinstance(folder, str) and is_hub_id(folder):
         folder = fetch(folder)
     path = Path(folder) / TENSORS
@@ -117,7 +111,7 @@ def _say_what_is_not_known(_: str, folder: str) -> None:
                    "that differs elsewhere would not be noticed", folder)  # fmt: skip
 
 
-def _read(path: Path) -> SparseAdapter:
+def _read(path: Path) -> Contents:
     with opened(path) as file:
         config = _parsed(path, file.metadata() or {})
         known = forms(file)
@@ -132,7 +126,7 @@ def _read(path: Path) -> SparseAdapter:
         digest = config.pop("digest", None)
         if digest != (_digest(config, tensors) if config["format_version"] >= DIGESTED or digest else None):
             raise FinepointError(f"{path} is damaged: its digest is not that of what it holds; fetch it or train again")
-    return SparseAdapter(changes, config.get("info", {}), config.get("base", {}))
+    return Contents(changes, config.get("info", {}), config.get("base", {}))
 
 
 def _refusal(path: Path, name: str) -> Need:
@@ -150,7 +144,7 @@ def _written(name: str, indices: Tensor, shape: tuple[int, ...], compact: bool) 
     return {f"{name}.indices": indices.to("cpu", narrow)}
 
 
-def _config(adapter: SparseAdapter) -> dict[str, Any]:
+def _config(adapter: Contents) -> dict[str, Any]:
     weights = {
         name: {"shape": list(change.shape), "dtype": change.dtype, "kind": change.kind, "count": len(change),
                **({"part_checksums": [digest for _, digest in change.parts]} if change.parts
@@ -197,7 +191,7 @@ def _parsed(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def _is_form(base: Any) -> bool:
-    """Whether this is what `adapters/base.py` keeps of a model."""
+    """Whether this is what `adapters/form.py` keeps of a model."""
     if not isinstance(base, dict) or type(base.get("vocabulary", 0)) is not int:
         return False
     tied = base.get("tied", [])

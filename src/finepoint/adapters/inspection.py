@@ -6,12 +6,12 @@ from html import escape
 from math import prod
 from typing import Any
 
-from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.change import Contents
 
 SHADES = " .:-=+*#%@"
 
 
-def by_module(adapter: SparseAdapter) -> list[dict[str, Any]]:
+def by_module(adapter: Contents) -> list[dict[str, Any]]:
     """One row for each kind of module over all layers: weights, entries, share, mean and largest |delta|."""
     rows: dict[str, dict[str, Any]] = {}
     for name, weight in facts(adapter)["weights"].items():
@@ -32,7 +32,7 @@ def by_module(adapter: SparseAdapter) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def facts(adapter: SparseAdapter) -> dict[str, Any]:
+def facts(adapter: Contents) -> dict[str, Any]:
     """Everything known of an adapter, JSON-ready; `weights` has a row for each weight."""
     weights = {}
     for name, change in adapter.changes.items():
@@ -49,7 +49,7 @@ def facts(adapter: SparseAdapter) -> dict[str, Any]:
     return {"entries": adapter.count, "changed_weights": len(adapter), **adapter.info, "weights": weights}
 
 
-def html(adapter: SparseAdapter) -> str:
+def html(adapter: Contents) -> str:
     """A notebook's table of an adapter: its kinds of modules."""
     cells = [[row["module"], row["weights"], f"{row['entries']:,}", f"{row['share']:.3g}",
               "" if row["mean_abs_delta"] is None else f"{row['mean_abs_delta']:.3g}"]
@@ -60,7 +60,7 @@ def html(adapter: SparseAdapter) -> str:
             "</table>")  # fmt: skip
 
 
-def heat_map(adapter: SparseAdapter) -> str:
+def heat_map(adapter: Contents) -> str:
     """Entries by layer (down) and module (across), each with a shade for its share: blank none, @ the largest."""
     cells: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
     modules: dict[str, None] = {}

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.alignment import aligned
 from finepoint.adapters.inspection import place
+from finepoint.adapters.union import aligned
 from finepoint.errors import FinepointError
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import gather
-from finepoint.quantised import Replaced, float_values
+from finepoint.models.quantised import Replaced, float_values
 
 
 def verify(adapter: SparseAdapter, model: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from finepoint.interruption import BrokenOff
+    from finepoint.runtime.interruption import BrokenOff
 
 COMMANDS = {
     "demo": "fine-tune a small real model and compare: the quickest look",
@@ -59,7 +59,7 @@ def _main(arguments: list[str]) -> int:
         print(_overview())
         return 0
     if arguments[0] == "--version":
-        from finepoint import __version__
+        from finepoint.version import __version__
 
         print(f"finepoint {__version__}")
         return 0
@@ -75,9 +75,9 @@ def _main(arguments: list[str]) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from finepoint import interruption, ranks
     from finepoint.cli.options import parse
     from finepoint.errors import FinepointError
+    from finepoint.runtime import distributed, interruption
 
     module = module_of(command)
     # For `--rule module:function`; last, so that no file lying about hides a package.
@@ -85,15 +85,15 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         with interruption.noticed():
             config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
-            from finepoint.progress import log_to_stderr
+            from finepoint.runtime.progress import log_to_stderr
 
             log_to_stderr()
-            if ranks.launched() and command not in TOGETHER:
+            if distributed.launched() and command not in TOGETHER:
                 raise FinepointError(f"{command} runs in one process; start it without torchrun or accelerate launch")
             status = module.run(config)
     except FinepointError as error:
         line = " ".join(str(error).split())
-        who = "" if ranks.is_first() else f"process {ranks.rank()}: "
+        who = "" if distributed.is_first() else f"process {distributed.rank()}: "
         print(f"finepoint {command}: {who}{line}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -1,13 +1,13 @@
 """finepoint align --model M --method dpo|grpo --data F --output DIR"""
 
+from finepoint.alignment.settings import AlignConfig
 from finepoint.cli.output import print_json, print_table, signed
-from finepoint.config import AlignConfig
 
 CONFIG = AlignConfig
 
 
 def run(config: AlignConfig) -> None:
-    from finepoint.integrations.align import align
+    from finepoint.alignment.align import align
 
     record = align(config)
     if config.json:

@@ -3,7 +3,7 @@
 import logging
 
 from finepoint.cli.output import print_json
-from finepoint.config import CompareConfig
+from finepoint.studies.settings import CompareConfig
 
 CONFIG = CompareConfig
 

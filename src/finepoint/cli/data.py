@@ -1,21 +1,37 @@
 """finepoint data [NAME --output DIR]"""
 
-from finepoint.cli.output import print_json, print_table
-from finepoint.config import DataConfig
-from finepoint.errors import FinepointError
+from dataclasses import dataclass
 
+from finepoint.cli.output import print_json, print_table
+from finepoint.errors import FinepointError
+from finepoint.runtime.settings import setting
+
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Fetch the data of a recipe and write it as JSON Lines; without a name, list the recipes."""
+
+    name: str | None = setting("the recipe, also without its flag: `finepoint data vader`", None, positional=True)
+    output: str | None = setting("folder to write; required with a name", None)
+    overwrite: bool = setting("allow an output folder that holds something", False)
+    json: bool = setting("print one JSON object on stdout", False)
+
+
+# fmt: on
 CONFIG = DataConfig
 
 
 def after_help() -> str:
     """The recipes, for `--help`."""
-    from finepoint.recipes.table import RECIPES
+    from finepoint.data.recipes.table import RECIPES
 
     return "\n".join(["recipes:", *(f"  {name:<24} {recipe.what}" for name, recipe in RECIPES.items())])
 
 
 def run(config: DataConfig) -> None:
-    from finepoint.recipes.table import recipe
+    from finepoint.data.recipes.table import recipe
 
     if config.name is None:
         _list(config.json)
@@ -35,7 +51,7 @@ def run(config: DataConfig) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from finepoint.recipes.table import RECIPES
+    from finepoint.data.recipes.table import RECIPES
 
     if as_json:
         print_json({

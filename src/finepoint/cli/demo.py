@@ -4,13 +4,13 @@ import time
 from typing import Any
 
 from finepoint.cli.output import print_json, print_table, signed
-from finepoint.config import DemoConfig
+from finepoint.evaluation.settings import DemoConfig
 
 CONFIG = DemoConfig
 
 
 def run(config: DemoConfig) -> None:
-    from finepoint.measuring.demo import run_demo
+    from finepoint.evaluation.demo import run_demo
 
     started = time.perf_counter()
     found = run_demo(config)

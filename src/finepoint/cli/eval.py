@@ -3,14 +3,14 @@
 from typing import Any
 
 from finepoint.cli.output import print_json, print_table, signed
-from finepoint.config import EvalConfig
+from finepoint.evaluation.settings import EvalConfig
 
 CONFIG = EvalConfig
 
 
 def run(config: EvalConfig) -> None:
-    from finepoint.files import write_json
-    from finepoint.measuring.evaluation import evaluate_config
+    from finepoint.evaluation.evaluate import evaluate_config
+    from finepoint.runtime.files import write_json
 
     found = evaluate_config(config)
     if config.output:

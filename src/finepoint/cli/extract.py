@@ -1,8 +1,30 @@
 """finepoint extract --base M --tuned M2 --density D | --all --output DIR"""
 
-from finepoint.cli.output import print_json, print_table
-from finepoint.config import ExtractConfig
+from dataclasses import dataclass
 
+from finepoint.cli.output import print_json, print_table
+from finepoint.runtime.settings import setting
+
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Make an adapter of the difference between two checkpoints, read weight by weight."""
+
+    base: str = setting("the model before: a folder, a hub id, a .gguf file, smollm2, or gemma3-270m")
+    tuned: str = setting("the model after, of the same shape and dtype")
+    output: str = setting("folder to write")
+    density: float | None = setting("share of all entries to keep, those that changed most, in (0, 1]", None)
+    all: bool = setting(
+        "keep every entry that changed: applied to the base, it gives the tuned checkpoint bit for bit", False)
+    compact: bool = setting(
+        "write the gaps between positions in one or two bytes instead of the positions in four", False)
+    overwrite: bool = setting("allow an output folder that holds something", False)
+    json: bool = setting("print one JSON object on stdout", False)
+
+
+# fmt: on
 CONFIG = ExtractConfig
 SHOWN = 12  # weights in the table for people; --json has all
 
@@ -10,7 +32,7 @@ SHOWN = 12  # weights in the table for people; --json has all
 def run(config: ExtractConfig) -> None:
     from finepoint.errors import FinepointError
     from finepoint.exchange.extract import extract
-    from finepoint.files import check_output
+    from finepoint.runtime.files import check_output
 
     if config.all == (config.density is not None):
         raise FinepointError("give either --density, to keep the largest changes, or --all, to keep every change")

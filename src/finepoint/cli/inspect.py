@@ -1,8 +1,22 @@
 """finepoint inspect DIR"""
 
-from finepoint.cli.output import console, print_json, print_table
-from finepoint.config import InspectConfig
+from dataclasses import dataclass
 
+from finepoint.cli.output import console, print_json, print_table
+from finepoint.runtime.settings import setting
+
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Say what is in an adapter: facts, a table by layer and module, a map of where its entries lie."""
+
+    folder: str = setting("adapter folder", positional=True)
+    json: bool = setting("print one JSON object on stdout", False)
+
+
+# fmt: on
 CONFIG = InspectConfig
 
 

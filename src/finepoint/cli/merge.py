@@ -1,22 +1,54 @@
 """finepoint merge DIR DIR .. --how H --output DIR"""
 
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from finepoint.cli.output import print_json, print_table
-from finepoint.config import MergeConfig
 from finepoint.errors import FinepointError
-from finepoint.settings import DType
+from finepoint.runtime.settings import DType, setting
 
 if TYPE_CHECKING:
     from finepoint.adapters.adapter import SparseAdapter
 
+
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Combine adapters of one base model into one adapter; look at their interference first with --dry-run."""
+
+    adapter: list[str] = setting(
+        "adapter folders, also without their flag: `finepoint merge DIR DIR ..`", [], positional=True)
+    how: str = setting(
+        "sum (task arithmetic), mean, ties, dare, breadcrumbs or consensus; on shared entries first, last or error",
+        "sum")
+    weights: list[float] = setting("a factor for each adapter, in their order, may be negative; 1 where not given", [])
+    options: dict[str, float] = setting("the method's options, e.g. density=0.5 for ties, drop=0.5 seed=1 for dare", {})
+    model: str | None = setting(
+        "the base model; needed for half-precision adapters where their deltas matter, and for --tune", None)
+    any_base: bool = setting(
+        "take a model that is another than the adapter's base beside the entries it changes", False)
+    tune: str | None = setting(
+        "search the weights that do best on these examples, a JSON Lines file; needs --model", None)
+    tune_by: Literal["accuracy", "nll"] | None = setting(
+        "accuracy or nll (likelihood); accuracy where the examples have one", None)
+    limit: int | None = setting("at most so many of these examples, always the same", None)
+    dry_run: bool = setting("print how far the adapters interfere, pair by pair, and merge nothing", False)
+    output: str | None = setting("folder to write; required unless --dry-run", None)
+    compact: bool = setting("write positions as gaps, in one or two bytes each instead of four; as exact", False)
+    overwrite: bool = setting("allow an output folder that holds something", False)
+    json: bool = setting("print one JSON object on stdout", False)
+
+
+# fmt: on
 CONFIG = MergeConfig
 
 
 def run(config: MergeConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
-    from finepoint.adapters.merging import merge
-    from finepoint.adapters.widening import rebased
+    from finepoint.adapters.combining import merge
+    from finepoint.adapters.other_bases import rebased
 
     _check(config)
     adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter}
@@ -66,17 +98,17 @@ def _base(config: MergeConfig, adapters: "dict[str, SparseAdapter]") -> Any:
     """The base model in the adapters' dtype, where it is given."""
     if config.model is None:
         return None
-    from finepoint.models import load_model
+    from finepoint.models.loading import load_model
 
     dtypes = {change.dtype for adapter in adapters.values() for change in adapter.changes.values()}
     return load_model(config.model, cast(DType, dtypes.pop() if len(dtypes) == 1 else "auto"))
 
 
 def _search(config: MergeConfig, model: Any, parts: "list[SparseAdapter]") -> dict[str, Any]:
-    from finepoint.data import read_examples, some
-    from finepoint.files import check_output
-    from finepoint.measuring.coefficients import tuned_weights
-    from finepoint.models import load_tokenizer
+    from finepoint.data.examples import read_examples, some
+    from finepoint.evaluation.combining_weights import tuned_weights
+    from finepoint.models.loading import load_tokenizer
+    from finepoint.runtime.files import check_output
 
     assert config.output is not None
     assert config.tune is not None

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from finepoint.errors import FinepointError
-from finepoint.settings import close, default_of, sections
+from finepoint.runtime.settings import close, default_of, sections
 
 Config = TypeVar("Config")
 

@@ -3,13 +3,13 @@
 from dataclasses import asdict
 
 from finepoint.cli.output import print_json, print_table
-from finepoint.config import PlanConfig
+from finepoint.memory.settings import PlanConfig
 
 CONFIG = PlanConfig
 
 
 def run(config: PlanConfig) -> None:
-    from finepoint.training.plan import PARTS, plan
+    from finepoint.memory.plan import PARTS, plan
 
     found = plan(config)
     passes = {"selection": found.selection, "training": found.training}

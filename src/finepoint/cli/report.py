@@ -1,7 +1,7 @@
 """finepoint report DIR [--output DIR]"""
 
 from finepoint.cli.output import print_json, print_table
-from finepoint.config import ReportConfig
+from finepoint.reporting.settings import ReportConfig
 
 CONFIG = ReportConfig
 

@@ -1,18 +1,31 @@
 """finepoint rules: the rules, those of plug-ins too, the baselines they are measured against, and the schedules"""
 
 import logging
+from dataclasses import dataclass
 
 from finepoint.cli.output import print_json, print_table
-from finepoint.config import DEFAULT_RULE, RulesConfig
+from finepoint.runtime.settings import setting
+from finepoint.selection.settings import DEFAULT_RULE
 
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulesConfig:
+    """List the rules, those of installed plug-ins too, the baselines and the schedules, with formulas and sources."""
+
+    json: bool = setting("print one JSON object on stdout", False)
+
+
+# fmt: on
 CONFIG = RulesConfig
 logger = logging.getLogger(__name__)
 
 
 def run(config: RulesConfig) -> None:
-    from finepoint.choosing.rules import ALIASES, OURS, every_rule
-    from finepoint.training.baselines import BASELINES
-    from finepoint.training.refreshing import SCHEDULES
+    from finepoint.baselines.registry import BASELINES
+    from finepoint.selection.rules import ALIASES, OURS, every_rule
+    from finepoint.training.refresh import SCHEDULES
 
     rules, problems = every_rule()
     for problem in problems:

@@ -1,10 +1,23 @@
 """finepoint schema COMMAND"""
 
-from finepoint.cli.output import print_json
-from finepoint.config import SchemaConfig
-from finepoint.errors import FinepointError
-from finepoint.settings import close, json_schema
+from dataclasses import dataclass
 
+from finepoint.cli.output import print_json
+from finepoint.errors import FinepointError
+from finepoint.runtime.settings import close, json_schema, setting
+
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemaConfig:
+    """Print the JSON schema of a command's YAML file, for editors that complete and check it."""
+
+    name: str = setting("the command, also without its flag: `finepoint schema train`", positional=True)
+    json: bool = setting("print one JSON object on stdout, as it does in any case", False)
+
+
+# fmt: on
 CONFIG = SchemaConfig
 
 

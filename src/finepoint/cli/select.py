@@ -1,8 +1,8 @@
 """finepoint select --model M --data F --rule R --density D --output DIR"""
 
-from finepoint import ranks
 from finepoint.cli.output import print_json, print_table
-from finepoint.config import SelectConfig
+from finepoint.runtime import distributed
+from finepoint.selection.settings import SelectConfig
 
 CONFIG = SelectConfig
 
@@ -11,7 +11,7 @@ def run(config: SelectConfig) -> None:
     from finepoint.training.run import choose
 
     selection = choose(config)
-    if not ranks.is_first():
+    if not distributed.is_first():
         return
     statistics = selection.statistics
     if config.json:

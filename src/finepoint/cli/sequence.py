@@ -1,7 +1,7 @@
 """finepoint sequence --config tasks.yaml --output DIR"""
 
 from finepoint.cli.output import print_json, print_table, signed
-from finepoint.config import SequenceConfig
+from finepoint.studies.settings import SequenceConfig
 
 CONFIG = SequenceConfig
 TITLES = {"exclude": "every task on entries of its own", "allow": "overlap allowed"}

@@ -3,10 +3,10 @@
 from math import inf
 from typing import Any
 
-from finepoint import ranks
 from finepoint.cli.output import print_json, print_table
-from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
+from finepoint.runtime import distributed
+from finepoint.training.settings import TrainConfig
 
 CONFIG = TrainConfig
 
@@ -15,13 +15,13 @@ def run(config: TrainConfig) -> None:
     if config.density == "auto":
         from finepoint.studies.density import train_auto as train
 
-        if ranks.launched():
+        if distributed.launched():
             raise FinepointError("the search of --density auto runs in one process; start it without a launcher")
     else:
         from finepoint.training.run import train
 
     record = train(config)
-    if not ranks.is_first():
+    if not distributed.is_first():
         return
     if config.json:
         print_json({"output": config.output, **record})

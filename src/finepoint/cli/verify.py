@@ -1,11 +1,29 @@
 """finepoint verify --model M DIR"""
 
+from dataclasses import dataclass
 from typing import cast
 
 from finepoint.cli.output import print_json
-from finepoint.config import VerifyConfig
-from finepoint.settings import DType
+from finepoint.runtime.settings import DType, Quantise, setting
 
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Check that an adapter's file is sound and that it belongs to a model; revert is tried, bit for bit."""
+
+    folder: str = setting("adapter folder", positional=True)
+    model: str = setting("a folder, a hub id, a .gguf file, smollm2, or gemma3-270m")
+    dtype: DType | None = setting("of the weights; that of the adapter where not given", None)
+    any_base: bool = setting(
+        "take a model that is another than the adapter's base beside the entries it changes", False)
+    quantise: Quantise | None = setting(
+        "hold the linear layers in int8, int4 or nf4, as the adapter's training did", None)
+    json: bool = setting("print one JSON object on stdout", False)
+
+
+# fmt: on
 CONFIG = VerifyConfig
 # How far the adapter knows that base.
 KNOWN = {"whole": "", "sampled": " (of the rest of it a sample was compared)",
@@ -14,9 +32,9 @@ KNOWN = {"whole": "", "sampled": " (of the rest of it a sample was compared)",
 
 def run(config: VerifyConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
+    from finepoint.adapters.other_bases import rebased
     from finepoint.adapters.verification import verify
-    from finepoint.adapters.widening import rebased
-    from finepoint.models import load_model
+    from finepoint.models.loading import load_model
 
     adapter = SparseAdapter.load(config.folder)
     dtypes = {change.dtype for change in adapter.changes.values()}

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finepoint.adapters.base import form_of
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint_of, one_in_for
+from finepoint.adapters.form import form_of
 from finepoint.errors import FinepointError
-from finepoint.files import read_json
-from finepoint.models import model_folder, outline
-from finepoint.tensors import DTYPES, forms, opened
+from finepoint.models.loading import model_folder, outline
+from finepoint.runtime.files import read_json
+from finepoint.runtime.tensor_files import DTYPES, forms, opened
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

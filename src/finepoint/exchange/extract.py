@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, gather
-from finepoint.choosing.selection import TopK
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint, open_checkpoint
-from finepoint.progress import tracked
+from finepoint.runtime.progress import tracked
+from finepoint.selection.select import TopK
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.lowrank import PEFT_CONFIG, is_peft
-from finepoint.config import ImportFormat
+from finepoint.adapters.peft import PEFT_CONFIG, is_peft
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint, open_checkpoint
 from finepoint.exchange.layouts import Source, layout_named
 from finepoint.exchange.peft_sparse import read_peft_sparse
 from finepoint.exchange.sparta import TENSORS as SPARTA_TENSORS
 from finepoint.exchange.sparta import read_sparta
-from finepoint.files import fill_folder
-from finepoint.settings import DType
+from finepoint.runtime.files import fill_folder
+from finepoint.runtime.settings import DType
+
+ImportFormat = Literal["auto", "shira", "supertuning", "sparta"]
 
 
 def export(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.errors import FinepointError
+from finepoint.exchange.folded import write_merged
 from finepoint.exchange.layouts import Source, layout
-from finepoint.exchange.merged import write_merged
 
 COMMANDS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 """The converter as llama.cpp's checkout has it, and as a package of that name installs it."""

@@ -13,7 +13,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.overlay import Patch, lay_over
-from finepoint.settings import close
+from finepoint.runtime.settings import close
 
 
 @dataclass(frozen=True)

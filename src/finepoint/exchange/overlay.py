@@ -10,13 +10,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from finepoint.adapters.adapter import Change, SparseAdapter, base_beneath
-from finepoint.adapters.base import differences
+from finepoint.adapters.adapter import SparseAdapter, base_beneath
+from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, gather
 from finepoint.adapters.fingerprint import unlike
+from finepoint.adapters.form import differences
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
-from finepoint.progress import tracked
+from finepoint.runtime.progress import tracked
 
 logger = logging.getLogger(__name__)
 

@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finepoint.adapters.adapter import Change
-from finepoint.adapters.lowrank import PEFT_CONFIG, PEFT_TENSORS, PREFIX
+from finepoint.adapters.change import Change
+from finepoint.adapters.peft import PEFT_CONFIG, PEFT_TENSORS, PREFIX
 from finepoint.adapters.peft_config import SPARSE, check_fields, check_targets
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.overlay import Patch
 from finepoint.exchange.reading import change_of
-from finepoint.files import read_json
-from finepoint.tensors import opened
+from finepoint.runtime.files import read_json
+from finepoint.runtime.tensor_files import opened
 
 SUFFIXES = {
     "shira": ("shira_weight", "shira_indices"),

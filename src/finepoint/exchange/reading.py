@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from finepoint.adapters.adapter import Change
+from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, gather
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint

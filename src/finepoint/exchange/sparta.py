@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from finepoint.adapters.adapter import Change
+from finepoint.adapters.change import Change
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.reading import change_of
-from finepoint.files import read_json
-from finepoint.tensors import opened
+from finepoint.runtime.files import read_json
+from finepoint.runtime.tensor_files import opened
 
 TENSORS = "sparse_deltas.safetensors"
 

@@ -9,9 +9,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from finepoint.adapters.inspection import place
-from finepoint.choosing.rules import RULES
 from finepoint.errors import FinepointError
 from finepoint.reporting.views import Row, measures
+from finepoint.selection.rules import RULES
 from finepoint.studies.results import Cell, Results, tuned
 
 INDICES = ".indices"  # ends the names of an adapter's tensors that say which entries it changes

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.errors import FinepointError
-from finepoint.extras import needing
-from finepoint.files import write_text
 from finepoint.reporting import tables
 from finepoint.reporting.tables import Table
 from finepoint.reporting.views import Row
+from finepoint.runtime.extras import needing
+from finepoint.runtime.files import write_text
 
 OURS = "finepoint report"
 PAGE = 60  # rows of a table that fit a paper's page

@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from finepoint.config import ReportConfig
 from finepoint.errors import FinepointError
 from finepoint.reporting import overlap, tables, views
 from finepoint.reporting.page import PAGE, Drawing, Page, Section, cleared, drawing_package, write_page
+from finepoint.reporting.settings import ReportConfig
 from finepoint.reporting.tables import between, change, fixed, general, size, table, text, whole
+from finepoint.reporting.text import DEFINITIONS, headline
 from finepoint.reporting.views import Row
-from finepoint.reporting.wording import DEFINITIONS, headline
 from finepoint.studies.results import SEQUENCE, Results, read_results
 
 

@@ -9,10 +9,10 @@ import yaml
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.interference import interference
 from finepoint.errors import FinepointError
-from finepoint.files import read_json
 from finepoint.reporting.page import Drawing, Page, Section
 from finepoint.reporting.tables import Column, change, fixed, general, table, text, whole
 from finepoint.reporting.views import Row
+from finepoint.runtime.files import read_json
 from finepoint.studies.results import SEQUENCE_RESULT, WAYS, adapter_folder
 
 DEFINITIONS = {

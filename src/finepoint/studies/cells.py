@@ -1,6 +1,7 @@
 """One cell of a study: train as its arm says, then measure; and the measurement of the base."""
 
 import shutil
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -10,26 +11,42 @@ from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
-from finepoint.adapters.interpolation import scale_by_depth, wise_ft
-from finepoint.config import CompareConfig, TrainConfig
-from finepoint.data import Example, Labelled, Text, read_examples, some
+from finepoint.adapters.scaling import scale_by_depth, wise_ft
+from finepoint.data.examples import Example, Labelled, Text, read_examples, some
+from finepoint.data.leaks import Seen, leaks
 from finepoint.errors import FinepointError
-from finepoint.leaks import Seen, leaks
-from finepoint.measuring.evaluation import Evaluation
-from finepoint.measuring.generation import frequent_answers
-from finepoint.measuring.scoring import accuracy
-from finepoint.models import load_model, load_tokenizer
+from finepoint.evaluation.evaluate import Evaluation
+from finepoint.evaluation.generation import frequent_answers
+from finepoint.evaluation.scoring import accuracy
+from finepoint.models.loading import load_model, load_tokenizer
+from finepoint.runtime import interruption
+from finepoint.studies.settings import CompareConfig
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import Arm, Cell, Study, train_config
+from finepoint.training.context import TrainingContext, training_context
 from finepoint.training.log import LOG, read_log
 from finepoint.training.run import fit, versions
-from finepoint.training.workplace import Workplace, workplace
+from finepoint.training.settings import TrainConfig
 
 COST = ("trained", "changed", "adapter_bytes", "step_seconds", "train_seconds", "peak_bytes", "tokens_per_second")
 
+Job = tuple[Cell | None, Mapping[str, Any] | None]
+"""A cell (None: the base itself) and what was measured of the base."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell gave no result."""
+
+    error: str
+    traceback: str
+
+
+Outcome = dict[str, Any] | Failure | str
+
 
 @dataclass
-class Desk:
+class WorkerState:
     """What a process keeps from cell to cell: the model, at the base between them, and the examples."""
 
     study: Study
@@ -38,25 +55,25 @@ class Desk:
     """what `measure_base` found"""
     model: Any = None
     tokenizer: Any = None
-    places: dict[tuple[str, int | None], Workplace] = field(default_factory=dict)
+    places: dict[tuple[str, int | None], TrainingContext] = field(default_factory=dict)
     sets: dict[tuple[str, int | None], list[Example]] = field(default_factory=dict)
 
     @staticmethod
-    def at(study: Study) -> "Desk":
-        """A desk with the study's model on it.
+    def at(study: Study) -> "WorkerState":
+        """A worker with the study's model on it.
 
         Raises:
             FinepointError: the model cannot be loaded.
         """
         config = study.config
         model = load_model(config.model, config.dtype, quantise=config.quantise)
-        return Desk(study, Path(config.output), model=model, tokenizer=load_tokenizer(config.model))
+        return WorkerState(study, Path(config.output), model=model, tokenizer=load_tokenizer(config.model))
 
-    def place(self, config: TrainConfig, task: str) -> Workplace:
+    def place(self, config: TrainConfig, task: str) -> TrainingContext:
         known = (task, config.max_length)
         if known not in self.places:
             examples = self.examples(str(config.data), None)
-            self.places[known] = workplace(config, self.model, self.tokenizer, examples)
+            self.places[known] = training_context(config, self.model, self.tokenizer, examples)
         return self.places[known]
 
     def examples(self, path: str, limit: int | None) -> list[Example]:
@@ -117,69 +134,69 @@ def leaks_in(config: CompareConfig) -> dict[str, dict[str, dict[str, int]]]:
     return {name: leaked for name, leaked in found.items() if leaked}
 
 
-def measure_base(desk: Desk) -> dict[str, Any]:
+def measure_base(worker: WorkerState) -> dict[str, Any]:
     """{"tests": {task: scores}, "probes": {name: nll}, "validation": {task: scores}} of the model before training."""
-    found = desk.evaluation(None).scores(desk.model, desk.tokenizer, "base")
+    found = worker.evaluation(None).scores(worker.model, worker.tokenizer, "base")
     return {
         "tests": found["ood"],
         "probes": found["probe"],
-        "validation": {task: validated(desk, task) for task in desk.study.tasks},
+        "validation": {task: validated(worker, task) for task in worker.study.tasks},
     }
 
 
-def run_cell(desk: Desk, cell: Cell) -> dict[str, Any]:
+def run_cell(worker: WorkerState, cell: Cell) -> dict[str, Any]:
     """Trains one arm at one rate and seed, measures it, and leaves the model at the base.
 
     Raises:
         FinepointError: whatever `finepoint train` refuses.
     """
     started = datetime.now(UTC)
-    output = desk.folder / "adapters" / cell.id
-    config = train_config(desk.study, cell, str(output))
-    place = desk.place(config, cell.task)
+    output = worker.folder / "adapters" / cell.id
+    config = train_config(worker.study, cell, str(output))
+    place = worker.place(config, cell.task)
     selection: dict[str, Any] = {}
     chosen_in = None
     if config.baseline is None:
-        chosen_in, selection = shared_selection(config, place, desk.folder)
+        chosen_in, selection = shared_selection(config, place, worker.folder)
         config = replace(config, indices=str(chosen_in))
     record, adapter = fit(config, place)
-    found = measured(desk, cell.task, adapter)
-    arm = desk.study.arm(cell.arm)
+    found = measured(worker, cell.task, adapter)
+    arm = worker.study.arm(cell.arm)
     log = read_log(output / LOG)
     result = {
         **asdict(cell),
         "id": cell.id,
         **found,
         "validation": found["validation"] | {"loss": record["validation_loss"]},
-        "antidotes": [measured_antidote(desk, cell.task, adapter, *antidote) for antidote in antidotes(arm)],
+        "antidotes": [measured_antidote(worker, cell.task, adapter, *antidote) for antidote in antidotes(arm)],
         "curve": [point for point in log if {"loss", "eval_loss"} & set(point)],
         "cost": {name: record[name] for name in COST} | {"selection_seconds": selection.get("seconds", 0.0)},
         "update_norm": record["update_norm"],
         "best_step": record["best_step"],
         "selection": summary(selection["statistics"]) if selection else None,
-        "indices": str((chosen_in / TENSORS).relative_to(desk.folder)) if chosen_in else None,
+        "indices": str((chosen_in / TENSORS).relative_to(worker.folder)) if chosen_in else None,
         "settings": asdict(config) | {"output": None, "steps": record["steps"]},
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     result["cost"]["seconds"] = round((datetime.now(UTC) - started).total_seconds(), 1)
-    if not desk.study.config.keep_adapters:
+    if not worker.study.config.keep_adapters:
         shutil.rmtree(output)
     return result
 
 
-def measured(desk: Desk, task: str, adapter: SparseAdapter) -> dict[str, Any]:
+def measured(worker: WorkerState, task: str, adapter: SparseAdapter) -> dict[str, Any]:
     """`validation`, `scores` and `changes` of the model with an adapter on."""
-    assert desk.base is not None
-    tests = desk.base["tests"]
+    assert worker.base is not None
+    tests = worker.base["tests"]
     before = {
         "id": {task: tests[task]},
         "ood": {name: tests[name] for name in tests if name != task},
-        "probe": desk.base["probes"],
+        "probe": worker.base["probes"],
     }
-    with adapter.applied(desk.model):
-        validation = validated(desk, task)
-    found = desk.evaluation(task).compared(desk.model, desk.tokenizer, before, adapter, task)
+    with adapter.applied(worker.model):
+        validation = validated(worker, task)
+    found = worker.evaluation(task).compared(worker.model, worker.tokenizer, before, adapter, task)
     scores = {kind: found.pop(kind) for kind in before}
     return {"validation": validation, "scores": scores, "changes": found}
 
@@ -188,17 +205,17 @@ def antidotes(arm: Arm) -> list[tuple[str, float]]:
     return [("wise-ft", alpha) for alpha in arm.wise_ft] + [("lines", alpha) for alpha in arm.lines]
 
 
-def measured_antidote(desk: Desk, task: str, adapter: SparseAdapter, how: str, alpha: float) -> dict[str, Any]:
+def measured_antidote(worker: WorkerState, task: str, adapter: SparseAdapter, how: str, alpha: float) -> dict[str, Any]:
     """A run measured again with its change weakened after training."""
-    weakened = {"wise-ft": wise_ft, "lines": scale_by_depth}[how](adapter, desk.model, alpha)
-    return {"how": how, "alpha": alpha} | measured(desk, task, weakened)
+    weakened = {"wise-ft": wise_ft, "lines": scale_by_depth}[how](adapter, worker.model, alpha)
+    return {"how": how, "alpha": alpha} | measured(worker, task, weakened)
 
 
-def validated(desk: Desk, task: str) -> dict[str, Any]:
+def validated(worker: WorkerState, task: str) -> dict[str, Any]:
     """Accuracy on the validation examples of a task, of the model as it is."""
-    config = desk.study.config
-    examples = desk.examples(config.tasks[task]["validation"], config.validation_limit)
-    return accuracy(desk.model, desk.tokenizer, examples, max_length=config.train.get("max_length"),
+    config = worker.study.config
+    examples = worker.examples(config.tasks[task]["validation"], config.validation_limit)
+    return accuracy(worker.model, worker.tokenizer, examples, max_length=config.train.get("max_length"),
                     new_tokens=config.new_tokens)  # fmt: skip
 
 
@@ -207,3 +224,18 @@ def summary(statistics: Mapping[str, Any]) -> dict[str, Any]:
     weights = {name: {"chosen": found["chosen"], "size": prod(found["shape"])}
                for name, found in statistics["weights"].items()}  # fmt: skip
     return {"density": statistics["density"], "near_zero": statistics["near_zero_share"], "weights": weights}
+
+
+def work(worker: WorkerState | None, study: Study, job: Job) -> tuple[WorkerState | None, Outcome]:
+    """Does one job at a worker, which is set up first if there is none yet; errors become a `Failure`."""
+    cell, base = job
+    try:
+        worker = worker or WorkerState.at(study)
+        worker.base = base
+        return worker, measure_base(worker) if cell is None else run_cell(worker, cell)
+    except Exception as error:
+        interruption.check()
+        # A model that an error may have left in any state is not used again.
+        mistake = isinstance(error, FinepointError)
+        text = " ".join(str(error).split()) if mistake else f"{type(error).__name__}: {error}"
+        return None, Failure(text, traceback.format_exc())

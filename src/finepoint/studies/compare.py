@@ -12,16 +12,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from finepoint.config import CompareConfig
+from finepoint.data.leaks import warn_of_leaks
 from finepoint.errors import FinepointError
-from finepoint.files import alone, contents, read_json, read_record, refuse_version, write_json, write_record
-from finepoint.leaks import warn_of_leaks
-from finepoint.packages import digest
-from finepoint.progress import progress
-from finepoint.settings import names
-from finepoint.studies.cells import check_sets, leaks_in
-from finepoint.studies.crews import LOST, Crew, Failure, Here, Outcome, Processes, Ray
+from finepoint.models.packages import digest
+from finepoint.runtime.files import alone, contents, read_json, read_record, refuse_version, write_json, write_record
+from finepoint.runtime.progress import progress
+from finepoint.runtime.settings import names
+from finepoint.studies.cells import Failure, Outcome, check_sets, leaks_in
 from finepoint.studies.estimate import estimate
+from finepoint.studies.executors import LOST, Executor, InProcess, LocalProcesses, Ray
+from finepoint.studies.settings import CompareConfig
 from finepoint.studies.study import Cell, Study, described, make_study, planned
 from finepoint.training.run import versions
 
@@ -31,7 +31,7 @@ FORMAT = 1
 
 
 @dataclass
-class Ledger:
+class StudyState:
     """The folder of a study, and what is known of its cells."""
 
     folder: Path
@@ -41,9 +41,9 @@ class Ledger:
     """of this run of the command; those of earlier ones are tried again"""
 
     @staticmethod
-    def of(folder: Path) -> "Ledger":
+    def of(folder: Path) -> "StudyState":
         base = folder / "base.json"
-        found = Ledger(folder, read_record(base) if base.is_file() else None)
+        found = StudyState(folder, read_record(base) if base.is_file() else None)
         for path in sorted((folder / "cells").glob("*.json")):
             if not path.name.endswith(".error.json"):
                 cell = read_record(path)
@@ -91,32 +91,32 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     manifest["arms"] += _arms_before(folder, manifest)
     if config.dry_run:
         _warn_of(leaked)
-        return _outlook(study, Ledger.of(folder))
+        return _outlook(study, StudyState.of(folder))
     with _alone(folder):
         _warn_of(leaked)
         facts = {"leaks": leaked, "versions": versions(), "machine": machine(), "date": str(date.today())}
         write_json(folder / "study.json", manifest | facts)
-        ledger = Ledger.of(folder)
-        logger.info("%d of %d cells are done; results go to %s", len(_done(study, ledger)), study.size, folder)
+        state = StudyState.of(folder)
+        logger.info("%d of %d cells are done; results go to %s", len(_done(study, state)), study.size, folder)
         started = time.perf_counter()
-        crew = _crew(study)
+        executor = _executor(study)
         # In this process the runs show their own bars, and a terminal has room for one.
-        bar = progress("cells", study.size) if crew.size > 1 else nullcontext(lambda done: None)
+        bar = progress("cells", study.size) if executor.size > 1 else nullcontext(lambda done: None)
         try:
             with bar as advance:
-                advance(len(_done(study, ledger)))
-                _run(study, ledger, crew, advance)
+                advance(len(_done(study, state)))
+                _run(study, state, executor, advance)
         except KeyboardInterrupt:
-            done = len(_done(study, ledger))
+            done = len(_done(study, state))
             logger.warning("interrupted: %d of %d cells are done; the same command goes on", done, study.size)
             raise
         finally:
-            crew.close()
+            executor.close()
     return {
         "output": str(folder),
         "cells": study.size,
-        "done": len(_done(study, ledger)),
-        "failed": {name: failure["error"] for name, failure in ledger.failures.items()},
+        "done": len(_done(study, state)),
+        "failed": {name: failure["error"] for name, failure in state.failures.items()},
         "leaks": leaked,
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -127,40 +127,42 @@ def _warn_of(leaked: Mapping[str, Mapping[str, dict[str, int]]]) -> None:
         warn_of_leaks(found, f"task {task!r}")
 
 
-def _run(study: Study, ledger: Ledger, crew: Crew, advance: Callable[[int], None] = lambda done: None) -> None:
+def _run(
+    study: Study, state: StudyState, executor: Executor, advance: Callable[[int], None] = lambda done: None
+) -> None:
     """Gives out cells until none is left. A cell whose process was lost is given out once more."""
     running: set[Cell | None] = set()
     lost: set[Cell | None] = set()
-    clock = Clock(crew.size)
+    clock = Clock(executor.size)
     while True:
-        todo: list[Cell | None] = [None] if ledger.base is None else list(_todo(study, ledger))
+        todo: list[Cell | None] = [None] if state.base is None else list(_todo(study, state))
         todo = [cell for cell in todo if cell not in running]
-        for cell in todo[: crew.size - len(running)]:
+        for cell in todo[: executor.size - len(running)]:
             running.add(cell)
-            crew.start((cell, ledger.base))
+            executor.start((cell, state.base))
         if not running:
             return
-        (cell, _), outcome = crew.wait()
+        (cell, _), outcome = executor.wait()
         running.discard(cell)
         if outcome == LOST and cell not in lost:
             lost.add(cell)
             logger.warning("the process that ran %s was killed; it is run once more", cell.id if cell else "the base")
             continue
-        ledger.keep(cell, outcome)
+        state.keep(cell, outcome)
         if cell is not None:
-            logger.info("%s", _line(study, ledger, cell, clock))
+            logger.info("%s", _line(study, state, cell, clock))
             advance(1)
 
 
-def _todo(study: Study, ledger: Ledger) -> list[Cell]:
-    cells = planned(study, list(ledger.cells.values()), list(ledger.failures.values()))
-    return [cell for cell in cells if cell.id not in ledger.cells and cell.id not in ledger.failures]
+def _todo(study: Study, state: StudyState) -> list[Cell]:
+    cells = planned(study, list(state.cells.values()), list(state.failures.values()))
+    return [cell for cell in cells if cell.id not in state.cells and cell.id not in state.failures]
 
 
-def _done(study: Study, ledger: Ledger) -> list[str]:
+def _done(study: Study, state: StudyState) -> list[str]:
     """The finished cells that belong to the study as it is configured now."""
-    cells = planned(study, list(ledger.cells.values()), list(ledger.failures.values()))
-    return [cell.id for cell in cells if cell.id in ledger.cells]
+    cells = planned(study, list(state.cells.values()), list(state.failures.values()))
+    return [cell.id for cell in cells if cell.id in state.cells]
 
 
 @dataclass
@@ -176,14 +178,14 @@ class Clock:
         return duration((time.perf_counter() - self.started) / self.finished * cells)
 
 
-def _line(study: Study, ledger: Ledger, cell: Cell, clock: Clock) -> str:
+def _line(study: Study, state: StudyState, cell: Cell, clock: Clock) -> str:
     """What is said when a cell is finished: its result and how far the study has come."""
-    over = len(_done(study, ledger)) + len(ledger.failures)
+    over = len(_done(study, state)) + len(state.failures)
     left = clock.left(max(0, study.size - over))
     head = f"[{over}/{study.size}, {left} left] {cell.task} {cell.arm} lr {cell.lr:g} seed {cell.seed}:"
-    if cell.id in ledger.failures:
-        return f"{head} failed: {ledger.failures[cell.id]['error']}"
-    found = ledger.cells[cell.id]
+    if cell.id in state.failures:
+        return f"{head} failed: {state.failures[cell.id]['error']}"
+    found = state.cells[cell.id]
     ood = found["changes"].get("ood_mean")
     carried = f", mean OOD {ood['change']:+.3f}" if ood else ""
     probes = "".join(f", {name} {change:+.3f}" for name, change in found["changes"]["probe_change"].items())
@@ -193,11 +195,11 @@ def _line(study: Study, ledger: Ledger, cell: Cell, clock: Clock) -> str:
             f"{probes}, {found['cost']['seconds']:.0f} s")  # fmt: skip
 
 
-def _outlook(study: Study, ledger: Ledger) -> dict[str, Any]:
+def _outlook(study: Study, state: StudyState) -> dict[str, Any]:
     """What a run would do, and how long it might take: by the cells that are done, or else by arithmetic."""
-    known = [cell.id for cell in _todo(study, ledger)]
-    left = study.size - len(_done(study, ledger))
-    seconds = [cell["cost"]["seconds"] for cell in ledger.cells.values()]
+    known = [cell.id for cell in _todo(study, state)]
+    left = study.size - len(_done(study, state))
+    seconds = [cell["cost"]["seconds"] for cell in state.cells.values()]
     each = mean(seconds) if seconds else estimate(study)
     return {
         "output": study.config.output,
@@ -243,7 +245,7 @@ def _arms_before(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, An
     refuse_version(path, before.get("format"), FORMAT)
     manifest = json.loads(json.dumps(manifest))  # as it would be read: tuples are lists there
     arms, known = ({arm["name"]: {**arm, "lrs": None} for arm in found["arms"]} for found in (manifest, before))
-    finished = {cell["arm"] for cell in Ledger.of(folder).cells.values()}
+    finished = {cell["arm"] for cell in StudyState.of(folder).cells.values()}
     pairs = [(f"arm {name}", known[name], arm) for name, arm in arms.items() if name in known and name in finished]
     fixed = names(CompareConfig, "bits")  # the rest may grow from one call to the next
     pairs += [(name, before["config"].get(name), value) for name, value in manifest["config"].items() if name in fixed]
@@ -267,7 +269,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _crew(study: Study) -> Crew:
+def _executor(study: Study) -> Executor:
     config = study.config
     if config.workers < 1:
         raise FinepointError(f"workers is {config.workers}; give at least 1")
@@ -275,7 +277,7 @@ def _crew(study: Study) -> Crew:
         return Ray(study, config.workers, config.address)
     if config.address:
         raise FinepointError("address is of a Ray cluster; give --executor ray with it")
-    return Here(study) if config.workers == 1 else Processes(study, config.workers)
+    return InProcess(study) if config.workers == 1 else LocalProcesses(study, config.workers)
 
 
 def machine() -> str:

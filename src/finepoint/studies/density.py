@@ -19,24 +19,24 @@ import numpy as np
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.fingerprint import contents_of, fingerprint
 from finepoint.adapters.format import TENSORS
-from finepoint.batches import Row, learned
-from finepoint.choosing.rules import rule_named
-from finepoint.config import TrainConfig
-from finepoint.data import read_examples, some
+from finepoint.data.batches import Row, learned
+from finepoint.data.examples import read_examples, some
+from finepoint.data.leaks import leaks, warn_of_leaks
 from finepoint.errors import FinepointError
-from finepoint.files import claim_folder, read_json, read_record, write_json, write_record
-from finepoint.interruption import BrokenOff
-from finepoint.leaks import leaks, warn_of_leaks
-from finepoint.measuring.divergence import learned_and_disturbed
-from finepoint.packages import digest
-from finepoint.settings import deciding
+from finepoint.evaluation.divergence import learned_and_disturbed
+from finepoint.models.packages import digest
+from finepoint.runtime.files import claim_folder, read_json, read_record, write_json, write_record
+from finepoint.runtime.interruption import BrokenOff
+from finepoint.runtime.settings import deciding
+from finepoint.selection.rules import rule_named
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import BLIND_RATES, GRADIENT_RATES
 from finepoint.training.checkpoints import decisive, digest_of, refuse_others
-from finepoint.training.finite import TrainingFailedError
+from finepoint.training.context import TrainingContext, prepare, rows_of, scoring_rows
+from finepoint.training.resolve import steps_of
 from finepoint.training.run import RECORD, fit
-from finepoint.training.settings import steps_of
-from finepoint.training.workplace import Workplace, prepare, rows_of, scoring_rows
+from finepoint.training.settings import TrainConfig
+from finepoint.tuner.finite import TrainingFailedError
 
 logger = logging.getLogger(__name__)
 DENSITIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -120,7 +120,7 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
     return record
 
 
-def _refuse_other_search(config: TrainConfig, place: Workplace, search: Path) -> None:
+def _refuse_other_search(config: TrainConfig, place: TrainingContext, search: Path) -> None:
     """Writes down what decides the trials of a search; one that goes on has the same, or its trials do not compare.
 
     Raises:
@@ -196,7 +196,7 @@ def _as_good(losses: Sequence[float], lowest: Sequence[float]) -> bool:
     return bool(above.mean() <= (above.std(ddof=1) / len(above) ** 0.5 if len(above) > 1 else 0.0))
 
 
-def _run(config: TrainConfig, place: Workplace, judged: list[Row], trial: Trial, folder: Path) -> dict[str, Any]:
+def _run(config: TrainConfig, place: TrainingContext, judged: list[Row], trial: Trial, folder: Path) -> dict[str, Any]:
     """One trial: its settings, its losses, and its over-fitting: how far the last validation loss lies above the best.
 
     A trial that diverges has an error instead.
@@ -221,14 +221,14 @@ def _run(config: TrainConfig, place: Workplace, judged: list[Row], trial: Trial,
     return found
 
 
-def _judged_rows(config: TrainConfig, place: Workplace) -> list[Row]:
+def _judged_rows(config: TrainConfig, place: TrainingContext) -> list[Row]:
     """The ends of some validation examples; none of a classifier, which has no prompts whose predictions could stay."""
     given = rows_of(config, place, config.validation, "validation example", config.validation_limit) or []
     ends = [Row(row.ids[-WINDOW:], row.labels[-WINDOW:]) for row in given if isinstance(row.labels, list)]
     return scoring_rows(ends, JUDGED, config.seed)
 
 
-def _judged(place: Workplace, rows: list[Row], adapter: SparseAdapter) -> dict[str, Any]:
+def _judged(place: TrainingContext, rows: list[Row], adapter: SparseAdapter) -> dict[str, Any]:
     """`losses` of these examples under a trial's adapter, and `kl` to the base on their prompts.
 
     Without examples, or where texts are learned from their first token, `kl` is None.

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from finepoint.data import read_examples, some
-from finepoint.models import load_tokenizer, shape_of
+from finepoint.data.examples import read_examples, some
+from finepoint.data.tokens import encode_each
+from finepoint.models.loading import load_tokenizer, shape_of
 from finepoint.studies.study import Study, planned, train_config
-from finepoint.tokens import encode_each
+from finepoint.training.resolve import steps_of
 from finepoint.training.run import EVALUATIONS
-from finepoint.training.settings import steps_of
 
 SAMPLE = 64  # examples of a file whose lengths are looked at
 SHARE_OF_PEAK = 0.5  # of a matrix product's speed that a small model's passes reach

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.errors import FinepointError
-from finepoint.files import VERSION, read_json, refuse_version
+from finepoint.runtime.files import VERSION, read_json, refuse_version
 
 FORMAT = 1
 SEQUENCE, SEQUENCE_RESULT = "sequence.json", "result.json"

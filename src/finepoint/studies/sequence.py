@@ -17,23 +17,24 @@ from torch import nn
 
 from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather, overlap
-from finepoint.config import SequenceConfig, TrainConfig
-from finepoint.data import Example, Labelled, Text, read_examples, some
+from finepoint.data.examples import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
-from finepoint.files import claim_folder, contents, read_json, read_record, write_json, write_record
-from finepoint.measuring.metrics import sequence_metrics
-from finepoint.measuring.scoring import accuracy
-from finepoint.models import load_model, load_tokenizer
-from finepoint.settings import close, deciding
+from finepoint.evaluation.metrics import sequence_metrics
+from finepoint.evaluation.scoring import accuracy
+from finepoint.models.loading import load_model, load_tokenizer
+from finepoint.runtime.files import claim_folder, contents, read_json, read_record, write_json, write_record
+from finepoint.runtime.settings import close, deciding
 from finepoint.studies.results import SEQUENCE, SEQUENCE_RESULT, WAYS, adapter_folder
+from finepoint.studies.settings import SequenceConfig
+from finepoint.training.context import TrainingContext, training_context
 from finepoint.training.run import RECORD, fit, versions
-from finepoint.training.workplace import Workplace, workplace
+from finepoint.training.settings import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Walk:
+class SequenceState:
     """The tasks in order, with the model they are trained on."""
 
     config: SequenceConfig
@@ -68,35 +69,37 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
 
 
 def _run(config: SequenceConfig, folder: Path) -> dict[str, Any]:
-    walk = Walk(config, folder, load_model(config.model, config.dtype), load_tokenizer(config.model), _tests(config))
-    found: dict[str, Any] = {"tasks": walk.tasks, "base": _remembered(folder / "base.json", lambda: _row(walk))}
+    state = SequenceState(
+        config, folder, load_model(config.model, config.dtype), load_tokenizer(config.model), _tests(config)
+    )
+    found: dict[str, Any] = {"tasks": state.tasks, "base": _remembered(folder / "base.json", lambda: _row(state))}
     for way in WAYS[config.overlap]:
-        found[way] = _walk(walk, way)
+        found[way] = _one_way(state, way)
     write_json(folder / SEQUENCE_RESULT, found | {"config": asdict(config), "versions": versions()})
     return found
 
 
-def _walk(walk: Walk, way: str) -> dict[str, Any]:
+def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
     """All tasks in one way of choosing; the model is back at the base afterwards."""
     adapters: list[SparseAdapter] = []
     matrix, records = [], []
     try:
-        for task in walk.tasks:
-            place = walk.adapter_folder(way, task)
+        for task in state.tasks:
+            place = state.adapter_folder(way, task)
             if not (place / RECORD).is_file():
-                _train(walk, way, task, place)
+                _train(state, way, task, place)
             adapter = SparseAdapter.load(place)
-            adapter.apply(walk.model)
+            adapter.apply(state.model)
             adapters.append(adapter)
             records.append(read_record(place / RECORD))
-            row = _remembered(place / "accuracies.json", lambda: _row(walk))
-            matrix.append([row[name] for name in walk.tasks])
-            logger.info("%s, after %s: %s", way, task, ", ".join(f"{name} {row[name]:.3f}" for name in walk.tasks))
-        removable = [_removable(walk.model, adapters, i) for i in range(len(adapters))]
+            row = _remembered(place / "accuracies.json", lambda: _row(state))
+            matrix.append([row[name] for name in state.tasks])
+            logger.info("%s, after %s: %s", way, task, ", ".join(f"{name} {row[name]:.3f}" for name in state.tasks))
+        removable = [_removable(state.model, adapters, i) for i in range(len(adapters))]
     finally:
         # Not `adapters`: an interruption may have come while one of them was out.
-        for adapter in reversed(applied_to(walk.model)):
-            adapter.revert(walk.model)
+        for adapter in reversed(applied_to(state.model)):
+            adapter.revert(state.model)
     return {
         "matrix": matrix,
         **sequence_metrics(matrix),
@@ -107,15 +110,15 @@ def _walk(walk: Walk, way: str) -> dict[str, Any]:
     }
 
 
-def _train(walk: Walk, way: str, task: str, place: Path) -> None:
+def _train(state: SequenceState, way: str, task: str, place: Path) -> None:
     """Trains one task on the model as the earlier ones have left it."""
-    config = walk.config
-    earlier = walk.tasks[: walk.tasks.index(task)]
-    exclude = [str(walk.adapter_folder(way, name)) for name in earlier] if way == "exclude" else []
+    config = state.config
+    earlier = state.tasks[: state.tasks.index(task)]
+    exclude = [str(state.adapter_folder(way, name)) for name in earlier] if way == "exclude" else []
     settings = TrainConfig(**_own(config, task, str(place), exclude), **config.train)
     shutil.rmtree(place, ignore_errors=True)
     examples = read_examples(str(settings.data))
-    where: Workplace = workplace(settings, walk.model, walk.tokenizer, examples)
+    where: TrainingContext = training_context(settings, state.model, state.tokenizer, examples)
     logger.info("%s: training %s on %s", way, task, "entries of its own" if settings.exclude else "any entries")
     fit(settings, where)
 
@@ -131,13 +134,13 @@ def _own(config: SequenceConfig, task: str, output: str, exclude: list[str]) -> 
     }  # fmt: skip
 
 
-def _row(walk: Walk) -> dict[str, float]:
+def _row(state: SequenceState) -> dict[str, float]:
     """The accuracy on every task of the model as it is."""
-    config = walk.config
+    config = state.config
     return {
-        name: accuracy(walk.model, walk.tokenizer, examples, max_length=config.train.get("max_length"),
+        name: accuracy(state.model, state.tokenizer, examples, max_length=config.train.get("max_length"),
                        new_tokens=config.new_tokens)["accuracy"]
-        for name, examples in walk.tests.items()
+        for name, examples in state.tests.items()
     }  # fmt: skip
 
 

@@ -13,18 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finepoint.adapters.format import write
-from finepoint.choosing.rules import STATISTICS, rule_named
-from finepoint.choosing.statistics import Statistics, stream_statistics
-from finepoint.config import TrainConfig
 from finepoint.errors import FinepointError
-from finepoint.files import VERSION, alone, read_record, refuse_version, write_atomic, write_json, write_record
-from finepoint.models import new_head
-from finepoint.settings import Decides, deciding
-from finepoint.training.tuner import SparseTuner
-from finepoint.training.workplace import Workplace, select_for
+from finepoint.models.loading import new_head
+from finepoint.runtime.files import VERSION, alone, read_record, refuse_version, write_atomic, write_json, write_record
+from finepoint.runtime.settings import Decides, deciding
+from finepoint.selection.rules import STATISTICS, rule_named
+from finepoint.selection.statistics import Statistics, stream_statistics
+from finepoint.training.context import TrainingContext, select_for
+from finepoint.training.settings import TrainConfig
+from finepoint.tuner.tuner import SparseTuner
 
 
-def shared_selection(config: TrainConfig, place: Workplace, folder: Path) -> tuple[Path, dict[str, Any]]:
+def shared_selection(config: TrainConfig, place: TrainingContext, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The folder of a selection that any cell may use as `indices`, and what it took: `seconds`, `statistics`.
 
     Made by whoever comes first; others wait for it. `seconds` counts the gradients as if they had been made for this
@@ -37,7 +37,7 @@ def shared_selection(config: TrainConfig, place: Workplace, folder: Path) -> tup
     return made, read_record(made / "selection.json")
 
 
-def _select(config: TrainConfig, place: Workplace, made: Path, store: Path) -> None:
+def _select(config: TrainConfig, place: TrainingContext, made: Path, store: Path) -> None:
     needs = [need for need in STATISTICS if need in rule_named(config.rule).needs]
     # What a warm-up finds depends on the rule's options, too.
     options = config.rule_options if {"movement", "change"} & set(needs) else None

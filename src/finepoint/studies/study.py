@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from finepoint.choosing.rules import rule_named
-from finepoint.config import DEFAULT_RULE, CompareConfig, TrainConfig
+from finepoint.baselines.registry import baseline_named
 from finepoint.errors import FinepointError
-from finepoint.settings import close, deciding, fits, spelled
+from finepoint.runtime.settings import close, deciding, fits, spelled
+from finepoint.selection.rules import rule_named
+from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.studies.results import best_lr
-from finepoint.training.baselines import baseline_named
-from finepoint.training.settings import check, unused_by
+from finepoint.studies.settings import CompareConfig
+from finepoint.training.resolve import check, unused_by
+from finepoint.training.settings import TrainConfig
 
 # Four rates each, so that every arm gets as many trials: a grid for each kind of method.
 GRADIENT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)

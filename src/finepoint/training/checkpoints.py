@@ -12,12 +12,12 @@ import torch
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from finepoint import ranks
 from finepoint.adapters.fingerprint import Fingerprint, is_fingerprint, unlike
 from finepoint.errors import FinepointError
-from finepoint.files import VERSION, read_json, read_record, refuse_version, write_record
-from finepoint.packages import digest
-from finepoint.settings import deciding
+from finepoint.models.packages import digest
+from finepoint.runtime import distributed
+from finepoint.runtime.files import VERSION, read_json, read_record, refuse_version, write_record
+from finepoint.runtime.settings import deciding
 
 logger = logging.getLogger(__name__)
 SEAL = "sealed.json"
@@ -66,7 +66,7 @@ def decisive(config: Any, rows: Sequence[Any], base: Fingerprint) -> dict[str, A
     Of files the contents count, not the names they go by; and a run may be carried on further.
     """
     settings = deciding(config, "statistics", "selection", "bits", files=False)
-    return settings | {"examples": digest_of(rows), "processes": ranks.count(), BASE: base.as_json()}
+    return settings | {"examples": digest_of(rows), "processes": distributed.count(), BASE: base.as_json()}
 
 
 def digest_of(rows: Sequence[Any]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finepoint.files import write_text, writing
+from finepoint.runtime.files import write_text, writing
 
 LOG = "log.jsonl"
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from finepoint import ranks
-from finepoint.batches import IGNORED, accepted
-from finepoint.choosing.passes import label_count, undisturbed
+from finepoint.data.batches import IGNORED, accepted
+from finepoint.runtime import distributed
+from finepoint.selection.passes import label_count, undisturbed
 
 CHUNK = 256  # positions whose logits are alive at a time: fewer cost time, more only memory
 # What makes logits more than their head's output, by the names it has in configurations.
@@ -72,7 +72,7 @@ def log_likelihoods(model: Any, inputs: Mapping[str, Any], rows: Tensor, columns
 def plain_head(model: Any) -> nn.Module | None:
     """The module whose output is the model's logits as they are, or None where more happens to them."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or model.config.is_encoder_decoder or any(ranks.is_sharded(w) for w in head.parameters()):
+    if head is None or model.config.is_encoder_decoder or any(distributed.is_sharded(w) for w in head.parameters()):
         return None
     text = model.config.get_text_config()
     if any(getattr(text, name, None) not in (None, 1) for name in CHANGED_LOGITS):

@@ -16,25 +16,25 @@ from torch import Tensor
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-import finepoint
-from finepoint import interruption, ranks
 from finepoint.adapters.adapter import ANY_BASE, SparseAdapter, base_beneath
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint
-from finepoint.adapters.format import read, write
-from finepoint.adapters.lowrank import forget_others
-from finepoint.batches import Packer, Row, learned
-from finepoint.choosing.passes import on_device
-from finepoint.choosing.rules import rule_named
-from finepoint.choosing.selection import Selection, refuse_excluded
-from finepoint.config import SelectConfig, TrainConfig
-from finepoint.data import read_examples, some
+from finepoint.adapters.format import write
+from finepoint.adapters.peft import forget_others
+from finepoint.baselines.dense import DenseTuner
+from finepoint.baselines.registry import BaselineContext, baseline_named, options_of
+from finepoint.data.batches import Packer, Row, learned
+from finepoint.data.examples import read_examples, some
+from finepoint.data.leaks import TRAINED_ON, leaks, warn_of_leaks
 from finepoint.errors import FinepointError
-from finepoint.files import claim_folder, write_record
-from finepoint.leaks import TRAINED_ON, leaks, warn_of_leaks
-from finepoint.models import new_head
-from finepoint.progress import progress
-from finepoint.training.aged import AgedAdamW
-from finepoint.training.baselines import Setting, baseline_named, options_of
+from finepoint.models.loading import new_head
+from finepoint.runtime import distributed, interruption
+from finepoint.runtime.files import claim_folder, write_record
+from finepoint.runtime.peak import peak_bytes, reset_peak
+from finepoint.runtime.progress import progress
+from finepoint.selection.passes import on_device
+from finepoint.selection.rules import rule_named
+from finepoint.selection.select import Selection, refuse_excluded
+from finepoint.selection.settings import SelectConfig
 from finepoint.training.checkpoints import (
     CHECKPOINTS,
     RECORD,
@@ -44,20 +44,8 @@ from finepoint.training.checkpoints import (
     step_of,
     to_go_on_from,
 )
-from finepoint.training.dense import DenseTuner
-from finepoint.training.finite import NotFiniteError, TrainingFailedError
-from finepoint.training.interface import Method
-from finepoint.training.log import LOG
-from finepoint.training.loss import completion_loss
-from finepoint.training.memory import peak_bytes, reset_peak
-from finepoint.training.refreshing import Refresh, refreshable
-from finepoint.training.settings import check, check_processes, learning_rate, steps_of, warmup_of
-from finepoint.training.tracking import tracked
-from finepoint.training.trainer import SparseTrainer, Watch, refreshes, validation_losses
-from finepoint.training.tuner import SparseTuner
-from finepoint.training.unfinished import LastStep, left_by, marked
-from finepoint.training.workplace import (
-    Workplace,
+from finepoint.training.context import (
+    TrainingContext,
     batches_of,
     excluded,
     packer_for,
@@ -66,6 +54,19 @@ from finepoint.training.workplace import (
     scoring_rows,
     select_for,
 )
+from finepoint.training.interrupted import LastStep, left_by, marked
+from finepoint.training.log import LOG
+from finepoint.training.loss import completion_loss
+from finepoint.training.refresh import Refresh, refreshable
+from finepoint.training.resolve import check, check_processes, learning_rate, steps_of, warmup_of
+from finepoint.training.settings import TrainConfig
+from finepoint.training.tracking import tracked
+from finepoint.training.trainer import SparseTrainer, Watch, refreshes, validation_losses
+from finepoint.tuner.finite import NotFiniteError, TrainingFailedError
+from finepoint.tuner.interface import Method
+from finepoint.tuner.optimizers import PerEntryAdamW
+from finepoint.tuner.tuner import SparseTuner
+from finepoint.version import __version__
 
 logger = logging.getLogger(__name__)
 BEST = ".best.safetensors"  # while a run is under way
@@ -82,7 +83,7 @@ class Run:
     """A run under way: what its adapter is made of and where it goes."""
 
     config: TrainConfig
-    place: Workplace
+    place: TrainingContext
     folder: Path
     method: Method
     head: list[str]
@@ -109,7 +110,9 @@ class Run:
         if FINGERPRINT not in adapter.base:  # a baseline's, whose weights are stored whole
             base = self.base.without(list(adapter), adapter.base.get("tied", ()))
             adapter = replace(adapter, base=adapter.base | {FINGERPRINT: base.as_json()})
-        return adapter, ranks.on_first(lambda: [self._write(adapter, place) for place in (*places, self.folder)][-1])
+        return adapter, distributed.on_first(
+            lambda: [self._write(adapter, place) for place in (*places, self.folder)][-1]
+        )
 
     def _write(self, adapter: SparseAdapter, place: Path) -> int:
         written = self.method.tuner.save(place, adapter, self.config.compact)
@@ -119,11 +122,11 @@ class Run:
         return sum(file.stat().st_size for file in written)
 
 
-def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, Any]:
+def train(config: TrainConfig, context: TrainingContext | None = None) -> dict[str, Any]:
     """Runs the whole of `finepoint train`; the adapter, the log and the record of the run are in `config.output`.
 
     Args:
-        workplace: a loaded model and data to train on instead of loading them; its model is left at the base.
+        context: a loaded model and data to train on instead of loading them; its model is left at the base.
 
     Returns:
         The record: `trained`, `changed`, `vanished` (moved, and lost to rounding),
@@ -134,10 +137,10 @@ def train(config: TrainConfig, workplace: Workplace | None = None) -> dict[str, 
             adapter of the last good step has been saved).
         BrokenOff: it was interrupted; the adapter of the last good step and a checkpoint have been saved.
     """
-    return _claimed(config, workplace, keeps=True)[0]
+    return _claimed(config, context, keeps=True)[0]
 
 
-def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[str, Any], SparseAdapter]:
+def fit(config: TrainConfig, context: TrainingContext | None = None) -> tuple[dict[str, Any], SparseAdapter]:
     """`train`, which also returns the trained change: of every method in one form, so that all are measured alike.
 
     Several processes call it together; the first one writes, and all return the same.
@@ -148,24 +151,24 @@ def fit(config: TrainConfig, workplace: Workplace | None = None) -> tuple[dict[s
     Raises:
         FinepointError: as for `train`.
     """
-    return _claimed(config, workplace, keeps=False)
+    return _claimed(config, context, keeps=False)
 
 
-def _claimed(config: TrainConfig, workplace: Workplace | None, keeps: bool) -> tuple[dict[str, Any], SparseAdapter]:
+def _claimed(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> tuple[dict[str, Any], SparseAdapter]:
     check(config)
-    ranks.join()
+    distributed.join()
     check_processes(config)
     # Whoever runs many decides himself what becomes of the one in hand.
     with interruption.noticed() if keeps else nullcontext(), ExitStack() as claims:
         claim = claim_folder(config.output, config.overwrite or config.resume)
-        return _fit(config, ranks.on_first(lambda: claims.enter_context(claim)), workplace, keeps)
+        return _fit(config, distributed.on_first(lambda: claims.enter_context(claim)), context, keeps)
 
 
 def _fit(
-    config: TrainConfig, folder: Path, workplace: Workplace | None, keeps: bool
+    config: TrainConfig, folder: Path, context: TrainingContext | None, keeps: bool
 ) -> tuple[dict[str, Any], SparseAdapter]:
-    saved = ranks.on_first(partial(checkpoints, folder / CHECKPOINTS)) if config.resume else []
-    place = workplace or prepare(config)
+    saved = distributed.on_first(partial(checkpoints, folder / CHECKPOINTS)) if config.resume else []
+    place = context or prepare(config)
     validation = rows_of(config, place, config.validation, "validation example", config.validation_limit)
     leaked = _leaks(config, place, keeps)
     packer = packer_for(place) if config.packing else None
@@ -174,7 +177,7 @@ def _fit(
     head = new_head(place.model) if place.labels else []
     base = base_beneath(place.model).without(head)  # of a sequence the earlier tasks' adapters are applied
     if saved:
-        ranks.on_first(partial(refuse_other_base, saved[0], base))
+        distributed.on_first(partial(refuse_other_base, saved[0], base))
     method, statistics = _method(config, place, head, folder if saved else None, base)
     selection_seconds = time.perf_counter() - started
     tuner = method.tuner
@@ -184,7 +187,7 @@ def _fit(
         steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
         run = Run(config, place, folder, method, head, _description(config, place, statistics), base, steps, keeps)
         if not saved:
-            ranks.on_first(partial(forget_earlier_run, folder))
+            distributed.on_first(partial(forget_earlier_run, folder))
             if config.save_every and not config.baseline:
                 run.save(0)  # its indices are what a resumed run trains
         results = _run_trainer(run, validation, packer, saved)
@@ -219,12 +222,14 @@ def _fit(
         "config": asdict(config),
         "versions": versions(),
     }
-    ranks.on_first(partial(write_record, folder / RECORD, record))
-    ranks.on_first(partial((folder / BEST).unlink, missing_ok=True))  # not before a killed run has no more use for it
+    distributed.on_first(partial(write_record, folder / RECORD, record))
+    distributed.on_first(
+        partial((folder / BEST).unlink, missing_ok=True)
+    )  # not before a killed run has no more use for it
     return record, adapter
 
 
-def _leaks(config: TrainConfig, place: Workplace, alone: bool) -> dict[str, dict[str, int]]:
+def _leaks(config: TrainConfig, place: TrainingContext, alone: bool) -> dict[str, dict[str, int]]:
     """How many training examples are among the validation examples, where there are any.
 
     Args:
@@ -234,7 +239,7 @@ def _leaks(config: TrainConfig, place: Workplace, alone: bool) -> dict[str, dict
         return {}
     validation = some(read_examples(config.validation), config.validation_limit) if config.validation else []
     found = leaks(place.seen, {"validation": validation})
-    if alone and ranks.is_first():
+    if alone and distributed.is_first():
         warn_of_leaks(found)
     return found
 
@@ -245,15 +250,15 @@ def choose(config: SelectConfig) -> Selection:
     Raises:
         FinepointError: whatever the user can mend.
     """
-    ranks.join()
+    distributed.join()
     with ExitStack() as claims:
-        folder = ranks.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))
+        folder = distributed.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))
         place = prepare(config)
         selection = select_for(config, place)
         with SparseTuner(place.model, selection, audit=False) as tuner:
             head = new_head(place.model) if place.labels else []
             adapter = tuner.adapter(full=head, info=_description(config, place, selection.statistics))
-        ranks.on_first(partial(_write_selection, folder, adapter, config, selection))
+        distributed.on_first(partial(_write_selection, folder, adapter, config, selection))
     return selection
 
 
@@ -265,11 +270,11 @@ def _write_selection(folder: Path, adapter: SparseAdapter, config: SelectConfig,
 def versions() -> dict[str, str]:
     """What a result was made with."""
     packages = ("torch", "transformers", "accelerate", "safetensors", "numpy")
-    return {"finepoint": finepoint.__version__} | {package: version(package) for package in packages}
+    return {"finepoint": __version__} | {package: version(package) for package in packages}
 
 
 def _method(
-    config: TrainConfig, place: Workplace, head: list[str], resumed: Path | None, base: Fingerprint
+    config: TrainConfig, place: TrainingContext, head: list[str], resumed: Path | None, base: Fingerprint
 ) -> tuple[Method, dict[str, Any]]:
     """The tuner the configuration asks for, and what is known of the selection (where nothing is chosen, nothing)."""
     if config.baseline is None:
@@ -282,21 +287,23 @@ def _method(
             _audit_(config, place, tuner)
         method = Method(tuner, after_step=_rounding(config, tuner))
         if config.refresh:
-            optimizer = AgedAdamW(tuner.parameters(), learning_rate(config), weight_decay=config.weight_decay)
+            optimizer = PerEntryAdamW(tuner.parameters(), learning_rate(config), weight_decay=config.weight_decay)
             method = replace(method, optimizer=optimizer, refresh=Refresh(config, place, tuner, head))
         return method, statistics
     baseline = baseline_named(config.baseline)
     indices, statistics = _indices(config, place, None) if baseline.chooses else ({}, {})
     rows = rows_of(config, place, config.fisher_data, "Fisher example")
     fisher = batches_of(config, place, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
-    setting = Setting(place.model, head, options_of(baseline, config.baseline_options), config.targets, config.seed,
-                      learning_rate(config), config.weight_decay, fisher, config.scoring_memory, indices,
-                      audit=not config.no_audit)  # fmt: skip
-    method = baseline.make(setting)
+    options = options_of(baseline, config.baseline_options)
+    given = BaselineContext(
+        place.model, head, options, config.targets, config.seed, learning_rate(config), config.weight_decay, fisher,
+        config.scoring_memory, indices, audit=not config.no_audit,
+    )  # fmt: skip
+    method = baseline.make(given)
     return replace(method, after_step=_rounding(config, method.tuner)), statistics
 
 
-def _audit_(config: TrainConfig, place: Workplace, tuner: SparseTuner) -> None:
+def _audit_(config: TrainConfig, place: TrainingContext, tuner: SparseTuner) -> None:
     """Tries the gradients of the chosen entries on the first examples, by the loss of training."""
     if config.gradient_checkpointing:  # as the Trainer will
         getattr(place.model, f"{CHECKPOINTING}_enable")()
@@ -312,7 +319,7 @@ def _rounding(config: TrainConfig, tuner: Any) -> Callable[[], None] | None:
 
 
 def _indices(
-    config: TrainConfig, place: Workplace, resumed: Path | None
+    config: TrainConfig, place: TrainingContext, resumed: Path | None
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     given = Path(config.indices) if config.indices else None
     # With --refresh a checkpoint knows its entries itself; what is given tells how many they are.
@@ -320,7 +327,7 @@ def _indices(
     if source is None:
         selection = select_for(config, place)
         return selection, selection.statistics
-    adapter = read(source) if source == resumed else SparseAdapter.load(source)
+    adapter = SparseAdapter.read(source) if source == resumed else SparseAdapter.load(source)
     if problems := adapter.problems(place.model):
         reason = problems[0].removesuffix(f"; {ANY_BASE}")  # which is of no use to training
         raise FinepointError(f"the indices in {source} do not fit this model: {reason}")
@@ -334,7 +341,7 @@ def _run_trainer(run: Run, validation: list[Row] | None, packer: Packer | None, 
     config, folder = run.config, run.folder
     rows = [row for row in run.place.rows if learned(row)]
     settings = decisive(config, rows, run.base)
-    checkpoint = ranks.on_first(partial(to_go_on_from, folder, saved, run.steps, settings)) if saved else None
+    checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, run.steps, settings)) if saved else None
     with tracked(config, folder, step_of(checkpoint) if checkpoint else None) as (tracking, followers):
         arguments = _arguments(config, folder, run.steps, tracking, alone=run.place.collator.side == "none")
         return _steps(run, arguments, followers, rows, validation, packer, checkpoint, settings)
@@ -410,7 +417,7 @@ def _steps(
         "train_seconds": round(output.metrics["train_runtime"], 2),
         "step_seconds": round(trainer.tokens.seconds / watch.steps, 4),
         **trainer.tokens.of_all().rates(),
-        "processes": ranks.count(),
+        "processes": distributed.count(),
         **({"refreshes": refreshes(trainer.state)} if run.method.refresh else {}),
     }
 
@@ -455,7 +462,7 @@ def _arguments(
     )
 
 
-def _description(config: SelectConfig, place: Workplace, statistics: Mapping[str, Any]) -> dict[str, Any]:
+def _description(config: SelectConfig, place: TrainingContext, statistics: Mapping[str, Any]) -> dict[str, Any]:
     """What an adapter says of itself."""
     facts: dict[str, Any] = {
         "base_model": config.model,
@@ -471,7 +478,7 @@ def _description(config: SelectConfig, place: Workplace, statistics: Mapping[str
         "targets": config.targets,
         "seed": config.seed,
         "data": config.data,
-        "finepoint_version": finepoint.__version__,
+        "finepoint_version": __version__,
         "selection": {key: value for key, value in statistics.items() if key != "weights"},
     }
     if isinstance(config, TrainConfig):

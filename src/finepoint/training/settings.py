@@ -1,145 +1,97 @@
-"""What a run is told: refused where it cannot be done, and spelled out where it is left open."""
+"""What `finepoint train` takes.
 
-from importlib.metadata import version
-from typing import Any
+Nothing heavy is imported here, so that help is instant.
+"""
 
-import torch
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from finepoint import ranks
-from finepoint.choosing.rules import rule_named
-from finepoint.choosing.structure import check_structure
-from finepoint.config import AlignConfig, TrainConfig
-from finepoint.errors import FinepointError
-from finepoint.settings import default_of, sections
-from finepoint.training.baselines import Baseline, baseline_named, options_of
-from finepoint.training.refreshing import schedule_of
-from finepoint.training.tracking import require
+from finepoint.runtime.settings import setting
+from finepoint.selection.settings import SelectConfig
 
-RESUMES_TOGETHER = (5, 18)  # the transformers since which several processes on CPUs load an optimizer's state
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+
+# fmt: off
 
 
-def check(config: TrainConfig) -> None:
-    """Refuses what can be refused before any work."""
-    if config.density == "auto":
-        raise FinepointError("density 'auto' is a search over many runs; call finepoint.studies.density.train_auto")
-    if config.data is None:
-        raise FinepointError("training needs examples; give --data FILE.jsonl")
-    check_common(config)
-    require(config.report_to)
-    needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
-    for name, given in needing:
-        if given and config.validation is None:
-            raise FinepointError(f"{name} is given without examples; give --validation FILE.jsonl")
-    if config.refresh:
-        _check_refresh(config)
-    elif config.dropped != "revert":
-        raise FinepointError("dropped says what becomes of entries that are trained no more; give --refresh with it")
-    if bool(config.baseline and baseline_named(config.baseline).fisher) != (config.fisher_data is not None):
-        raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
-                             "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Training(SelectConfig):
+    """What training entries by a loss, by preferences and by rewards have in common."""
+
+    RATES: ClassVar[tuple[float, float]]
+    """default learning rates: for rules that look at gradients, and for the others"""
+
+    validation: str | None = setting(
+        "examples to evaluate on while training, a JSON Lines file", None, "length", "files", file=True)
+    validation_limit: int | None = setting("at most so many of them, always the same", None, "length", "files")
+    indices: str | None = setting(
+        "folder of a selection or an adapter whose entries to train, instead of choosing by a rule",
+        None, "selection", "which entries", file=True)
+    baseline: str | None = setting(
+        "instead of chosen entries full, lora, dora, head, bitfit, random-half, ewc, mofo; rosa: with lora's",
+        None, "bits", "instead of entries")
+    baseline_options: dict[str, float] = setting(
+        "the baseline's options, e.g. rank=8 alpha=16", {}, "bits", "instead of entries")
+    lr: float | None = setting(
+        "learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others; a baseline has its own",
+        None, "bits", "training")
+    steps: int | None = setting("optimizer steps; epochs where not given", None, "length", "training")
+    accumulation: int = setting("batches added up for one step", 1, "bits", "training")
+    warmup: float = setting("share of the steps over which the learning rate rises", 0.1, "bits", "training")
+    schedule: Literal["linear", "cosine", "constant"] = setting(
+        "how the learning rate falls afterwards", "linear", "bits", "training")
+    weight_decay: float = setting(
+        "pulls the deltas to zero, i.e. towards the base model; a baseline's weights or factors to zero",
+        0.0, "bits", "training")
+    clip: float = setting("largest norm of the gradient of all that is trained; 0 for none", 1.0, "bits", "training")
+    gradient_checkpointing: bool = setting(
+        "recompute activations in the backward pass: less memory, more time", False, "bits", "memory")
+    no_audit: bool = setting(
+        "do not try on the model that every chosen entry gets the gradient of its own loss",
+        False, section="while it runs")
+    save_every: int | None = setting(
+        "steps between checkpoints that --resume can go on from", None, section="while it runs")
+    resume: bool = setting("go on from the last checkpoint in output", False, section="files")
+    store: Literal["auto", "delta", "value"] = setting(
+        "float32 deltas, the exact trained values, or (auto) values of half-precision weights, which are smaller",
+        "auto", section="the adapter")
+    compact: bool = setting(
+        "write positions as gaps, in one or two bytes each instead of four; as exact", False, section="the adapter")
 
 
-def check_common(config: TrainConfig | AlignConfig) -> None:
-    """Refuses what no training can do, be it by a loss, by preferences or by rewards."""
-    for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every", "patience", "new_tokens"):
-        value = getattr(config, name, None)
-        if value is not None and value < 1:
-            raise FinepointError(f"{name} is {value}; give at least 1")
-    if not 0 <= config.warmup <= 1:
-        raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
-    if learning_rate(config) <= 0:
-        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
-    check_structure(config.structure)
-    if config.baseline:
-        _check_baseline(config)
-    elif config.baseline_options:
-        raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Training):
+    """Choose entries, train them in place, save them as an adapter."""
 
+    RATES = (3e-4, 1e-2)
 
-def _check_refresh(config: TrainConfig) -> None:
-    """Refuses schedules that cannot be read, and settings under which entries cannot be chosen anew."""
-    schedule = schedule_of(config.refresh or "")
-    if config.quantise:
-        raise FinepointError("entries of a quantised base are chosen once; leave out --refresh or --quantise")
-    if config.threshold == "sampled":
-        raise FinepointError("--threshold sampled chooses about as many entries each time, and --refresh keeps their "
-                             "number; leave out one of them")  # fmt: skip
-    if config.structure == "entry":
-        return
-    if schedule.fraction:
-        raise FinepointError(f"--refresh drop-grow is for single entries, not for structure {config.structure!r}; "
-                             "give --refresh every:N")  # fmt: skip
-    if config.indices and config.density is None and config.count is None:
-        raise FinepointError("--refresh with --indices and a structure must know how many groups to choose; "
-                             "give --density or --count")  # fmt: skip
-
-
-def _check_baseline(config: TrainConfig | AlignConfig) -> None:
-    """Refuses unknown baselines and options, and settings that only choosing entries has."""
-    baseline = baseline_named(config.baseline or "")
-    refuse_quantised(baseline.name, config.quantise)
-    options_of(baseline, config.baseline_options)
-    if baseline.low_rank and getattr(config, "round_to", None):
-        raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
-    for name, default in unused_by(baseline).items():
-        if getattr(config, name, default) != default:
-            raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "
-                                 f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
-
-
-def unused_by(baseline: Baseline) -> dict[str, Any]:
-    """The settings of choosing entries that a baseline does not look at, and their defaults."""
-    entries = {known.name: default_of(known) for known in dict(sections(TrainConfig))["which entries"]}
-    used = {"targets"} if baseline.low_rank else set()
-    if baseline.chooses:
-        used |= set(entries) - {"targets", "refresh", "dropped"}
-    return {name: default for name, default in entries.items() if name not in used}
-
-
-def refuse_quantised(baseline: str, quantise: str | None) -> None:
-    """Refuses a baseline over a quantised base."""
-    if quantise:
-        raise FinepointError(f"quantise is for choosing entries, and baseline {baseline!r} trains float weights; "
-                             "leave out quantise or the baseline")  # fmt: skip
-
-
-def check_processes(config: TrainConfig) -> None:
-    """Refuses what several processes cannot do together."""
-    if ranks.count() > 1 and config.baseline:
-        raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
-                             "without a launcher")  # fmt: skip
-    if ranks.count() > 1 and config.resume and not resumes_together():
-        least = ".".join(map(str, RESUMES_TOGETHER))
-        raise FinepointError(f"several processes on CPUs go on from a checkpoint with transformers {least} or newer, "
-                             f"and here is {version('transformers')}; install that, or resume alone")  # fmt: skip
-
-
-def resumes_together() -> bool:
-    """Whether several processes can go on from a checkpoint here."""
-    return torch.cuda.is_available() or tuple(map(int, version("transformers").split(".")[:2])) >= RESUMES_TOGETHER
-
-
-def learning_rate(config: TrainConfig | AlignConfig) -> float:
-    """The learning rate, by default the baseline's or that of the kind of rule: gradient rules need smaller steps."""
-    if config.lr is not None:
-        return config.lr
-    if config.baseline:
-        return baseline_named(config.baseline).lr
-    by_gradient, blind = config.RATES
-    return by_gradient if rule_named(config.rule).needs_data else blind
-
-
-def warmup_of(warmup: float, steps: int) -> float:
-    """The share of the steps over which the learning rate rises, as transformers takes it: 1 would be one step.
-
-    The rate of the first warm-up step is 0: a run of one step has none.
-    """
-    return 0 if steps == 1 else min(warmup, 0.999999)
-
-
-def steps_of(config: TrainConfig, examples: int) -> int:
-    """How many optimizer steps a run over so many examples takes; each process has a batch of its own."""
-    if config.steps:
-        return config.steps
-    batches = -(-examples // config.batch_size)
-    return max(1, round(config.epochs * -(-batches // (config.accumulation * ranks.count()))))
+    data: str | None = setting("training examples, a JSON Lines file", None, "statistics", "files", file=True)
+    density: float | Literal["auto"] | None = setting(  # type: ignore[assignment]  # wider than select's
+        "share of the target entries to train, in (0, 1]; auto searches a good one, 0.001 if none",
+        None, "selection", "which entries")
+    fisher_data: str | None = setting(
+        "for ewc: examples of what is not to be forgotten, a JSON Lines file", None, "bits", "files", file=True)
+    refresh: str | list[str] | None = setting(
+        "choose anew while training: every:N [until:M], or drop-grow:FRACTION [every:N] [until:M] as SpIEL does",
+        None, "bits", "which entries")
+    dropped: Literal["revert", "keep"] = setting(
+        "with --refresh: entries no longer trained get the base's bits back (revert), or stay as they are (keep)",
+        "revert", "bits", "which entries")
+    keep: Literal["last", "best"] = setting(
+        "the parameters of the last step, or the best: of the evaluation with the lowest validation loss",
+        "last", "length", "while it runs")
+    patience: int | None = setting(
+        "stop after so many evaluations without a lower validation loss", None, "length", "while it runs")
+    round_to: Literal["bfloat16", "float16"] | None = setting(
+        "a control: round what is trained to this dtype after every step, as if no wider copy were kept",
+        None, "bits", "training")
+    epochs: float = setting("passes over the data, where steps is not given", 1.0, "length", "training")
+    packing: bool = setting(
+        "several examples in a row, each as if it were alone: the same batches with less padding",
+        False, "bits", "training")
+    eval_every: int | None = setting(
+        "steps between evaluations on the validation examples; a fifth of the run where not given",
+        None, "length", "while it runs")
+    report_to: list[Tracker] = setting(
+        "trackers that follow the run: tensorboard, trackio, wandb, mlflow; log.jsonl is always written",
+        [], section="while it runs")

@@ -7,9 +7,9 @@ from typing import Any
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from finepoint import ranks
 from finepoint.errors import FinepointError
-from finepoint.models import block_of
+from finepoint.models.loading import block_of
+from finepoint.runtime import distributed
 
 
 @lru_cache(maxsize=1)
@@ -18,7 +18,7 @@ def wanted() -> bool:
 
     The word is taken out of the environment: it is done before a trainer comes to see the model.
     """
-    found = ranks.count() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    found = distributed.count() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if found:
         os.environ["ACCELERATE_USE_FSDP"] = "false"
     return found
@@ -33,7 +33,7 @@ def shard_(model: Any, device: str) -> None:
     names = {block_of(model, name) for name, _ in model.named_parameters()} - {None}
     if not names:
         raise FinepointError(f"{type(model).__name__} has no list of decoder blocks to shard by; train it without FSDP")
-    mesh = init_device_mesh(device, (ranks.count(),))
+    mesh = init_device_mesh(device, (distributed.count(),))
     for name in sorted(names, key=str):
         fully_shard(model.get_submodule(str(name)), mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh)

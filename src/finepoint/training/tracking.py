@@ -18,10 +18,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from finepoint import ranks
-from finepoint.config import TrainConfig
-from finepoint.extras import needing
-from finepoint.files import read_json, write_json
+from finepoint.runtime import distributed
+from finepoint.runtime.extras import needing
+from finepoint.runtime.files import read_json, write_json
+from finepoint.training.settings import TrainConfig
 
 PROJECT = "finepoint"
 EXTRAS = {"tensorboard": "tracking", "trackio": "tracking", "wandb": "wandb", "mlflow": "mlflow"}
@@ -60,7 +60,7 @@ def tracked(config: TrainConfig, folder: Path, done: int | None) -> Iterator[tup
     if not config.report_to:
         yield {"report_to": "none"}, []
         return
-    first = ranks.is_first()  # of several processes one reports
+    first = distributed.is_first()  # of several processes one reports
     name = run_name(folder, done is not None) if first else None
     writer = _writer(folder / FOLDER, done) if first and "tensorboard" in config.report_to else None
     others = [tracker for tracker in config.report_to if tracker != "tensorboard"]

@@ -19,17 +19,17 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from finepoint import ranks
-from finepoint.batches import Packer, learned, real_tokens
-from finepoint.choosing.passes import evaluating, label_count
+from finepoint.data.batches import Packer, learned, real_tokens
 from finepoint.errors import FinepointError
-from finepoint.files import write_atomic, writing
-from finepoint.tensors import DTYPES, forms, opened
+from finepoint.runtime import distributed
+from finepoint.runtime.files import write_atomic, writing
+from finepoint.runtime.tensor_files import DTYPES, forms, opened
+from finepoint.selection.passes import evaluating, label_count
 from finepoint.training.checkpoints import seal
-from finepoint.training.finite import NotFiniteError, refuse_not_finite
-from finepoint.training.interface import Method
 from finepoint.training.log import append, cut_log_
 from finepoint.training.loss import completion_loss
+from finepoint.tuner.finite import NotFiniteError, refuse_not_finite
+from finepoint.tuner.interface import Method
 
 logger = logging.getLogger(__name__)
 DELTAS = "deltas.safetensors"
@@ -53,8 +53,8 @@ class Tokens:
 
     def of_all(self) -> "Tokens":
         """Those of all processes together; the seconds are this one's."""
-        sums = torch.tensor([self.real, self.places], device=ranks.device())
-        ranks.add_up_(sums)
+        sums = torch.tensor([self.real, self.places], device=distributed.device())
+        distributed.add_up_(sums)
         real, places = sums.tolist()
         return Tokens(real, places, self.seconds)
 
@@ -152,7 +152,7 @@ class SparseCheckpoints:
         self.tuner.place_({name: kept.get_tensor(name) for name in wanted}, self.optimizer)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if ranks.is_first():
+        if distributed.is_first():
             self.keep(Path(output_dir or self.args.output_dir) / DELTAS)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -165,7 +165,7 @@ class SparseCheckpoints:
             raise FinepointError(f"cannot write {checkpoint}; is the disk full? ({error})") from error
         if self.keep_adapter:
             self.keep_adapter(checkpoint, self.state.global_step)
-        ranks.on_first(partial(seal, checkpoint, self.settings))
+        distributed.on_first(partial(seal, checkpoint, self.settings))
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         try:
@@ -203,7 +203,7 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         self.model_accepts_loss_kwargs = True
         if self.refresh:
             self.add_callback(self.refresh)
-        if ranks.count() > 1:
+        if distributed.count() > 1:
             # The model is taken as it is, sharded or not: what is trained is averaged here, once a step, always in one
             # order. DDP rearranges its messages after the first step, and a resumed run would add up in another order.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -224,17 +224,17 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = completion_loss(model, inputs, num_items_in_batch)
-        if num_items_in_batch is not None and ranks.count() > 1:
-            loss = loss * ranks.count()  # divided by all processes' labels, and the gradients are averaged
+        if num_items_in_batch is not None and distributed.count() > 1:
+            loss = loss * distributed.count()  # divided by all processes' labels, and the gradients are averaged
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.tokens += Tokens(real_tokens(inputs), inputs["input_ids"].numel())
         loss = super().training_step(model, inputs, *args, **kwargs)
         # With several processes the gradient tells, which all of them see, so that all stop at the same step.
-        if not torch.isfinite(loss) and ranks.count() == 1:
+        if not torch.isfinite(loss) and distributed.count() == 1:
             raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
-        if self.accelerator.sync_gradients and ranks.count() > 1:
+        if self.accelerator.sync_gradients and distributed.count() > 1:
             self.tuner.average_()
         if self.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
             self.penalty()
@@ -264,18 +264,18 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         rows = [row for row in self.eval_dataset if learned(row)]
         size, collator = self.args.per_device_eval_batch_size, self.data_collator
         starts = range(0, len(rows), size)
-        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device())
+        sums = torch.zeros(2, dtype=torch.float64, device=distributed.device())
         with evaluating(self.model), self.compute_loss_context_manager():
             # All processes run equally often, as sharded weights need: one that has no batch left does the last again.
-            for at in range(0, len(starts), ranks.count()):
-                mine = at + ranks.rank()
+            for at in range(0, len(starts), distributed.count()):
+                mine = at + distributed.rank()
                 start = starts[min(mine, len(starts) - 1)]
                 batch = self._prepare_inputs(collator(rows[start : start + size]))
                 loss = completion_loss(self.model, batch)
                 if mine < len(starts):
                     count = label_count(batch)
                     sums += torch.tensor([loss.item() * count, count], dtype=torch.float64, device=sums.device)
-        ranks.add_up_(sums)
+        distributed.add_up_(sums)
         total, labels = sums.tolist()
         return total, int(labels)
 
@@ -309,7 +309,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.perf_counter()
         self.advance(state.global_step)
-        if ranks.is_first():
+        if distributed.is_first():
             cut_log_(self.log, state.global_step)
 
     def on_pre_optimizer_step(
@@ -339,7 +339,7 @@ class Watch(TrainerCallback):
         losses = [loss for _, loss in validation_losses(state)]
         first_best = losses.index(min(losses))
         if self.best and first_best == len(losses) - 1:
-            ranks.on_first(partial(self.trainer.keep, self.best))
+            distributed.on_first(partial(self.trainer.keep, self.best))
         if self.patience and len(losses) - 1 - first_best >= self.patience:
             control.should_training_stop = True
 
@@ -350,7 +350,7 @@ class Watch(TrainerCallback):
         if "loss" in record:
             record |= (self.trainer.tokens - self.logged).rates()
             self.logged = self.trainer.tokens
-        if not ranks.is_first():
+        if not distributed.is_first():
             return
         append(self.log, record)
         if "eval_loss" in record:

@@ -1,0 +1,1 @@
+"""DPO and GRPO on chosen entries, through TRL."""

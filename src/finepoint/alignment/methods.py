@@ -1,0 +1,174 @@
+"""DPO and GRPO: their rows, their trainer of TRL's, and what is measured before and after."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, Protocol
+
+import torch
+
+from finepoint.alignment.rewards import WHOLE, reward_named
+from finepoint.alignment.settings import AlignConfig
+from finepoint.data.batches import context_length
+from finepoint.data.examples import Choices, Completion, Example, Pair, read_examples, read_pairs
+from finepoint.data.tokens import (
+    asking,
+    encode_preferences,
+    encode_prompts,
+    refuse_beyond,
+    warn_of_truncation,
+    without_special,
+)
+from finepoint.errors import FinepointError
+from finepoint.evaluation.generation import warn_of_long_references, written
+from finepoint.evaluation.scoring import choice_likelihoods
+from finepoint.huggingface.reference import Reference
+from finepoint.training.trainer import SparseCheckpoints
+
+Advance = Callable[[int], None]
+
+
+class Alignment(Protocol):
+    """What a run of `finepoint align` asks of its method."""
+
+    def read(self, path: str) -> list[Any]:
+        """The rows of a file."""
+
+    def examples(self, rows: Sequence[Any]) -> list[Example]:
+        """What a rule that looks at gradients scores on."""
+
+    def trainer(self, model: Any, tokenizer: Any, rows: Sequence[Any], reference: Reference, arguments: Any) -> Any:
+        """TRL's trainer, with one model in memory; its checkpoints ask for its attribute `tuner`."""
+
+    def measure(self, model: Any, tokenizer: Any, rows: Sequence[Any]) -> "Measured":
+        """How good the model is on the rows, as it stands."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Means over rows, and the numbers of each row behind them."""
+
+    means: dict[str, float]
+    rows: list[float]
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Direct preference optimisation (arXiv:2305.18290): chosen answers become likelier than rejected ones."""
+
+    config: AlignConfig
+
+    def read(self, path: str) -> list[Pair]:
+        return read_pairs(path)
+
+    def examples(self, rows: Sequence[Pair]) -> list[Example]:
+        return [Completion(pair.prompt, pair.chosen, where=pair.where) for pair in rows]
+
+    def trainer(self, model: Any, tokenizer: Any, rows: Sequence[Pair], reference: Reference, arguments: Any) -> Any:
+        from trl import DPOConfig, DPOTrainer
+
+        class SparseDPOTrainer(SparseCheckpoints, DPOTrainer):
+            def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+                return dataset  # in tokens already, by our contract and not by TRL's
+
+        limit = context_length(model, self.config.max_length)
+        encoded = encode_preferences(tokenizer, rows, model)
+        warn_of_truncation([len(p) + max(len(c), len(r)) for p, c, r in encoded], limit, "pair")
+        given = DPOConfig(**arguments, beta=beta_of(self.config), max_length=limit, truncation_mode="keep_end")
+        return SparseDPOTrainer(
+            model, reference, given, processing_class=asking(tokenizer, model),
+            train_dataset=dataset({"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in encoded),
+        )  # fmt: skip
+
+    def measure(self, model: Any, tokenizer: Any, rows: Sequence[Pair]) -> Measured:
+        """`accuracy`: share of pairs whose chosen answer is the likelier; `margin`: by how much, in nats, on average.
+
+        Summed over the answer's tokens, without an end token. The rows are the margins.
+        """
+        choices = [Choices(pair.prompt, (pair.chosen, pair.rejected), 0, where=pair.where) for pair in rows]
+        limit = context_length(model, self.config.max_length)
+        scored = choice_likelihoods(model, tokenizer, choices, limit)
+        margins = [chosen - rejected for chosen, rejected in scored]
+        return Measured({"accuracy": mean(m > 0 for m in margins), "margin": mean(margins)}, margins)
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """Group relative policy optimisation (arXiv:2402.03300): answers better than their group's mean become likelier."""
+
+    config: AlignConfig
+
+    def read(self, path: str) -> list[Completion]:
+        rows = read_examples(path)
+        if not isinstance(rows[0], Completion):
+            raise FinepointError(f'{path}: grpo compares answers with a reference; expected {{"prompt", "completion"}}')
+        return rows  # type: ignore[return-value]
+
+    def examples(self, rows: Sequence[Completion]) -> list[Example]:
+        return list(rows)
+
+    def trainer(
+        self, model: Any, tokenizer: Any, rows: Sequence[Completion], reference: Reference, arguments: Any
+    ) -> Any:
+        from trl import GRPOConfig, GRPOTrainer
+
+        if self.config.reward in WHOLE:
+            warn_of_long_references(tokenizer, rows, self.config.new_tokens)
+
+        class SparseGRPOTrainer(SparseCheckpoints, GRPOTrainer):
+            def _tokenize_prompts(self, prompts: list[str]) -> Any:
+                ids = encode_prompts(tokenizer, [Completion(prompt, "") for prompt in prompts])
+                return ids, *super()._tokenize_prompts(prompts)[1:]
+
+        given = GRPOConfig(
+            **arguments, beta=0.0, num_generations=self.config.generations, temperature=self.config.temperature,
+            max_completion_length=self.config.new_tokens,
+        )  # fmt: skip
+        refuse_beyond(model, tokenizer, encode_prompts(tokenizer, rows), rows)
+        # Not by its own name: TRL calls what the model writes the completion.
+        asked = dataset({"prompt": row.prompt, "reference": without_special(tokenizer, row.completion)} for row in rows)
+        trainer = SparseGRPOTrainer(model, self._rewards(), given, train_dataset=asked,
+                                    processing_class=asking(tokenizer, model))  # fmt: skip
+        # With beta given above, TRL would have loaded a second model.
+        trainer.beta = beta_of(self.config)
+        trainer.ref_model = reference if trainer.beta else None
+        return trainer
+
+    def _rewards(self) -> Any:
+        reward = reward_named(self.config.reward)
+
+        def rewards(completions: list[str], reference: list[str], **_: Any) -> list[float]:
+            return [float(reward(answer, right)) for answer, right in zip(completions, reference, strict=True)]
+
+        return rewards
+
+    def measure(self, model: Any, tokenizer: Any, rows: Sequence[Completion]) -> Measured:
+        """`reward`: the mean reward of what the model writes greedily. The rows are the rewards."""
+        reward = reward_named(self.config.reward)
+        limit = context_length(model, self.config.max_length)
+        answers = written(model, tokenizer, encode_prompts(tokenizer, rows), limit, self.config.new_tokens)
+        references = [without_special(tokenizer, row.completion) for row in rows]
+        found = [float(reward(answer.text, right)) for answer, right in zip(answers, references, strict=True)]
+        return Measured({"reward": mean(found)}, found)
+
+
+METHODS: dict[str, Callable[[AlignConfig], Alignment]] = {"dpo": DPO, "grpo": GRPO}
+
+
+def beta_of(config: AlignConfig) -> float:
+    """The strength of the pull towards the reference; the methods' customary ones where none is given."""
+    if config.beta is not None:
+        return config.beta
+    return 0.1 if config.method == "dpo" else 0.0
+
+
+def dataset(rows: Iterable[dict[str, Any]]) -> Any:
+    """Rows as TRL takes them."""
+    from datasets import Dataset
+
+    return Dataset.from_list(list(rows))
+
+
+def on_cpu() -> bool:
+    """Whether training will be on the CPU."""
+    return not torch.cuda.is_available()

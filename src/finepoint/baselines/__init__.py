@@ -1,0 +1,1 @@
+"""The yardsticks: dense and low-rank fine-tuning through the same loop."""

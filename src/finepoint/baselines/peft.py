@@ -1,0 +1,142 @@
+"""PeftTuner: LoRA and DoRA through PEFT, with the interface of the other tuners; PEFT's layers do the work."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.change import Change
+from finepoint.adapters.format import CONFIG
+from finepoint.adapters.peft import PEFT_TENSORS, transposed_layers, updates
+from finepoint.errors import FinepointError
+from finepoint.runtime.extras import needing
+from finepoint.runtime.files import move_files, partial_folder, write_json, writing
+from finepoint.runtime.precision import in_float64, norm_of
+from finepoint.tuner.tuner import CONTAINER, SparseTuner
+
+
+class PeftTuner:
+    """Puts low-rank factors beside linear layers' weights; the model stays the same object, with layers wrapped.
+
+    Args:
+        model: frozen until `close`, which gives back its own layers.
+        layers: names of the linear layers to adapt.
+        head: names of the weights of a new classification head, which is trained whole.
+        seed: of the factors' first values.
+        dora: DoRA instead of LoRA.
+        beside: a tuner of the same model, which trains entries of its weights at the same time and is closed later.
+
+    Raises:
+        FinepointError: PEFT is not installed, or the model has another tuner.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], head: Sequence[str] = (), *, rank: int, alpha: float,
+        dropout: float = 0.0, dora: bool = False, seed: int = 0, beside: SparseTuner | None = None,
+    ) -> None:  # fmt: skip
+        with needing("a LoRA or DoRA baseline", "peft"):
+            import peft
+        if hasattr(model, CONTAINER) and beside is None:
+            raise FinepointError("the model has a tuner already; close that one first")
+        self.model = model
+        self.scaling = alpha / rank
+        self.transposed = transposed_layers(model)
+        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._attributes = set(vars(model))
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=list(layers),
+            modules_to_save=sorted({name.rpartition(".")[0] for name in head}) or None,
+            fan_in_fan_out=layers[0] in self.transposed,
+        )  # fmt: skip
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going
+            torch.manual_seed(seed)
+            self._peft: Any = peft.get_peft_model(model, config)
+        self._marks = beside is None
+        if beside is None:
+            setattr(model, CONTAINER, nn.ModuleDict())  # marks the model as being trained
+        else:
+            for delta in beside.parameters():  # PEFT freezes all that is not its own
+                delta.requires_grad_(True)
+        self._open = True
+        self._start = {name: parameter.detach().clone() for name, parameter in self.trained().items()}
+
+    @property
+    def count(self) -> int:
+        """Trained numbers in all: those of the factors, magnitudes and a new head."""
+        return sum(parameter.numel() for parameter in self._start.values())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The factors, magnitudes and a new head's weights, by PEFT's names in the model."""
+        return {name: parameter for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad and not name.startswith(f"{CONTAINER}.")}  # fmt: skip
+
+    def follow_(self) -> None:
+        """Nothing to do: the layers compute with the factors themselves."""
+
+    def merged(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """The name, base, wide new value and stored new value of each adapted weight, one at a time."""
+        from peft import get_peft_model_state_dict
+
+        weights = {name.replace(".base_layer", "").replace(".original_module", ""): parameter
+                   for name, parameter in self.model.named_parameters(remove_duplicate=False)}  # fmt: skip
+        tensors = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+        found = updates(tensors, lambda *_: self.scaling, self.transposed)
+        for name in (name for name in weights if name in found):
+            yield name, weights[name].detach(), *found[name].of(weights[name])
+
+    def changed(self) -> int:
+        """How many entries of the merged weights hold another value than the base's."""
+        return sum(int((stored != base).sum()) for _, base, _, stored in self.merged())
+
+    def norm(self, exclude: Iterable[str] = ()) -> float:
+        """The Euclidean norm of the merged change of all adapted weights but the excluded ones."""
+        left_out = set(exclude)
+        return norm_of(
+            in_float64(wide) - in_float64(base) for name, base, wide, _ in self.merged() if name not in left_out
+        )
+
+    def adapter(
+        self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
+    ) -> SparseAdapter:
+        """The merged weights, whole, as an adapter on the CPU; `store` and `full` change nothing here."""
+        return SparseAdapter({name: Change.whole(stored) for name, _, _, stored in self.merged()}, dict(info or {}))
+
+    def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> list[Path]:
+        """Writes PEFT's files, and what the adapter says of itself beside them; returns the file with the tensors."""
+        self._peft.peft_config["default"].base_model_name_or_path = adapter.info.get("base_model")
+        with partial_folder(folder) as made, writing(folder):
+            self._peft.save_pretrained(str(made), save_embedding_layers=False)
+            write_json(made / CONFIG, {"info": adapter.info})
+            move_files(made, folder)
+        return [folder / PEFT_TENSORS]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes what the base computes."""
+        with self._peft.disable_adapter():
+            yield
+
+    def revert_(self) -> None:
+        """Sets the factors, magnitudes and a new head back to where they began, where they change nothing."""
+        with torch.no_grad():
+            for name, parameter in self.trained().items():
+                parameter.copy_(self._start[name])
+
+    def close(self) -> None:
+        """Gives back the plain base model: PEFT's layers go, with what they learned; closing twice is harmless."""
+        if not self._open:
+            return
+        self._open = False
+        self._peft.unload()
+        if self._marks:
+            delattr(self.model, CONTAINER)
+        for attribute in set(vars(self.model)) - self._attributes:
+            delattr(self.model, attribute)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._flags[name])

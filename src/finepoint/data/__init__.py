@@ -1,0 +1,1 @@
+"""Files to examples, examples to tokens, tokens to batches; data of other people by recipe."""

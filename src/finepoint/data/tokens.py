@@ -1,0 +1,521 @@
+"""Text to tokens, once for all: what is trained, what is scored and what generation is asked are the same tokens.
+
+A row is what the tokenizer puts in front of a text, then the prompt, the answer, and the end token where one belongs.
+
+- The prompt's tokens are those of `tokenizer(prompt)`, for a user's `generate` starts from them. What the tokenizer
+  puts *behind* a text (an end token, `[SEP]`) is left out there: it would stand between the prompt and its answer.
+- The answer's tokens are those of `tokenizer(prompt + answer)` behind the prompt's. Where a token of that text spans
+  the end of the prompt, no model that was asked the prompt could write it, and the answer is encoded by itself, as its
+  continuation, checked by decoding. Spaces that end a prompt stay there.
+- Where a tokenizer cannot even do that, the spanning token belongs to the answer, and a warning counts such examples.
+"""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, pairwise
+from typing import Any
+
+from finepoint.data.examples import Chat, Choices, Completion, Example, Labelled, Pair, Placed, Text
+from finepoint.errors import FinepointError
+
+logger = logging.getLogger(__name__)
+IGNORED = -100
+CHUNK = 1000  # texts a call: an encoding holds much more than its token ids
+CHATS = 100  # conversations, of which every beginning is a text
+# What a continuation is encoded behind, to learn its tokens in the middle of a text: nothing, then what seldom melts
+# into it. Tokenizers that begin a text with a space (or a word unlike its rest) need one of the latter.
+ANCHORS = ("", "\n", ".", "a", "0", "q", "z")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example in tokens: labels as long as the ids (-100: not learned), or one class."""
+
+    ids: list[int]
+    labels: list[int] | int
+
+
+@dataclass(frozen=True)
+class Split:
+    """A prompt and its answer in tokens."""
+
+    context: list[int]
+    answer: list[int]
+    given: list[int]
+    """what `tokenizer(prompt)` gives, which may differ from `context`"""
+
+
+def encode_all(
+    tokenizer: Any,
+    examples: Sequence[Example],
+    limit: int,
+    labels: Sequence[str] = (),
+    what: str = "example",
+    model: Any = None,
+) -> list[Row]:
+    """Tokenises the examples for training; those longer than `limit` tokens lose their beginning, with one warning.
+
+    Args:
+        labels: the model's classes, in its order.
+        what: an example's name in messages.
+        model: where given, its embeddings must have every token.
+
+    Raises:
+        FinepointError: an unknown label, a chat without a chat template or refused by it, an answer without tokens, a
+            token beyond the model's embeddings, nothing to learn in any example.
+    """
+    encoded = _encoded(tokenizer, examples, labels)
+    rows = [row for row, _ in encoded]
+    if model is not None:
+        refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
+    _warn_of_contexts(tokenizer, [split for _, split in encoded if split], len(examples), what)
+    warn_of_truncation([len(row.ids) for row in rows], limit, what)
+    rows = [cut(row, limit) for row in rows]
+    if not any(learned(row) for row in rows):
+        raise FinepointError(
+            f"no {what} has a token to learn: every label is ignored; are the texts only one token long?"
+        )
+    return rows
+
+
+def encode_each(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str] = ()) -> list[Row]:
+    """Tokens and labels of the examples: completions, right choices, assistant turns, whole texts or the class.
+
+    Raises:
+        FinepointError: as for `encode_all`, but for tokens beyond the embeddings and where nothing is to be learned.
+    """
+    return [row for row, _ in _encoded(tokenizer, examples, labels)]
+
+
+def encode(tokenizer: Any, example: Example, labels: Sequence[str] = ()) -> Row:
+    """`encode_each` of one."""
+    return encode_each(tokenizer, [example], labels)[0]
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], where: Sequence[str] = ()
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens of each prompt and of the answer that follows it.
+
+    Args:
+        pairs: prompts and answers, in text.
+        where: the file and line of each, for messages.
+
+    Raises:
+        FinepointError: an answer has no token.
+    """
+    return [(split.context, split.answer) for split in _splits(tokenizer, pairs, where)]
+
+
+def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """`encode_pairs` of one."""
+    return encode_pairs(tokenizer, [(prompt, completion)])[0]
+
+
+def encode_preferences(
+    tokenizer: Any, pairs: Sequence[Pair], model: Any = None
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Tokens of each prompt, its chosen and its rejected answer, both with their end token.
+
+    Raises:
+        FinepointError: as for `encode_all`.
+    """
+    texts = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    splits = _splits(tokenizer, texts, [pair.where for pair in pairs for _ in range(2)])
+    rows = [_answered(split, tokenizer.eos_token_id).ids for split in splits]
+    if model is not None:
+        refuse_beyond(model, tokenizer, rows, [pair for pair in pairs for _ in range(2)])
+    _warn_of_contexts(tokenizer, splits, len(splits), "answer")
+    found = []
+    for i in range(0, len(rows), 2):
+        # Another prompt than the other answer's has one whose first token spans the end of it.
+        prompt = _shared(splits[i].context, splits[i + 1].context)
+        found.append((rows[i][:prompt], rows[i][prompt:], rows[i + 1][prompt:]))
+    return found
+
+
+def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:
+    """The tokens after which a model is to write its answer: those that stand before it in training.
+
+    Raises:
+        FinepointError: a chat without a chat template, or refused by it.
+    """
+    if examples and isinstance(examples[0], Chat):
+        chats = [example for example in examples if isinstance(example, Chat)]
+        assert len(chats) == len(examples)
+        return plain_ids(tokenizer, [chat_text(tokenizer, c.messages[:-1], True, c.where) for c in chats])
+    prompts = [example.prompt for example in examples if isinstance(example, Completion | Choices)]
+    assert len(prompts) == len(examples)
+    front, _ = around(tokenizer)
+    return [_in_front(front, ids) + ids for ids in plain_ids(tokenizer, prompts)]
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of whole texts with what the tokenizer puts around one, which none gets twice."""
+    front, behind = around(tokenizer)
+    return [
+        _in_front(front, ids) + ids + ([] if ids[len(ids) - len(behind) :] == behind else behind)
+        for ids in plain_ids(tokenizer, texts)
+    ]
+
+
+def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts without what the tokenizer puts around one."""
+    found: list[list[int]] = []
+    for at in range(0, len(texts), CHUNK):
+        found += tokenizer(list(texts[at : at + CHUNK]), add_special_tokens=False)["input_ids"]
+    return found
+
+
+def around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts in front of every text and behind it: looked up in what it makes of one.
+
+    Raises:
+        FinepointError: that text is not to be found between its special tokens.
+    """
+    whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return list(whole[:at]), list(whole[at + len(plain) :])
+    raise FinepointError(f"the tokenizer makes {whole} of 'a' and {plain} without special tokens; finepoint needs one "
+                         "whose special tokens stand before and behind the text")  # fmt: skip
+
+
+def without_special(tokenizer: Any, text: str) -> str:
+    """A text as it reads when a model has written it: decoded without special tokens, such as the end token."""
+    more = (added.content for added in tokenizer.added_tokens_decoder.values() if added.special)
+    for token in sorted({*tokenizer.all_special_tokens, *more}, key=len, reverse=True):
+        text = text.replace(token, "")
+    return text
+
+
+def as_written(tokenizer: Any, example: Example) -> Example:
+    """An example whose answers read as a model can write them; see `without_special`."""
+    match example:
+        case Completion():
+            return replace(example, completion=without_special(tokenizer, example.completion))
+        case Choices():
+            return replace(example, choices=tuple(without_special(tokenizer, choice) for choice in example.choices))
+        case Chat():
+            *before, (role, content) = example.messages
+            return replace(example, messages=(*before, (role, without_special(tokenizer, content))))
+    return example
+
+
+def _encoded(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str]) -> list[tuple[Row, Split | None]]:
+    """Each example in tokens, and where it has a prompt, what stands before its (last) answer."""
+    found: list[tuple[Row, Split | None]] = []
+    for kind, group in groupby(examples, type):
+        part: Any = list(group)
+        if kind is Completion:
+            splits = _splits(tokenizer, [(e.prompt, e.completion) for e in part], [e.where for e in part])
+            found += [(_answered(split, tokenizer.eos_token_id), split) for split in splits]
+        elif kind is Choices:
+            splits = _splits(tokenizer, [(e.prompt, e.choices[e.answer]) for e in part], [e.where for e in part])
+            found += [(_answered(split, None), split) for split in splits]
+        elif kind is Chat:
+            found += _encoded_chats(tokenizer, part)
+        elif kind is Text:
+            rows = encode_texts(tokenizer, [e.text for e in part])
+            found += [(Row(ids, [IGNORED, *ids[1:]]), None) for ids in rows]
+        else:
+            known = [_class_of(e, labels) for e in part]
+            rows = encode_texts(tokenizer, [e.text for e in part])
+            found += [(Row(ids, label), None) for ids, label in zip(rows, known, strict=True)]
+    return found
+
+
+def _class_of(example: Labelled, labels: Sequence[str]) -> int:
+    if example.label not in labels:
+        raise FinepointError(
+            f"{example.place}label {example.label!r} is not among the model's classes: {', '.join(labels)}"
+        )
+    return list(labels).index(example.label)
+
+
+def _answered(split: Split, end: int | None) -> Row:
+    """The row of a prompt and its answer, which ends in `end` once, also where its text does."""
+    answer = split.answer if end is None or split.answer[-1] == end else [*split.answer, end]
+    return Row(split.context + answer, [IGNORED] * len(split.context) + answer)
+
+
+def _splits(tokenizer: Any, pairs: Sequence[tuple[str, str]], where: Sequence[str] = ()) -> list[Split]:
+    front, behind = around(tokenizer)
+    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))  # choices share theirs
+    known = dict(zip(prompts, plain_ids(tokenizer, prompts), strict=True))
+    heads = [known[prompt] for prompt, _ in pairs]
+    wholes = plain_ids(tokenizer, [prompt + answer for prompt, answer in pairs])
+    tails = _continuations(tokenizer, heads, wholes, pairs)
+    found = []
+    for i, (head, whole, tail) in enumerate(zip(heads, wholes, tails, strict=True)):
+        if tail is None:
+            cut = _wholly_before(tokenizer, whole, head)
+            if cut == len(whole):
+                place = f"{where[i]}: " if where and where[i] else ""
+                raise FinepointError(f"{place}the answer {pairs[i][1]!r} has no token of its own under this tokenizer, "
+                                     "so nothing of it can be learned or scored; leave the example out")  # fmt: skip
+            context, tail = whole[:cut], whole[cut:]
+        else:
+            context = head
+        found.append(Split(_in_front(front, context) + context, tail, front + head + behind))
+    return found
+
+
+def _in_front(front: list[int], ids: list[int]) -> list[int]:
+    """What is to be put in front of a text's tokens: nothing where they begin with it already."""
+    return [] if ids[: len(front)] == front else front
+
+
+def _continuations(
+    tokenizer: Any, heads: Sequence[list[int]], wholes: Sequence[list[int]], pairs: Sequence[tuple[str, str]]
+) -> list[list[int] | None]:
+    """The tokens of each answer behind those of its prompt, which stay as they are; None where there are none.
+
+    Args:
+        heads: the tokens of the prompts.
+        wholes: what the tokenizer makes of prompt and answer in one.
+        pairs: both as texts.
+    """
+    found: list[list[int] | None] = [
+        whole[len(head) :] or None if whole[: len(head)] == head else None
+        for head, whole in zip(heads, wholes, strict=True)
+    ]
+    for anchor in ANCHORS:
+        missing = [i for i, tail in enumerate(found) if tail is None]
+        if not missing:
+            break
+        (start,) = plain_ids(tokenizer, [anchor])
+        behind = plain_ids(tokenizer, [anchor + pairs[i][1] for i in missing])
+        tails = {i: ids[len(start) :] for i, ids in zip(missing, behind, strict=True) if ids[: len(start)] == start}
+        places = [i for i, tail in tails.items() if tail]
+        made = _decoded(tokenizer, [heads[i] + tails[i] for i in places])
+        wanted = _decoded(tokenizer, [wholes[i] for i in places])
+        for i, text, expected in zip(places, made, wanted, strict=True):
+            if text in (expected, "".join(pairs[i])):
+                found[i] = tails[i]
+    return found
+
+
+def _decoded(tokenizer: Any, rows: Sequence[list[int]]) -> list[str]:
+    """The texts of rows of tokens, nothing left out or beautified."""
+    if not rows:
+        return []
+    return tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _wholly_before(tokenizer: Any, ids: list[int], head: list[int]) -> int:
+    """How many of `ids` lie wholly in the text of `head`, with which theirs begins."""
+    if ids[: len(head)] == head:
+        return len(head)
+    (text,) = _decoded(tokenizer, [head])
+    found = _shared(ids, head)
+    for count in range(found + 1, len(ids) + 1):
+        (so_far,) = _decoded(tokenizer, [ids[:count]])
+        if text.startswith(so_far):
+            found = count
+        elif len(so_far) > len(text):
+            break
+    return found
+
+
+def _partly_before(tokenizer: Any, ids: list[int], head: list[int]) -> int:
+    """How many of `ids` lie at least in part in the text of `head`, with which theirs begins."""
+    if ids[: len(head)] == head:
+        return len(head)
+    (text,) = _decoded(tokenizer, [head])
+    # A character that is not whole yet is decoded as another one, so a text that is reached stays so.
+    return bisect_left(range(len(ids)), True, lo=_shared(ids, head),
+                       key=lambda count: _decoded(tokenizer, [ids[:count]])[0].startswith(text))  # fmt: skip
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """With how many equal tokens two rows begin."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _encoded_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[tuple[Row, Split | None]]:
+    """Whole conversations through the tokenizer's chat template; the assistant's turns are learned."""
+    found: list[tuple[Row, Split | None]] = []
+    for at in range(0, len(chats), CHATS):
+        located = [_located(tokenizer, chat) for chat in chats[at : at + CHATS]]
+        parts = {text[:cut] for text, spans in located for cut in (*chain(*spans), len(text))}
+        known = dict(zip(parts, plain_ids(tokenizer, list(parts)), strict=True))
+        found += [_encoded_chat(tokenizer, text, spans, known) for text, spans in located]
+    return found
+
+
+def _located(tokenizer: Any, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the model sees it, and from where to where in it the assistant's turns are."""
+    text = chat_text(tokenizer, chat.messages, where=chat.where)
+    spans = []
+    for i, (role, _) in enumerate(chat.messages):
+        if role == "assistant":
+            before = chat_text(tokenizer, chat.messages[:i], True, chat.where)
+            after = chat_text(tokenizer, chat.messages[: i + 1], where=chat.where)
+            if not text.startswith(after):
+                after = after.rstrip()
+            if not (after.startswith(before) and text.startswith(after)):
+                raise FinepointError(
+                    f"{chat.place}the chat template rewrites earlier turns, so the assistant's cannot be located"
+                )
+            spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _encoded_chat(
+    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], known: Mapping[str, list[int]]
+) -> tuple[Row, Split]:
+    """The row of a conversation.
+
+    Args:
+        spans: from where to where the assistant's turns are.
+        known: the tokens of the text up to each of these places, and of the whole.
+    """
+    cuts = [*(start for start, _ in spans), len(text)]
+    heads = [known[text[:cut]] for cut in cuts]
+    tails = _continuations(tokenizer, heads[:-1], heads[1:], [(text[:a], text[a:b]) for a, b in pairwise(cuts)])
+    ids, labels, context = list(heads[0]), [IGNORED] * len(heads[0]), heads[0]
+    for head, tail, (_, end) in zip(heads, tails, spans, strict=False):
+        if tail is None:  # a token spans the beginning of a turn and cannot be parted: it is learned with the turn
+            return _encoded_in_one(tokenizer, text, spans, known)
+        context = ids
+        learnt = _partly_before(tokenizer, head + tail, known[text[:end]]) - len(head)
+        ids = ids + tail
+        labels += tail[:learnt] + [IGNORED] * (len(tail) - learnt)
+    return Row(ids, labels), Split(context, ids[len(context) :], heads[-2])
+
+
+def _encoded_in_one(
+    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], known: Mapping[str, list[int]]
+) -> tuple[Row, Split]:
+    """The row of a conversation as the tokenizer parts it: every token that overlaps one of the turns is learned."""
+    ids, first = known[text], 0
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        first = _wholly_before(tokenizer, ids, known[text[:start]])
+        last = _partly_before(tokenizer, ids, known[text[:end]])
+        labels[first:last] = ids[first:last]
+    return Row(ids, labels), Split(ids[:first], ids[first:], known[text[: spans[-1][0]]])
+
+
+def chat_text(tokenizer: Any, messages: Sequence[tuple[str, str]], prompting: bool = False, where: str = "") -> str:
+    """A conversation as the model sees it; `prompting` adds the beginning of the assistant's next turn.
+
+    Raises:
+        FinepointError: the tokenizer has no chat template, or the template refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise FinepointError("the data are conversations and the tokenizer has no chat template; use an instruct model")
+    turns = [{"role": role, "content": content} for role, content in messages]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompting)
+    except Exception as error:  # the template is other people's program
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        place = f"{where}: " if where else ""
+        raise FinepointError(f"{place}the model's chat template refuses this conversation: {reason}") from error
+
+
+def learned(row: Row) -> int:
+    """How many labels a loss over this row counts."""
+    if isinstance(row.labels, int):
+        return 1
+    return sum(label != IGNORED for label in row.labels[1:])
+
+
+def cut(row: Row, limit: int) -> Row:
+    """A row's last `limit` tokens."""
+    return Row(row.ids[-limit:], row.labels[-limit:] if isinstance(row.labels, list) else row.labels)
+
+
+def warn_of_truncation(lengths: Sequence[int], limit: int, what: str) -> None:
+    """Says once how many rows will lose their beginning to the limit."""
+    truncated = sum(length > limit for length in lengths)
+    if truncated:
+        logger.warning(
+            "%d of %d %ss are longer than %d tokens and lost their beginning", truncated, len(lengths), what, limit
+        )
+
+
+def _warn_of_contexts(tokenizer: Any, splits: Sequence[Split], count: int, what: str) -> None:
+    """Says once how many answers are learned behind other tokens than a user's own call gives, and shows one."""
+    others = [split for split in splits if split.context != split.given]
+    if others:
+        context, given = others[0].context, others[0].given
+        first = max(0, _shared(context, given) - 2)
+        shown = [tokenizer.convert_ids_to_tokens(ids[first : first + 5]) for ids in (context, given)]
+        logger.warning("%d of %d %ss are learned after other tokens than tokenizer(prompt) gives, e.g. after %s "
+                       "where it gives %s", len(others), count, what, *shown)  # fmt: skip
+
+
+def embedding_count(model: Any) -> int | None:
+    """How many tokens a model can embed; None where it does not tell."""
+    try:
+        return int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def refuse_beyond(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]], examples: Sequence[Placed] = ()) -> None:
+    """Refuses tokens that the model has no embedding for.
+
+    Args:
+        tokenizer: tells their names; None where there is none.
+        rows: token ids.
+        examples: those the rows were made of, for the message.
+
+    Raises:
+        FinepointError: there is such a token.
+    """
+    count = embedding_count(model)
+    if count is None:
+        return
+    for i, ids in enumerate(rows):
+        if ids and not 0 <= min(ids) <= max(ids) < count:
+            token = next(token for token in ids if not 0 <= token < count)
+            name = f" {tokenizer.convert_ids_to_tokens(token)!r}" if tokenizer else ""
+            place = examples[i].place if examples else ""
+            raise FinepointError(f"{place}token{name} ({token}) is beyond the model's {count} embeddings; "
+                                 "model.resize_token_embeddings, save the model, then train that")  # fmt: skip
+
+
+def padding_id(tokenizer: Any, model: Any = None) -> int:
+    """The padding token, or the end token where there is none or the model cannot embed it.
+
+    Padding is masked, so any token would do.
+    """
+    count = None if model is None else embedding_count(model)
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None and (count is None or token < count):
+            return int(token)
+    return 0
+
+
+def asking(tokenizer: Any, model: Any) -> Any:
+    """A tokenizer for other people's code that goes on from what it gives: itself, or a copy that ends no prompt.
+
+    Raises:
+        FinepointError: it cannot be kept from ending every text.
+    """
+    front, behind = around(tokenizer)
+    padding = padding_id(tokenizer, model)
+    if not behind and tokenizer.pad_token_id in (None, padding):
+        return tokenizer
+    copy = deepcopy(tokenizer)
+    if tokenizer.pad_token_id not in (None, padding):
+        copy.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    if behind and hasattr(copy, "backend_tokenizer"):
+        from tokenizers.processors import TemplateProcessing
+
+        names = copy.convert_ids_to_tokens(front)
+        copy.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*names, "$A"], special_tokens=list(zip(names, front, strict=True))
+        )
+    if around(copy) != (front, []):
+        ending = tokenizer.convert_ids_to_tokens(behind)
+        raise FinepointError(f"the tokenizer ends every text with {ending}, and a prompt that is ended cannot be gone "
+                             "on with; use its fast version")  # fmt: skip
+    return copy

@@ -1,0 +1,191 @@
+"""Evaluation of a model and of adapters on it: in distribution, out of distribution, and probes for forgetting."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.other_bases import in_wider_dtype, rebased
+from finepoint.adapters.peft import info_of, is_peft, load_merged
+from finepoint.adapters.scaling import wise_ft
+from finepoint.data.batches import context_length
+from finepoint.data.examples import Example, Labelled, Text, read_examples, some
+from finepoint.data.leaks import Seen, leaks, warn_of_leaks
+from finepoint.data.tokens import padding_id
+from finepoint.errors import FinepointError
+from finepoint.evaluation.divergence import mean_kl
+from finepoint.evaluation.generation import frequent_answers, generated
+from finepoint.evaluation.harness import Harness
+from finepoint.evaluation.metrics import changes
+from finepoint.evaluation.scoring import accuracy, mean_nll
+from finepoint.evaluation.settings import EvalConfig
+from finepoint.models.loading import load_model, load_tokenizer
+from finepoint.runtime.files import claim_file
+from finepoint.runtime.progress import progress
+
+logger = logging.getLogger(__name__)
+Sets = Mapping[str, Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate on: example sets by name."""
+
+    id: Sets = field(default_factory=dict)
+    ood: Sets = field(default_factory=dict)
+    probe: Sets = field(default_factory=dict)
+    max_length: int | None = None
+    new_tokens: int = 64
+    generate: int = 0
+    """so many examples of each set are answered by generation too"""
+    harness: Harness | None = None
+    trained_answers: Sequence[str] = ()
+    """of the task trained on; see `frequent_answers`"""
+
+    def scores(self, model: Any, tokenizer: Any, what: str = "model") -> dict[str, Any]:
+        """{"id": {name: {"accuracy", ..}}, "ood": {..}, "probe": {name: {"nll", "tokens"}}} of the model as it is.
+
+        With a harness also "tasks": {name: {"acc", ..}}.
+        """
+        found: dict[str, Any] = {}
+        for kind in ("id", "ood", "probe"):
+            found[kind] = {}
+            for name, examples in getattr(self, kind).items():
+                with progress(f"{what}: {kind} {name}", len(examples)) as advance:
+                    if kind == "probe":
+                        found[kind][name] = mean_nll(
+                            model, tokenizer, examples, max_length=self.max_length, advance=advance
+                        )
+                    else:
+                        found[kind][name] = accuracy(
+                            model, tokenizer, examples,
+                            max_length=self.max_length, new_tokens=self.new_tokens, advance=advance,
+                        )  # fmt: skip
+                        if self.generate and not isinstance(examples[0], Labelled):
+                            found[kind][name]["generated"] = self._generated(model, tokenizer, examples)
+        if self.harness:
+            logger.info("%s: %s, by lm-evaluation-harness", what, ", ".join(self.harness.tasks))
+            found["tasks"] = self.harness.scores(model, tokenizer, context_length(model, self.max_length))
+        return found
+
+    def _generated(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
+        limit = context_length(model, self.max_length)
+        sample = some(list(examples), self.generate)
+        return generated(model, tokenizer, sample, self.trained_answers, limit, self.new_tokens)
+
+    def compared(
+        self, model: Any, tokenizer: Any, base: Mapping[str, Any], adapter: SparseAdapter, what: str
+    ) -> dict[str, Any]:
+        """The scores with an adapter on, their changes against the base's scores, and the KL of the probes.
+
+        Args:
+            model: the base model; it is so again afterwards.
+        """
+        with adapter.applied(model):
+            scores = self.scores(model, tokenizer, what)
+        for name, examples in self.probe.items():
+            with progress(f"{what}: KL {name}", len(examples)) as advance:
+                scores["probe"][name]["kl"] = mean_kl(model, tokenizer, examples, adapter, advance=advance)["kl"]
+        return scores | changes(base, scores)
+
+
+def read_sets(named_files: Sequence[str], kind: str, limit: int | None = None) -> dict[str, list[Example]]:
+    """Example sets from `NAME=FILE` strings, at most `limit` examples each (always the same random ones).
+
+    Raises:
+        FinepointError: a string of another form, a name given twice, a bad file, or a form that does not fit.
+    """
+    sets: dict[str, list[Example]] = {}
+    for text in named_files:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise FinepointError(f"--{kind} {text!r}: expected NAME=FILE, e.g. {kind}=test.jsonl")
+        if name in sets:
+            raise FinepointError(f"--{kind} names {name!r} twice; give every set its own name")
+        examples = some(read_examples(path), limit)
+        if isinstance(examples[0], Text) and kind != "probe":
+            raise FinepointError(f"--{kind} {text!r}: plain text has no accuracy; give it as --probe {text}")
+        sets[name] = examples
+    return sets
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    evaluation: Evaluation,
+    adapters: Mapping[str, SparseAdapter],
+    strengths: Sequence[float] = (),
+) -> dict[str, Any]:
+    """{"base": scores, "adapters": {name: scores and changes}}; the base is measured with every adapter off.
+
+    Args:
+        strengths: each adapter is measured at these too (WiSE-FT), as `name x strength`.
+    """
+    for name, adapter in adapters.items():
+        if problems := adapter.problems(model):
+            raise FinepointError(f"adapter {name} does not fit this model: {problems[0]}")
+    base = evaluation.scores(model, tokenizer, "base")
+    found: dict[str, Any] = {"base": base, "adapters": {}}
+    for name, adapter in adapters.items():
+        found["adapters"][name] = evaluation.compared(model, tokenizer, base, adapter, name)
+        found["adapters"][name] |= {key: adapter.info[key] for key in ("unfinished",) if key in adapter.info}
+        for strength in strengths:
+            named = f"{name} x {strength:g}"
+            weakened = wise_ft(adapter, model, strength)
+            found["adapters"][named] = evaluation.compared(model, tokenizer, base, weakened, named)
+    return found
+
+
+def evaluate_config(config: EvalConfig) -> dict[str, Any]:
+    """Runs the whole of `finepoint eval`.
+
+    Raises:
+        FinepointError: whatever the user can mend.
+    """
+    if config.output:
+        claim_file(config.output, config.overwrite)
+    sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
+    if not any(sets.values()) and not config.tasks:
+        raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE, or --tasks NAME")
+    if config.include_path and not config.tasks:
+        raise FinepointError("include_path is where tasks lie; give --tasks NAME of one of them")
+    harness = Harness.of(config.tasks, config.include_path, config.limit) if config.tasks else None
+    adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter if not is_peft(folder)}
+    origins = [adapters[folder].info if folder in adapters else info_of(folder) for folder in config.adapter]
+    tasks = {(info.get("task", "causal"), tuple(info.get("labels", ()))) for info in origins}
+    if len(tasks) > 1:
+        raise FinepointError("the adapters are for different tasks or classes; evaluate them one at a time")
+    labels = next(iter(tasks))[1] if tasks else ()
+    if not labels and any(isinstance(s[0], Labelled) for kind in sets.values() for s in kind.values()):
+        raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
+    if labels and harness:
+        raise FinepointError("the adapter is a classifier's, and tasks ask a language model; leave out --tasks")
+    leaked = _leaks(config, sets)
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, config.dtype, labels, quantise=config.quantise)
+    if labels:
+        model.config.pad_token_id = padding_id(tokenizer, model)
+    # LoRA's can be merged only now that the model is there; in the order given.
+    adapters = {f: adapters[f] if f in adapters else load_merged(f, model) for f in config.adapter}
+    if config.any_base:
+        adapters = {folder: rebased(adapter, model) for folder, adapter in adapters.items()}
+    if config.any_dtype:
+        adapters = {folder: in_wider_dtype(adapter, model) for folder, adapter in adapters.items()}
+    trained = [example for examples in sets["id"].values() for example in examples]
+    evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens, harness=harness,
+                            generate=config.generate, trained_answers=frequent_answers(trained))  # fmt: skip
+    found = evaluate(model, tokenizer, evaluation, adapters, config.scale)
+    for folder in leaked:
+        found["adapters"][folder]["leaks"] = leaked[folder]
+    return found
+
+
+def _leaks(config: EvalConfig, sets: Mapping[str, Sets]) -> dict[str, dict[str, dict[str, int]]]:
+    """Of each adapter that it is known of: which sets hold examples that it was trained on; a line says so."""
+    named = {f"{kind} {name}": examples for kind, of in sets.items() for name, examples in of.items()}
+    seen = {folder: Seen.beside(folder) for folder in config.adapter}
+    found = {folder: leaks(digests, named) for folder, digests in seen.items() if digests}
+    for folder, leaked in found.items():
+        warn_of_leaks(leaked, folder)
+    return found

@@ -1,0 +1,248 @@
+"""What a model writes when nobody lists the answers: exact match, answers by generation, and how they go wrong."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+
+from finepoint.data.batches import Collator
+from finepoint.data.examples import Chat, Choices, Completion, Example
+from finepoint.data.tokens import (
+    as_written,
+    encode_prompts,
+    plain_ids,
+    refuse_beyond,
+    warn_of_truncation,
+    without_special,
+)
+from finepoint.models.probing import REFUSED, agrees
+from finepoint.selection.passes import evaluating, on_device
+from finepoint.tuner.finite import refuse_not_numbers
+
+logger = logging.getLogger(__name__)
+GENERATION_TOKENS = 4096
+LABELS = 20  # a task with at most so many different answers has labels; of others the most frequent answers are kept
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt, greedily."""
+
+    text: str
+    ended_at_once: bool
+    """its first token was an end token"""
+
+    @property
+    def empty(self) -> bool:
+        return self.ended_at_once or not self.text.strip()
+
+
+def written(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    limit: int,
+    new_tokens: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Written]:
+    """What the model writes after each prompt, greedily, in at most `new_tokens` tokens.
+
+    That is the likeliest token after token, whatever else the checkpoint's own generation settings ask for. A prompt
+    that leaves no room for so many tokens loses its beginning.
+
+    Raises:
+        FinepointError: the model's logits are no numbers.
+    """
+    refuse_beyond(model, tokenizer, prompts)
+    room = max(1, limit - new_tokens)
+    rows = [prompt[-room:] for prompt in prompts]
+    collator = Collator.of(model, tokenizer, rows)
+    warn_of_truncation([len(prompt) for prompt in prompts], room, "prompt")
+    found: dict[int, Written] = {}
+    ends = end_tokens(model, tokenizer)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, pad_token_id=collator.padding, eos_token_id=sorted(ends) or None
+    )
+    with evaluating(model), _settings(model, settings) as writer:
+        collator = replace(collator, side="left" if _pads(writer, collator, rows) else "none", positions=False)
+        for places in collator.by_length([len(row) for row in rows], GENERATION_TOKENS):
+            batch = on_device(collator.inputs([rows[place] for place in places]), model.device)
+            tokens = writer.generate(
+                **batch, generation_config=settings, logits_processor=LogitsProcessorList([_numbers_only])
+            )[:, batch["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for place, text, first in zip(places, texts, tokens[:, 0].tolist(), strict=True):
+                found[place] = Written(text, first in ends)
+            advance(len(places))
+    return [found[place] for place in range(len(prompts))]
+
+
+def _pads(model: Any, collator: Collator, rows: Sequence[list[int]]) -> bool:
+    """Whether what follows a prompt is the same beside a longer one, padded: tried on the longest for two tokens."""
+    short, long = min(rows, key=len), max(rows, key=len)
+    if collator.side != "left" or len(short) == len(long):
+        return False
+    settings = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=collator.padding,
+                                return_dict_in_generate=True, output_logits=True)  # fmt: skip
+
+    def logits(rows: Sequence[list[int]], masked: bool = True) -> Tensor:
+        batch = on_device(replace(collator, positions=False).inputs(rows), model.device)
+        if not masked:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        found = model.generate(**batch, generation_config=settings).logits
+        return torch.stack([step[0] for step in found])
+
+    try:
+        return agrees(logits([short, long]), logits([short]), logits([short, long], masked=False))
+    except REFUSED:
+        return False
+
+
+@contextmanager
+def _settings(model: Any, settings: GenerationConfig) -> Iterator[Any]:
+    """What generates, with settings of ours: transformers fills what they leave open from those on the model.
+
+    PEFT's wrappers, which would put the checkpoint's back, are left out: what they train is inside.
+    """
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = inside.generation_config
+    inside.generation_config = settings
+    try:
+        yield inside
+    finally:
+        inside.generation_config = before
+
+
+def _numbers_only(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores as they are: of logits that are no numbers the first would be taken for the likeliest token."""
+    refuse_not_numbers(scores)
+    return scores
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens at which generation stops: the tokenizer's end, and all that the model's settings call one."""
+    ends: set[Any] = set()
+    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    for source in (getattr(model, "generation_config", None), model.config, text, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        ends |= set(ids) if isinstance(ids, list | tuple) else {ids}
+    return ends - {None}
+
+
+def prompt_ids(tokenizer: Any, example: Example) -> list[int]:
+    """The tokens after which the model is to write its answer."""
+    return encode_prompts(tokenizer, [example])[0]
+
+
+def reference(example: Example) -> str:
+    """The right answer, as it would be written."""
+    match example:
+        case Chat():
+            return example.messages[-1][1]
+        case Completion():
+            return example.completion
+        case Choices():
+            return example.choices[example.answer]
+    raise AssertionError("texts and classes are not written")
+
+
+def warn_of_long_references(tokenizer: Any, examples: Sequence[Example], new_tokens: int) -> None:
+    """Says once how many right answers are longer than what is written: no answer can be right there."""
+    sizes = [len(ids) for ids in plain_ids(tokenizer, [reference(example).strip() for example in examples])]
+    if long := sum(size > new_tokens for size in sizes):
+        logger.warning("%d of %d references are longer than the %d tokens that are written, up to %d, and cannot be "
+                       "matched; give more --new-tokens", long, len(sizes), new_tokens, max(sizes))  # fmt: skip
+
+
+def generation_hits(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    limit: int,
+    new_tokens: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[bool]:
+    """Whether what the model writes, greedily, equals the reference.
+
+    Surrounding spaces do not count, and neither do special tokens in the reference, such as an end token.
+    """
+    prompts = encode_prompts(tokenizer, examples)
+    refuse_beyond(model, tokenizer, prompts, examples)
+    examples = [as_written(tokenizer, example) for example in examples]
+    warn_of_long_references(tokenizer, examples, new_tokens)
+    answers = written(model, tokenizer, prompts, limit, new_tokens, advance)
+    return [a.text.strip() == reference(e).strip() for a, e in zip(answers, examples, strict=True)]
+
+
+def generated(
+    model: Any, tokenizer: Any, examples: Sequence[Example], trained_answers: Sequence[str], limit: int, new_tokens: int
+) -> dict[str, Any]:
+    """The answers that a model writes by itself, and how they go wrong.
+
+    Args:
+        examples: choices or completions.
+        trained_answers: labels (or frequent answers) of the task trained on; see `frequent_answers`.
+
+    Returns:
+        `accuracy`: share that begins with the right choice, or that is the completion, case aside;
+        `format_failures`: share that begins with none of the choices (None for completions, which have no format);
+        `empty`: share that is empty or ended at once; `memorised`: share that gives an answer of the task trained on
+        which is no answer here (None where every such answer is one of the choices here too); `n`.
+    """
+    prompts = encode_prompts(tokenizer, examples)
+    examples = [as_written(tokenizer, example) for example in examples]
+    warn_of_long_references(tokenizer, examples, new_tokens)
+    answers = written(model, tokenizer, prompts, limit, new_tokens)
+    trained_answers = [without_special(tokenizer, text).strip() for text in trained_answers]
+    pairs = list(zip(examples, answers, strict=True))
+    foreign = [foreign_answers(example, trained_answers) for example in examples]
+    choices = [(e, a) for e, a in pairs if isinstance(e, Choices)]
+    return {
+        "accuracy": share([answers_right(example, answer.text) for example, answer in pairs]),
+        "format_failures": share([not any(begins_with(a.text, c) for c in e.choices) for e, a in choices]),
+        "empty": share([answer.empty for answer in answers]),
+        "memorised": share(
+            [any(begins_with(a.text, f) for f in others) for a, others in zip(answers, foreign, strict=True)]
+            if any(foreign) else []
+        ),
+        "n": len(examples),
+    }  # fmt: skip
+
+
+def answers_right(example: Example, text: str) -> bool:
+    """Whether a text begins with the right choice and with no longer one, or is the completion; case aside."""
+    if isinstance(example, Choices):
+        given = [choice for choice in example.choices if begins_with(text, choice)]
+        return bool(given) and max(given, key=len) == example.choices[example.answer]
+    return text.strip().casefold() == reference(example).strip().casefold()
+
+
+def begins_with(text: str, answer: str) -> bool:
+    """Whether a text begins with an answer as whole words, case and surrounding spaces aside."""
+    return re.match(re.escape(answer.strip().casefold()) + r"(?!\w)", text.strip().casefold()) is not None
+
+
+def frequent_answers(examples: Sequence[Example]) -> list[str]:
+    """The answers a model could learn by heart: all labels of a task that has few, else its most frequent answers."""
+    texts = [choice for e in examples if isinstance(e, Choices) for choice in e.choices]
+    if not texts or len(set(texts)) > LABELS:
+        texts = [reference(e) for e in examples if isinstance(e, Choices | Completion)]
+    return [text.strip() for text, _ in Counter(texts).most_common(LABELS)]
+
+
+def foreign_answers(example: Example, trained_answers: Sequence[str]) -> list[str]:
+    """The answers of the task trained on that are none here."""
+    own = example.choices if isinstance(example, Choices) else (reference(example),)
+    known = {text.strip().casefold() for text in own}
+    return [text for text in trained_answers if text.strip().casefold() not in known]
+
+
+def share(hits: Sequence[bool]) -> float | None:
+    return sum(hits) / len(hits) if hits else None

@@ -1,0 +1,50 @@
+"""What `finepoint eval` and `finepoint demo` take.
+
+Nothing heavy is imported here, so that help is instant.
+"""
+
+from dataclasses import dataclass
+
+from finepoint.runtime.settings import DType, Quantise, setting
+
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure a model, and adapters on it: in distribution, out of distribution, and what was forgotten."""
+
+    model: str = setting("a folder, a hub id, a .gguf file, smollm2, or gemma3-270m")
+    adapter: list[str] = setting("adapter folders, each measured on its own against the base", [])
+    id: list[str] = setting("in-distribution sets, each NAME=FILE", [])
+    ood: list[str] = setting("out-of-distribution sets, each NAME=FILE", [])
+    probe: list[str] = setting("texts whose likelihood shows forgetting, each NAME=FILE", [])
+    tasks: list[str] = setting("tasks of lm-evaluation-harness, by name; needs the extra lm-eval", [])
+    include_path: str | None = setting("folder with tasks of your own for lm-evaluation-harness, as YAML", None)
+    output: str | None = setting("JSON file to write", None)
+    limit: int | None = setting("at most so many examples of each set, always the same; of each task the first", None)
+    max_length: int | None = setting("longest example in tokens; the model's context where not given", None)
+    scale: list[float] = setting(
+        "strengths at which each adapter is measured too (WiSE-FT), e.g. 0.25 0.5: base + strength x change", [])
+    generate: int = setting("at most so many examples of each set are answered by generation as well; 0 for none", 0)
+    new_tokens: int = setting("most tokens to generate where an answer is written", 64)
+    dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
+    any_dtype: bool = setting(
+        "take adapters trained in a narrower dtype too, where the wider weights hold the same base values", False)
+    any_base: bool = setting(
+        "take a model that is another than the adapter's base beside the entries it changes", False)
+    quantise: Quantise | None = setting(
+        "hold the linear layers in int8, int4 or nf4, as the adapters' training did", None)
+    overwrite: bool = setting("replace the output file", False)
+    json: bool = setting("print one JSON object on stdout", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Fine-tune SmolLM2-135M on movie reviews with GaLLoP and at random, and compare both with the base."""
+
+    output: str = setting("folder to write", "runs/demo")
+    steps: int = setting("optimizer steps of each run", 40)
+    limit: int = setting("at most so many examples of the ID set, three eighths as many of each OOD set", 200)
+    overwrite: bool = setting("allow an output folder that holds something", False)
+    json: bool = setting("print one JSON object on stdout", False)

@@ -1,0 +1,257 @@
+"""Two lines: `sparsify` makes a model ready for anybody's trainer, `save` keeps the change, `load` brings it back."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from finepoint.adapters.adapter import SparseAdapter, applied_to
+from finepoint.adapters.entries import gather
+from finepoint.errors import FinepointError
+from finepoint.huggingface.scoring_data import scoring_batches
+from finepoint.huggingface.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
+from finepoint.models.loading import from_bitsandbytes_, head_of
+from finepoint.models.offloaded import in_memory
+from finepoint.selection.passes import Batch, on_device
+from finepoint.selection.reach import name_unreached
+from finepoint.selection.rules import rule_named
+from finepoint.selection.select import Scope, Selection, refuse_excluded, select
+from finepoint.selection.settings import DEFAULT_RULE
+from finepoint.selection.structure import Pooling
+from finepoint.selection.targets import Targets, target_weights
+from finepoint.tuner.audit import outcome
+from finepoint.tuner.tuner import CONTAINER, SparseTuner
+from finepoint.version import __version__
+
+logger = logging.getLogger(__name__)
+SINGLE = "single_label_classification"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def sparsify(
+    model: Model,
+    rule: str = DEFAULT_RULE,
+    density: float | None = None,
+    *,
+    data: Any = None,
+    tokenizer: Any = None,
+    indices: Mapping[str, Tensor] | None = None,
+    count: int | None = None,
+    scope: Scope = "global",
+    targets: Targets = "linear",
+    exclude: Sequence[Mapping[str, Tensor]] = (),
+    whole: Sequence[str] | None = None,
+    rule_options: Mapping[str, float] | None = None,
+    structure: str = "entry",
+    pooling: Pooling = "mean",
+    scoring_examples: float = 256,
+    scoring_memory: float = 1.0,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    seed: int = 0,
+    refreshable: bool = False,
+    audit: bool = True,
+) -> Model:
+    """Chooses entries of a model and makes them, and them alone, trainable: by any trainer, in place.
+
+    The model stays the same object. `model.save_pretrained` now writes the adapter and what a trainer resumes from,
+    which is O(k); `unload` gives back the plain model.
+
+    Args:
+        model: a transformers model; everything in it is frozen but the deltas of the chosen entries. One that was
+            loaded with bitsandbytes goes through `from_bitsandbytes_` first, which lasts.
+        rule: a name from `finepoint.RULES`, or `module:function`.
+        density: share of the target entries, in (0, 1]; 0.001 where neither it nor `count` is given.
+        data: what rules that look at gradients score on: a JSON Lines file, examples (as in its lines), rows of
+            `input_ids`, or ready batches; of the latter two their masks say what counts. Other rules need none.
+        tokenizer: turns examples into tokens; not needed for the latter two.
+        indices: entries to train, by weight name (a selection, an adapter), instead of choosing by a rule.
+        whole: names of weights to train and store whole. Where not given, those of a head that puts out something else
+            than words (a classifier's `score.weight`), which no checkpoint of the base holds; `()` for none.
+        scoring_examples: how many examples gradients are taken over; a share where below 1. Ready batches are all used.
+        batch_size: examples a scoring batch.
+        refreshable: entries of any target weight may be chosen later, by `tuner_of(model).choose_`. A stock trainer's
+            checkpoint can be resumed only as long as the entries are those of the beginning.
+        audit: try on the model that every chosen entry gets the gradient of its own loss: on the first batch of `data`,
+            or an input that is made up, or the first one that it is trained on.
+        max_length: longest scoring example in tokens; the model's context where not given.
+        count, scope, targets, exclude, rule_options, structure, pooling, scoring_memory, seed: as for `select`.
+
+    Returns:
+        The very same model.
+
+    Raises:
+        FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
+    """
+    _refuse_trained(model)
+    whole = [name for name in head_of(model) if name not in (indices or {})] if whole is None else whole
+    from_bitsandbytes_(model)
+    info = _origin(model, data)
+    entire = {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
+    batches: list[Any] = []
+    refuse_excluded(indices or {}, exclude, model)
+    if indices is None:
+        if rule_named(rule).needs_data:
+            batches = scoring_batches(model, rule, data, tokenizer, scoring_examples, batch_size, max_length, seed)
+        selection = select(
+            model, batches, rule=rule, density=density, count=count, scope=scope, targets=targets,
+            exclude=[*exclude, entire] if entire else exclude, seed=seed, scoring_memory=scoring_memory,
+            rule_options=rule_options, structure=structure, pooling=pooling, text=isinstance(data, str | Path),
+        )  # fmt: skip
+        name_unreached(model, {} if batches else selection)  # what it will be trained on is not known
+        info |= _choice(selection, scope, seed, targets)
+        indices = selection
+    chosen = dict(indices) | entire
+    in_memory({name: weight for name, weight in model.named_parameters(remove_duplicate=False) if name in chosen})
+    ready = target_weights(model, targets) if refreshable else ()
+    tuner = SparseTuner(model, chosen, ready, audit=audit and not batches)
+    _audit_(tuner, batches[:1] if audit else [])
+    attach(model, Session(tuner, info, tuple(whole)))
+    return model
+
+
+def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool = False, audit: bool = True) -> Model:
+    """Writes an adapter into a model's weights; or makes it trainable, to go on from there.
+
+    Args:
+        adapter: a folder (a trainer's checkpoint is one), the id of an adapter on the hub, or an adapter.
+        trainable: its entries become trainable as by `sparsify`, with the deltas it holds. An adapter that stores
+            values (of half-precision weights) starts from exactly these, not from the wider deltas behind them.
+        audit: of a trainable one, as for `sparsify`.
+
+    Returns:
+        The very same model. `unload` gives it back as it was; so does the adapter's own `revert`.
+
+    Raises:
+        FinepointError: no adapter is there, or it does not fit the model, which is unchanged then.
+    """
+    found = adapter if isinstance(adapter, SparseAdapter) else SparseAdapter.load(adapter)
+    if found.changes_nothing() and not trainable:
+        logger.warning("the adapter changes nothing: no value differs from the base")
+    if not trainable:
+        found.apply(model)
+        return model
+    found.check(model)
+    tuner = SparseTuner(model, found, audit=audit, base=found.fingerprint)
+    _start_from_(tuner, found)
+    whole = tuple(name for name, change in found.changes.items() if change.kind == "full")
+    attach(model, Session(tuner, dict(found.info), whole))
+    return model
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, results: Results | None = None,
+    overwrite: bool = False, compact: bool = False,
+) -> Path:  # fmt: skip
+    """Writes the adapter of a model: the change of one in training, or the one adapter applied to it.
+
+    Args:
+        results: what was measured, for the model card: data -> metric -> value.
+        overwrite: allow a folder that holds something.
+        compact: write positions as gaps, in one or two bytes each instead of four.
+
+    Raises:
+        FinepointError: the model has no change to save, or the folder holds something.
+    """
+    adapter = adapter_of(model, results)
+    if adapter.changes_nothing():
+        logger.warning("the adapter changes nothing: no value differs from the base; has it been trained?")
+    return adapter.save(folder, overwrite, compact)
+
+
+def unload(model: Model, *, revert: bool = False) -> Model:
+    """Ends the training of a model: the plain model again, its flags as they were.
+
+    Of a model that is not in training, to which adapters are applied (`load`), it takes these out: the base's exact
+    bits again, in any case.
+
+    Args:
+        revert: with the base's exact bits instead of the trained values.
+
+    Raises:
+        FinepointError: the model is not in training and no adapter is applied to it; or, where the base's bits are to
+            be put back, weights were replaced, so that these would be entries of another model.
+    """
+    if SESSION not in vars(model) and (applied := applied_to(model)):
+        for adapter in reversed(applied):
+            adapter.revert(model)
+        return model
+    session = session_of(model)
+    if revert:
+        session.tuner.check_base()
+        session.tuner.revert_()
+    session.hook.remove()
+    session.tuner.close()
+    for name in (SESSION, *ATTACHED):
+        model.__dict__.pop(name, None)
+    return model
+
+
+def _start_from_(tuner: SparseTuner, adapter: SparseAdapter) -> None:
+    """Sets the deltas to those of an adapter whose entries the tuner trains."""
+    weights = dict(tuner.model.named_parameters(remove_duplicate=False))
+    owners = {id(entries.weight): entries for entries in tuner.entries.values()}
+    missed = 0
+    for name, change in adapter.changes.items():
+        if not len(change):
+            continue
+        entries = owners[id(weights[name])]
+        values = change.new_values(entries.base)
+        wide = entries.delta.dtype
+        with torch.no_grad():
+            exact = change.kind == "delta"
+            entries.delta.copy_(change.numbers if exact else values.to(wide) - entries.base.to(wide))
+        entries.follow_()
+        missed += int((gather(entries.weight, entries.indices) != values).sum())
+    if missed:
+        logger.warning("%d entries lie so far from the base that base + delta rounds to another value", missed)
+
+
+def _audit_(tuner: SparseTuner, batches: Sequence[Batch]) -> None:
+    """Tries the gradients of the chosen entries on batches of the user's."""
+    for batch in batches:
+        inputs = on_device(batch, next(tuner.model.parameters()).device)
+        tuner.audit_(lambda inputs=inputs: outcome(tuner.model(**inputs)))  # type: ignore[misc]
+        tuner.audit_later()
+
+
+def _refuse_trained(model: nn.Module) -> None:
+    if hasattr(model, CONTAINER):
+        raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
+
+
+def _origin(model: Any, data: Any) -> dict[str, Any]:
+    """What an adapter says of where it comes from."""
+    origin = {"base_model": _name(model), "finepoint_version": __version__}
+    return origin | ({"data": str(data)} if isinstance(data, str | Path) else {}) | _classes(model)
+
+
+def _choice(selection: Selection, scope: str, seed: int, targets: Targets) -> dict[str, Any]:
+    """What an adapter says of how its entries were chosen."""
+    facts = {key: value for key, value in selection.statistics.items() if key != "weights"}
+    return {"rule": selection.rule, "density": facts.get("density"), "scope": scope, "seed": seed,
+            "targets": _json(targets), "selection": facts}  # fmt: skip
+
+
+def _classes(model: Any) -> dict[str, Any]:
+    """What an adapter says of the classes of a model that gives every text one label."""
+    config: Any = getattr(model, "config", None)
+    if not type(model).__name__.endswith("ForSequenceClassification") or config.problem_type not in (None, SINGLE):
+        return {}
+    labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+    return {"task": "classification", "labels": labels} if len(labels) > 1 else {}
+
+
+def _name(model: Any) -> str:
+    """The id or folder that a model was loaded from."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def _json(targets: Targets) -> Any:
+    """Targets as JSON holds them."""
+    if isinstance(targets, str):
+        return targets
+    return dict(targets) if isinstance(targets, Mapping) else list(targets)

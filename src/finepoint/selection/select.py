@@ -1,0 +1,467 @@
+"""Scores to indices: exactly the entries with the highest scores, without ever holding all scores."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from finepoint.errors import FinepointError
+from finepoint.models.loading import block_of
+from finepoint.models.offloaded import in_memory
+from finepoint.models.quantised import float_values
+from finepoint.runtime import distributed
+from finepoint.runtime.settings import fits, spelled
+from finepoint.selection.passes import Batch
+from finepoint.selection.reach import is_text, reached_by_text
+from finepoint.selection.rules import OURS, STATISTICS, Rule, rule_named
+from finepoint.selection.settings import DEFAULT_RULE
+from finepoint.selection.statistics import Statistics, seeded_generator, stream_statistics
+from finepoint.selection.structure import Pooling, tilings
+from finepoint.selection.summary import Summary
+from finepoint.selection.targets import Targets, match, target_weights
+
+Scope = Literal["global", "weight", "layer"]
+Threshold = Literal["exact", "sampled"]
+Scored = tuple[str, Tensor, Tensor | None]
+"""A weight's name, the scores of its entries or groups, and each entry's |gradient| where the rule uses gradients."""
+
+SLICE = 1 << 22  # scores looked at in one go: bounds the temporaries of one large weight
+SAMPLE = 1 << 20  # scores from which --threshold sampled estimates its thresholds
+
+
+@dataclass(frozen=True)
+class Selection(Mapping[str, Tensor]):
+    """The chosen indices: a mapping from weight name to flat positions, (k,) int64, ascending, unique.
+
+    Weights without a chosen entry are left out.
+    """
+
+    indices: dict[str, Tensor]
+    rule: str
+    statistics: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Counts, shares and quantiles of the chosen entries against all (see `selection/summary.py`); JSON-ready."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.indices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __repr__(self) -> str:
+        return f"Selection({self.count:,} entries of {len(self)} weights, rule {self.rule})"
+
+    @property
+    def count(self) -> int:
+        """How many entries are chosen in all."""
+        return sum(len(indices) for indices in self.indices.values())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """So many entries out of these weights, compared with each other."""
+
+    names: tuple[str, ...]
+    k: int
+
+
+def select(
+    model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    *,
+    rule: str = DEFAULT_RULE,
+    density: float | None = None,
+    count: int | None = None,
+    scope: Scope = "global",
+    targets: Targets = "linear",
+    exclude: Sequence[Mapping[str, Tensor]] = (),
+    seed: int = 0,
+    scoring_memory: float = 1.0,
+    threshold: Threshold = "exact",
+    rule_options: Mapping[str, float] | None = None,
+    structure: str = "entry",
+    pooling: Pooling = "mean",
+    plan: Sequence[Budget] | None = None,
+    stream: Callable[..., Iterator[tuple[str, Statistics]]] = stream_statistics,
+    text: bool = False,
+) -> Selection:
+    """Chooses the entries to train; the model is left exactly as found.
+
+    Several processes (torch.distributed) call it together with the same batches; each scores on its share and all
+    choose the same entries.
+
+    Args:
+        model: a model whose forward takes a batch and returns an output with a `loss`.
+        batches: scoring examples, each a mapping with `labels`; only gradient rules need them.
+        rule: a name from `finepoint.RULES` or of a plug-in, or `module:function`.
+        density: share of the target entries to choose, in (0, 1]; 0.001 where neither it nor `count` is given.
+        count: how many to choose, instead of `density`.
+        scope: `global` compares all target entries with each other, `layer` those of one decoder block, `weight`
+            those of one weight; the budget is spread in proportion to size.
+        targets: see `target_weights`; a mapping from pattern to density gives every pattern its own budget.
+        exclude: adapters (or indices by weight name) whose entries may not be chosen; of weights of this model.
+        seed: for rules that draw, and for the sampled threshold.
+        scoring_memory: share of the weights whose gradients are held at a time; less memory, more passes.
+        threshold: `exact` gives exactly k entries; `sampled` takes all that reach a threshold estimated from a
+            sample of the scores (the lean SAFT), so the count is near k.
+        rule_options: the rule's options, e.g. `{"epsilon": 1e-6}`.
+        structure: `entry`; or whole groups of entries, each scored by the `pooling` of its entries' scores: `row` and
+            `column` of a weight as it is stored, `block:RxC`, `head` (of an attention projection). Density and count
+            then are shares and numbers of groups, and a group with an excluded entry is not chosen.
+        pooling: `mean`, which puts groups of different sizes on one scale, or `sum`.
+        plan: how many out of which target weights, each weight once, instead of density, count and scope.
+        stream: where statistics come from; another one with `stream_statistics`' parameters may have kept them.
+        text: it will be trained on text alone, as such batches say too: weights that text never reaches are left out.
+
+    Raises:
+        FinepointError: unknown rule or option, no target matched, a density that is out of range or chooses nothing,
+            missing batches, scores that are not finite, a target weight that is not in memory.
+    """
+    _check_words(scope=scope, pooling=pooling, threshold=threshold)
+    chosen_rule = rule_named(rule)
+    options, batches = checked_options(chosen_rule, rule_options or {}), list(batches or ())
+    weights, plan = _taking_part(model, targets, plan, text or is_text(batches))
+    cut = tilings(model, weights, structure)
+    taken = {name: cut[name].tiles(out) for name, out in _union(exclude, model, weights).items()}
+    sizes, held = {name: cut[name].count for name in weights}, {name: len(tiles) for name, tiles in taken.items()}
+    plan = plan or budgets(model, sizes, held, density=density, count=count, scope=scope, targets=targets)
+    summary = Summary(seed)
+
+    def scores() -> Iterator[Scored]:
+        settings = chosen_rule.options | options
+        for name, statistics in stream(model, weights, batches, chosen_rule.needs, scoring_memory, settings):
+            weight = distributed.whole(weights[name])  # of a sharded model one weight at a time is put together
+            values = score(chosen_rule, name, weight, statistics, seed, options)
+            gradient = None if statistics.gradient is None else statistics.gradient.abs()
+            summary.see(name, weight, gradient)
+            # A mean of many draws is near the middle, which would leave random's choice to the smallest groups.
+            values = cut[name].pooled(values, "first" if chosen_rule.name == "random" else pooling)
+            if name in taken:  # on a copy: a rule may have returned the weight itself
+                values = values.index_fill(0, taken[name].to(values.device), -torch.inf)
+            yield name, values, gradient if cut[name].is_entries else None
+
+    tiles, gradients = (sampled if threshold == "sampled" else exact)(scores, plan, sizes, seed)
+    indices = {name: cut[name].indices(tiles[name]) for name in weights if len(tiles.get(name, ()))}
+    if not indices:
+        raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
+    return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan, structure))
+
+
+def _taking_part(
+    model: nn.Module, targets: Targets, plan: Sequence[Budget] | None, text: bool
+) -> tuple[dict[str, nn.Parameter], Sequence[Budget] | None]:
+    """The target weights and the plan without those that the data cannot reach."""
+    weights = in_memory(target_weights(model, targets))
+    if text:
+        weights = reached_by_text(model, weights)
+        plan = [Budget(tuple(name for name in part.names if name in weights), part.k) for part in plan or ()]
+    return weights, plan
+
+
+def _check_words(**given: str) -> None:
+    for name, kind in (("scope", Scope), ("pooling", Pooling), ("threshold", Threshold)):
+        if not fits(given[name], kind):
+            raise FinepointError(f"{name} is {given[name]!r}; it is {' or '.join(spelled(kind))}")
+
+
+def checked_options(rule: Rule, options: Mapping[str, float]) -> dict[str, float]:
+    """The options of a rule, refused by name where it has no such option."""
+    for name in options:
+        if name not in rule.options:
+            known = ", ".join(f"{option}={default}" for option, default in rule.options.items()) or "none"
+            raise FinepointError(f"rule {rule.name!r} has no option {name!r}; its options: {known}")
+    for name, default in rule.options.items():
+        if default is inspect.Parameter.empty and name not in options:
+            raise FinepointError(f"rule {rule.name!r} leaves {name} open; give --rule-options {name}=..")
+    return dict(options)
+
+
+def score(rule: Rule, name: str, weight: Tensor, statistics: Any, seed: int, options: Mapping[str, float]) -> Tensor:
+    """The rule's scores of one weight: finite, the weight's shape.
+
+    Raises:
+        FinepointError: the rule gave another shape, or a number that is not finite; or one that is not ours failed.
+    """
+    offered = {"weight": float_values(weight), "generator": seeded_generator(seed, name)}
+    offered |= {need: getattr(statistics, need) for need in STATISTICS}
+    try:
+        with torch.no_grad():
+            scores = rule.score(**{need: offered[need] for need in rule.needs}, **options)
+    except Exception as error:
+        if rule.package == OURS:
+            raise
+        raise FinepointError(f"rule {rule.name!r} of {rule.package} failed on {name}: {type(error).__name__}: "
+                             f"{error}") from error  # fmt: skip
+    if not isinstance(scores, Tensor):
+        raise FinepointError(f"rule {rule.name!r} gave {type(scores).__name__} for {name}, not a tensor of scores")
+    if scores.shape != weight.shape:
+        raise FinepointError(f"rule {rule.name!r} gave scores of shape {tuple(scores.shape)} for {name}, "
+                             f"which has shape {tuple(weight.shape)}")  # fmt: skip
+    if not scores.is_floating_point() or not torch.isfinite(scores).all():
+        raise FinepointError(f"rule {rule.name!r} gave scores that are not finite numbers for {name}")
+    return scores.contiguous()
+
+
+def budgets(
+    model: nn.Module,
+    sizes: Mapping[str, int],
+    taken: Mapping[str, int],
+    *,
+    density: float | None,
+    count: int | None,
+    scope: Scope,
+    targets: Targets,
+) -> list[Budget]:
+    """How many entries (or groups) to choose out of which weights; the counts add up to exactly round(density x all).
+
+    Args:
+        sizes: how many every target weight has.
+        taken: how many of them may not be chosen.
+    """
+    parts: list[tuple[list[str], float, int | None]]
+    if isinstance(targets, Mapping):
+        if density is not None or count is not None:
+            raise FinepointError("targets give a density for each pattern; leave out density and count")
+        parts = [(names, share, None) for names, share in _pattern_parts(model, sizes, targets)]
+    else:
+        if density is not None and count is not None:
+            raise FinepointError(f"both density {density} and count {count} are given; give one of them")
+        parts = [(list(sizes), density if density is not None else 1e-3, count)]
+
+    plan = []
+    for names, share, fixed in parts:
+        total = sum(sizes[name] for name in names)
+        k = fixed if fixed is not None else _count(share, total)
+        if not 1 <= k <= total:
+            raise FinepointError(f"count is {k}; the targets have {total} entries, so give 1 to {total}")
+        groups = _groups(model, names, scope)
+        free = [sum(sizes[name] - taken.get(name, 0) for name in group) for group in groups]
+        if k > sum(free):
+            raise FinepointError(f"{k} entries are asked for and {sum(free)} are left after exclude; lower the density")
+        shares = allocate([sum(sizes[name] for name in group) for group in groups], free, k)
+        plan += [Budget(tuple(group), k) for group, k in zip(groups, shares, strict=True)]
+    return plan
+
+
+def _count(density: float, total: int) -> int:
+    if not 0 < density <= 1:
+        raise FinepointError(f"density is {density}; it is a share of the target entries, in (0, 1]")
+    k = int(density * total + 0.5)
+    if not k:
+        raise FinepointError(f"density {density} chooses none of {total} entries; use at least {1 / total:.2g}")
+    return k
+
+
+def _pattern_parts(
+    model: nn.Module, weights: Iterable[str], targets: Mapping[str, float]
+) -> list[tuple[list[str], float]]:
+    """The weights of every pattern with its density; a weight that several match belongs to the first."""
+    free = dict.fromkeys(weights)
+    parts = []
+    for pattern, density in targets.items():
+        names = [name for name in match(model, pattern.strip()) if name in free]
+        for name in names:
+            del free[name]
+        if names:
+            parts.append((names, density))
+    return parts
+
+
+def compared(model: nn.Module, names: Sequence[str], scope: Scope, targets: Targets) -> list[list[str]]:
+    """The target weights, by name, in groups of those whose entries are compared with each other."""
+    parts = [part for part, _ in _pattern_parts(model, names, targets)] if isinstance(targets, Mapping) else [names]
+    return [group for part in parts for group in _groups(model, part, scope)]
+
+
+def _groups(model: nn.Module, names: Sequence[str], scope: Scope) -> list[list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        key = {"global": "", "weight": name, "layer": block_of(model, name) or name}[scope]
+        groups[key].append(name)
+    return list(groups.values())
+
+
+def allocate(sizes: Sequence[int], free: Sequence[int], k: int) -> list[int]:
+    """Spreads k over groups in proportion to their sizes (largest remainder), at most `free` each; the sum is k.
+
+    What a group cannot take goes to the others in the same proportion.
+    """
+    counts = [0] * len(sizes)
+    open_groups = [i for i in range(len(sizes)) if free[i]]
+    while left := k - sum(counts):
+        total = sum(sizes[i] for i in open_groups)
+        # Integer arithmetic: a quotient of floats would lose exactness beyond 2^53.
+        fair = {i: divmod(left * sizes[i], total) for i in open_groups}
+        by_remainder = sorted(open_groups, key=lambda i: (-fair[i][1], i))
+        extra = set(by_remainder[: left - sum(quotient for quotient, _ in fair.values())])
+        for i in open_groups:
+            counts[i] = min(free[i], counts[i] + fair[i][0] + (i in extra))
+        open_groups = [i for i in open_groups if counts[i] < free[i]]
+    return counts
+
+
+def refuse_excluded(indices: Mapping[str, Tensor], exclude: Sequence[Mapping[str, Tensor]], model: nn.Module) -> None:
+    """Refuses entries that were given, where some of them are excluded.
+
+    Raises:
+        FinepointError: it is so; or what is excluded is not of this model.
+    """
+    taken, own = (_union(part, model, dict(model.named_parameters())) for part in (exclude, [indices]))
+    for name in taken.keys() & own.keys():
+        if shared := int(torch.isin(own[name].cpu(), taken[name].cpu()).sum()):
+            raise FinepointError(f"{shared} of the entries of {name} that are given are to be excluded, too; give "
+                                 "others, or leave out exclude")  # fmt: skip
+
+
+def _union(adapters: Sequence[Mapping[str, Tensor]], model: nn.Module, weights: Collection[str]) -> dict[str, Tensor]:
+    """All indices of these weights that occur in any of the adapters, by weight, each once.
+
+    Raises:
+        FinepointError: an adapter names a weight that the model has not, or an index outside one; or is no mapping.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for adapter in adapters:
+        if not isinstance(adapter, Mapping):
+            raise FinepointError(f"exclude holds {adapter!r}; give a list of adapters, each as SparseAdapter.load "
+                                 "gives it, or of indices by weight name")  # fmt: skip
+        for name in adapter:
+            if name not in parameters:
+                raise FinepointError(f"the model has no weight {name!r}, entries of which are to be excluded; "
+                                     f"its weights are called like {next(iter(first.values()))!r}")  # fmt: skip
+            indices, entries = adapter[name], parameters[name].numel()
+            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < entries:
+                raise FinepointError(f"an index to exclude lies outside {name}, which has {entries} entries")
+            if (own := first[id(parameters[name])]) in weights:  # a tied weight goes by its first name
+                found[own].append(indices)
+    return {name: torch.cat(parts).unique() for name, parts in found.items()}
+
+
+class TopK:
+    """The k largest of a stream of scores, ties to the earlier one; holds at most 2k + one slice of candidates."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.floor = -torch.inf  # once k candidates are held, only a larger score can enter
+        self.held = 0
+        self.columns: list[tuple[Tensor, ...]] = []
+
+    def add(self, source: int, scores: Tensor, extra: Tensor | None) -> None:
+        """Offers all scores of one weight (any shape), with a number to carry along for each; -inf is never taken."""
+        flat = scores.view(-1)
+        carried = flat if extra is None else extra.reshape(-1)
+        for start in range(0, len(flat) if self.k else 0, SLICE):
+            values = flat[start : start + SLICE]
+            positions = (values > self.floor).nonzero().view(-1)
+            if not len(positions):
+                continue
+            values = values[positions]
+            positions += start
+            columns = (
+                values.cpu(),
+                torch.full_like(positions, source).cpu(),
+                positions.cpu(),
+                carried[positions].cpu(),
+            )
+            self.columns.append(columns)
+            self.held += len(positions)
+            if self.held >= 2 * self.k:
+                self._prune()
+
+    def _prune(self) -> None:
+        columns = tuple(torch.cat(parts) for parts in zip(*self.columns, strict=True))
+        if self.held > self.k:
+            kept = largest(columns[0], self.k)
+            columns = tuple(column[kept] for column in columns)
+        self.columns = [columns]
+        self.held = len(columns[0])
+        if self.held == self.k:
+            self.floor = columns[0].min().item()
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sources, positions and carried numbers of the k largest, in the order they were offered."""
+        if not self.columns:
+            return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0)
+        self._prune()
+        _, sources, positions, carried = self.columns[0]
+        return sources, positions, carried
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """Positions of the k largest values, ascending; ties go to the lower position. values: (n,), k <= n."""
+    if not k:
+        return torch.empty(0, dtype=torch.long, device=values.device)
+    threshold = torch.topk(values, k, sorted=False).values.min()
+    keep = values > threshold
+    ties = (values == threshold).nonzero().view(-1)
+    keep[ties[: k - int(keep.sum())]] = True
+    return keep.nonzero().view(-1)
+
+
+Chosen = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Indices by weight, and the |gradient| at them (empty where the rule uses none)."""
+
+
+def exact(scores: Callable[[], Iterable[Scored]], plan: Sequence[Budget], sizes: Iterable[str], seed: int) -> Chosen:
+    """Exactly k entries for each budget: one pass over the scores, bounded memory."""
+    names = list(sizes)
+    source = {name: i for i, name in enumerate(names)}
+    pools = [TopK(budget.k) for budget in plan]
+    pool_of = {name: pool for budget, pool in zip(plan, pools, strict=True) for name in budget.names}
+    has_gradient = False
+    for name, values, gradient in scores():
+        pool_of[name].add(source[name], values, gradient)
+        has_gradient |= gradient is not None
+
+    indices: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    for budget, pool in zip(plan, pools, strict=True):
+        sources, positions, carried = pool.result()
+        for name in budget.names:
+            mine = sources == source[name]
+            indices[name] = positions[mine]
+            if has_gradient:
+                gradients[name] = carried[mine]
+    return indices, gradients
+
+
+def sampled(
+    scores: Callable[[], Iterable[Scored]], plan: Sequence[Budget], sizes: Mapping[str, int], seed: int
+) -> Chosen:
+    """All entries that reach a threshold estimated from a random sample: two passes, no candidates held, k near.
+
+    The lean form of SAFT (Stuttgart master thesis 134, 2024): the threshold of a budget is the (k+1)-th largest of
+    its scores in expectation, read off a uniform sample of about `SAMPLE` scores of all weights.
+    """
+    total = sum(sizes.values())
+    samples: dict[str, Tensor] = {}
+    for name, values, _ in scores():
+        flat = values.view(-1)
+        size = max(1, min(len(flat), SAMPLE * len(flat) // total))
+        draw = torch.randint(len(flat), (size,), generator=seeded_generator(seed, f"threshold {name}"))
+        samples[name] = flat[draw.to(flat.device)].cpu()
+
+    thresholds: dict[str, float] = {}
+    for budget in plan:
+        sample = torch.cat([samples[name] for name in budget.names]).sort(descending=True).values
+        share = budget.k / sum(sizes[name] for name in budget.names)
+        # At least one sampled score must lie above the threshold, or it would not be an estimate.
+        rank = max(1, round(share * len(sample)))
+        thresholds |= dict.fromkeys(budget.names, sample[rank - 1].item())
+
+    indices: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    for name, values, gradient in scores():
+        flat = values.view(-1)
+        reached = ((flat >= thresholds[name]) & (flat > -torch.inf)).nonzero().view(-1)
+        indices[name] = reached.cpu()
+        if gradient is not None:
+            gradients[name] = gradient.reshape(-1)[reached].cpu()
+    return indices, gradients

@@ -1,0 +1,71 @@
+"""What `finepoint select` takes, and with it everything that chooses entries.
+
+Nothing heavy is imported here, so that help is instant.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finepoint.runtime.settings import DType, Quantise, TargetsOption, setting
+
+DEFAULT_RULE = "random"
+"""What nothing measured so far beats at equal forgetting, and needs no pass over the data: docs/study.md."""
+
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which entries of a model are chosen."""
+
+    rule: str = setting(
+        "which entries; `finepoint rules` lists them; or module:function, or a formula of w and g",
+        DEFAULT_RULE, "selection", "which entries")
+    rule_options: dict[str, float] = setting("the rule's options, e.g. epsilon=1e-6", {}, "selection", "which entries")
+    density: float | None = setting(
+        "share of the target entries to train, in (0, 1]; 0.001 where no count is given",
+        None, "selection", "which entries")
+    count: int | None = setting("how many entries to train, instead of density", None, "selection", "which entries")
+    structure: str = setting(
+        "entry, or whole groups: row, column, block:RxC, head; density and count then are of groups",
+        "entry", "selection", "which entries")
+    pooling: Literal["mean", "sum"] = setting(
+        "a group's score is the mean or the sum of its entries'", "mean", "selection", "which entries")
+    scope: Literal["global", "weight", "layer"] = setting(
+        "what competes with each other: all target entries, or those of one weight or one layer",
+        "global", "selection", "which entries")
+    targets: TargetsOption = setting(
+        "linear (default), all, attention, mlp, short names (v,o), patterns, or a density for each pattern",
+        "linear", "statistics", "which entries")
+    exclude: list[str] = setting(
+        "adapter folders whose entries may not be chosen", [], "selection", "which entries", file=True)
+    scoring_examples: float = setting(
+        "how many training examples gradients are taken over; a share where below 1", 256, "statistics", "scoring")
+    scoring_memory: float = setting(
+        "share of the weights whose gradients are held at a time; less memory, more passes", 1.0, section="scoring")
+    threshold: Literal["exact", "sampled"] = setting(
+        "exact (exactly so many entries) or sampled (about as many, lean SAFT)", "exact", "selection", "scoring")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig(Choice):
+    """Choose which entries to train and write them as an adapter that changes nothing yet."""
+
+    model: str = setting(
+        "a folder, a hub id, a .gguf file, smollm2, or gemma3-270m", decides="statistics", section="files", file=True)
+    output: str = setting("folder to write", section="files", file=True)
+    data: str | None = setting(
+        "training examples, a JSON Lines file; some rules need none", None, "statistics", "files", file=True)
+    max_length: int | None = setting(
+        "longest example in tokens; the model's context where not given", None, "statistics", "training")
+    batch_size: int = setting("examples a batch", 16, "statistics", "training")
+    dtype: DType = setting(
+        "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16",
+        "auto", "statistics", "memory")
+    quantise: Quantise | None = setting(
+        "hold the linear layers of the base in int8 or int4 (torchao) or nf4 (bitsandbytes); what is trained stays "
+        "float",
+        None, "statistics", "memory")
+    seed: int = setting("of everything random", 0, "statistics", "everything else")
+    overwrite: bool = setting("allow an output folder that holds something", False, section="files")
+    json: bool = setting("print one JSON object on stdout", False, section="everything else")

@@ -1,0 +1,194 @@
+"""What rules are made of: gradients and squared gradients, streamed weight by weight in bounded memory."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finepoint.errors import FinepointError
+from finepoint.models.quantised import as_floats
+from finepoint.runtime import distributed
+from finepoint.runtime.progress import tracked
+from finepoint.selection.input_norms import input_norms
+from finepoint.selection.passes import Batch, counts_every_label, label_count, loss_of, on_device, split, undisturbed
+from finepoint.selection.rules import wide
+from finepoint.selection.warmup import warmed_up
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of one weight; what the rule did not ask for is None."""
+
+    gradient: Tensor | None = None
+    squared_gradient: Tensor | None = None
+    input_norm: Tensor | None = None
+    movement: Tensor | None = None
+    change: Tensor | None = None
+
+
+def stream_statistics(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Sequence[Batch],
+    needs: Iterable[str],
+    memory: float = 1.0,
+    options: Mapping[str, float] | None = None,
+) -> Iterator[tuple[str, Statistics]]:
+    """Yields every weight's statistics once, in order, holding those of at most `memory` x all entries at a time.
+
+    A smaller `memory` (in (0, 1]) makes more passes over the same batches and gives the same numbers bit for bit;
+    at least one weight is held at a time. Between two yields the model is exactly as it was found.
+
+    Several processes share the examples, and each gets the same sums. Of a sharded model each holds the sums of its own
+    rows, and a weight's statistics are put together as it is yielded.
+
+    `movement` and `change` take a short training of all the weights at once, to which `memory` does not apply; they
+    then wait in a temporary file.
+
+    Args:
+        options: the rule's; `steps` and `lr` are those of this training.
+
+    Raises:
+        FinepointError: data is needed and there is no batch, no label, or a loss that is not finite; or a weight has
+            not what the rule asks for.
+    """
+    needs = set(needs)
+    wanted: list[str] = [need for need in ("gradient", "squared_gradient") if need in needs]
+    warm = [need for need in ("movement", "change") if need in needs]
+    if not (wanted or warm or "input_norm" in needs):
+        yield from ((name, Statistics()) for name in weights)
+        return
+    if not batches:
+        raise FinepointError("this rule scores by examples and needs data; give --data (in Python: batches)")
+    if wanted or warm:
+        every = counts_every_label(model, batches)
+        told = (str(label_count(batch, every)).encode() for batch in batches)
+        distributed.check_alike("a label of the scoring examples", told)
+    with ExitStack() as stack:
+        norms = input_norms(model, weights, batches) if "input_norm" in needs else {}
+        moved: Any = stack.enter_context(warmed_up(model, weights, batches, warm, options or {})) if warm else {}
+        for chunk in _chunks(weights, memory):
+            sums = {need: {name: zeros(w) for name, w in chunk.items()} for need in wanted}
+            if wanted:
+                with as_floats(model, chunk) as plain, undisturbed(model):
+                    _accumulate_(sums, model, plain, batches)
+            for name in chunk:
+                found = {need: distributed.whole(sums[need].pop(name)) for need in wanted}
+                found |= moved[name] if warm else {}
+                yield name, Statistics(**found, input_norm=norms.pop(name, None))
+
+
+def zeros(weight: Tensor) -> Tensor:
+    """The weight's shape and device, `wide`'s dtype; an ordinary tensor also where the weight is quantised."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if distributed.is_sharded(weight):  # as it is: each process adds up its own rows
+        return torch.zeros_like(weight.detach(), dtype=dtype)
+    return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+
+
+def _chunks(weights: Mapping[str, nn.Parameter], memory: float) -> Iterator[dict[str, nn.Parameter]]:
+    """Consecutive weights, as many as fit into `memory` x all entries, at least one."""
+    if not 0 < memory <= 1:
+        raise FinepointError(f"scoring_memory is {memory}; it is a share of the weights, in (0, 1]")
+    room = memory * sum(weight.numel() for weight in weights.values())
+    chunk: dict[str, nn.Parameter] = {}
+    held = 0
+    for name, weight in weights.items():
+        if chunk and held + weight.numel() > room:
+            yield chunk
+            chunk, held = {}, 0
+        chunk[name] = weight
+        held += weight.numel()
+    yield chunk
+
+
+def _accumulate_(
+    sums: dict[str, dict[str, Tensor]], model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Sequence[Batch]
+) -> None:
+    """Adds up the mean gradient and the mean squared per-example gradient of the weights over the batches.
+
+    The mean gradient is that of the loss summed over all labels of all batches and divided once by their number, so
+    it does not depend on how the examples were batched. The squared gradient is made from batches of one: the
+    gradient of the example's log-likelihood (the sum over its labels), squared, averaged over the examples.
+    """
+    per_example = "squared_gradient" in sums
+    if per_example and any(batch.get("return_loss") for batch in batches):
+        raise FinepointError("this rule squares the gradient of one example at a time, and a loss over pairs "
+                             "(return_loss) has none; take another, e.g. gradient")  # fmt: skip
+    if per_example:
+        batches = [example for batch in batches for example in split(batch)]
+    counts = [label_count(batch, counts_every_label(model, batches)) for batch in batches]
+    total = sum(counts)
+    if not total:
+        raise FinepointError("every label of the scoring examples is ignored (-100): nothing to compute a gradient of")
+    device = next(model.parameters()).device
+    sharded = distributed.is_sharded(next(iter(weights.values())))
+    share = None
+
+    def collect(name: str, weight: Tensor) -> None:
+        assert weight.grad is not None
+        assert share is not None
+        # The model's loss is a mean over its labels: times their number, it is the sum.
+        gradient = wide(weight.grad)
+        if "gradient" in sums:
+            sums["gradient"][name].add_(gradient, alpha=share.factor)
+        if per_example:
+            scaled = gradient * share.count
+            sums["squared_gradient"][name].addcmul_(scaled, scaled, value=1 / len(batches))
+        weight.grad = None
+
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            weight.requires_grad_(True)
+            # Collected as soon as it is made, so that one dense gradient exists at a time beside the sums.
+            stack.callback(weight.register_post_accumulate_grad_hook(partial(collect, name)).remove)
+        for share in tracked("scoring examples", _shares(batches, counts, sharded, per_example)):
+            loss = loss_of(model, on_device(share.batch, device))
+            if not torch.isfinite(loss):
+                raise FinepointError(f"the loss of a scoring batch is {loss.item()}; is --dtype too narrow?")
+            (loss if share.scale is None else loss * share.scale).backward()
+    if not sharded:
+        for parts in sums.values():
+            for part in parts.values():
+                distributed.add_up_(part)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A batch that this process scores on."""
+
+    batch: Batch
+    count: int
+    """of its labels"""
+    factor: float
+    """of its gradient in the mean over all labels of all batches"""
+    scale: float | None = None
+    """of its loss"""
+
+
+def _shares(batches: Sequence[Batch], counts: Sequence[int], sharded: bool, per_example: bool) -> list[_Share]:
+    """What falls to this process: every so manieth batch, those without a label left out.
+
+    The layers of a sharded model run in all processes together: all get equally many batches, the last of them perhaps
+    one that counts nothing. FSDP2 averages their gradients as they are made, so squares are taken of one example
+    after the other, by all processes alike.
+    """
+    total = sum(counts)
+    scored = [(batch, count) for batch, count in zip(batches, counts, strict=True) if count]
+    if sharded and not per_example:
+        scored += [(scored[0][0], 0)] * (-len(scored) % distributed.count())
+        mine = scored[distributed.rank() :: distributed.count()]
+        return [_Share(batch, count, distributed.count() / total, scale=count) for batch, count in mine]
+    mine = scored if sharded else scored[distributed.rank() :: distributed.count()]
+    return [_Share(batch, count, count / total) for batch, count in mine]
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one weight: equal seeds and names give equal numbers, equal shapes do not."""
+    digest = sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

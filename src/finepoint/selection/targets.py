@@ -1,0 +1,122 @@
+"""Which weights of a model may be trained: presets, short names and glob patterns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from finepoint.errors import FinepointError
+from finepoint.models.bitsandbytes import check_weight
+from finepoint.models.loading import block_of
+
+Targets = str | Sequence[str] | Mapping[str, float]
+"""`"linear"`, `"v,o"`, `["*.v_proj", "*.o_proj"]`, or a density for each pattern: `{"*.v_proj": 0.01}`."""
+
+LINEAR_LAYERS = (nn.Linear, Conv1D)
+DELTAS = "finepoint."  # prefix of what a SparseTuner hangs on a model: no weights of the model's own
+
+
+def target_weights(model: nn.Module, targets: Targets = "linear") -> dict[str, nn.Parameter]:
+    """The weights whose entries may be chosen, by qualified name, in the model's own order.
+
+    A pattern is a preset (`linear`: every linear layer of the decoder blocks, expert weights included; `attention`,
+    `mlp`: its two halves; `all`: every floating-point parameter), a short name (`v` or `v_proj`: the weight of every
+    module called that), or a glob over parameter names (`*.bias`) or over modules (`*.v_proj`, their weights).
+    A tied weight appears once, under its first name.
+
+    Raises:
+        FinepointError: a pattern matches no weight (close names are offered), or only weights that are not floating
+            point (a quantised model), or of bitsandbytes' own layers.
+    """
+    parameters = dict(model.named_parameters())
+    chosen: set[str] = set()
+    for pattern in pattern_list(targets):
+        chosen |= set(match(model, pattern))
+    return {name: parameter for name, parameter in parameters.items() if name in chosen}
+
+
+def pattern_list(targets: Targets) -> list[str]:
+    """The patterns of `targets`: a string is split at its commas, of a mapping the keys count."""
+    patterns = targets.split(",") if isinstance(targets, str) else list(targets)
+    patterns = [pattern.strip() for pattern in patterns if pattern.strip()]
+    if not patterns:
+        raise FinepointError(
+            "targets is empty; give a preset (linear, attention, mlp, all) or patterns like '*.v_proj'"
+        )
+    return patterns
+
+
+def match(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the floating-point parameters that one pattern stands for, in the model's order.
+
+    Raises:
+        FinepointError: nothing matches, or weights of bitsandbytes' own layers.
+    """
+    matches = PRESETS.get(pattern) or _matcher(pattern)
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith(DELTAS)}
+    names = [name for name in parameters if matches(model, name)]
+    if not names:
+        if pattern in PRESETS:
+            raise FinepointError(f"the model has no weight that {pattern!r} stands for (linear layers of its blocks); "
+                                 f"give patterns: names look like {_example(list(parameters))}")  # fmt: skip
+        raise FinepointError(f"no weight matches {pattern!r}; {_suggestion(pattern, list(parameters))}")
+    for name in names:
+        check_weight(name, parameters[name])
+    trainable = [name for name in names if parameters[name].is_floating_point()]
+    if not trainable:
+        kind = str(parameters[names[0]].dtype).removeprefix("torch.")
+        raise FinepointError(
+            f"weights that match {pattern!r} are {kind}, not floating point: a quantised weight cannot be trained in "
+            "place; load the model in bfloat16 or float32"
+        )
+    return trainable
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    if block_of(model, name) is None:
+        return False
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if isinstance(owner, LINEAR_LAYERS):
+        return attribute == "weight"
+    # Mixture-of-experts layers stack their linear weights in one parameter: (experts, out, in), or one under the other.
+    # Convolutions are 3-D as well, and so are vectors that are shaped to be multiplied with states, (1, 1, n).
+    shape, of_experts = model.get_parameter(name).shape, "experts" in owner_name.split(".")
+    if len(shape) == 3:
+        return (min(shape) > 1 or of_experts) and not isinstance(owner, nn.modules.conv._ConvNd | nn.Embedding)
+    return len(shape) == 2 and of_experts and not name.endswith("bias")
+
+
+def _is_attention(model: nn.Module, name: str) -> bool:
+    return _is_linear(model, name) and "attn" in name.replace("attention", "attn")
+
+
+PRESETS: dict[str, Callable[[nn.Module, str], bool]] = {
+    "linear": _is_linear,
+    "attention": _is_attention,
+    "mlp": lambda model, name: _is_linear(model, name) and not _is_attention(model, name),
+    "all": lambda model, name: True,
+}
+
+
+def _matcher(pattern: str) -> Callable[[nn.Module, str], bool]:
+    if any(character in pattern for character in "*?[."):
+        return lambda model, name: fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
+    # A short name stands for the weights of modules called that, so `v` does not pick up `v_proj.bias`.
+    owners = (pattern, f"{pattern}_proj")
+    return lambda model, name: name == pattern or (name.endswith(".weight") and name.split(".")[-2] in owners)
+
+
+def _suggestion(pattern: str, names: list[str]) -> str:
+    close = get_close_matches(pattern, names, n=3, cutoff=0.5)
+    owners = sorted({name.split(".")[-2] for name in names if name.count(".") >= 1})
+    close = close or get_close_matches(pattern, [*owners, *PRESETS], n=3, cutoff=0.5)
+    if close:
+        return f"close names: {', '.join(close)}"
+    return f"names look like {_example(names)}; presets are {', '.join(PRESETS)}"
+
+
+def _example(names: list[str]) -> str:
+    return repr(names[len(names) // 2]) if names else "none: the model has no weights"

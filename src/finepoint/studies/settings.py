@@ -1,0 +1,79 @@
+"""What `finepoint compare` and `finepoint sequence` take.
+
+Nothing heavy is imported here, so that help is instant.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finepoint.runtime.settings import DType, Quantise, setting
+from finepoint.selection.settings import DEFAULT_RULE
+
+# fmt: off
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Run a study: arms x learning rates x seeds x tasks, every arm tuned on validation, all measured alike.
+
+The same command goes on where it stopped; finished cells are never run again, failed ones are tried once more."""
+
+    model: str = setting("a folder, a hub id, a .gguf file, or smollm2", decides="bits")
+    tasks: dict[str, dict[str, str]] = setting(
+        "files by task, e.g. {movies: {train: F, validation: F, test: F}, tweets: {test: F}}", decides="bits")
+    arms: list[dict[str, Any]] = setting(
+        "what is compared, e.g. [{rule: gallop, density: [0.001, 0.01]}, {baseline: lora, options: {rank: 8}}]",
+        decides="length")
+    output: str = setting("folder of the study")
+    probes: dict[str, str] = setting("files of text by name, whose likelihood shows forgetting", {}, "bits")
+    train_on: list[str] = setting(
+        "tasks to train on, one after the other; all that have train, validation and test where not given",
+        [], "length")
+    seeds: list[int] = setting("the first tunes the learning rates, all measure the best one", [0, 1, 2], "length")
+    tuning: Literal["best", "one-se"] = setting(
+        "best validation accuracy, or one-se: the smallest rate within one standard error of it", "best", "length")
+    train: dict[str, Any] = setting(
+        "settings of finepoint train that all arms share, e.g. {steps: 40, eval_every: 10}", {}, "bits")
+    validation_limit: int | None = setting("at most so many examples of each validation set", None, "bits")
+    test_limit: int | None = setting("at most so many examples of each test set", None, "bits")
+    probe_limit: int | None = setting("at most so many texts of each probe", None, "bits")
+    generate: int = setting(
+        "at most so many examples of each test set are answered by generation too; 0 for none", 64, "bits")
+    new_tokens: int = setting("most tokens to generate", 8, "bits")
+    keep_adapters: bool = setting("keep every cell's adapter in the folder of the study", False, "length")
+    dtype: DType = setting(
+        "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto", "bits")
+    quantise: Quantise | None = setting(
+        "hold the linear layers of the base in int8 or int4 (torchao) or nf4 (bitsandbytes); for arms that choose "
+        "entries",
+        None, "bits")
+    workers: int = setting("processes that run cells side by side; 1 runs them in this process", 1)
+    executor: Literal["local", "ray"] = setting("local (this machine) or ray", "local")
+    address: str | None = setting("of a running Ray cluster; one on this machine is started where not given", None)
+    dry_run: bool = setting("print the cells and an estimate of the time, and run none", False)
+    json: bool = setting("print one JSON object on stdout", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """Train tasks one after the other on one model, each on entries of its own, and measure all after each.
+
+The same command goes on where it stopped."""
+
+    model: str = setting("a folder, a hub id, a .gguf file, or smollm2", decides="bits")
+    tasks: dict[str, dict[str, str]] = setting(
+        "files by task, in the order of training, e.g. {movies: {train: F, test: F}, words: {..}}", decides="bits")
+    output: str = setting("folder to write")
+    rule: str = setting("which entries; `finepoint rules` lists them", DEFAULT_RULE, "bits")
+    density: float = setting("share of the target entries that each task trains", 0.001, "bits")
+    lr: float | None = setting(
+        "learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others", None, "bits")
+    overlap: Literal["exclude", "allow", "both"] = setting(
+        "exclude entries that earlier tasks own, allow them, or both ways one after the other", "both", "length")
+    train: dict[str, Any] = setting("further settings of finepoint train, e.g. {steps: 60}", {}, "bits")
+    test_limit: int | None = setting("at most so many examples of each test set", None, "bits")
+    new_tokens: int = setting("most tokens to generate where an answer is written", 8, "bits")
+    seed: int = setting("of everything random in the first task; the next one has the next seed", 0, "bits")
+    dtype: DType = setting(
+        "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto", "bits")
+    json: bool = setting("print one JSON object on stdout", False)

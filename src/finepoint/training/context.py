@@ -1,0 +1,184 @@
+"""What a run works on: a model, its tokenizer and examples in tokens; and the choosing of entries there."""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.fingerprint import contents_of, fingerprint
+from finepoint.data.batches import Collator, Packer, context_length
+from finepoint.data.examples import Example, label_names, read_examples, some
+from finepoint.data.leaks import Seen
+from finepoint.data.tokens import Row, encode_all, learned, padding_id
+from finepoint.errors import FinepointError
+from finepoint.models.loading import class_order, load_config, load_model, load_tokenizer, new_head
+from finepoint.models.probing import PACKABLE, counts_from_zero, keeps_apart
+from finepoint.models.quantised import quantised_layers
+from finepoint.runtime import distributed
+from finepoint.selection.rules import rule_named
+from finepoint.selection.select import Budget, Selection, select
+from finepoint.selection.settings import SelectConfig
+from finepoint.selection.statistics import stream_statistics
+from finepoint.training.settings import TrainConfig
+from finepoint.training.sharding import shard_, wanted
+
+ALONE = "a quantised base trains in one process"
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """What a run works on: the model, its tokenizer, and the examples in tokens."""
+
+    model: Any
+    tokenizer: Any
+    labels: list[str]
+    rows: list[Row]
+    collator: Collator
+    seen: Seen | None = None
+    """digests of the examples"""
+
+
+def prepare(config: SelectConfig) -> TrainingContext:
+    """Reads the data and loads the model they call for."""
+    rule_named(config.rule)  # a misspelt rule should not wait for the model to load
+    if config.quantise and distributed.count() > 1:
+        raise FinepointError(f"{ALONE}; leave out --quantise, or start it without a launcher")
+    examples = read_examples(config.data) if config.data else []
+    labels = label_names(examples)
+    if len(labels) == 1:
+        raise FinepointError(f"{config.data} knows only the label {labels[0]!r}; a classifier needs two")
+    tokenizer = load_tokenizer(config.model)
+    if labels:
+        labels = class_order(load_config(config.model), labels)
+    # To be sharded it is loaded beside the device, which may not have room for all of it.
+    device = "cpu" if wanted() else None
+    model = load_model(config.model, config.dtype, labels, config.seed, device=device, quantise=config.quantise)
+    if distributed.count() > 1 and quantised_layers(model):
+        raise FinepointError(f"{ALONE}; give a float base, or start it without a launcher")
+    if labels:
+        model.config.pad_token_id = padding_id(tokenizer, model)
+    if distributed.count() > 1:
+        distributed.check_alike("the base model", [json.dumps(fingerprint(contents_of(model)).as_json()).encode()])
+    if wanted():
+        shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
+    place = training_context(config, model, tokenizer, examples, labels)
+    if labels and not place.collator.positions and not counts_from_zero(model, place.rows[0].ids):
+        raise FinepointError(f"{type(model).__name__} numbers its positions by the padding token, and such encoders "
+                             "are trained in Python alone; use finepoint.sparsify, or another encoder")  # fmt: skip
+    return place
+
+
+def training_context(
+    config: SelectConfig, model: Any, tokenizer: Any, examples: Sequence[Example], labels: Sequence[str] = ()
+) -> TrainingContext:
+    """A context around a model that is loaded already."""
+    limit = context_length(model, config.max_length)
+    rows = encode_all(tokenizer, examples, limit, labels, "training example", model) if examples else []
+    collator = Collator.of(model, tokenizer, [row.ids for row in rows])
+    return TrainingContext(model, tokenizer, list(labels), rows, collator, Seen.of(examples))
+
+
+def select_for(
+    config: SelectConfig,
+    place: TrainingContext,
+    stream: Callable[..., Any] = stream_statistics,
+    taken: Sequence[Mapping[str, Tensor]] = (),
+    plan: Sequence[Budget] | None = None,
+) -> Selection:
+    """Chooses entries as the configuration says, scoring on a random sample of the training examples.
+
+    Args:
+        stream: where the rule's statistics come from, as for `finepoint.select`.
+        taken: further indices that may not be chosen.
+        plan: instead of the configuration's density, count and scope, as for `finepoint.select`.
+    """
+    rule = rule_named(config.rule)
+    batches: list[dict[str, Any]] = []
+    if rule.needs_data:
+        if not place.rows:
+            raise FinepointError(f"rule {rule.name!r} scores by examples and needs some; give --data FILE.jsonl")
+        batches = batches_of(config, place, scoring_rows(place.rows, config.scoring_examples, config.seed))
+    # What is trained whole, a new classification head, takes no part.
+    head = new_head(place.model) if place.labels else []
+    whole = {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
+    return select(
+        place.model,
+        batches,
+        rule=config.rule,
+        density=config.density,
+        count=config.count,
+        scope=config.scope,
+        targets=config.targets,
+        exclude=[*(excluded(folder, place.model) for folder in config.exclude), *taken, whole],
+        seed=config.seed,
+        scoring_memory=config.scoring_memory,
+        threshold=config.threshold,
+        rule_options=config.rule_options,
+        structure=config.structure,
+        pooling=config.pooling,
+        plan=plan,
+        stream=stream,
+        text=True,
+    )
+
+
+def excluded(folder: str, model: Any) -> SparseAdapter:
+    """An adapter whose entries are not to be chosen; its values do not matter, the weights' names and shapes do."""
+    adapter = SparseAdapter.load(folder)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+    for name, change in adapter.changes.items():
+        if shapes.get(name) != change.shape:
+            raise FinepointError(f"the adapter to exclude, {folder}, is of another model: {name} has shape "
+                                 f"{change.shape} there, {shapes.get(name, 'none')} here")  # fmt: skip
+    return adapter
+
+
+def scoring_rows(rows: Sequence[Row], amount: float, seed: int) -> list[Row]:
+    """A random sample of the rows that have something to learn: so many, or a share of them where below 1."""
+    rows = [row for row in rows if learned(row)]
+    if amount <= 0 or (amount > 1 and amount != int(amount)):
+        raise FinepointError(f"scoring_examples is {amount}; give a number of examples or a share in (0, 1)")
+    size = round(amount * len(rows)) if amount < 1 else int(amount)
+    size = min(max(1, size), len(rows))
+    # By length, so that batches waste little on padding.
+    return sorted(random.Random(seed).sample(rows, size), key=lambda row: len(row.ids))
+
+
+def batches_of(config: SelectConfig, place: TrainingContext, rows: list[Row]) -> list[dict[str, Any]]:
+    return place.collator.batches(rows, config.batch_size)
+
+
+def rows_of(
+    config: TrainConfig, place: TrainingContext, file: str | None, what: str, most: int | None = None
+) -> list[Row] | None:
+    """The examples of a further file, as the model takes them."""
+    if file is None:
+        return None
+    limit = context_length(place.model, config.max_length)
+    return encode_all(place.tokenizer, some(read_examples(file), most), limit, place.labels, what, place.model)
+
+
+def packer_for(place: TrainingContext) -> Packer:
+    """The packer for a model that is known to keep the examples of a row apart.
+
+    Raises:
+        FinepointError: a classifier, or a model that takes no `position_ids` or sees through the boundaries.
+    """
+    if place.labels:
+        raise FinepointError("packing is for examples that are learned token by token, and these have class labels; "
+                             "train without --packing")  # fmt: skip
+    name = type(place.model).__name__
+    if not place.collator.positions:
+        raise FinepointError(f"packing tells examples apart by position_ids, which {name} does not take; "
+                             "train without --packing")  # fmt: skip
+    attention = place.model.config._attn_implementation
+    longest = max((len(row.ids) for row in place.rows), default=5)
+    if attention not in PACKABLE or place.collator.side == "none" or not keeps_apart(place.model, longest):
+        raise FinepointError(f"in {name} with {attention} attention the examples packed in a row are not kept apart; "
+                             f"train without --packing, or load it with {' or '.join(PACKABLE)} attention")  # fmt: skip
+    return Packer(place.collator, place.model.get_input_embeddings().embedding_dim)

@@ -1,0 +1,168 @@
+"""Choosing anew while a run goes on: when, what, and what is told of it."""
+
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finepoint.errors import FinepointError
+from finepoint.models.quantised import is_quantised
+from finepoint.selection.select import Budget, compared, largest
+from finepoint.selection.targets import Targets, target_weights
+from finepoint.training.context import TrainingContext, select_for
+from finepoint.training.settings import TrainConfig
+from finepoint.tuner.tuner import SparseTuner
+
+logger = logging.getLogger(__name__)
+EVERY = 20  # steps between two rounds of drop-grow where none are given, as in SpIEL's code
+SPELLING = "every:N [until:M], or drop-grow:FRACTION [every:N] [until:M]"
+SCHEDULES = {
+    "every:N": (
+        "every N steps, up to until:M, all target entries compete again, by --rule, as the model stands",
+        "any rule; LIFT, arXiv:2506.00772: --rule lift --scope weight --dropped keep",
+    ),
+    "drop-grow:FRACTION": (
+        "every:N steps, up to until:M, FRACTION (1 - step/last) of the entries, of smallest |delta|, "
+        "give way to those of largest |mean g|",
+        "SpIEL, arXiv:2401.16405: --rule random --scope weight",
+    ),
+}
+"""What `--refresh` takes, what it does, and whose methods it makes."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When entries are chosen anew, and how many of them."""
+
+    every: int
+    """steps from one choice to the next"""
+    until: int | None = None
+    """the last step after which there is one"""
+    fraction: float | None = None
+    """share of the entries that gives way to others, falling to 0 at the end; None: all compete by the run's rule"""
+
+    def due(self, done: int) -> bool:
+        """Whether entries are chosen anew after so many steps, before the next."""
+        return done > 0 and done % self.every == 0 and (self.until is None or done <= self.until)
+
+    def rate(self, done: int, steps: int) -> float:
+        """The share of the entries that gives way after so many steps of a run."""
+        assert self.fraction is not None
+        return self.fraction * max(0.0, 1 - done / (self.until or steps))
+
+
+def schedule_of(refresh: str | Sequence[str]) -> Schedule:
+    """The schedule that `--refresh` describes.
+
+    Raises:
+        FinepointError: it is spelled in another way, or a number is out of range.
+    """
+    parts = (refresh.replace(",", " ") if isinstance(refresh, str) else " ".join(refresh)).split()
+    what = f"refresh is {' '.join(parts)!r}"
+    given = dict(part.partition(":")[::2] for part in parts)
+    try:
+        every = int(given.pop("every", EVERY if "drop-grow" in given else ""))
+        until = int(given.pop("until")) if "until" in given else None
+        fraction = float(given.pop("drop-grow")) if "drop-grow" in given else None
+    except ValueError as error:
+        raise FinepointError(f"{what}; give {SPELLING}") from error
+    if given or len(parts) > 3:
+        raise FinepointError(f"{what}; give {SPELLING}")
+    if every < 1 or (until is not None and until < every):
+        raise FinepointError(f"{what}, which never comes; give every:N from 1, and until:M from N")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise FinepointError(f"{what}; a FRACTION of the entries is in (0, 1]")
+    return Schedule(every, until, fraction)
+
+
+def refreshable(model: nn.Module, targets: Targets) -> dict[str, nn.Parameter]:
+    """The weights among which entries can be chosen anew.
+
+    Raises:
+        FinepointError: one of them is quantised.
+    """
+    weights = target_weights(model, targets)
+    if quantised := [name for name, weight in weights.items() if is_quantised(weight)]:
+        raise FinepointError(f"{quantised[0]} is quantised, and entries of such weights are chosen once; "
+                             "leave out --refresh")  # fmt: skip
+    return weights
+
+
+class Refresh(TrainerCallback):
+    """Chooses entries anew before a step, by the schedule of a run; the model is scored as it stands then.
+
+    Args:
+        head: weights that are trained whole, all the while.
+    """
+
+    def __init__(self, config: TrainConfig, place: TrainingContext, tuner: SparseTuner, head: Sequence[str]) -> None:
+        assert config.refresh is not None
+        self.schedule = schedule_of(config.refresh)
+        self.config = config
+        self.place = place
+        self.tuner = tuner
+        self.head = {name: tuner.entries[name].indices.cpu().long() for name in head}
+        self.news: dict[str, float] = {}
+        """of the last choice, until it is logged"""
+        if config.indices and config.structure == "entry" and not isinstance(config.targets, dict):
+            count = tuner.count - sum(len(indices) for indices in self.head.values())
+            self.config = replace(config, density=None, count=count)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.schedule.every >= state.max_steps:
+            logger.warning("entries are chosen anew every %d steps, and the run ends after %d: the first choice holds",
+                           self.schedule.every, state.max_steps)  # fmt: skip
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        if self.schedule.due(state.global_step):
+            self.choose_(state.global_step, state.max_steps, optimizer)
+
+    def choose_(self, done: int, steps: int, optimizer: Optimizer) -> None:
+        """Chooses anew after `done` of `steps` steps."""
+        started = time.perf_counter()
+        indices = self._replaced(done, steps) if self.schedule.fraction else self._chosen(done)
+        counts = self.tuner.choose_({**indices, **self.head}, optimizer, keep=self.config.dropped == "keep")
+        self.news = {**counts, "refresh_seconds": round(time.perf_counter() - started, 3)}
+
+    def _now(self, done: int) -> TrainConfig:
+        """The configuration of a choice: with other scoring examples, and other draws, than those before."""
+        return replace(self.config, seed=random.Random(f"{self.config.seed}:{done}").getrandbits(31))
+
+    def _chosen(self, done: int) -> Mapping[str, Tensor]:
+        """The entries that the run's rule chooses now."""
+        return select_for(self._now(done), self.place)
+
+    def _replaced(self, done: int, steps: int) -> Mapping[str, Tensor]:
+        """The entries with a share of them, those that moved least, replaced by those with the largest gradient.
+
+        As RigL (arXiv:1911.11134) and SpIEL (arXiv:2401.16405) do: what is dropped competes with all that is not
+        trained, and stays if its gradient is large enough.
+        """
+        model, targets = self.place.model, self.config.targets
+        among = target_weights(model, targets)
+        names = [name for name in among if name not in self.head]
+        left = {name: entries.indices.cpu().long() for name, entries in self.tuner.entries.items()
+                if name not in self.head}  # fmt: skip
+        plan = [Budget(tuple(name for name in self.head if name in among), 0)]
+        for group in compared(model, names, self.config.scope, targets):
+            moved = torch.cat([self.tuner.entries[name].delta.detach().abs().cpu() for name in group])
+            going = int(self.schedule.rate(done, steps) * len(moved))
+            staying = torch.zeros(len(moved), dtype=torch.bool)
+            staying[largest(moved, len(moved) - going)] = True
+            for name, stays in zip(group, staying.split([len(left[name]) for name in group]), strict=True):
+                left[name] = left[name][stays]
+            plan.append(Budget(tuple(group), going))
+        if not any(budget.k for budget in plan):
+            return left
+        by_gradient = replace(self._now(done), rule="gradient", rule_options={}, density=None, count=None)
+        grown = select_for(by_gradient, self.place, taken=[left], plan=plan)
+        return left | {name: torch.cat([left[name], grown[name]]).sort().values for name in grown}

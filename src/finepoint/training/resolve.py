@@ -1,0 +1,145 @@
+"""What a run is told: refused where it cannot be done, and spelled out where it is left open."""
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from finepoint.baselines.registry import Baseline, baseline_named, options_of
+from finepoint.errors import FinepointError
+from finepoint.runtime import distributed
+from finepoint.runtime.settings import default_of, sections
+from finepoint.selection.rules import rule_named
+from finepoint.selection.structure import check_structure
+from finepoint.training.refresh import schedule_of
+from finepoint.training.settings import TrainConfig, Training
+from finepoint.training.tracking import require
+
+RESUMES_TOGETHER = (5, 18)  # the transformers since which several processes on CPUs load an optimizer's state
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses what can be refused before any work."""
+    if config.density == "auto":
+        raise FinepointError("density 'auto' is a search over many runs; call finepoint.studies.density.train_auto")
+    if config.data is None:
+        raise FinepointError("training needs examples; give --data FILE.jsonl")
+    check_common(config)
+    require(config.report_to)
+    needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
+    for name, given in needing:
+        if given and config.validation is None:
+            raise FinepointError(f"{name} is given without examples; give --validation FILE.jsonl")
+    if config.refresh:
+        _check_refresh(config)
+    elif config.dropped != "revert":
+        raise FinepointError("dropped says what becomes of entries that are trained no more; give --refresh with it")
+    if bool(config.baseline and baseline_named(config.baseline).fisher) != (config.fisher_data is not None):
+        raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
+                             "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
+
+
+def check_common(config: Training) -> None:
+    """Refuses what no training can do, be it by a loss, by preferences or by rewards."""
+    for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every", "patience", "new_tokens"):
+        value = getattr(config, name, None)
+        if value is not None and value < 1:
+            raise FinepointError(f"{name} is {value}; give at least 1")
+    if not 0 <= config.warmup <= 1:
+        raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
+    if learning_rate(config) <= 0:
+        raise FinepointError(f"lr is {config.lr}; give a rate above 0")
+    check_structure(config.structure)
+    if config.baseline:
+        _check_baseline(config)
+    elif config.baseline_options:
+        raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
+
+
+def _check_refresh(config: TrainConfig) -> None:
+    """Refuses schedules that cannot be read, and settings under which entries cannot be chosen anew."""
+    schedule = schedule_of(config.refresh or "")
+    if config.quantise:
+        raise FinepointError("entries of a quantised base are chosen once; leave out --refresh or --quantise")
+    if config.threshold == "sampled":
+        raise FinepointError("--threshold sampled chooses about as many entries each time, and --refresh keeps their "
+                             "number; leave out one of them")  # fmt: skip
+    if config.structure == "entry":
+        return
+    if schedule.fraction:
+        raise FinepointError(f"--refresh drop-grow is for single entries, not for structure {config.structure!r}; "
+                             "give --refresh every:N")  # fmt: skip
+    if config.indices and config.density is None and config.count is None:
+        raise FinepointError("--refresh with --indices and a structure must know how many groups to choose; "
+                             "give --density or --count")  # fmt: skip
+
+
+def _check_baseline(config: Training) -> None:
+    """Refuses unknown baselines and options, and settings that only choosing entries has."""
+    baseline = baseline_named(config.baseline or "")
+    refuse_quantised(baseline.name, config.quantise)
+    options_of(baseline, config.baseline_options)
+    if baseline.low_rank and getattr(config, "round_to", None):
+        raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
+    for name, default in unused_by(baseline).items():
+        if getattr(config, name, default) != default:
+            raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "
+                                 f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
+
+
+def unused_by(baseline: Baseline) -> dict[str, Any]:
+    """The settings of choosing entries that a baseline does not look at, and their defaults."""
+    entries = {known.name: default_of(known) for known in dict(sections(TrainConfig))["which entries"]}
+    used = {"targets"} if baseline.low_rank else set()
+    if baseline.chooses:
+        used |= set(entries) - {"targets", "refresh", "dropped"}
+    return {name: default for name, default in entries.items() if name not in used}
+
+
+def refuse_quantised(baseline: str, quantise: str | None) -> None:
+    """Refuses a baseline over a quantised base."""
+    if quantise:
+        raise FinepointError(f"quantise is for choosing entries, and baseline {baseline!r} trains float weights; "
+                             "leave out quantise or the baseline")  # fmt: skip
+
+
+def check_processes(config: TrainConfig) -> None:
+    """Refuses what several processes cannot do together."""
+    if distributed.count() > 1 and config.baseline:
+        raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
+                             "without a launcher")  # fmt: skip
+    if distributed.count() > 1 and config.resume and not resumes_together():
+        least = ".".join(map(str, RESUMES_TOGETHER))
+        raise FinepointError(f"several processes on CPUs go on from a checkpoint with transformers {least} or newer, "
+                             f"and here is {version('transformers')}; install that, or resume alone")  # fmt: skip
+
+
+def resumes_together() -> bool:
+    """Whether several processes can go on from a checkpoint here."""
+    return torch.cuda.is_available() or tuple(map(int, version("transformers").split(".")[:2])) >= RESUMES_TOGETHER
+
+
+def learning_rate(config: Training) -> float:
+    """The learning rate, by default the baseline's or that of the kind of rule: gradient rules need smaller steps."""
+    if config.lr is not None:
+        return config.lr
+    if config.baseline:
+        return baseline_named(config.baseline).lr
+    by_gradient, blind = config.RATES
+    return by_gradient if rule_named(config.rule).needs_data else blind
+
+
+def warmup_of(warmup: float, steps: int) -> float:
+    """The share of the steps over which the learning rate rises, as transformers takes it: 1 would be one step.
+
+    The rate of the first warm-up step is 0: a run of one step has none.
+    """
+    return 0 if steps == 1 else min(warmup, 0.999999)
+
+
+def steps_of(config: TrainConfig, examples: int) -> int:
+    """How many optimizer steps a run over so many examples takes; each process has a batch of its own."""
+    if config.steps:
+        return config.steps
+    batches = -(-examples // config.batch_size)
+    return max(1, round(config.epochs * -(-batches // (config.accumulation * distributed.count()))))

@@ -1,0 +1,1 @@
+"""The method: deltas beside the weights, sampled gradients, weights that follow."""

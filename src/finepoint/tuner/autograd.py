@@ -1,0 +1,214 @@
+"""What is hooked onto a model's modules, so that trained entries get gradients and weights follow their deltas.
+
+Plain linear layers and embeddings keep their forward. Any other weight (norms, biases, stacked experts, subclasses with
+a forward of their own) stands in for itself while its module runs, as an identity whose backward gathers. A weight that
+others use, without a call of its module, stands in for itself while the modules around it run (see `audit`).
+"""
+
+import inspect
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from finepoint.adapters.entries import gather
+from finepoint.runtime import distributed
+from finepoint.tuner.sparse_weight import SparseWeight
+
+WHOLE = 1_000  # modules around a weight: all there are
+
+
+def attach(model: nn.Module, entries: SparseWeight, reach: int = 0) -> list[Any]:
+    """Hooks every module that uses the weight (several, if it is tied).
+
+    Args:
+        reach: how far around its module the weight stands in for itself: 0 at most there, and not at all where a plain
+            layer's own arithmetic will do; 1 there in any case; 2 also in the module around it, and so on.
+
+    Returns:
+        What takes the hooks off again, by `remove`.
+    """
+    handles: list[Any] = []
+    for module, attribute in places(model, entries):
+        handles.append(module.register_forward_pre_hook(entries.before_forward))
+        handles.append(module.register_state_dict_pre_hook(entries.before_state_dict))
+        # A subclass with a forward of its own may scale or reuse the weight: the stand-in is right for any use.
+        forward = type(module).forward
+        # Before the hooks of others, which may change the output.
+        if not reach and attribute == "weight" and forward is nn.Linear.forward:
+            handles.append(module.register_forward_hook(entries.after_linear, with_kwargs=True, prepend=True))
+        elif not reach and attribute == "weight" and forward is nn.Embedding.forward and _is_plain(module):
+            handles.append(module.register_forward_hook(entries.after_embedding, with_kwargs=True, prepend=True))
+        elif not reach:
+            handles += _StandIn(entries, [(module, attribute)]).around(module)
+        if module is _head(model):
+            bypass = _Bypass(entries, [(module, attribute)])
+            handles.append(model.register_forward_pre_hook(bypass.enter_if_fused, with_kwargs=True))
+            handles.append(model.register_forward_hook(bypass.leave, always_call=True))
+    if reach:
+        stand_in = _StandIn(entries, places(model, entries))
+        for module in surroundings(model, entries, reach):
+            handles.append(module.register_forward_pre_hook(entries.before_forward))
+            handles += stand_in.around(module)
+    return handles
+
+
+def places(model: nn.Module, entries: SparseWeight) -> list[tuple[nn.Module, str]]:
+    """Where the weight is a parameter: modules, with its name there."""
+    weight = entries.weight
+    return [(module, attribute) for module in model.modules()
+            for attribute, parameter in module._parameters.items() if parameter is weight]  # fmt: skip
+
+
+def surroundings(model: nn.Module, entries: SparseWeight, reach: int) -> list[nn.Module]:
+    """The modules with a forward that are at most `reach` - 1 steps around one that has the weight as its parameter."""
+    owners = {id(owner) for owner, _ in places(model, entries)}
+    found: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in owners:
+            found |= {id(around): around for around in list(_outwards(model, name))[:reach]}
+    return list(found.values())
+
+
+def reaches_further(model: nn.Module, entries: SparseWeight, reach: int) -> bool:
+    """Whether so wide a surrounding holds more modules than the next narrower one."""
+    if reach in (1, WHOLE):
+        return True
+    wide, narrow = (surroundings(model, entries, steps) for steps in (reach, reach - 1))
+    return len(wide) > len(narrow)
+
+
+def _outwards(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """A module and those around it, from the inside out; lists and other containers, which nobody calls, left out."""
+    parts = name.split(".") if name else []
+    for depth in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        if type(module).forward is not nn.Module.forward:
+            yield module
+
+
+class _GatheredWeight(torch.autograd.Function):
+    """The weight itself; its backward keeps the gradient at the chosen entries and drops the rest.
+
+    Only an audit lets the weight have its gradient too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, delta: Tensor, entries: SparseWeight) -> Tensor:
+        ctx.entries = entries
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dense: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gather(dense, ctx.entries.indices).to(ctx.entries.delta.dtype)
+        return dense if ctx.needs_input_grad[0] else None, gradient, None
+
+
+class _StandIn:
+    """Puts the gathering identity in a weight's place while a module runs, for modules of any kind."""
+
+    def __init__(self, entries: SparseWeight, places: list[tuple[nn.Module, str]]) -> None:
+        self.entries = entries
+        self.places = places
+        self.replaced: list[Tensor | None] = []
+        """what to put back when the modules that run now are done, the innermost last; None for nothing"""
+        self.removed = False
+
+    def around(self, module: nn.Module) -> list[Any]:
+        """Hooks it onto a module."""
+        return [
+            module.register_forward_pre_hook(self.enter),
+            module.register_forward_hook(self.leave, always_call=True),
+            _Eager(module),
+            self,
+        ]
+
+    def remove(self) -> None:
+        self.removed = True  # a module that is about to run calls hooks that are gone
+
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, args: Any) -> None:
+        owner, attribute = self.places[0]
+        weight = owner._parameters[attribute]
+        # Not a leaf: it stands in already, for a module around this one. Of a shard, a module inside makes the weight.
+        needless = self.removed or weight is None or not weight.is_leaf or distributed.is_sharded(weight)
+        if needless or not self.entries.wanted():
+            self.replaced.append(None)
+            return
+        self.replaced.append(weight)
+        self._put(_GatheredWeight.apply(weight, self.entries.delta, self.entries))
+
+    @torch.compiler.disable
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        # Nothing is there where a hook before `enter` has raised.
+        if self.replaced and (weight := self.replaced.pop()) is not None:
+            self._put(weight)
+
+    def _put(self, weight: Any) -> None:
+        for owner, attribute in self.places:
+            owner._parameters[attribute] = weight
+
+
+class _Bypass(_StandIn):
+    """Stands in for the head's weight while the whole model runs and is told to do without the head's forward.
+
+    TRL's trainers call `model(.., fused_lm_head=True)` and multiply by `lm_head.weight` themselves: hooks on the head
+    would see nothing, and its entries would silently get no gradient.
+    """
+
+    @torch.compiler.disable
+    def enter_if_fused(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("fused_lm_head"):
+            self.entries.before_forward(self.places[0][0], args)
+            self.enter(module, args)
+
+
+class _Eager:
+    """Keeps torch.compile out of a module: code compiled for the weight itself would pass by what stands in for it."""
+
+    COUNT = "_finepoint_eager"  # on the module: how many weights want it
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        own = vars(module)
+        self.patched = isinstance(own.get("forward"), _Eagerly | None)  # one that others have put there stays theirs
+        if self.patched:
+            own[self.COUNT] = own.get(self.COUNT, 0) + 1
+            own["forward"] = _Eagerly(module)
+
+    def remove(self) -> None:
+        if self.patched:
+            own = vars(self.module)
+            own[self.COUNT] -= 1
+            if not own[self.COUNT]:
+                del own[self.COUNT]
+                if isinstance(own.get("forward"), _Eagerly):
+                    del own["forward"]
+
+
+class _Eagerly:
+    """A module's own forward, for trainers that ask for its signature too; a copy of the module has one of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The module of a language model's output matrix, where the model tells."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def _is_plain(embedding: nn.Module) -> bool:
+    return embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse

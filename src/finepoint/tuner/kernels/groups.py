@@ -1,0 +1,148 @@
+"""Whole rows, columns or blocks of a weight: their gradient is a small dense product, no gathering of entries.
+
+Shapes as in `plain.py`: dy (.., out), x (.., in). Results are (k,), in the order of the weight, in float32 (float64 for
+float64).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finepoint.tuner.kernels.plain import product
+
+LEAST = 16  # rows and columns of a block: the products of smaller ones cost more than their entries one by one
+
+
+class Groups(nn.Module):
+    """The groups that a weight's chosen entries are all of. A module, so that its tensors move with the model's."""
+
+    def keep(self, **places: Tensor) -> None:
+        for name, tensor in places.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def saved(self, x: Tensor) -> Tensor:
+        """What of a layer's input the backward needs."""
+        return x
+
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dL/dW at the entries: (k,), from what was `saved`."""
+        raise NotImplementedError
+
+
+class Rows(Groups):
+    """Of whole rows: nothing but their outputs' gradients is needed."""
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.keep(rows=rows)
+
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        return _dense(dy.index_select(-1, self.rows), x)
+
+
+class Columns(Groups):
+    """Of whole columns: nothing but their inputs is needed, so that the layer's whole input may go."""
+
+    columns: Tensor
+
+    def __init__(self, columns: Tensor) -> None:
+        super().__init__()
+        self.keep(columns=columns)
+
+    def saved(self, x: Tensor) -> Tensor:
+        return x.index_select(-1, self.columns)
+
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        return _dense(dy, x)
+
+
+class Blocks(Groups):
+    """Of equal blocks on the grid of their size: one batched product, each of a block's outputs and inputs.
+
+    Args:
+        size: rows and columns of a block.
+        down, across: which rows and columns of the grid the blocks are in, (n,) int64 each.
+        features: columns of the weight.
+    """
+
+    down: Tensor
+    across: Tensor
+    order: Tensor
+    """where each entry stands among the entries block by block, (k,)"""
+
+    def __init__(self, size: tuple[int, int], down: Tensor, across: Tensor, features: int) -> None:
+        super().__init__()
+        self.size = size
+        row = (down * size[0])[:, None, None] + torch.arange(size[0], device=down.device)[:, None]
+        column = (across * size[1])[:, None, None] + torch.arange(size[1], device=down.device)
+        order = (row * features + column).reshape(-1).argsort()
+        self.keep(down=down, across=across, order=order.int())
+
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        height, width = self.size
+        dy = dy.reshape(-1, dy.shape[-1] // height, height).index_select(1, self.down)
+        x = x.reshape(-1, x.shape[-1] // width, width).index_select(1, self.across)
+        return product(dy.permute(1, 2, 0), x.transpose(0, 1)).reshape(-1).index_select(0, self.order)
+
+
+def _dense(dy: Tensor, x: Tensor) -> Tensor:
+    return product(dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1])).reshape(-1)
+
+
+def whole_groups(indices: Tensor, shape: tuple[int, ...]) -> Groups | None:
+    """The rows, columns or blocks (the largest; at least `LEAST` x `LEAST`) that the entries are all of, if any.
+
+    indices: (k,) int64, flat, ascending, unique.
+    """
+    if len(shape) != 2 or not len(indices):
+        return None
+    return _whole_rows(indices, shape) or _whole_columns(indices, shape) or _whole_blocks(indices, shape)
+
+
+def _whole_rows(indices: Tensor, shape: tuple[int, ...]) -> Rows | None:
+    _, features = shape
+    rows = indices[::features] // features
+    whole = len(indices) % features == 0 and torch.equal(indices, every(rows, _up_to(features, indices), features))
+    return Rows(rows) if whole else None
+
+
+def _whole_columns(indices: Tensor, shape: tuple[int, ...]) -> Columns | None:
+    out, features = shape
+    columns = indices[: len(indices) // out]
+    whole = len(indices) % out == 0 and torch.equal(indices, every(_up_to(out, indices), columns, features))
+    return Columns(columns) if whole else None
+
+
+def _whole_blocks(indices: Tensor, shape: tuple[int, ...]) -> Blocks | None:
+    out, features = shape
+    width = _grain(indices, features)
+    if width < LEAST:
+        return None
+    starts = indices[::width]  # of stretches of one row of a block
+    upright = (starts % features // width * out + starts // features).sort().values
+    height = _grain(upright, out)
+    if height < LEAST:
+        return None
+    return Blocks((height, width), upright[::height] % out // height, upright[::height] // out, features)
+
+
+def _grain(places: Tensor, length: int) -> int:
+    """The largest g, a divisor of the length, such that ascending places in lines of that length are stretches of g
+    which begin at multiples of g."""
+    at = places % length
+    begins = torch.ones_like(places, dtype=torch.bool)
+    begins[1:] = (places.diff() != 1) | (at[1:] == 0)
+    starts = begins.nonzero()[:, 0]
+    lengths = torch.cat([starts, starts.new_tensor([len(places)])]).diff()
+    return int(np.gcd.reduce(torch.cat([at[starts], lengths, lengths.new_tensor([length])]).cpu().numpy()))
+
+
+def every(rows: Tensor, columns: Tensor, features: int) -> Tensor:
+    """The flat positions where these rows and columns cross."""
+    return (rows.long()[:, None] * features + columns).reshape(-1)
+
+
+def _up_to(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device)

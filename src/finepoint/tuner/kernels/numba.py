@@ -1,0 +1,193 @@
+"""Sampled weight gradient on the CPU, compiled by Numba (the extra `finepoint[cpu]`).
+
+An entry's gradient is a dot product over the tokens of one column of dy and one of x. Gathered loads are slow, so the
+tokens are first brought together in memory: 64 at a time, only the columns that hold an entry, into tiles that stay in
+the second cache. The tokens are shared among torch's threads, each with tiles and sums of its own.
+"""
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import carray, cfunc, njit
+from torch import Tensor
+
+from finepoint.tuner.kernels.threads import in_torch_threads, next_ticket, thread_count
+
+TILE = 64  # tokens; measured among 8, 16, 32, 64 and 128. Shorter ones LLVM unrolls instead of vectorising.
+LINE = 8  # tokens of a column moved at a time, in as many rows of the operand that stay in the first cache
+SIZES, POINTERS = ctypes.c_int64 * 8, ctypes.c_void_p * 5
+SIGNATURE = numba.types.void(numba.types.CPointer(numba.types.voidptr))
+
+
+def by_tiles(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """dy: (.., out), x: (.., in), any float dtype, on the CPU; indices: (k,) int32 or int64; returns (k,)."""
+    height, width, count = dy.size(-1), x.size(-1), indices.numel()
+    tokens = dy.numel() // height
+    dtype, wide, worker = _kind(dy.dtype, x.dtype)
+    # From here on there are addresses alone, which know neither shape nor stride.
+    dy, x = _dense(dy, dtype), _dense(x, dtype)
+    indices = _dense(indices, indices.dtype if indices.dtype == torch.int32 else torch.int64)
+    assert dy.device.type == x.device.type == indices.device.type == "cpu"
+    assert (dy.numel(), x.numel()) == (tokens * height, tokens * width)
+    threads = max(1, min(thread_count(), tokens // TILE))
+    share = -(-tokens // (threads * TILE)) * TILE
+    sums = torch.empty(threads, count, dtype=wide)
+    sizes = SIZES(0, threads, share, tokens, height, width, count, indices.element_size())
+    pointers = POINTERS(ctypes.addressof(sizes), dy.data_ptr(), x.data_ptr(), indices.data_ptr(), sums.data_ptr())
+    in_torch_threads(worker(), pointers, threads)
+    return sums[0] if threads == 1 else sums.sum(0)
+
+
+@lru_cache
+def _kind(dy: torch.dtype, x: torch.dtype) -> tuple[torch.dtype, torch.dtype, Any]:
+    """The dtype to read both operands in, the dtype to sum in, and the worker for that."""
+    wide = torch.promote_types(torch.promote_types(dy, x), torch.float32)
+    if dy == x == torch.bfloat16:
+        return torch.bfloat16, wide, _half_share
+    return wide, wide, _double_share if wide == torch.float64 else _single_share
+
+
+def _dense(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    # Asked first, since a call that changes nothing costs as much as many entries do.
+    return operand if operand.dtype == dtype and operand.is_contiguous() else operand.to(dtype).contiguous()
+
+
+@njit(cache=True)
+def _share(pointers: Any, operand: Any, wide: Any, shift: Any) -> None:
+    """Shares of the tokens, until none is left: there may be fewer threads than were asked for."""
+    sizes = carray(pointers[0], (8,), np.int64)
+    ticket: int = next_ticket(sizes)  # type: ignore[call-arg]  # Numba passes the first argument
+    threads, share, tokens, height, width, count, index_bytes = sizes[1:]
+    dy = carray(pointers[1], (tokens, height), operand)
+    x = carray(pointers[2], (tokens, width), operand)
+    if index_bytes == 4:
+        rows, columns = _places(carray(pointers[3], (count,), np.int32), width)
+    else:
+        rows, columns = _places(carray(pointers[3], (count,), np.int64), width)
+    out = carray(pointers[4], (threads, count), wide)
+    while ticket < threads:
+        start = ticket * share
+        _tiled_dots(dy, x, start, min(start + share, tokens), rows, columns, out[ticket], shift)
+        ticket = next_ticket(sizes)
+
+
+@njit(cache=True)
+def _places(indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each of the ascending flat indices, int32; walking along them is faster than dividing."""
+    rows = np.empty(indices.shape[0], dtype=np.int32)
+    columns = np.empty(indices.shape[0], dtype=np.int32)
+    row, start = 0, 0
+    for entry in range(indices.shape[0]):
+        while indices[entry] - start >= width:
+            row += 1
+            start += width
+        rows[entry] = row
+        columns[entry] = indices[entry] - start
+    return rows, columns
+
+
+# Compiled at their first use, or read from Numba's cache on disk.
+
+
+@lru_cache
+def _single_share() -> Any:
+    return cfunc(SIGNATURE, cache=True)(lambda pointers: _share(pointers, np.float32, np.float32, None))
+
+
+@lru_cache
+def _double_share() -> Any:
+    return cfunc(SIGNATURE, cache=True)(lambda pointers: _share(pointers, np.float64, np.float64, None))
+
+
+@lru_cache
+def _half_share() -> Any:
+    """bfloat16, which NumPy does not know, is the upper half of the bits of a float32."""
+    return cfunc(SIGNATURE, cache=True)(lambda pointers: _share(pointers, np.uint16, np.float32, np.uint32(16)))
+
+
+@njit(fastmath=True, cache=True)
+def _tiled_dots(
+    dy: np.ndarray,
+    x: np.ndarray,
+    start: int,
+    stop: int,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    out: np.ndarray,
+    shift: Any,
+) -> None:
+    """out[entry] = sum over the tokens from start to stop; dy: (tokens, out), x: (tokens, in)."""
+    dy_needed, x_needed = _distinct(rows, dy.shape[1]), _distinct(columns, x.shape[1])
+    dy_tile = np.empty((dy.shape[1], TILE), dtype=out.dtype)
+    x_tile = np.empty((x.shape[1], TILE), dtype=out.dtype)
+    out[:] = 0
+    for token in range(start, stop, TILE):
+        _fill_tile(dy, token, stop, dy_needed, dy_tile, shift)
+        _fill_tile(x, token, stop, x_needed, x_tile, shift)
+        for entry in range(rows.shape[0]):
+            row, column = rows[entry], columns[entry]
+            total = out[entry]
+            for t in range(TILE):
+                total += dy_tile[row, t] * x_tile[column, t]
+            out[entry] = total
+
+
+@njit(cache=True)
+def _distinct(places: np.ndarray, size: int) -> np.ndarray:
+    """The distinct values among `places`, ascending; all below `size`. At low density many columns hold no entry."""
+    seen = np.zeros(size, dtype=np.bool_)
+    for place in places:
+        seen[place] = True
+    return np.flatnonzero(seen).astype(np.uint64)  # unsigned: no index has to be checked for being negative
+
+
+@njit(cache=True)
+def _fill_tile(operand: np.ndarray, start: int, stop: int, needed: np.ndarray, tile: np.ndarray, shift: Any) -> None:
+    """tile[column, t] = operand[start + t, column], its bits shifted up if there is a shift; zeros from `stop` on."""
+    bits = tile.view(np.uint32)
+    for first in range(0, TILE, LINE):
+        left = stop - start - first
+        for column in needed:
+            if left >= LINE:
+                for t in range(LINE):
+                    _move(operand, start + first + t, column, tile, bits, first + t, shift)
+            else:
+                tile[column, first : first + LINE] = 0
+                for t in range(left):
+                    _move(operand, start + first + t, column, tile, bits, first + t, shift)
+
+
+@njit(cache=True)
+def _move(
+    operand: np.ndarray, token: int, column: int, tile: np.ndarray, bits: np.ndarray, place: int, shift: Any
+) -> None:
+    number = operand[np.uint64(token), column]
+    if shift is None:
+        tile[column, np.uint64(place)] = number
+    else:
+        bits[column, np.uint64(place)] = np.uint32(number) << shift
+
+
+@njit(cache=True)
+def add_at(weight: np.ndarray, indices: np.ndarray, base: np.ndarray, delta: np.ndarray) -> None:
+    """weight[indices] = base + delta; all flat."""
+    for entry in range(indices.shape[0]):
+        moved = base[entry] + delta[entry] if delta[entry] != 0 else base[entry]
+        weight[np.uint64(indices[entry])] = moved
+
+
+@njit(cache=True)
+def add_at_half(weight: np.ndarray, indices: np.ndarray, base: np.ndarray, delta: np.ndarray) -> None:
+    """The same over bfloat16 in uint16, rounded to the nearest, ties to even."""
+    for entry in range(indices.shape[0]):
+        bits = base[entry]
+        if delta[entry] != 0:
+            exact = np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32) + delta[entry]
+            wide = np.float32(exact).view(np.uint32)
+            rounded = wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))
+            bits = np.uint16(rounded >> np.uint32(16)) if exact == exact else np.uint16(0x7FC0)
+        weight[np.uint64(indices[entry])] = bits

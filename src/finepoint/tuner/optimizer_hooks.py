@@ -1,0 +1,63 @@
+"""Weights that follow what is trained beside them: around every torch optimizer's step, by two global hooks."""
+
+import weakref
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from finepoint.tuner.finite import refuse_not_finite
+
+_LIVE: "weakref.WeakSet[nn.ModuleDict]" = weakref.WeakSet()
+
+
+def follow_after_steps(container: nn.ModuleDict) -> None:
+    """From now on `follow_()` of the container's modules is called after each step of a torch optimizer that they are
+    parameters of.
+
+    Such an optimizer is stopped before its step, with nothing changed, where a gradient is not finite or a module's
+    `check_fit()` refuses. Optimizers of other parameters are none of our business, whatever has become of the modules.
+    """
+    _LIVE.add(container)
+    _register()
+
+
+def stop_following(container: nn.ModuleDict) -> None:
+    """Ends what `follow_after_steps` began."""
+    _LIVE.discard(container)
+
+
+def _stepped(optimizer: Optimizer) -> Iterator[dict[str, nn.Module]]:
+    """Of each container the modules, by name, of which the optimizer steps a parameter."""
+    live = list(_LIVE)
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if live else set()
+    for container in live:
+        yield {name: member for name, member in container.items()
+               if any(id(parameter) in stepped for parameter in member._parameters.values())}  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _register() -> None:
+    """Registers the hooks, once: they are never taken away, for a hook that goes while torch walks through them would
+    break the walk."""
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        scaled = getattr(optimizer, "found_inf", None) is not None
+        for members in _stepped(optimizer):
+            for member in members.values():
+                member.check_fit()  # type: ignore[operator]
+            # A gradient scaler has looked already, and the step will leave out what it found. `model/norm/weight` holds
+            # the delta of model.norm.weight.
+            trained = {name.replace("/", "."): parameter for name, member in members.items() if not scaled
+                       for parameter in member.parameters(recurse=False)}  # fmt: skip
+            refuse_not_finite(trained, "; the step was not taken and the weights are as they were")
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for members in _stepped(optimizer):
+            for member in members.values():
+                member.follow_()  # type: ignore[operator]
+
+    register_optimizer_step_pre_hook(before_step)
+    register_optimizer_step_post_hook(after_step)
