@@ -34,6 +34,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, stamps, unlike
 from finepoint.adapters.form import form_of
 from finepoint.adapters.format import TENSORS, write
+from finepoint.data.small_input import made_up
 from finepoint.errors import FinepointError
 from finepoint.models.bitsandbytes import check_weight
 from finepoint.models.offloaded import in_memory, is_outline
@@ -44,7 +45,6 @@ from finepoint.tuner.audit import AtFirst, Audit, Loss, audit, outcome
 from finepoint.tuner.autograd import WHOLE, attach, reaches_further
 from finepoint.tuner.deltas import Deltas, LeftOutOfDDP
 from finepoint.tuner.optimizer_hooks import stop_following
-from finepoint.tuner.small_input import made_up
 from finepoint.tuner.sparse_weight import QuantisedSparseWeight, SparseWeight
 
 logger = logging.getLogger(__name__)
