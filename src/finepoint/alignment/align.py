@@ -21,7 +21,7 @@ from finepoint.alignment.methods import METHODS, Alignment, Measured, beta_of, o
 from finepoint.alignment.rewards import reward_named
 from finepoint.alignment.settings import AlignConfig
 from finepoint.baselines.peft import PeftTuner
-from finepoint.baselines.registry import BaselineContext, baseline_named, options_of
+from finepoint.baselines.registry import BaselineContext
 from finepoint.data.batches import Collator, context_length
 from finepoint.data.examples import some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
@@ -36,12 +36,13 @@ from finepoint.runtime.peak import peak_bytes, reset_peak
 from finepoint.runtime.progress import progress
 from finepoint.selection.passes import on_device
 from finepoint.selection.select import refuse_excluded
+from finepoint.training.arguments import CHECKPOINTING, shared_arguments
 from finepoint.training.checkpoints import CHECKPOINTS, RECORD, checkpoints, decisive, refuse_other_base, to_go_on_from
 from finepoint.training.context import TrainingContext, excluded, select_for
 from finepoint.training.interrupted import LastStep, left_by, marked
 from finepoint.training.log import LOG, append, cut_log_
-from finepoint.training.resolve import check_common, learning_rate, warmup_of
-from finepoint.training.run import AUDITED, CHECKPOINTING, forget_earlier_run, versions
+from finepoint.training.resolve import RunSpec, resolve_common
+from finepoint.training.run import AUDITED, forget_earlier_run, versions
 from finepoint.tuner.audit import outcome
 from finepoint.tuner.finite import NotFiniteError, refuse_not_finite
 from finepoint.tuner.interface import Tuner
@@ -75,12 +76,13 @@ def align(config: AlignConfig) -> dict[str, Any]:
     Raises:
         FinepointError: whatever the user can mend.
     """
-    check(config)
+    spec = resolve(config)
     with interruption.noticed(), claim_folder(config.output, config.overwrite or config.resume) as folder:
-        return _align(config, folder)
+        return _align(spec, folder)
 
 
-def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
+def _align(spec: RunSpec[AlignConfig], folder: Path) -> dict[str, Any]:
+    config = spec.config
     saved = checkpoints(folder / CHECKPOINTS) if config.resume else []
     method = METHODS[config.method](config)
     place = _prepare(config, method)
@@ -91,7 +93,7 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
     checkpoint = to_go_on_from(folder, saved, config.steps, settings) if saved else None
     reset_peak()
     started = time.perf_counter()
-    tuner, without, facts = _tuner(config, place, method, folder if checkpoint else None)
+    tuner, without, facts = _tuner(spec, place, method, folder if checkpoint else None)
     selection_seconds = time.perf_counter() - started
     logger.info("%d numbers to train, prepared in %.1f s", tuner.count, selection_seconds)
     try:
@@ -103,13 +105,13 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
         before = method.measure(place.model, place.tokenizer, place.held_out)
         logger.info("before: %s", _told(before.means))
         keep = partial(_keep, config, tuner, facts, place)
-        log, seconds = _train(config, place, method, tuner, Reference(place.model, without), folder, checkpoint,
+        log, seconds = _train(spec, place, method, tuner, Reference(place.model, without), folder, checkpoint,
                               settings, keep)  # fmt: skip
         peak = peak_bytes()
         changed, norm = tuner.changed(), tuner.norm()
         if not changed:
             raise FinepointError(f"training changed none of the {tuner.count} trained numbers; give a larger --lr than "
-                                 f"{learning_rate(config)}, or rows whose answers differ in reward")  # fmt: skip
+                                 f"{spec.lr}, or rows whose answers differ in reward")  # fmt: skip
         keep(folder, config.steps)  # whatever comes of the measuring
         after = method.measure(place.model, place.tokenizer, place.held_out)
         logger.info("after: %s", _told(after.means))
@@ -124,7 +126,7 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
         "method": config.method, "baseline": config.baseline, "trained": tuner.count, "changed": changed,
         "adapter_bytes": sum(file.stat().st_size for file in files), "seconds": round(time.perf_counter() - started, 2),
         "selection_seconds": round(selection_seconds, 2), "train_seconds": round(seconds, 2), "peak_bytes": peak,
-        "lr": learning_rate(config), "beta": beta_of(config), "update_norm": norm, "steps": len(log),
+        "lr": spec.lr, "beta": beta_of(config), "update_norm": norm, "steps": len(log),
         "audit": tuner.audited.facts() if isinstance(tuner, SparseTuner) and tuner.audited else None,
         "measured_on": place.measured_on, "measured_rows": len(place.held_out), "before": before.means,
         "leaks": place.leaks(),
@@ -134,17 +136,19 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
     return record
 
 
-def check(config: AlignConfig) -> None:
-    """Refuses what can be refused before any work."""
+def resolve(config: AlignConfig) -> RunSpec[AlignConfig]:
+    """Spells out what `finepoint align` is told.
+
+    Raises:
+        FinepointError: whatever can be refused before any work.
+    """
     with needing("alignment", "trl"):
         import trl  # noqa: F401
     if config.data is None:
         raise FinepointError("alignment needs rows to learn from; give --data FILE.jsonl")
-    check_common(config)
-    if config.baseline:
-        baseline = baseline_named(config.baseline)
-        if baseline.chooses or not baseline.low_rank:
-            raise FinepointError(f"align compares chosen entries with lora or dora, not with {baseline.name!r}")
+    spec = resolve_common(config)
+    if spec.baseline and (spec.baseline.chooses or not spec.baseline.low_rank):
+        raise FinepointError(f"align compares chosen entries with lora or dora, not with {spec.baseline.name!r}")
     if config.method == "grpo":
         reward_named(config.reward)
         if config.generations < 2:
@@ -153,6 +157,7 @@ def check(config: AlignConfig) -> None:
         if answers % config.generations:
             raise FinepointError(f"batch_size x accumulation is {answers} answers; give a multiple of the "
                                  f"{config.generations} generations")  # fmt: skip
+    return spec
 
 
 def _prepare(config: AlignConfig, method: Alignment) -> AlignmentContext:
@@ -170,26 +175,26 @@ def _prepare(config: AlignConfig, method: Alignment) -> AlignmentContext:
 
 
 def _tuner(
-    config: AlignConfig, place: AlignmentContext, method: Alignment, resumed: Path | None
+    spec: RunSpec[AlignConfig], place: AlignmentContext, method: Alignment, resumed: Path | None
 ) -> tuple[Tuner, Any, dict[str, Any]]:
     """What trains, the context in which the model is the base, and what the adapter will say of itself."""
+    config = spec.config
     facts: dict[str, Any] = {
         "base_model": config.model, "task": "causal", "method": config.method, "targets": config.targets,
         "seed": config.seed, "data": config.data, "finepoint_version": __version__,
-        "lr": learning_rate(config), "steps": config.steps, "batch_size": config.batch_size, "beta": beta_of(config),
+        "lr": spec.lr, "steps": config.steps, "batch_size": config.batch_size, "beta": beta_of(config),
     } | ({"quantise": config.quantise} if config.quantise else {})  # fmt: skip
-    if config.baseline:
-        baseline = baseline_named(config.baseline)
-        options = options_of(baseline, config.baseline_options)
-        setting = BaselineContext(place.model, [], options, config.targets, config.seed, learning_rate(config),
-                          config.weight_decay)  # fmt: skip
-        low = baseline.make(setting).tuner
+    if spec.baseline:
+        given = BaselineContext(
+            place.model, [], spec.options, config.targets, config.seed, spec.lr, config.weight_decay
+        )
+        low = spec.baseline.make(given).tuner
         assert isinstance(low, PeftTuner)
-        return low, low.disabled, facts | {"baseline": baseline.name, "baseline_options": options}
-    if given := resumed or config.indices:
-        source = SparseAdapter.read(given) if given == resumed else SparseAdapter.load(given)
+        return low, low.disabled, facts | {"baseline": spec.baseline.name, "baseline_options": spec.options}
+    if folder := resumed or config.indices:
+        source = SparseAdapter.read(folder) if folder == resumed else SparseAdapter.load(folder)
         source.check(place.model, in_place=False)
-        if given != resumed:
+        if folder != resumed:
             refuse_excluded(source, [excluded(folder, place.model) for folder in config.exclude], place.model)
         sparse = SparseTuner(place.model, source, audit=False)
         chosen = source.info
@@ -219,13 +224,14 @@ def _audit_(config: AlignConfig, place: AlignmentContext, method: Alignment, tun
 
 
 def _train(
-    config: AlignConfig, place: AlignmentContext, method: Alignment, tuner: Tuner, reference: Reference, folder: Path,
+    spec: RunSpec[AlignConfig], place: AlignmentContext, method: Alignment, tuner: Tuner, reference: Reference, folder: Path,
     checkpoint: str | None, settings: dict[str, Any], keep: Callable[[Path, int], None],
 ) -> tuple[list[dict[str, Any]], float]:  # fmt: skip
     """Trains; returns a row for each step, and the seconds it took."""
+    config = spec.config
     set_seed(config.seed)
     with _quiet(), progress("aligning", config.steps) as advance:
-        arguments = _arguments(config, folder)
+        arguments = _arguments(spec, folder)
         trainer = method.trainer(place.model, place.tokenizer, place.rows, reference, arguments)
         trainer.tuner, trainer.settings = tuner, settings
         trainer.remove_callback(PrinterCallback)
@@ -239,7 +245,7 @@ def _train(
             with interruption.as_itself():
                 trainer.train(resume_from_checkpoint=checkpoint)
         except NotFiniteError as error:
-            raise FinepointError(f"{error}; try a smaller --lr than {learning_rate(config)}") from error
+            raise FinepointError(f"{error}; try a smaller --lr than {spec.lr}") from error
         except KeyboardInterrupt as error:
             raise left_by(last, lambda: keep(folder, last.done), folder) or error from None
         finally:
@@ -255,30 +261,13 @@ def _keep(
     Seen.of(place.rows).save(folder)
 
 
-def _arguments(config: AlignConfig, folder: Path) -> dict[str, Any]:
+def _arguments(spec: RunSpec[AlignConfig], folder: Path) -> dict[str, Any]:
     """What DPO's and GRPO's settings have in common."""
-    return {
-        "output_dir": str(folder / CHECKPOINTS),
-        "max_steps": config.steps,
-        "per_device_train_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.accumulation,
-        "learning_rate": learning_rate(config),
-        "lr_scheduler_type": config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        "warmup_steps": warmup_of(config.warmup, config.steps),
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.clip,
-        CHECKPOINTING: config.gradient_checkpointing,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if config.save_every else "no",
-        "save_steps": config.save_every or 500,
-        "save_total_limit": 2,
+    return shared_arguments(spec, folder, spec.config.steps or 0) | {
         "report_to": "none",
-        "disable_tqdm": True,
         "bf16": False,  # the weights have the dtype they were loaded in
         "use_cpu": on_cpu(),
         "dataloader_pin_memory": not on_cpu(),
-        "seed": config.seed,
     }
 
 

@@ -12,7 +12,7 @@ from finepoint.selection.rules import rule_named
 from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.studies.results import best_lr
 from finepoint.studies.settings import CompareConfig
-from finepoint.training.resolve import check, unused_by
+from finepoint.training.resolve import resolve, unused_by
 from finepoint.training.settings import TrainConfig
 
 # Four rates each, so that every arm gets as many trials: a grid for each kind of method.
@@ -186,7 +186,7 @@ def _arm(entry: Mapping[str, Any], density: float | None, several: bool) -> Arm:
 def _check_cell(study: Study, cell: Cell) -> None:
     """Refuses what `finepoint train` would, before hours of other cells."""
     try:
-        check(train_config(study, cell, study.config.output))
+        resolve(train_config(study, cell, study.config.output))
     except FinepointError as error:
         raise FinepointError(f"arm {cell.arm!r}: {error}") from error
 

@@ -1,7 +1,8 @@
 """What a run is told: refused where it cannot be done, and spelled out where it is left open."""
 
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -15,16 +16,32 @@ from finepoint.training.refresh import schedule_of
 from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.tracking import require
 
+Told = TypeVar("Told", bound=Training)
 RESUMES_TOGETHER = (5, 18)  # the transformers since which several processes on CPUs load an optimizer's state
 
 
-def check(config: TrainConfig) -> None:
-    """Refuses what can be refused before any work."""
+@dataclass(frozen=True)
+class RunSpec(Generic[Told]):
+    """What a run is told, with what was left open spelled out; nobody works it out again."""
+
+    config: Told
+    lr: float
+    baseline: Baseline | None
+    options: dict[str, float]
+    """the baseline's"""
+
+
+def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
+    """Spells out what `finepoint train` is told.
+
+    Raises:
+        FinepointError: whatever can be refused before any work.
+    """
     if config.density == "auto":
         raise FinepointError("density 'auto' is a search over many runs; call finepoint.studies.density.train_auto")
     if config.data is None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
-    check_common(config)
+    spec = resolve_common(config)
     require(config.report_to)
     needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
     for name, given in needing:
@@ -34,26 +51,36 @@ def check(config: TrainConfig) -> None:
         _check_refresh(config)
     elif config.dropped != "revert":
         raise FinepointError("dropped says what becomes of entries that are trained no more; give --refresh with it")
-    if bool(config.baseline and baseline_named(config.baseline).fisher) != (config.fisher_data is not None):
+    if bool(spec.baseline and spec.baseline.fisher) != (config.fisher_data is not None):
         raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
                              "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
+    return spec
 
 
-def check_common(config: Training) -> None:
-    """Refuses what no training can do, be it by a loss, by preferences or by rewards."""
+def resolve_common(config: Told) -> RunSpec[Told]:
+    """What training by a loss, by preferences and by rewards have in common.
+
+    Raises:
+        FinepointError: what none of them can do.
+    """
     for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every", "patience", "new_tokens"):
         value = getattr(config, name, None)
         if value is not None and value < 1:
             raise FinepointError(f"{name} is {value}; give at least 1")
     if not 0 <= config.warmup <= 1:
         raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
-    if learning_rate(config) <= 0:
+    if config.lr is not None and config.lr <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
     check_structure(config.structure)
-    if config.baseline:
-        _check_baseline(config)
-    elif config.baseline_options:
+    if config.baseline_options and not config.baseline:
         raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
+    by_gradient, blind = config.RATES
+    if config.baseline:
+        baseline = baseline_named(config.baseline)
+        _check_baseline(config, baseline)
+        return RunSpec(config, config.lr or baseline.lr, baseline, options_of(baseline, config.baseline_options))
+    lr = by_gradient if rule_named(config.rule).needs_data else blind
+    return RunSpec(config, config.lr or lr, None, {})
 
 
 def _check_refresh(config: TrainConfig) -> None:
@@ -74,11 +101,11 @@ def _check_refresh(config: TrainConfig) -> None:
                              "give --density or --count")  # fmt: skip
 
 
-def _check_baseline(config: Training) -> None:
-    """Refuses unknown baselines and options, and settings that only choosing entries has."""
-    baseline = baseline_named(config.baseline or "")
-    refuse_quantised(baseline.name, config.quantise)
-    options_of(baseline, config.baseline_options)
+def _check_baseline(config: Training, baseline: Baseline) -> None:
+    """Refuses settings that only choosing entries has."""
+    if config.quantise:
+        raise FinepointError(f"quantise is for choosing entries, and baseline {baseline.name!r} trains float weights; "
+                             "leave out quantise or the baseline")  # fmt: skip
     if baseline.low_rank and getattr(config, "round_to", None):
         raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
     for name, default in unused_by(baseline).items():
@@ -96,13 +123,6 @@ def unused_by(baseline: Baseline) -> dict[str, Any]:
     return {name: default for name, default in entries.items() if name not in used}
 
 
-def refuse_quantised(baseline: str, quantise: str | None) -> None:
-    """Refuses a baseline over a quantised base."""
-    if quantise:
-        raise FinepointError(f"quantise is for choosing entries, and baseline {baseline!r} trains float weights; "
-                             "leave out quantise or the baseline")  # fmt: skip
-
-
 def check_processes(config: TrainConfig) -> None:
     """Refuses what several processes cannot do together."""
     if distributed.count() > 1 and config.baseline:
@@ -117,16 +137,6 @@ def check_processes(config: TrainConfig) -> None:
 def resumes_together() -> bool:
     """Whether several processes can go on from a checkpoint here."""
     return torch.cuda.is_available() or tuple(map(int, version("transformers").split(".")[:2])) >= RESUMES_TOGETHER
-
-
-def learning_rate(config: Training) -> float:
-    """The learning rate, by default the baseline's or that of the kind of rule: gradient rules need smaller steps."""
-    if config.lr is not None:
-        return config.lr
-    if config.baseline:
-        return baseline_named(config.baseline).lr
-    by_gradient, blind = config.RATES
-    return by_gradient if rule_named(config.rule).needs_data else blind
 
 
 def warmup_of(warmup: float, steps: int) -> float:

@@ -21,7 +21,7 @@ from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint
 from finepoint.adapters.format import write
 from finepoint.adapters.peft import forget_others
 from finepoint.baselines.dense import DenseTuner
-from finepoint.baselines.registry import BaselineContext, baseline_named, options_of
+from finepoint.baselines.registry import BaselineContext, baseline_named
 from finepoint.data.batches import Packer, Row, learned
 from finepoint.data.examples import read_examples, some
 from finepoint.data.leaks import TRAINED_ON, leaks, warn_of_leaks
@@ -35,6 +35,7 @@ from finepoint.selection.passes import on_device
 from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Selection, refuse_excluded
 from finepoint.selection.settings import SelectConfig
+from finepoint.training.arguments import CHECKPOINTING, shared_arguments
 from finepoint.training.checkpoints import (
     CHECKPOINTS,
     RECORD,
@@ -58,7 +59,7 @@ from finepoint.training.interrupted import LastStep, left_by, marked
 from finepoint.training.log import LOG
 from finepoint.training.loss import completion_loss
 from finepoint.training.refresh import Refresh, refreshable
-from finepoint.training.resolve import check, check_processes, learning_rate, steps_of, warmup_of
+from finepoint.training.resolve import RunSpec, check_processes, resolve, steps_of
 from finepoint.training.settings import TrainConfig
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import SparseTrainer, Watch, refreshes, validation_losses
@@ -72,17 +73,13 @@ logger = logging.getLogger(__name__)
 BEST = ".best.safetensors"  # while a run is under way
 AUDITED = 2  # examples that the gradients are tried on
 EVALUATIONS = 5  # over a run with validation examples and no --eval-every
-# transformers renamed it in 5.x and warns about the old name.
-CHECKPOINTING = (
-    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
-)
 
 
 @dataclass(frozen=True)
 class Run:
     """A run under way: what its adapter is made of and where it goes."""
 
-    config: TrainConfig
+    spec: RunSpec[TrainConfig]
     place: TrainingContext
     folder: Path
     method: Method
@@ -95,6 +92,10 @@ class Run:
     steps: int
     keeps: bool
     """whether it leaves something when it is interrupted"""
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.spec.config
 
     def save(self, step: int | None = None, *places: Path) -> tuple[SparseAdapter, int]:
         """Writes the change as it stands into the run's folder; returns it as an adapter, and the tensors' bytes.
@@ -155,18 +156,19 @@ def fit(config: TrainConfig, context: TrainingContext | None = None) -> tuple[di
 
 
 def _claimed(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> tuple[dict[str, Any], SparseAdapter]:
-    check(config)
+    spec = resolve(config)
     distributed.join()
     check_processes(config)
     # Whoever runs many decides himself what becomes of the one in hand.
     with interruption.noticed() if keeps else nullcontext(), ExitStack() as claims:
         claim = claim_folder(config.output, config.overwrite or config.resume)
-        return _fit(config, distributed.on_first(lambda: claims.enter_context(claim)), context, keeps)
+        return _fit(spec, distributed.on_first(lambda: claims.enter_context(claim)), context, keeps)
 
 
 def _fit(
-    config: TrainConfig, folder: Path, context: TrainingContext | None, keeps: bool
+    spec: RunSpec[TrainConfig], folder: Path, context: TrainingContext | None, keeps: bool
 ) -> tuple[dict[str, Any], SparseAdapter]:
+    config = spec.config
     saved = distributed.on_first(partial(checkpoints, folder / CHECKPOINTS)) if config.resume else []
     place = context or prepare(config)
     validation = rows_of(config, place, config.validation, "validation example", config.validation_limit)
@@ -178,14 +180,14 @@ def _fit(
     base = base_beneath(place.model).without(head)  # of a sequence the earlier tasks' adapters are applied
     if saved:
         distributed.on_first(partial(refuse_other_base, saved[0], base))
-    method, statistics = _method(config, place, head, folder if saved else None, base)
+    method, statistics = _method(spec, place, head, folder if saved else None, base)
     selection_seconds = time.perf_counter() - started
     tuner = method.tuner
     what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
     logger.info("%d %s in %.1f s", tuner.count, what, selection_seconds)
     try:
         steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
-        run = Run(config, place, folder, method, head, _description(config, place, statistics), base, steps, keeps)
+        run = Run(spec, place, folder, method, head, _description(config, place, statistics), base, steps, keeps)
         if not saved:
             distributed.on_first(partial(forget_earlier_run, folder))
             if config.save_every and not config.baseline:
@@ -197,7 +199,7 @@ def _fit(
         if not changed:
             raise TrainingFailedError(
                 f"training changed none of the {tuner.count} chosen weights: every update was lost to rounding in "
-                f"{place.model.dtype}; give a larger --lr than {learning_rate(config)}"
+                f"{place.model.dtype}; give a larger --lr than {spec.lr}"
             )
         adapter, size = run.save()
     finally:
@@ -212,7 +214,7 @@ def _fit(
         "seconds": round(time.perf_counter() - started, 2),
         "selection_seconds": round(selection_seconds, 2),
         "peak_bytes": peak,
-        "lr": learning_rate(config),
+        "lr": spec.lr,
         "update_norm": norm,
         **results,
         **({"settled": adapter.count - tuner.count} if config.refresh else {}),
@@ -274,10 +276,11 @@ def versions() -> dict[str, str]:
 
 
 def _method(
-    config: TrainConfig, place: TrainingContext, head: list[str], resumed: Path | None, base: Fingerprint
+    spec: RunSpec[TrainConfig], place: TrainingContext, head: list[str], resumed: Path | None, base: Fingerprint
 ) -> tuple[Method, dict[str, Any]]:
     """The tuner the configuration asks for, and what is known of the selection (where nothing is chosen, nothing)."""
-    if config.baseline is None:
+    config, baseline = spec.config, spec.baseline
+    if baseline is None:
         # In one order whatever is chosen first, so that a resumed run meets its optimizer's state.
         ready = refreshable(place.model, config.targets) if config.refresh else {}
         indices, statistics = _indices(config, place, resumed)
@@ -287,16 +290,14 @@ def _method(
             _audit_(config, place, tuner)
         method = Method(tuner, after_step=_rounding(config, tuner))
         if config.refresh:
-            optimizer = PerEntryAdamW(tuner.parameters(), learning_rate(config), weight_decay=config.weight_decay)
+            optimizer = PerEntryAdamW(tuner.parameters(), spec.lr, weight_decay=config.weight_decay)
             method = replace(method, optimizer=optimizer, refresh=Refresh(config, place, tuner, head))
         return method, statistics
-    baseline = baseline_named(config.baseline)
     indices, statistics = _indices(config, place, None) if baseline.chooses else ({}, {})
     rows = rows_of(config, place, config.fisher_data, "Fisher example")
     fisher = batches_of(config, place, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
-    options = options_of(baseline, config.baseline_options)
     given = BaselineContext(
-        place.model, head, options, config.targets, config.seed, learning_rate(config), config.weight_decay, fisher,
+        place.model, head, spec.options, config.targets, config.seed, spec.lr, config.weight_decay, fisher,
         config.scoring_memory, indices, audit=not config.no_audit,
     )  # fmt: skip
     method = baseline.make(given)
@@ -343,7 +344,7 @@ def _run_trainer(run: Run, validation: list[Row] | None, packer: Packer | None, 
     settings = decisive(config, rows, run.base)
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, run.steps, settings)) if saved else None
     with tracked(config, folder, step_of(checkpoint) if checkpoint else None) as (tracking, followers):
-        arguments = _arguments(config, folder, run.steps, tracking, alone=run.place.collator.side == "none")
+        arguments = _arguments(run.spec, folder, run.steps, tracking, alone=run.place.collator.side == "none")
         return _steps(run, arguments, followers, rows, validation, packer, checkpoint, settings)
 
 
@@ -390,7 +391,7 @@ def _steps(
             if trainer.state.global_step:
                 run.save(trainer.state.global_step)
                 saved = f"; the adapter of step {trainer.state.global_step} is in {folder}"
-            raise TrainingFailedError(f"{error}{saved}; try a smaller --lr than {learning_rate(config)}") from error
+            raise TrainingFailedError(f"{error}{saved}; try a smaller --lr than {run.spec.lr}") from error
         except KeyboardInterrupt as error:
             kept = run.keeps and left_by(last, lambda: run.save(last.done), folder)
             raise kept or error from None
@@ -430,32 +431,22 @@ def forget_earlier_run(folder: Path) -> None:
 
 
 def _arguments(
-    config: TrainConfig, folder: Path, steps: int, tracking: Mapping[str, Any], alone: bool
+    spec: RunSpec[TrainConfig], folder: Path, steps: int, tracking: Mapping[str, Any], alone: bool
 ) -> TrainingArguments:
     """What the Trainer is told; `alone`: examples cannot share a batch, so that a step is made of batches of one."""
-    size, times = (1, config.batch_size * config.accumulation) if alone else (config.batch_size, config.accumulation)
+    config = spec.config
+    alike = shared_arguments(spec, folder, steps)
+    if alone:
+        alike |= {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": config.batch_size * config.accumulation,
+        }
     return TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
-        max_steps=steps,
-        per_device_train_batch_size=size,
-        per_device_eval_batch_size=size,
-        gradient_accumulation_steps=times,
-        **({CHECKPOINTING: True} if config.gradient_checkpointing else {}),
-        learning_rate=learning_rate(config),
-        lr_scheduler_type={"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule],
-        warmup_steps=warmup_of(config.warmup, steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.clip,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
+        **alike,
+        per_device_eval_batch_size=alike["per_device_train_batch_size"],
         eval_strategy="steps" if config.validation else "no",
         eval_steps=config.eval_every or max(1, steps // EVALUATIONS),
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 500,
-        save_total_limit=2,
-        seed=config.seed,
         **tracking,
-        disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
@@ -482,6 +473,6 @@ def _description(config: SelectConfig, place: TrainingContext, statistics: Mappi
         "selection": {key: value for key, value in statistics.items() if key != "weights"},
     }
     if isinstance(config, TrainConfig):
-        facts |= {"lr": learning_rate(config), "steps": config.steps, "batch_size": config.batch_size}
+        facts |= {"lr": spec.lr, "steps": config.steps, "batch_size": config.batch_size}
         facts |= {"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {}
     return facts
