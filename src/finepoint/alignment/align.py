@@ -224,8 +224,8 @@ def _audit_(config: AlignConfig, place: AlignmentContext, method: Alignment, tun
 
 
 def _train(
-    spec: RunSpec[AlignConfig], place: AlignmentContext, method: Alignment, tuner: Tuner, reference: Reference, folder: Path,
-    checkpoint: str | None, settings: dict[str, Any], keep: Callable[[Path, int], None],
+    spec: RunSpec[AlignConfig], place: AlignmentContext, method: Alignment, tuner: Tuner, reference: Reference,
+    folder: Path, checkpoint: str | None, settings: dict[str, Any], keep: Callable[[Path, int], None],
 ) -> tuple[list[dict[str, Any]], float]:  # fmt: skip
     """Trains; returns a row for each step, and the seconds it took."""
     config = spec.config

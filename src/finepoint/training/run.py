@@ -187,7 +187,8 @@ def _fit(
     logger.info("%d %s in %.1f s", tuner.count, what, selection_seconds)
     try:
         steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
-        run = Run(spec, place, folder, method, head, _description(config, place, statistics), base, steps, keeps)
+        facts = _description(config, place, statistics, spec.lr)
+        run = Run(spec, place, folder, method, head, facts, base, steps, keeps)
         if not saved:
             distributed.on_first(partial(forget_earlier_run, folder))
             if config.save_every and not config.baseline:
@@ -437,10 +438,8 @@ def _arguments(
     config = spec.config
     alike = shared_arguments(spec, folder, steps)
     if alone:
-        alike |= {
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": config.batch_size * config.accumulation,
-        }
+        alike["gradient_accumulation_steps"] *= config.batch_size
+        alike["per_device_train_batch_size"] = 1
     return TrainingArguments(
         **alike,
         per_device_eval_batch_size=alike["per_device_train_batch_size"],
@@ -453,7 +452,9 @@ def _arguments(
     )
 
 
-def _description(config: SelectConfig, place: TrainingContext, statistics: Mapping[str, Any]) -> dict[str, Any]:
+def _description(
+    config: SelectConfig, place: TrainingContext, statistics: Mapping[str, Any], lr: float | None = None
+) -> dict[str, Any]:
     """What an adapter says of itself."""
     facts: dict[str, Any] = {
         "base_model": config.model,
@@ -473,6 +474,6 @@ def _description(config: SelectConfig, place: TrainingContext, statistics: Mappi
         "selection": {key: value for key, value in statistics.items() if key != "weights"},
     }
     if isinstance(config, TrainConfig):
-        facts |= {"lr": spec.lr, "steps": config.steps, "batch_size": config.batch_size}
+        facts |= {"lr": lr, "steps": config.steps, "batch_size": config.batch_size}
         facts |= {"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {}
     return facts
