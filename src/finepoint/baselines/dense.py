@@ -8,7 +8,6 @@ the memory a run takes is what its method takes.
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from finepoint.adapters.change import Change
 from finepoint.adapters.form import form_of
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
+from finepoint.models.master import Master
 from finepoint.runtime.files import writing
 from finepoint.runtime.precision import in_float64, norm_of
 from finepoint.tuner.optimizer_hooks import follow_after_steps, stop_following
@@ -134,35 +134,11 @@ class DenseTuner:
         del self._base
 
 
-class Master(nn.Module):
-    """The float32 value of a half-precision weight, which takes over the weight's gradients."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self._weight = (weight,)  # in a tuple: the weight belongs to the model, not to this module
-        self.value = nn.Parameter(weight.detach().float())
-        self.handle = weight.register_post_accumulate_grad_hook(partial(_move_gradient, self.value))
-
-    def check_fit(self) -> None:
-        """A weight of any floating-point dtype can take the master's value."""
-
-    def follow_(self) -> None:
-        """The weight takes the master's value, rounded once."""
-        self._weight[0].detach().copy_(self.value.detach())
-
-
 def _kept(tensors: dict[str, Tensor]) -> Any:
     """Tensors on disk, open for reading; the file has no name any more and goes with whoever holds it."""
     with tempfile.TemporaryDirectory(prefix="finepoint-", ignore_cleanup_errors=True) as folder, writing(Path(folder)):
         save_file(tensors, Path(folder) / "base.safetensors")
         return safe_open(Path(folder) / "base.safetensors", framework="pt")
-
-
-def _move_gradient(value: nn.Parameter, weight: Tensor) -> None:
-    assert weight.grad is not None
-    gradient = weight.grad.float()
-    value.grad = gradient if value.grad is None else value.grad.add_(gradient)
-    weight.grad = None
 
 
 def _found(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finepoint.errors import FinepointError
+from finepoint.models.master import Master
 from finepoint.models.quantised import is_quantised
 from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
@@ -108,15 +108,16 @@ def warm_up_(
     batches = [batch for batch in batches if label_count(batch, counts_every_label(model, batches))]
     if not batches:
         raise FinepointError("every label of the scoring examples is ignored (-100): nothing to train on")
-    trained = {name: _trained(weight) for name, weight in weights.items()}
+    masters = {name: Master(weight) for name, weight in weights.items() if weight.itemsize == 2}
+    trained = {name: masters[name].value if name in masters else weight for name, weight in weights.items()}
     sums = {name: torch.zeros_like(value) for name, value in trained.items()} if "movement" in wanted else {}
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0, foreach=False)
     device = next(model.parameters()).device
     with ExitStack() as stack:
-        for name, weight in weights.items():
+        for weight in weights.values():
             weight.requires_grad_(True)
-            hook = partial(_hand_over, trained[name])
-            stack.callback(weight.register_post_accumulate_grad_hook(hook).remove)
+        for master in masters.values():
+            stack.callback(master.handle.remove)
         for step in tracked("warming up", range(steps)):
             loss = loss_of(model, on_device(batches[step % len(batches)], device))
             loss.backward()
@@ -131,23 +132,8 @@ def warm_up_(
             optimizer.step()
             optimizer.zero_grad()
             del grads, loss  # or the next backward pass would find them still in memory
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    if trained[name] is not weight:
-                        weight.copy_(trained[name])
-    del optimizer  # and the moments
+            for master in masters.values():
+                master.follow_()
+    del optimizer, masters  # and the moments; the values are forgotten one by one
     for name in weights:
         yield name, sums.pop(name, None), trained.pop(name).detach()
-
-
-def _trained(weight: nn.Parameter) -> nn.Parameter:
-    """The weight itself, or its float32 master where steps would be lost in its own dtype."""
-    return nn.Parameter(weight.detach().float()) if weight.itemsize == 2 else weight
-
-
-def _hand_over(value: nn.Parameter, weight: Tensor) -> None:
-    """A half-precision weight's gradient becomes its master's."""
-    if value is not weight:
-        assert weight.grad is not None
-        value.grad = weight.grad.float()
-        weight.grad = None
