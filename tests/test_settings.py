@@ -136,7 +136,7 @@ def main_exits(arguments):
 
 @pytest.mark.parametrize(
     ("flag", "hint"),
-    [("--batch_sise=2", "did you mean --batch-size"), ("--learning-rat", "no flag --learning-rat"),
+    [("--batch_sise=2", "did you mean --batch-size"), ("--learning_rate", "did you mean --lr"),
      ("--densty=1", "no flag --densty; did you mean --density")],
 )  # fmt: skip
 def test_unknown_flags_are_spelled_as_given(flag, hint):

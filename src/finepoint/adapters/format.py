@@ -36,7 +36,6 @@ from finepoint.runtime.tensor_files import DTYPES, LONGEST_HEADER, Form, forms, 
 
 logger = logging.getLogger(__name__)
 DIGESTED = 4  # the first version with a digest over all
-logger = logging.getLogger(__name__)
 NEWEST = 4  # 2: some indices are written as gaps; 3: some changes have parts; 4: a digest over all
 TENSORS = "finepoint.safetensors"
 CONFIG = "finepoint_config.json"
@@ -54,6 +53,8 @@ Need = Callable[[bool, str], None]
 
 def save(adapter: Contents, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
     """See `SparseAdapter.save`."""
+    if adapter.changes_nothing():
+        logger.warning("the adapter changes nothing: no value differs from the base; has it been trained?")
     with claim_folder(folder, overwrite) as claimed:
         write(adapter, claimed, compact)
     return Path(folder)
@@ -97,6 +98,8 @@ def read(folder: str | Path) -> Contents:
     if not path.exists():
         theirs = (Path(folder) / "adapter_config.json").exists()
         hint = "; PEFT's adapters are taken by eval, export --format merged and import" if theirs else ""
+        if Path(folder).is_file():
+            raise FinepointError(f"{folder} is a file; give the folder that it is in: {Path(folder).parent}")
         raise FinepointError(f"{folder} is not an adapter folder: it has no {TENSORS}{hint}")
     adapter = read_whole(path, partial(_read, path))
     if FINGERPRINT not in adapter.base:

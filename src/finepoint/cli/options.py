@@ -8,8 +8,9 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from itertools import pairwise
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -18,9 +19,19 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from finepoint.errors import FinepointError
-from finepoint.runtime.settings import close, default_of, sections
+from finepoint.runtime.settings import default_of, sections
 
 Config = TypeVar("Config")
+
+# What other libraries call a flag of ours.
+ELSEWHERE = {
+    "learning_rate": "lr", "max_steps": "steps", "num_train_epochs": "epochs", "r": "density", "rank": "density",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulation", "output_dir": "output",
+    "model_name_or_path": "model", "base_model": "model", "dataset": "data", "train_file": "data",
+    "target_modules": "targets", "max_seq_length": "max_length", "warmup_ratio": "warmup", "max_grad_norm": "clip",
+    "lr_scheduler_type": "schedule", "torch_dtype": "dtype", "load_in_8bit": "quantise", "load_in_4bit": "quantise",
+    "resume_from_checkpoint": "resume", "save_steps": "save_every", "eval_steps": "eval_every", "force": "overwrite",
+}  # fmt: skip
 
 
 def parse(
@@ -51,6 +62,7 @@ def parse(
     for file in _files(arguments):
         check_keys(file, known)
     spelled = spell([word for word in arguments if word != "--print-config"], known)
+    _refuse_unknown(spelled, known, command)
     try:
         values = parser.parse_args(spelled).as_dict()
     except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
@@ -62,7 +74,7 @@ def parse(
     return config(**values)
 
 
-def check_keys(file: str, known: Iterable[str]) -> None:
+def check_keys(file: str, known: Collection[str]) -> None:
     """Refuses a YAML file that cannot be read, or has a key that is no setting.
 
     Raises:
@@ -82,7 +94,8 @@ def check_keys(file: str, known: Iterable[str]) -> None:
     for key, _ in found.value:
         if key.value not in known:
             where = f"{file}:{key.start_mark.line + 1}"
-            raise FinepointError(f"{where}: no setting {key.value!r}{close(str(key.value), known)}")
+            hint = f"; did you mean {meant}?" if (meant := _meant(str(key.value), known)) else ""
+            raise FinepointError(f"{where}: no setting {key.value!r}{hint}")
 
 
 def _files(arguments: Sequence[str]) -> Iterator[str]:
@@ -104,9 +117,6 @@ def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
             name = also.get(flag, flag.replace("-", "_"))
-            if name not in known and name != "config":
-                near = close("--" + flag, map(_flag, known)) or "; `--help` lists them"
-                raise FinepointError(f"no flag --{flag}{near}")
             given.setdefault(name, [])
             if equals:
                 given[name].append(value)
@@ -116,6 +126,21 @@ def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
         else:
             given[name].append(word)
     return [f"--{name}={_value(name, values, known.get(name))}" for name, values in given.items()]
+
+
+def _refuse_unknown(spelled: Sequence[str], known: Collection[str], command: str) -> None:
+    """Refuses a flag that the command does not have, with the one that may be meant."""
+    for word in spelled:
+        name = word[2:].partition("=")[0]
+        if name not in known and name != "config":
+            hint = f"; did you mean {_flag(meant)}?" if (meant := _meant(name, known)) else ";"
+            raise FinepointError(f"there is no flag {_flag(name)}{hint} `finepoint {command} --help` lists the flags")
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    """The setting that is probably meant by another name, or nothing."""
+    near = [ELSEWHERE[name]] if ELSEWHERE.get(name, "") in known else get_close_matches(name, known, n=1)
+    return near[0] if near else ""
 
 
 def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:
@@ -172,6 +197,10 @@ def _flag(name: str) -> str:
 def _plain(message: str) -> str:
     """jsonargparse's message in our words: the flag as the user wrote it, no Python types."""
     text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.replace("NoneType", "nothing").split()))
+    if missing := re.search(r"arguments are required: (.*)", text):
+        return f"{' and '.join(_flag(name) for name in missing[1].split(', '))} must be given; `--help` lists the flags"
+    if choice := re.search(r'"(\w+)": Expected a (?:typing\.)?Literal\[(.*?)\]\. Got value: (.*)', text):
+        return f"option {_flag(choice[1])}: expected one of {choice[2]}, got {choice[3]}"
     if "Union subtypes" in text:
         kinds = re.search(r"Subtypes: \[(.*?)\] Errors", text)
         given = text.rpartition("Given value: ")[2]

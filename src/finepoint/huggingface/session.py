@@ -38,6 +38,7 @@ class Session:
         Raises:
             FinepointError: something is trained besides, which the adapter would not hold.
         """
+        self.tuner.end_check()
         owned = {id(parameter) for parameter in self.tuner.parameters()}
         others = [name for name, parameter in self.tuner.model.named_parameters()
                   if parameter.requires_grad and id(parameter) not in owned]  # fmt: skip
@@ -119,8 +120,9 @@ def adapter_of(model: nn.Module, results: Results | None = None) -> SparseAdapte
     else:
         applied = applied_to(model)
         if len(applied) != 1:
-            raise FinepointError(f"the model is not in training and {len(applied)} adapters are applied to it; "
-                                 "there is no one change to save")  # fmt: skip
+            said = f"{len(applied)} adapters are" if applied else "no adapter is"
+            raise FinepointError(f"the model is not in training (finepoint.sparsify) and {said} applied to it "
+                                 "(finepoint.load); there is no one change to save")  # fmt: skip
         (adapter,) = applied
     extra = {"results": _plain(results)} if results else {}
     return replace(adapter, info=adapter.info | extra)

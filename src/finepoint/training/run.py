@@ -20,7 +20,6 @@ from finepoint.adapters.adapter import ANY_BASE, SparseAdapter, base_beneath
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint
 from finepoint.adapters.format import write
 from finepoint.adapters.peft import forget_others
-from finepoint.baselines.dense import DenseTuner
 from finepoint.baselines.registry import BaselineContext, baseline_named
 from finepoint.data.batches import Packer, Row, learned
 from finepoint.data.examples import read_examples, some
@@ -306,10 +305,12 @@ def _method(
 
 
 def _audit_(config: TrainConfig, place: TrainingContext, tuner: SparseTuner) -> None:
-    """Tries the gradients of the chosen entries on the first examples, by the loss of training."""
+    """Tries the gradients of the chosen entries on the longest example and others, by the loss of training."""
     if config.gradient_checkpointing:  # as the Trainer will
         getattr(place.model, f"{CHECKPOINTING}_enable")()
-    rows = [row for row in place.rows if learned(row)][:AUDITED]
+    rows = [row for row in place.rows if learned(row)]
+    longest = max(range(len(rows)), key=lambda at: len(rows[at].ids))
+    rows = [rows[longest], *rows[:longest], *rows[longest + 1 :]][:AUDITED]
     batch = on_device(place.collator.batches(rows, len(rows))[0], next(place.model.parameters()).device)
     tuner.audit_(lambda: completion_loss(place.model, batch))
     tuner.audit_later()
@@ -371,8 +372,7 @@ def _steps(
         data_collator=place.collator,
     )
     trainer.remove_callback(PrinterCallback)
-    if not isinstance(run.method.tuner, DenseTuner):  # whose checkpoints hold whole weights already
-        trainer.keep_adapter = lambda checkpoint, step: run.save(step, checkpoint)
+    trainer.keep_adapter = lambda checkpoint, step: run.save(step, checkpoint)
     for follower in followers:
         trainer.add_callback(follower)
     best = folder / BEST if config.keep == "best" else None
