@@ -108,7 +108,7 @@ def _align(spec: RunSpec[AlignConfig], folder: Path) -> dict[str, Any]:
         log, seconds = _train(spec, place, method, tuner, Reference(place.model, without), folder, checkpoint,
                               settings, keep)  # fmt: skip
         peak = peak_bytes()
-        changed, norm = tuner.changed(), tuner.norm()
+        changed, norm, own = tuner.changed(), tuner.norm(), tuner.facts()
         if not changed:
             raise FinepointError(f"training changed none of the {tuner.count} trained numbers; give a larger --lr than "
                                  f"{spec.lr}, or rows whose answers differ in reward")  # fmt: skip
@@ -127,7 +127,7 @@ def _align(spec: RunSpec[AlignConfig], folder: Path) -> dict[str, Any]:
         "adapter_bytes": sum(file.stat().st_size for file in files), "seconds": round(time.perf_counter() - started, 2),
         "selection_seconds": round(selection_seconds, 2), "train_seconds": round(seconds, 2), "peak_bytes": peak,
         "lr": spec.lr, "beta": beta_of(config), "update_norm": norm, "steps": len(log),
-        "audit": tuner.audited.facts() if isinstance(tuner, SparseTuner) and tuner.audited else None,
+        **own,
         "measured_on": place.measured_on, "measured_rows": len(place.held_out), "before": before.means,
         "leaks": place.leaks(),
         "after": after.means | _against(before, after), "log": log, "config": asdict(config), "versions": versions(),

@@ -24,6 +24,7 @@ from finepoint.errors import FinepointError
 from finepoint.models.master import Master
 from finepoint.runtime.files import writing
 from finepoint.runtime.precision import in_float64, norm_of
+from finepoint.tuner.interface import NOTHING_ELSE
 from finepoint.tuner.optimizer_hooks import follow_after_steps, stop_following
 from finepoint.tuner.tuner import CONTAINER
 
@@ -75,6 +76,10 @@ class DenseTuner:
         """The trained weights as they were before, one after the other, on their devices."""
         for name, weight in self.weights.items():
             yield name, self._base.get_tensor(name).to(weight.device)
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing: see `Tuner.facts`."""
+        return NOTHING_ELSE
 
     def changed(self) -> int:
         """How many entries of the trained weights hold another value than the base's."""

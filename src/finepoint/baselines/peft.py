@@ -17,6 +17,7 @@ from finepoint.errors import FinepointError
 from finepoint.runtime.extras import needing
 from finepoint.runtime.files import move_files, partial_folder, write_json, writing
 from finepoint.runtime.precision import in_float64, norm_of
+from finepoint.tuner.interface import NOTHING_ELSE
 from finepoint.tuner.tuner import CONTAINER, SparseTuner
 
 
@@ -89,6 +90,10 @@ class PeftTuner:
         found = updates(tensors, lambda *_: self.scaling, self.transposed)
         for name in (name for name in weights if name in found):
             yield name, weights[name].detach(), *found[name].of(weights[name])
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing: see `Tuner.facts`."""
+        return NOTHING_ELSE
 
     def changed(self) -> int:
         """How many entries of the merged weights hold another value than the base's."""

@@ -195,7 +195,7 @@ def _fit(
         results = _run_trainer(run, validation, packer, saved)
         peak = peak_bytes()  # of training: what follows makes copies
         changed, norm = tuner.changed(), tuner.norm(exclude=head)
-        vanished = tuner.vanished() if isinstance(tuner, SparseTuner) else 0
+        own = tuner.facts()
         if not changed:
             raise TrainingFailedError(
                 f"training changed none of the {tuner.count} chosen weights: every update was lost to rounding in "
@@ -209,7 +209,6 @@ def _fit(
         "baseline": config.baseline,
         "trained": tuner.count,
         "changed": changed,
-        "vanished": vanished,
         "adapter_bytes": size,
         "seconds": round(time.perf_counter() - started, 2),
         "selection_seconds": round(selection_seconds, 2),
@@ -218,7 +217,7 @@ def _fit(
         "update_norm": norm,
         **results,
         **({"settled": adapter.count - tuner.count} if config.refresh else {}),
-        "audit": tuner.audited.facts() if isinstance(tuner, SparseTuner) and tuner.audited else None,
+        **own,
         "leaks": leaked,
         "selection": statistics,
         "config": asdict(config),

@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from finepoint.adapters.adapter import SparseAdapter
 
+NOTHING_ELSE: dict[str, Any] = {"vanished": 0, "audit": None}
+"""`facts` of a tuner that rounds nothing away and whose gradients are PyTorch's own"""
+
 
 class Tuner(Protocol):
     """Holds a model in training: what is trained, what has changed, and the way back to the base's exact bits."""
@@ -31,6 +34,9 @@ class Tuner(Protocol):
 
     def norm(self, exclude: Iterable[str] = ()) -> float:
         """The Euclidean norm of the change of the model's weights, without those excluded (a new head has no base)."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's record says of it besides: `vanished` (moved, and lost to rounding), `audit`; JSON-ready."""
 
     def adapter(
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
@@ -59,4 +65,4 @@ class Method:
     after_step: Callable[[], None] | None = None
     """called after each step of the optimizer"""
     refresh: Any = None
-    """chooses entries anew between steps, of a tuner that can; see `refreshing.Refresh`"""
+    """chooses entries anew between steps, of a tuner that can; see `training/refresh.py`"""

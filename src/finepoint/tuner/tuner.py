@@ -300,6 +300,10 @@ class SparseTuner:
         """The gradient of every delta becomes the mean over all processes: one message of `count` numbers."""
         self._deltas.average_()
 
+    def facts(self) -> dict[str, Any]:
+        """`vanished`: how many entries moved and were lost to rounding; `audit`: what it found, where it was made."""
+        return {"vanished": self.vanished(), "audit": self.audited.facts() if self.audited else None}
+
     def changed(self) -> int:
         """How many chosen entries hold another stored value than the base's (bits; the effective count)."""
         self.follow_()
