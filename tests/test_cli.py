@@ -8,9 +8,8 @@ from dataclasses import fields
 import pytest
 
 from conftest import write_lines
-from finepoint import config as configs
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.cli import COMMANDS, main
+from finepoint.cli import COMMANDS, main, module_of
 from finepoint.cli.options import parse
 from finepoint.errors import FinepointError
 from finepoint.evaluation.settings import EvalConfig
@@ -34,7 +33,7 @@ def test_help_of_every_command_lists_every_flag(finepoint):
     for command in COMMANDS:
         assert command in overview
         shown = finepoint(command, "--help").stdout
-        config = getattr(configs, f"{command.capitalize()}Config")
+        config = module_of(command).CONFIG
         for field in fields(config):
             line = next(line for line in shown.splitlines() if f"--{field.name.replace('_', '-')} " in line)
             assert len(line.split("(")[0].split(maxsplit=1)) == 2, f"{command}: {field.name} is not explained"
@@ -232,7 +231,7 @@ def test_the_users_mistakes_are_one_line_and_exit_status_2(finepoint, trained, m
         (["eval", "--model", model_folder], "nothing to evaluate on"),
         (["data", "nonesuch", "--output", tmp_path / "d"], "vader"),
         ([*export, "--format", "gguf"], "convert_hf_to_gguf.py"),
-        ([*export, "--format", "onnx"], "'merged', 'shira', 'supertuning'"),
+        ([*export, "--format", "onnx"], "the formats: gguf, merged, shira, sparta"),
         ([*export[:2], "no/such-model", *export[3:], "--format", "merged"], "cannot fetch model 'no/such-model'"),
         ([*export[:-1], trained["adapter"], "--format", "merged"], "is not empty"),
         ([*extract, "--tuned", model_folder], "either --density"),
