@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.fingerprint import contents_of, fingerprint
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint
 from finepoint.adapters.peft import forget_others
 from finepoint.alignment.methods import METHODS, Alignment, Measured, beta_of, on_cpu
 from finepoint.alignment.rewards import reward_named
@@ -101,10 +101,10 @@ def _align(spec: RunSpec[AlignConfig], folder: Path) -> dict[str, Any]:
             forget_earlier_run(folder)
             if config.save_every and not config.baseline:
                 # Its indices are what a resumed run trains.
-                _keep(config, tuner, facts, place, folder, 0)
+                _keep(config, tuner, facts, place, base, folder, 0)
         before = method.measure(place.model, place.tokenizer, place.held_out)
         logger.info("before: %s", _told(before.means))
-        keep = partial(_keep, config, tuner, facts, place)
+        keep = partial(_keep, config, tuner, facts, place, base)
         log, seconds = _train(spec, place, method, tuner, Reference(place.model, without), folder, checkpoint,
                               settings, keep)  # fmt: skip
         peak = peak_bytes()
@@ -116,7 +116,7 @@ def _align(spec: RunSpec[AlignConfig], folder: Path) -> dict[str, Any]:
         after = method.measure(place.model, place.tokenizer, place.held_out)
         logger.info("after: %s", _told(after.means))
         facts |= {"results": {Path(place.measured_on).stem: after.means}}
-        files = tuner.save(folder, tuner.adapter(config.store, info=facts), config.compact)
+        files = _write(config, tuner, facts, base, folder)
         forget_others(folder, files)
         Seen.of(place.rows).save(folder)
     finally:
@@ -254,11 +254,24 @@ def _train(
 
 
 def _keep(
-    config: AlignConfig, tuner: Tuner, facts: dict[str, Any], place: AlignmentContext, folder: Path, step: int
+    config: AlignConfig,
+    tuner: Tuner,
+    facts: dict[str, Any],
+    place: AlignmentContext,
+    base: Fingerprint,
+    folder: Path,
+    step: int,
 ) -> None:
     """Writes the adapter of a step, which says that it is not that of the last, into a folder."""
-    tuner.save(folder, tuner.adapter(config.store, info=facts | marked(step, config.steps)), config.compact)
+    _write(config, tuner, facts | marked(step, config.steps), base, folder)
     Seen.of(place.rows).save(folder)
+
+
+def _write(config: AlignConfig, tuner: Tuner, facts: dict[str, Any], base: Fingerprint, folder: Path) -> list[Path]:
+    """Writes the adapter as it stands into a folder; factors too know the base that they lie on."""
+    adapter = tuner.adapter(config.store, info=facts)
+    adapter = replace(adapter, base={FINGERPRINT: base.as_json()} | adapter.base)
+    return tuner.save(folder, adapter, config.compact)
 
 
 def _arguments(spec: RunSpec[AlignConfig], folder: Path) -> dict[str, Any]:

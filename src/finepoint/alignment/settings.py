@@ -27,7 +27,7 @@ class AlignConfig(Training):
     validation: str | None = setting(
         "held-out rows of the same form, to measure on; those of --data where not given",
         None, "length", "files", file=True)
-    validation_limit: int | None = setting("at most so many of them, always the same", 200, "length", "files")
+    validation_limit: int | None = setting("at most so many of them, always the same", 200, "length", "files", least=1)
     baseline: str | None = setting(
         "instead of chosen entries: lora or dora, to compare with", None, "bits", "instead of entries")
     reward: str = setting(
@@ -36,17 +36,18 @@ class AlignConfig(Training):
         "how strongly the base holds back; 0.1 for dpo, 0 for grpo, where not given", None, "bits", "alignment")
     generations: int = setting(
         "for grpo: answers sampled to each prompt, which are compared with each other", 8, "bits", "alignment")
-    new_tokens: int = setting("for grpo: most tokens of an answer", 32, "bits", "alignment")
-    temperature: float = setting("for grpo: of the sampling", 1.0, "bits", "alignment")
+    new_tokens: int = setting("for grpo: most tokens of an answer", 32, "bits", "alignment", least=1)
+    temperature: float = setting("for grpo: of the sampling", 1.0, "bits", "alignment", above=0)
     lr: float | None = setting(
         "learning rate; 1e-4 for rules that look at gradients, 3e-3 for the others; a baseline has its own",
         None, "bits", "training")
-    steps: int = setting("optimizer steps", 50, "length", "training")
+    steps: int = setting("optimizer steps", 50, "length", "training", least=1)
     batch_size: int = setting(
         "pairs (dpo) or answers (grpo: a multiple of generations) a batch; examples a scoring batch",
-        16, "statistics", "training")
-    weight_decay: float = setting("pulls the deltas to zero, i.e. towards the base model", 0.0, "bits", "training")
+        16, "statistics", "training", least=1)
+    weight_decay: float = setting(
+        "pulls the deltas to zero, i.e. towards the base model", 0.0, "bits", "training", least=0)
     save_every: int | None = setting(
         "write a checkpoint after every so many steps; it holds what is trained and the optimizer's state",
-        None, section="while it runs")
+        None, section="while it runs", least=1)
     resume: bool = setting("go on from the newest checkpoint in --output", False, section="files")

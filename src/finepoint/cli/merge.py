@@ -1,6 +1,7 @@
 """finepoint merge DIR DIR .. --how H --output DIR"""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from finepoint.cli.output import print_json, print_table
@@ -33,7 +34,7 @@ class MergeConfig:
         "search the weights that do best on these examples, a JSON Lines file; needs --model", None)
     tune_by: Literal["accuracy", "nll"] | None = setting(
         "accuracy or nll (likelihood); accuracy where the examples have one", None)
-    limit: int | None = setting("at most so many of these examples, always the same", None)
+    limit: int | None = setting("at most so many of these examples, always the same", None, least=1)
     dry_run: bool = setting("print how far the adapters interfere, pair by pair, and merge nothing", False)
     output: str | None = setting("folder to write; required unless --dry-run", None)
     compact: bool = setting("write positions as gaps, in one or two bytes each instead of four; as exact", False)
@@ -49,6 +50,7 @@ def run(config: MergeConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
     from finepoint.adapters.combining import merge
     from finepoint.adapters.other_bases import rebased
+    from finepoint.data.leaks import Seen
 
     _check(config)
     adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter}
@@ -68,7 +70,9 @@ def run(config: MergeConfig) -> None:
         )  # fmt: skip
     merged = merge(parts, weights, config.how, model=model, **config.options)
     assert config.output is not None
-    merged.save(config.output, config.overwrite, config.compact)
+    folder = merged.save(config.output, config.overwrite, config.compact)
+    if seen := Seen.together(map(Seen.beside, config.adapter)):
+        seen.save(folder)
     if config.json:
         tuning = {"tuning": search} if search else {}
         print_json({"output": config.output, "entries": merged.count, "changed_weights": len(merged),
@@ -106,6 +110,7 @@ def _base(config: MergeConfig, adapters: "dict[str, SparseAdapter]") -> Any:
 
 def _search(config: MergeConfig, model: Any, parts: "list[SparseAdapter]") -> dict[str, Any]:
     from finepoint.data.examples import read_examples, some
+    from finepoint.data.leaks import Seen, leaks, warn_of_leaks
     from finepoint.evaluation.combining_weights import tuned_weights
     from finepoint.models.loading import load_tokenizer
     from finepoint.runtime.files import check_output
@@ -115,6 +120,8 @@ def _search(config: MergeConfig, model: Any, parts: "list[SparseAdapter]") -> di
     assert config.model is not None
     examples = some(read_examples(config.tune), config.limit)
     check_output(config.output, config.overwrite)
+    if seen := Seen.together(map(Seen.beside, config.adapter)):
+        warn_of_leaks(leaks(seen, {Path(config.tune).name: examples}))
     return tuned_weights(model, load_tokenizer(config.model), parts, examples, config.how, config.options,
                          measure=config.tune_by, start=config.weights or None)  # fmt: skip
 

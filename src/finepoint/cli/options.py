@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from finepoint.errors import FinepointError
-from finepoint.runtime.settings import default_of, sections
+from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
 
 Config = TypeVar("Config")
 
@@ -71,7 +71,9 @@ def parse(
     if printed:
         print(yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False), end="")
         raise SystemExit(0)
-    return config(**values)
+    found = config(**values)
+    refuse_out_of_range(found)
+    return found
 
 
 def check_keys(file: str, known: Collection[str]) -> None:

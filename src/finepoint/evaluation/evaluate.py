@@ -10,7 +10,7 @@ from finepoint.adapters.other_bases import in_wider_dtype, rebased
 from finepoint.adapters.peft import info_of, is_peft, load_merged
 from finepoint.adapters.scaling import wise_ft
 from finepoint.data.batches import context_length
-from finepoint.data.examples import Example, Labelled, Text, read_examples, some
+from finepoint.data.examples import Example, Labelled, Text, read_examples, refuse_other_task, some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
 from finepoint.data.tokens import padding_id
 from finepoint.errors import FinepointError
@@ -23,6 +23,7 @@ from finepoint.evaluation.settings import EvalConfig
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
+from finepoint.runtime.settings import refuse_out_of_range
 
 logger = logging.getLogger(__name__)
 Sets = Mapping[str, Sequence[Example]]
@@ -145,6 +146,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     Raises:
         FinepointError: whatever the user can mend.
     """
+    refuse_out_of_range(config)
     if config.output:
         claim_file(config.output, config.overwrite)
     sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
@@ -163,6 +165,9 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
         raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
     if labels and harness:
         raise FinepointError("the adapter is a classifier's, and tasks ask a language model; leave out --tasks")
+    for named in sets.values():
+        for name, examples in named.items():
+            refuse_other_task(name, examples, labels)
     leaked = _leaks(config, sets)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, labels, quantise=config.quantise)

@@ -22,12 +22,14 @@ class EvalConfig:
     tasks: list[str] = setting("tasks of lm-evaluation-harness, by name; needs the extra lm-eval", [])
     include_path: str | None = setting("folder with tasks of your own for lm-evaluation-harness, as YAML", None)
     output: str | None = setting("JSON file to write", None)
-    limit: int | None = setting("at most so many examples of each set, always the same; of each task the first", None)
-    max_length: int | None = setting("longest example in tokens; the model's context where not given", None)
+    limit: int | None = setting(
+        "at most so many examples of each set, always the same; of each task the first", None, least=1)
+    max_length: int | None = setting("longest example in tokens; the model's context where not given", None, least=1)
     scale: list[float] = setting(
         "strengths at which each adapter is measured too (WiSE-FT), e.g. 0.25 0.5: base + strength x change", [])
-    generate: int = setting("at most so many examples of each set are answered by generation as well; 0 for none", 0)
-    new_tokens: int = setting("most tokens to generate where an answer is written", 64)
+    generate: int = setting(
+        "at most so many examples of each set are answered by generation as well; 0 for none", 0, least=0)
+    new_tokens: int = setting("most tokens to generate where an answer is written", 64, least=1)
     dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
     any_dtype: bool = setting(
         "take adapters trained in a narrower dtype too, where the wider weights hold the same base values", False)
@@ -44,7 +46,7 @@ class DemoConfig:
     """Fine-tune SmolLM2-135M on movie reviews with GaLLoP and at random, and compare both with the base."""
 
     output: str = setting("folder to write", "runs/demo")
-    steps: int = setting("optimizer steps of each run", 40)
-    limit: int = setting("at most so many examples of the ID set, three eighths as many of each OOD set", 200)
+    steps: int = setting("optimizer steps of each run", 40, least=1)
+    limit: int = setting("at most so many examples of the ID set, three eighths as many of each OOD set", 200, least=1)
     overwrite: bool = setting("allow an output folder that holds something", False)
     json: bool = setting("print one JSON object on stdout", False)

@@ -27,7 +27,7 @@ class PlanConfig:
     scoring_memory: float = setting("share of the weights whose gradients are held at a time", 1.0)
     tokens: int = setting("length of every example", 512)
     learned: int | None = setting("how many tokens at the end of every example carry a loss; all where not given", None)
-    batch_size: int = setting("examples a batch", 16)
+    batch_size: int = setting("examples a batch", 16, least=1)
     padded: bool = setting(
         "examples differ in length (the longest has so many tokens), so that attention needs a mask", True)
     gradient_checkpointing: bool = setting("recompute activations in the backward pass", False)

@@ -11,8 +11,11 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from finepoint.errors import FinepointError
+
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantise = Literal["int8", "int4", "nf4"]
+LARGEST_SEED = 2**32 - 1  # numpy's
 TargetsOption = str | list[str] | dict[str, float]
 
 Decides = Literal["statistics", "selection", "bits", "length", "nothing"]
@@ -26,6 +29,7 @@ SECTIONS = ("", "files", "which entries", "scoring", "instead of entries", "alig
 def setting(
     meaning: str, default: Any = MISSING, decides: Decides = "nothing", section: str = "", *,
     file: bool = False, positional: bool = False, also: str = "",
+    least: float | None = None, above: float | None = None, most: float | None = None,
 ) -> Any:  # fmt: skip
     """A field of a command's settings: a flag, and a key of its YAML.
 
@@ -37,13 +41,32 @@ def setting(
         file: it names a file or folder, whose contents decide and not the name.
         positional: on the command line it needs no flag.
         also: another name, which only flags know.
+        least, above, most: bounds of a number that any run could have; `above` is not one of them.
     """
     assert section in SECTIONS, section
     metadata = {"meaning": meaning, "decides": decides, "section": section, "file": file, "positional": positional,
-                "also": also}  # fmt: skip
+                "also": also, "least": least, "above": above, "most": most}  # fmt: skip
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def refuse_out_of_range(config: Any) -> None:
+    """Refuses numbers that no run could have, or that would silently mean something else.
+
+    Raises:
+        FinepointError: there is one; it is named.
+    """
+    for known in fields(config):
+        name, value, told = known.name, getattr(config, known.name), known.metadata
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if told["least"] is not None and not value >= told["least"]:
+            raise FinepointError(f"{name} is {value}; give at least {told['least']}")
+        if told["above"] is not None and not value > told["above"]:
+            raise FinepointError(f"{name} is {value}; give a number above {told['above']}")
+        if told["most"] is not None and not value <= told["most"]:
+            raise FinepointError(f"{name} is {value}; give at most {told['most']}")
 
 
 def default_of(known: Field[Any]) -> Any:
@@ -111,6 +134,10 @@ def json_schema(config: type, title: str) -> dict[str, Any]:
     for name, each in known.items():
         default = default_of(each)
         properties[name] = {"description": each.metadata["meaning"], **_schema_of(each.type)}
+        bounds = {"minimum": "least", "exclusiveMinimum": "above", "maximum": "most"}
+        properties[name] |= {
+            word: each.metadata[bound] for word, bound in bounds.items() if each.metadata[bound] is not None
+        }
         properties[name] |= {} if default is MISSING else {"default": default}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, "type": "object",
             "properties": properties, "additionalProperties": False}  # fmt: skip

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import Literal
 
-from finepoint.runtime.settings import DType, Quantise, TargetsOption, setting
+from finepoint.runtime.settings import LARGEST_SEED, DType, Quantise, TargetsOption, setting
 
 DEFAULT_RULE = "random"
 """What nothing measured so far beats at equal forgetting, and needs no pass over the data: docs/study.md."""
@@ -57,8 +57,8 @@ class SelectConfig(Choice):
     data: str | None = setting(
         "training examples, a JSON Lines file; some rules need none", None, "statistics", "files", file=True)
     max_length: int | None = setting(
-        "longest example in tokens; the model's context where not given", None, "statistics", "training")
-    batch_size: int = setting("examples a batch", 16, "statistics", "training")
+        "longest example in tokens; the model's context where not given", None, "statistics", "training", least=1)
+    batch_size: int = setting("examples a batch", 16, "statistics", "training", least=1)
     dtype: DType = setting(
         "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16",
         "auto", "statistics", "memory")
@@ -66,6 +66,6 @@ class SelectConfig(Choice):
         "hold the linear layers of the base in int8 or int4 (torchao) or nf4 (bitsandbytes); what is trained stays "
         "float",
         None, "statistics", "memory")
-    seed: int = setting("of everything random", 0, "statistics", "everything else")
+    seed: int = setting("of everything random", 0, "statistics", "everything else", least=0, most=LARGEST_SEED)
     overwrite: bool = setting("allow an output folder that holds something", False, section="files")
     json: bool = setting("print one JSON object on stdout", False, section="everything else")

@@ -18,6 +18,7 @@ from torch import nn
 from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather, overlap
 from finepoint.data.examples import Example, Labelled, Text, read_examples, some
+from finepoint.data.leaks import Seen, leaks, warn_of_leaks
 from finepoint.errors import FinepointError
 from finepoint.evaluation.metrics import sequence_metrics
 from finepoint.evaluation.scoring import accuracy
@@ -55,9 +56,10 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
     """Trains the tasks in order and measures all of them after each; the same command goes on where it stopped.
 
     Returns:
-        `base` (accuracies before), and for each way of choosing (`exclude`, `allow`): `matrix` R[i][j], the accuracy
-        on task j after training tasks 0..i, with `average_accuracy`, `backward_transfer`, `forgetting`; `overlaps`,
-        entries that adapters share; `removable`, whether each adapter alone could be taken out, bit for bit.
+        `base` (accuracies before), `leaks` (tests that hold examples which a task is trained on), and for each way of
+        choosing (`exclude`, `allow`): `matrix` R[i][j], the accuracy on task j after training tasks 0..i, with
+        `average_accuracy`, `backward_transfer`, `forgetting`; `overlaps`, entries that adapters share; `removable`,
+        whether each adapter alone could be taken out, bit for bit.
 
     Raises:
         FinepointError: whatever the user can mend.
@@ -72,10 +74,23 @@ def _run(config: SequenceConfig, folder: Path) -> dict[str, Any]:
     state = SequenceState(
         config, folder, load_model(config.model, config.dtype), load_tokenizer(config.model), _tests(config)
     )
-    found: dict[str, Any] = {"tasks": state.tasks, "base": _remembered(folder / "base.json", lambda: _row(state))}
+    leaked = _leaks(state)
+    found: dict[str, Any] = {"tasks": state.tasks, "leaks": leaked,
+                             "base": _remembered(folder / "base.json", lambda: _row(state))}  # fmt: skip
     for way in WAYS[config.overlap]:
         found[way] = _one_way(state, way)
     write_json(folder / SEQUENCE_RESULT, found | {"config": asdict(config), "versions": versions()})
+    return found
+
+
+def _leaks(state: SequenceState) -> dict[str, dict[str, dict[str, int]]]:
+    """Of each task: which tests, its own or another's, hold examples that it is trained on; a line says so."""
+    tests = {f"test of {name}": examples for name, examples in state.tests.items()}
+    found = {}
+    for task, files in state.config.tasks.items():
+        if leaked := leaks(Seen.of(read_examples(files["train"])), tests):
+            warn_of_leaks(leaked, f"task {task!r}")
+            found[task] = leaked
     return found
 
 

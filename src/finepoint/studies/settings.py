@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finepoint.runtime.settings import DType, Quantise, setting
+from finepoint.runtime.settings import LARGEST_SEED, DType, Quantise, setting
 from finepoint.selection.settings import DEFAULT_RULE
 
 # fmt: off
@@ -34,12 +34,12 @@ The same command goes on where it stopped; finished cells are never run again, f
         "best validation accuracy, or one-se: the smallest rate within one standard error of it", "best", "length")
     train: dict[str, Any] = setting(
         "settings of finepoint train that all arms share, e.g. {steps: 40, eval_every: 10}", {}, "bits")
-    validation_limit: int | None = setting("at most so many examples of each validation set", None, "bits")
-    test_limit: int | None = setting("at most so many examples of each test set", None, "bits")
-    probe_limit: int | None = setting("at most so many texts of each probe", None, "bits")
+    validation_limit: int | None = setting("at most so many examples of each validation set", None, "bits", least=1)
+    test_limit: int | None = setting("at most so many examples of each test set", None, "bits", least=1)
+    probe_limit: int | None = setting("at most so many texts of each probe", None, "bits", least=1)
     generate: int = setting(
-        "at most so many examples of each test set are answered by generation too; 0 for none", 64, "bits")
-    new_tokens: int = setting("most tokens to generate", 8, "bits")
+        "at most so many examples of each test set are answered by generation too; 0 for none", 64, "bits", least=0)
+    new_tokens: int = setting("most tokens to generate", 8, "bits", least=1)
     keep_adapters: bool = setting("keep every cell's adapter in the folder of the study", False, "length")
     dtype: DType = setting(
         "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto", "bits")
@@ -47,7 +47,7 @@ The same command goes on where it stopped; finished cells are never run again, f
         "hold the linear layers of the base in int8 or int4 (torchao) or nf4 (bitsandbytes); for arms that choose "
         "entries",
         None, "bits")
-    workers: int = setting("processes that run cells side by side; 1 runs them in this process", 1)
+    workers: int = setting("processes that run cells side by side; 1 runs them in this process", 1, least=1)
     executor: Literal["local", "ray"] = setting("local (this machine) or ray", "local")
     address: str | None = setting("of a running Ray cluster; one on this machine is started where not given", None)
     dry_run: bool = setting("print the cells and an estimate of the time, and run none", False)
@@ -71,9 +71,10 @@ The same command goes on where it stopped."""
     overlap: Literal["exclude", "allow", "both"] = setting(
         "exclude entries that earlier tasks own, allow them, or both ways one after the other", "both", "length")
     train: dict[str, Any] = setting("further settings of finepoint train, e.g. {steps: 60}", {}, "bits")
-    test_limit: int | None = setting("at most so many examples of each test set", None, "bits")
-    new_tokens: int = setting("most tokens to generate where an answer is written", 8, "bits")
-    seed: int = setting("of everything random in the first task; the next one has the next seed", 0, "bits")
+    test_limit: int | None = setting("at most so many examples of each test set", None, "bits", least=1)
+    new_tokens: int = setting("most tokens to generate where an answer is written", 8, "bits", least=1)
+    seed: int = setting(
+        "of everything random in the first task; the next one has the next seed", 0, "bits", least=0, most=LARGEST_SEED)
     dtype: DType = setting(
         "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto", "bits")
     json: bool = setting("print one JSON object on stdout", False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.fingerprint import contents_of, fingerprint
 from finepoint.data.batches import Collator, Packer, context_length
-from finepoint.data.examples import Example, label_names, read_examples, some
+from finepoint.data.examples import Example, label_names, read_examples, refuse_other_task, some
 from finepoint.data.leaks import Seen
 from finepoint.data.tokens import Row, encode_all, learned, padding_id
 from finepoint.errors import FinepointError
@@ -160,7 +160,9 @@ def rows_of(
     if file is None:
         return None
     limit = context_length(place.model, config.max_length)
-    return encode_all(place.tokenizer, some(read_examples(file), most), limit, place.labels, what, place.model)
+    examples = some(read_examples(file), most)
+    refuse_other_task(file, examples, place.labels)
+    return encode_all(place.tokenizer, examples, limit, place.labels, what, place.model)
 
 
 def packer_for(place: TrainingContext) -> Packer:

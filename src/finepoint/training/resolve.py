@@ -9,7 +9,7 @@ import torch
 from finepoint.baselines.registry import Baseline, baseline_named, options_of
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
-from finepoint.runtime.settings import default_of, sections
+from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
 from finepoint.selection.rules import rule_named
 from finepoint.selection.structure import check_structure
 from finepoint.training.refresh import schedule_of
@@ -63,10 +63,7 @@ def resolve_common(config: Told) -> RunSpec[Told]:
     Raises:
         FinepointError: what none of them can do.
     """
-    for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every", "patience", "new_tokens"):
-        value = getattr(config, name, None)
-        if value is not None and value < 1:
-            raise FinepointError(f"{name} is {value}; give at least 1")
+    refuse_out_of_range(config)
     if not 0 <= config.warmup <= 1:
         raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
     if config.lr is not None and config.lr <= 0:

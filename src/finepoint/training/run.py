@@ -20,6 +20,7 @@ from finepoint.adapters.adapter import ANY_BASE, SparseAdapter, base_beneath
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint
 from finepoint.adapters.format import write
 from finepoint.adapters.peft import forget_others
+from finepoint.baselines.dense import DenseTuner
 from finepoint.baselines.registry import BaselineContext, baseline_named
 from finepoint.data.batches import Packer, Row, learned
 from finepoint.data.examples import read_examples, some
@@ -107,8 +108,9 @@ class Run:
         """
         facts = self.facts if step is None else self.facts | marked(step, self.steps)
         adapter = self.method.tuner.adapter(self.config.store, self.head, facts)
-        if FINGERPRINT not in adapter.base:  # a baseline's, whose weights are stored whole
-            base = self.base.without(list(adapter), adapter.base.get("tied", ()))
+        if FINGERPRINT not in adapter.base:  # a baseline's: weights that are whole lie on nothing, factors on all
+            whole = adapter if isinstance(self.method.tuner, DenseTuner) else ()
+            base = self.base.without(list(whole), adapter.base.get("tied", ()))
             adapter = replace(adapter, base=adapter.base | {FINGERPRINT: base.as_json()})
         return adapter, distributed.on_first(
             lambda: [self._write(adapter, place) for place in (*places, self.folder)][-1]

@@ -23,7 +23,7 @@ class Training(SelectConfig):
 
     validation: str | None = setting(
         "examples to evaluate on while training, a JSON Lines file", None, "length", "files", file=True)
-    validation_limit: int | None = setting("at most so many of them, always the same", None, "length", "files")
+    validation_limit: int | None = setting("at most so many of them, always the same", None, "length", "files", least=1)
     indices: str | None = setting(
         "folder of a selection or an adapter whose entries to train, instead of choosing by a rule",
         None, "selection", "which entries", file=True)
@@ -35,22 +35,23 @@ class Training(SelectConfig):
     lr: float | None = setting(
         "learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others; a baseline has its own",
         None, "bits", "training")
-    steps: int | None = setting("optimizer steps; epochs where not given", None, "length", "training")
-    accumulation: int = setting("batches added up for one step", 1, "bits", "training")
+    steps: int | None = setting("optimizer steps; epochs where not given", None, "length", "training", least=1)
+    accumulation: int = setting("batches added up for one step", 1, "bits", "training", least=1)
     warmup: float = setting("share of the steps over which the learning rate rises", 0.1, "bits", "training")
     schedule: Literal["linear", "cosine", "constant"] = setting(
         "how the learning rate falls afterwards", "linear", "bits", "training")
     weight_decay: float = setting(
         "pulls the deltas to zero, i.e. towards the base model; a baseline's weights or factors to zero",
-        0.0, "bits", "training")
-    clip: float = setting("largest norm of the gradient of all that is trained; 0 for none", 1.0, "bits", "training")
+        0.0, "bits", "training", least=0)
+    clip: float = setting(
+        "largest norm of the gradient of all that is trained; 0 for none", 1.0, "bits", "training", least=0)
     gradient_checkpointing: bool = setting(
         "recompute activations in the backward pass: less memory, more time", False, "bits", "memory")
     no_audit: bool = setting(
         "do not try on the model that every chosen entry gets the gradient of its own loss",
         False, section="while it runs")
     save_every: int | None = setting(
-        "steps between checkpoints that --resume can go on from", None, section="while it runs")
+        "steps between checkpoints that --resume can go on from", None, section="while it runs", least=1)
     resume: bool = setting("go on from the last checkpoint in output", False, section="files")
     store: Literal["auto", "delta", "value"] = setting(
         "float32 deltas, the exact trained values, or (auto) values of half-precision weights, which are smaller",
@@ -81,17 +82,17 @@ class TrainConfig(Training):
         "the parameters of the last step, or the best: of the evaluation with the lowest validation loss",
         "last", "length", "while it runs")
     patience: int | None = setting(
-        "stop after so many evaluations without a lower validation loss", None, "length", "while it runs")
+        "stop after so many evaluations without a lower validation loss", None, "length", "while it runs", least=1)
     round_to: Literal["bfloat16", "float16"] | None = setting(
         "a control: round what is trained to this dtype after every step, as if no wider copy were kept",
         None, "bits", "training")
-    epochs: float = setting("passes over the data, where steps is not given", 1.0, "length", "training")
+    epochs: float = setting("passes over the data, where steps is not given", 1.0, "length", "training", above=0)
     packing: bool = setting(
         "several examples in a row, each as if it were alone: the same batches with less padding",
         False, "bits", "training")
     eval_every: int | None = setting(
         "steps between evaluations on the validation examples; a fifth of the run where not given",
-        None, "length", "while it runs")
+        None, "length", "while it runs", least=1)
     report_to: list[Tracker] = setting(
         "trackers that follow the run: tensorboard, trackio, wandb, mlflow; log.jsonl is always written",
         [], section="while it runs")
