@@ -18,8 +18,9 @@ from finepoint.selection.settings import SelectConfig
 from finepoint.studies import cells as cells_module
 from finepoint.studies import compare as compare_module
 from finepoint.studies import executors, sharing
+from finepoint.studies.cells import Failure
 from finepoint.studies.compare import StudyState, compare
-from finepoint.studies.executors import LOST, Failure
+from finepoint.studies.executors import LOST
 from finepoint.studies.settings import CompareConfig
 from finepoint.studies.study import Cell, make_study, planned, train_config
 from finepoint.training.run import choose

@@ -22,7 +22,7 @@ from finepoint.evaluation.generation import (
     written,
 )
 from finepoint.evaluation.metrics import collapse
-from finepoint.models.loading import probing
+from finepoint.models import probing
 from finepoint.tuner.tuner import SparseTuner
 
 

@@ -5,7 +5,7 @@ import sys
 import types
 
 import pytest
-from finepoint.data.examples.recipes import hub
+from finepoint.data.recipes import hub
 
 from finepoint.data.examples import read_examples
 from finepoint.data.recipes.hub import TASKS, examples, write_hub

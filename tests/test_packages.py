@@ -7,7 +7,7 @@ from hashlib import sha256
 import pytest
 
 from finepoint.errors import FinepointError
-from finepoint.models.loading import packages
+from finepoint.models import packages
 from finepoint.models.packages import debian_file, fetch_debian
 
 

@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 
 import pytest
-from finepoint.data.examples.recipes import generators, gsm8k, wordnet
+from finepoint.data.recipes import generators, gsm8k, wordnet
 
 from finepoint.data.examples import read_examples
 from finepoint.data.recipes.generators import Pool, distinct, generate
