@@ -10,11 +10,11 @@ from mkdocs.structure.files import File, Files
 DOCS = Path(__file__).parent
 HOW_TOS = "How-tos"
 ROOMS = {
-    "choosing": "Choosing entries", "training": "Training them", "adapters": "Keeping and combining them",
-    "exchange": "Exchanging them", "integrations": "With other trainers", "measuring": "Measuring",
-    "studies": "Studies",
+    "selection": "Choosing entries", "tuner": "Training them in place", "adapters": "Keeping and combining them",
+    "training": "A whole run", "huggingface": "In other people's trainers", "exchange": "Other layouts",
+    "models": "Loading models",
 }  # fmt: skip
-OTHERS = "Configuration and errors"
+OTHERS = "Errors"
 
 
 def on_config(config: Any) -> Any:

@@ -68,6 +68,20 @@ def test_messages_explained_are_those_of_the_code():
     assert missing == []
 
 
+def test_files_that_pages_name_exist():
+    files = [path for folder in ("src", "tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py")]
+    name = r"((?:[a-z_]+/)*[a-z_0-9]+\.py)"
+    pages = [path.read_text() for path in DOCS.rglob("*.md")]
+    named = {found for page in pages for found in re.findall(rf"`{name}`", page)}
+    design = (DOCS / "design.md").read_text()
+    for room in design.split("\n### ")[1:]:  # a line for each file, under its room
+        home = "" if "," in room.split(":")[0] else f"{room.split(':')[0]}/"
+        named |= {home + found for found in re.findall(rf"^    {name}  ", room, re.MULTILINE)}
+    assert len(named) > 140
+    missing = {found for found in named if not any(str(path).endswith(f"/{found}") for path in files)}
+    assert missing == {"convert_hf_to_gguf.py"}  # llama.cpp's
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")

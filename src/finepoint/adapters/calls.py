@@ -1,4 +1,4 @@
-"""Whether a model uses a layer by calling it and in no other way: PEFT adapts the call, a merged weight all of it."""
+"""Whether a model uses a layer by calling it and in no other way: PEFT adapts the call, a folded weight all of it."""
 
 import logging
 from collections.abc import Callable, Collection

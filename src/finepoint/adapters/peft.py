@@ -1,4 +1,4 @@
-"""LoRA and DoRA as PEFT writes them, merged into whole weights, so that all methods are applied and measured alike."""
+"""LoRA and DoRA as PEFT writes them, folded into whole weights, so that all methods are applied and measured alike."""
 
 import logging
 from collections import defaultdict

@@ -97,11 +97,11 @@ class PeftTuner:
         return NOTHING_ELSE
 
     def changed(self) -> int:
-        """How many entries of the merged weights hold another value than the base's."""
+        """How many entries of the weights, factors folded in, hold another value than the base's."""
         return sum(int((stored != base).sum()) for _, base, _, stored in self.merged())
 
     def norm(self, exclude: Iterable[str] = ()) -> float:
-        """The Euclidean norm of the merged change of all adapted weights but the excluded ones."""
+        """The Euclidean norm of the change of all adapted weights, factors folded in, but the excluded ones."""
         left_out = set(exclude)
         return norm_of(
             in_float64(wide) - in_float64(base) for name, base, wide, _ in self.merged() if name not in left_out
@@ -110,7 +110,7 @@ class PeftTuner:
     def adapter(
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
     ) -> SparseAdapter:
-        """The merged weights, whole, as an adapter on the CPU; `store` and `full` change nothing here."""
+        """Whole weights, factors folded in, as an adapter on the CPU; `store` and `full` change nothing here."""
         return SparseAdapter({name: Change.whole(stored) for name, _, _, stored in self.merged()}, dict(info or {}))
 
     def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> list[Path]:

@@ -58,13 +58,13 @@ class HybridTuner:
         return NOTHING_ELSE
 
     def changed(self) -> int:
-        """How many entries of the merged weights hold another value than the base's."""
+        """How many entries of the weights, factors folded in, hold another value than the base's."""
         counts = {name: int((stored != base).sum()) for name, base, _, stored in self.merged()}
         rest = (entries.changed() for name, entries in self.sparse.entries.items() if name not in counts)
         return sum(counts.values()) + sum(rest)
 
     def norm(self, exclude: Iterable[str] = ()) -> float:
-        """The Euclidean norm of the merged change of all weights but the excluded ones."""
+        """The Euclidean norm of the change of all weights, factors folded in, but the excluded ones."""
         norms = {name: norm_of([in_float64(wide) - in_float64(base)]) for name, base, wide, _ in self.merged()}
         norms = {name: norm for name, norm in norms.items() if name not in set(exclude)}
         return math.hypot(*norms.values(), self.sparse.norm({*exclude, *norms}))
@@ -72,7 +72,7 @@ class HybridTuner:
     def adapter(
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
     ) -> SparseAdapter:
-        """The weights with factors merged, whole, and the chosen entries of others, as an adapter on the CPU."""
+        """Whole weights, factors folded in, and the chosen entries of others, as an adapter on the CPU."""
         entries = self.sparse.adapter(store, full, info)
         return SparseAdapter({**entries.changes, **self.low_rank.adapter(info=info).changes}, dict(info or {}))
 

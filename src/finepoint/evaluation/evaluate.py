@@ -173,7 +173,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     model = load_model(config.model, config.dtype, labels, quantise=config.quantise)
     if labels:
         model.config.pad_token_id = padding_id(tokenizer, model)
-    # LoRA's can be merged only now that the model is there; in the order given.
+    # LoRA's factors can be folded in only now that the model is there; in the order given.
     adapters = {f: adapters[f] if f in adapters else load_merged(f, model) for f in config.adapter}
     if config.any_base:
         adapters = {folder: rebased(adapter, model) for folder, adapter in adapters.items()}

@@ -94,7 +94,7 @@ def written(
 def _batches(
     collator: Collator, rows: Sequence[list[int]], limit: int, new_tokens: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Which rows are gone on with together, and for how many tokens: those near the limit alone, up to it."""
+    """The rows of each batch, and how many tokens it generates; rows near the limit go alone, up to the limit."""
     rooms = [max(1, min(new_tokens, limit - len(row))) for row in rows]
     wide = [place for place, room in enumerate(rooms) if room == new_tokens]
     for batch in collator.by_length([len(rows[place]) for place in wide], GENERATION_TOKENS):

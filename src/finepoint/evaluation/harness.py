@@ -75,7 +75,7 @@ class Harness:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 
-            # Its prompts are gone on with, so nothing may end them; and it may give the tokenizer a padding token.
+            # The model continues its prompts, so no end token may close them; and it may set a padding token.
             lm = HFLM(model, tokenizer=copy.deepcopy(asking(tokenizer, model)), batch_size=BATCH, max_length=max_length)
             return simple_evaluate(lm, tasks=list(self.tasks), task_manager=self.manager, limit=self.limit)
 

@@ -1,4 +1,4 @@
-"""A merged folder by way of the model in memory, for checkpoints whose files have another layout than their model."""
+"""Folding by way of the model in memory, for checkpoints whose files have another layout than their model."""
 
 import hashlib
 import logging

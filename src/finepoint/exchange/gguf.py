@@ -32,7 +32,7 @@ def converter() -> str:
 
 @layout("gguf", dtype=True, peft=True, check=converter)
 def write_gguf(source: Source, into: Path) -> dict[str, Any]:
-    """Writes `model.gguf`, not quantised, by way of a merged folder that is thrown away.
+    """Writes `model.gguf`, not quantised, by way of a folded model that is thrown away.
 
     Raises:
         FinepointError: as for `write_merged`; no converter, or one that fails (with its last line).

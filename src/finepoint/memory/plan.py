@@ -344,7 +344,7 @@ def fused_attention(
 
 
 class _TopK:
-    """The memory of `choosing.selection.TopK`, as if the scores came in random order.
+    """The memory of `selection.select.TopK`, as if the scores came in random order.
 
     Args:
         in_memory: the candidates are kept where the model is; otherwise only a slice's temporaries count.

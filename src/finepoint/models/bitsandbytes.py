@@ -153,7 +153,7 @@ def check_weight(name: str, weight: Tensor) -> None:
 
 
 def _imported() -> Any:
-    """bitsandbytes, where it is imported: who has a layer of its has done that."""
+    """The package, if it has been imported; a model that has one of its layers has imported it."""
     return sys.modules.get("bitsandbytes")
 
 

@@ -114,7 +114,7 @@ def write_record(path: Path, value: dict[str, Any], version: int = 1) -> None:
 
 
 def read_record(path: Path, known: int = 1) -> dict[str, Any]:
-    """What `write_record` wrote; records of before there were versions have the first.
+    """What `write_record` wrote; a record without a version is of version 1.
 
     Raises:
         FinepointError: the file cannot be read, or has a version that a later finepoint wrote.

@@ -6,13 +6,13 @@ A rule is one function. Its parameters say what it needs, and it is given just t
     gradient          the weight's shape: the signed mean of the loss gradient over the scoring examples
     squared_gradient  the weight's shape: the mean over the examples of the squared per-example gradient
     input_norm        a shape that broadcasts against the weight's: the norm of every input over all tokens of the
-                      scoring examples (`activations.py`), (1, in) for a linear layer; other weights are refused
+                      scoring examples (`input_norms.py`), (1, in) for a linear layer; other weights are refused
     movement          the weight's shape: the sum over a short training of -w g (`warmup.py`; options `steps`, `lr`)
     change            the weight's shape: what a short training adds to the weight (the same)
     generator         a `torch.Generator` that depends on the seed and on the weight's name alone
 
 All these are float32 (float64 over float64 weights). Every further parameter is an option with a default
-(`--rule-options epsilon=1e-6`). A rule may be written as a formula, too: see `expressions.py`. Rules of other packages
+(`--rule-options epsilon=1e-6`). A rule may be written as a formula, too: see `formula.py`. Rules of other packages
 are found by name as well (`plugins.py`).
 """
 

@@ -172,7 +172,7 @@ class _Share:
 
 
 def _shares(batches: Sequence[Batch], counts: Sequence[int], sharded: bool, per_example: bool) -> list[_Share]:
-    """What falls to this process: every so manieth batch, those without a label left out.
+    """The batches of this process: every n-th of those that have a label, with n processes.
 
     The layers of a sharded model run in all processes together: all get equally many batches, the last of them perhaps
     one that counts nothing. FSDP2 averages their gradients as they are made, so squares are taken of one example

@@ -1,6 +1,6 @@
 """Who runs the cells of a study: this process, several of this machine, or a Ray cluster.
 
-A executor has `size` places. `start` gives a job to a free place; `wait` hands back a job that is finished, with its
+An executor has `size` places. `start` gives a job to a free place; `wait` hands back a job that is finished, with its
 outcome: a result, a `Failure`, or `LOST` where the process that had it is gone. Each process keeps its model.
 """
 

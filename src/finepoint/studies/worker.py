@@ -1,4 +1,4 @@
-"""The life of a process that was hired to run cells. What is heavy is imported once its log is set up."""
+"""The life of a process that runs cells, a worker. What is heavy is imported once its log is set up."""
 
 import os
 import threading

@@ -243,7 +243,7 @@ class SparseTrainer(SparseCheckpoints, Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss over all labels of the validation examples, however they are batched; it is logged.
 
-        Each of several processes takes every so-manieth batch; all get the same number.
+        Of n processes each takes every n-th batch; all get the same number.
 
         Raises:
             NotFiniteError: it is NaN or infinite.

@@ -1,6 +1,6 @@
 """Whether every chosen entry gets the gradient of the model's own loss: tried on the model itself.
 
-The hooks of `hooks.py` see a weight where its own module is called. A model may use it elsewhere (by
+The hooks of `autograd.py` see a weight where its own module is called. A model may use it elsewhere (by
 `linear(x, child.weight)`, in a fused kernel, tied to another layer by hand), or something may change what the module
 puts out. So one small backward pass makes both gradients of every weight at once, the one that its deltas get and the
 dense one, which is reduced to the chosen entries as soon as it is made. A weight where they differ stands in for itself
@@ -83,7 +83,7 @@ def audit(
     Args:
         members: all trained entries of the model, by weight name.
         names: the weights to ask about; such without a chosen entry are asked at a few.
-        widen: has a weight stand in for itself so far around its module (see `hooks.attach`); says whether it can.
+        widen: has a weight stand in for itself so far around its module (see `autograd.attach`); says whether it can.
 
     Raises:
         FinepointError: entries of a weight that get another gradient in any surrounding.

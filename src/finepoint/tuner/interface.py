@@ -65,4 +65,4 @@ class Method:
     after_step: Callable[[], None] | None = None
     """called after each step of the optimizer"""
     refresh: Any = None
-    """chooses entries anew between steps, of a tuner that can; see `training/refresh.py`"""
+    """chooses entries anew between steps, of a tuner that can; see `training.refresh.Refresh`"""
