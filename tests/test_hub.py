@@ -5,9 +5,9 @@ import sys
 import types
 
 import pytest
-from finepoint.data.recipes import hub
 
 from finepoint.data.examples import read_examples
+from finepoint.data.recipes import hub
 from finepoint.data.recipes.hub import TASKS, examples, write_hub
 from finepoint.data.recipes.table import recipe
 from finepoint.errors import FinepointError

@@ -8,9 +8,9 @@ import zlib
 from collections import Counter
 
 import pytest
-from finepoint.data.recipes import generators, gsm8k, wordnet
 
 from finepoint.data.examples import read_examples
+from finepoint.data.recipes import generators, gsm8k, wordnet
 from finepoint.data.recipes.generators import Pool, distinct, generate
 from finepoint.data.recipes.novels import excerpts, paragraphs
 from finepoint.data.recipes.rdata import read_database
