@@ -272,6 +272,49 @@ def byte_ends(tokenizer, ids):
     return ends[1:]
 
 
+def test_a_template_that_ends_the_last_turn_alone_is_learned_to_that():
+    tokenizer = tongue("gpt2")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last and not add_generation_prompt %}</s>"
+        "{% else %}{{ '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    row = encode(tokenizer, Chat((("user", "Q"), ("assistant", "is it"), ("user", "A"), ("assistant", "yes"))))
+    assert read(tokenizer, row.ids) == "user: Q\nassistant: is it\nuser: A\nassistant: yes</s>"
+    assert read(tokenizer, [label for label in row.labels if label != IGNORED]) == "is ityes</s>"
+
+
+ASKS = "{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.mark.parametrize(("template", "reason"), [
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+     "{% if add_generation_prompt %}assistant: <think>{% endif %}", "asks for an answer by .*<think>', and the"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content.split('|')[-1] }}</s>{% endfor %}" + ASKS,
+     "leaves out a part of the assistant's answer"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '' }}</s>{% endfor %}" + ASKS,
+     "rewrites earlier turns"),
+])  # fmt: skip
+def test_a_template_that_does_not_say_an_answer_is_refused(template, reason):
+    tokenizer = tongue("gpt2")
+    tokenizer.chat_template = template
+    turns = (("user", "Q"), ("assistant", "is it"), ("user", "A"), ("assistant", "so | yes"))
+    with pytest.raises(FinepointError, match=f"^c.jsonl, line 1: the chat template {reason}"):
+        encode(tokenizer, Chat(turns, where="c.jsonl, line 1"))
+
+
+def test_turns_that_a_template_leaves_out_are_counted():
+    tokenizer = tongue("gpt2")
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}</s>{% endfor %}" + ASKS
+    )
+    chat = (("user", "Q"), ("assistant", "is it"))
+    with warnings() as said:
+        encode_all(tokenizer, [Chat(chat), Chat((("system", "be brief"), *chat))], BROAD)
+    assert [message.split(", which")[0] for message in said] == [
+        "the chat template leaves out a turn, such as the system's, of 1 of 2 conversations"
+    ]
+
+
 def test_a_template_that_refuses_is_one_line_with_file_and_line():
     tokenizer = make_tokenizer()
     for template, reason in (
@@ -381,6 +424,38 @@ def test_preferences_are_the_rows_of_both_answers(name):
     assert prompt + chosen == encode(tokenizer, Completion("Paris is the cap", "ital")).ids
     assert prompt + rejected == encode(tokenizer, Completion("Paris is the cap", " is")).ids
     assert chosen[-1] == rejected[-1] == tokenizer.eos_token_id
+
+
+@family
+def test_what_stands_in_front_of_every_text_stays_where_its_beginning_is_lost(name):
+    tokenizer = tongue(name)
+    front, behind = specials(tokenizer)
+    example = Labelled("play the playing play the play", "a")
+    whole = encode(tokenizer, example, ["a"]).ids
+    (row,) = encode_all(tokenizer, [example], 6, ["a"])
+    assert row == Row(front + whole[len(front) - 6 :], 0)
+    assert row.ids[6 - len(behind) :] == behind
+    pair = Completion("play the playing play the play", " is")
+    whole = encode(tokenizer, pair)
+    (row,) = encode_all(tokenizer, [pair], 8)
+    assert row.ids == front + whole.ids[len(front) - 8 :]
+    assert row.labels == [IGNORED] * len(front) + whole.labels[len(front) - 8 :]
+
+
+def test_choices_are_scored_after_what_stands_in_front(monkeypatch):
+    tokenizer = tongue("llama3")
+    asked = []
+
+    def scored(model, tokenizer, requests, *_):
+        asked.extend(requests)
+        return [torch.zeros(1) for _ in requests]
+
+    monkeypatch.setattr("finepoint.evaluation.scoring.token_log_likelihoods", scored)
+    choice_likelihoods(None, tokenizer, [Choices("play the playing", (" is", " the"), 0)], 4)
+    front, _ = specials(tokenizer)
+    assert len(front) == 1
+    assert all(context[:1] == front and len(context) + len(answer) - 1 <= 4 for context, answer in asked)
+    assert asked[0][0] == asked[1][0]
 
 
 def test_classes_see_the_whole_text():

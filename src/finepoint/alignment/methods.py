@@ -12,10 +12,12 @@ from finepoint.alignment.settings import AlignConfig
 from finepoint.data.batches import context_length
 from finepoint.data.examples import Choices, Completion, Example, Pair, read_examples, read_pairs
 from finepoint.data.tokens import (
+    around,
     asking,
     encode_answers,
     encode_preferences,
     encode_prompts,
+    last_of,
     refuse_beyond,
     warn_of_truncation,
     without_special,
@@ -75,6 +77,8 @@ class DPO:
         limit = context_length(model, self.config.max_length)
         encoded = encode_preferences(tokenizer, rows, model)
         warn_of_truncation([len(p) + max(len(c), len(r)) for p, c, r in encoded], limit, "pair")
+        front, _ = around(tokenizer)  # which stays, where TRL would cut it off
+        encoded = [(last_of(p, max(1, limit - max(len(c), len(r))), front), c, r) for p, c, r in encoded]
         given = DPOConfig(**arguments, beta=beta_of(self.config), max_length=limit, truncation_mode="keep_end")
         return SparseDPOTrainer(
             model, reference, given, processing_class=asking(tokenizer, model),

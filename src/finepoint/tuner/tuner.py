@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from finepoint.adapters.adapter import SparseAdapter, moved_by_adapters
+from finepoint.adapters.adapter import SparseAdapter, base_beneath, moved_by_adapters
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, unlike
 from finepoint.adapters.form import form_of
 from finepoint.adapters.format import TENSORS, write
@@ -42,7 +42,7 @@ from finepoint.models.offloaded import in_memory, is_outline
 from finepoint.models.quantised import is_quantised, replace_forwards
 from finepoint.runtime import distributed
 from finepoint.runtime.precision import norm_of
-from finepoint.tuner.audit import AtFirst, Audit, Loss, audit, outcome
+from finepoint.tuner.audit import AtFirst, Audit, Loss, audit, few, outcome
 from finepoint.tuner.autograd import WHOLE, attach, reaches_further, refuse_unfit
 from finepoint.tuner.deltas import Deltas, LeftOutOfDDP
 from finepoint.tuner.optimizer_hooks import stop_following
@@ -50,6 +50,7 @@ from finepoint.tuner.sparse_weight import QuantisedSparseWeight, SparseWeight
 from finepoint.tuner.spot_checks import SpotChecks
 
 logger = logging.getLogger(__name__)
+AS_THEY_ARE = "set the layer's momentum to 0, or keep it in evaluation mode, and the statistics stay as they are"
 CONTAINER = "finepoint"  # the name under which the deltas hang on the model
 PEFT_WRAPS = re.compile(r"\.(base_layer|original_module)\.")
 
@@ -98,9 +99,8 @@ class SparseTuner:
         if not self.count:
             raise FinepointError("there is no index to train; select some first")
 
-        contents = contents_of(model)
-        self.base = base or fingerprint(contents)
-        self.beneath = moved_by_adapters(model) if base else []  # a base that is told of lies below applied adapters
+        self.base = base or base_beneath(model)
+        self.beneath = moved_by_adapters(model)
         quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedSparseWeight)]
         altered = {entries.name: entries.alter_ for entries in quantised}
         self._handles: list[Any] = [*replace_forwards(model, altered)]  # whatever `remove` takes off the model
@@ -178,6 +178,9 @@ class SparseTuner:
                 self._widen(name, WHOLE)
         self.audited = found.after(known)
         logger.info("%s", self.audited.told())
+        if kept := found.statistics & self.base.weights.keys():
+            logger.warning("training mode changes %s, which no adapter holds, so that none can be saved after it; %s",
+                           few(kept), AS_THEY_ARE)  # fmt: skip
         return self.audited
 
     def _audit(self) -> None:
@@ -366,6 +369,9 @@ class SparseTuner:
         moved = [one for entries in self.entries.values() for one in entries.moved()]
         here = fingerprint(contents, [*moved, *self.beneath], self.base.one_in, self.base.unknown)
         for name, _ in unlike(self.base, here):
+            if name in contents and not isinstance(contents[name], nn.Parameter):
+                raise FinepointError(f"{name} was changed since the training began, as training mode does, and an "
+                                     f"adapter holds weights alone; {AS_THEY_ARE}")  # fmt: skip
             raise FinepointError(f"{name} was changed since the training began, beside the entries that are trained, "
                                  "and an adapter holds nothing else; load the base anew")  # fmt: skip
 
