@@ -40,7 +40,7 @@ class InProcess:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.desk: WorkerState | None = None
+        self.worker: WorkerState | None = None
         self.job: Job | None = None
 
     def start(self, job: Job) -> None:
@@ -48,11 +48,11 @@ class InProcess:
 
     def wait(self) -> tuple[Job, Outcome]:
         assert self.job is not None
-        self.desk, outcome = work(self.desk, self.study, self.job)
+        self.worker, outcome = work(self.worker, self.study, self.job)
         return self.job, outcome
 
     def close(self) -> None:
-        self.desk = None
+        self.worker = None
 
 
 class LocalProcesses:
@@ -82,10 +82,10 @@ class LocalProcesses:
         return job, outcome
 
     def close(self) -> None:
-        hired = [process for process, _ in self.busy.values()] + [process for process, _ in self.idle]
-        for process in hired:
+        processes = [process for process, _ in self.busy.values()] + [process for process, _ in self.idle]
+        for process in processes:
             process.terminate()
-        for process in hired:
+        for process in processes:
             process.join()
 
     def _hire(self) -> tuple[Any, Connection]:
@@ -154,10 +154,10 @@ class RayWorker:
         torch.set_num_threads(threads)
         log_to_stderr(quiet=True)
         self.study = study
-        self.desk: WorkerState | None = None
+        self.worker: WorkerState | None = None
 
     def work(self, job: Job) -> Outcome:
-        self.desk, outcome = work(self.desk, self.study, job)
+        self.worker, outcome = work(self.worker, self.study, job)
         return outcome
 
 
