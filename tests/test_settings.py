@@ -144,9 +144,9 @@ def test_unknown_flags_are_spelled_as_given(flag, hint):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("model: m\nbatch-size: 2\n", ":2: no setting 'batch-size'; did you mean batch_size"),
-     ("model: m\n\ndensty: 1\n", ":3: no setting 'densty'; did you mean density"),
-     ("model: [m\nlr: 1\n", "no YAML"), ("- model\n", "expected settings")],
+    [("model: m\nbatch-size: 2\n", ":2: there is no key 'batch-size'; did you mean batch_size"),
+     ("model: m\n\ndensty: 1\n", ":3: there is no key 'densty'; did you mean density"),
+     ("model: [m\nlr: 1\n", "no YAML"), ("- model\n", "must hold `flag: value` lines")],
 )  # fmt: skip
 def test_unknown_keys_are_told_with_file_and_line(tmp_path, text, told):
     file = tmp_path / "a.yaml"

@@ -92,12 +92,12 @@ def check_keys(file: str, known: Collection[str]) -> None:
         where = f":{mark.line + 1}" if mark else ""
         raise FinepointError(f"{file}{where}: no YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(found, yaml.MappingNode):
-        raise FinepointError(f"{file}: expected settings, a line each: name: value")
+        raise FinepointError(f"{file}: the file of --config must hold `flag: value` lines")
     for key, _ in found.value:
         if key.value not in known:
             where = f"{file}:{key.start_mark.line + 1}"
             hint = f"; did you mean {meant}?" if (meant := _meant(str(key.value), known)) else ""
-            raise FinepointError(f"{where}: no setting {key.value!r}{hint}")
+            raise FinepointError(f"{where}: there is no key {key.value!r}{hint}")
 
 
 def _files(arguments: Sequence[str]) -> Iterator[str]:
@@ -119,6 +119,8 @@ def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
             name = also.get(flag, flag.replace("-", "_"))
+            if given.get(name) and name in known and not _kinds(known[name]) & {list, dict, bool}:
+                raise FinepointError(f"{_flag(name)} is given twice")
             given.setdefault(name, [])
             if equals:
                 given[name].append(value)
@@ -212,8 +214,12 @@ def _plain(message: str) -> str:
                 re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds[1]).replace(", nothing", "").replace("nothing, ", "")
             )
             return f"option {_flag(option[1])}: expected {expected.replace(', ', ' or ')}, got {given}"
+    if wrong := re.search(r'"(\w+)": Expected an? (\w+)\. Got value: (.*)', text):
+        kind = "name=value pairs" if wrong[2] == "dict" else wrong[2]
+        return f"option {_flag(wrong[1])}: expected {kind}, got {wrong[3]}"
     for before, after in (
         ('Parser key "', 'option "'), ("typing.", ""),
+        ("Unexpected config:", "the file of --config must hold `flag: value` lines; it holds"),
         ("Key ", "option "), ("is required but not included in config object or its value is None", "is required"),
     ):  # fmt: skip
         text = text.replace(before, after)
