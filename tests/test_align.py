@@ -134,6 +134,21 @@ class Killed(BaseException):
     """What a test ends a run by, as a signal would."""
 
 
+def test_answers_are_sampled_without_the_settings_of_the_checkpoint(model_folder, tmp_path, sums):
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    leaking = {"suppress_tokens": list(range(3, 40)), "no_repeat_ngram_size": 1, "repetition_penalty": 9.0}
+    (other / "generation_config.json").write_text(json.dumps(leaking))
+    found = []
+    for folder in (model_folder, other):
+        output = tmp_path / folder.name / "run"
+        config = settings(folder, tmp_path, "grpo", sums, reward="test_align:first_letter", rule="random", steps=3)
+        align(replace(config, output=str(output)))
+        found.append(finepoint.SparseAdapter.load(str(output)))
+    assert found[0].changes.keys() == found[1].changes.keys()
+    assert all(found[0].changes[name].equals(found[1].changes[name]) for name in found[0])
+
+
 @pytest.mark.parametrize("arm", [{"method": "dpo"}, {"method": "grpo"}, {"method": "dpo", "baseline": "lora"}])
 def test_a_resumed_run_is_the_uninterrupted_one(arm, model_folder, tmp_path, pairs, sums, monkeypatch):
     data = pairs if arm["method"] == "dpo" else sums

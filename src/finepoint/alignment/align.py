@@ -27,6 +27,7 @@ from finepoint.data.examples import some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
 from finepoint.data.tokens import encode_all
 from finepoint.errors import FinepointError
+from finepoint.evaluation.generation import sampling_plainly
 from finepoint.huggingface.reference import Reference, as_it_is
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime import interruption
@@ -242,7 +243,8 @@ def _train(
             trainer.keep_adapter = keep
         started = time.perf_counter()
         try:
-            with interruption.as_itself():
+            # Answers are sampled as --temperature says: other settings, such as beams, are no part of the gradient.
+            with interruption.as_itself(), sampling_plainly(place.model, place.tokenizer):
                 trainer.train(resume_from_checkpoint=checkpoint)
         except NotFiniteError as error:
             raise FinepointError(f"{error}; try a smaller --lr than {spec.lr}") from error

@@ -80,7 +80,7 @@ def written(
             max_new_tokens=most, do_sample=False, pad_token_id=collator.padding, eos_token_id=sorted(ends) or None
         )
 
-    with evaluating(model), _settings(model, settings(new_tokens)) as writer:
+    with evaluating(model), generating_by(model, settings(new_tokens)) as writer:
         collator = replace(collator, side="left" if _pads(writer, collator, rows) else "none", positions=False)
         for places, most in _batches(collator, rows, limit, new_tokens):
             batch = on_device(collator.inputs([rows[place] for place in places]), model.device)
@@ -145,7 +145,7 @@ def _pads(model: Any, collator: Collator, rows: Sequence[list[int]]) -> bool:
 
 
 @contextmanager
-def _settings(model: Any, settings: GenerationConfig) -> Iterator[Any]:
+def generating_by(model: Any, settings: GenerationConfig) -> Iterator[Any]:
     """What generates, with settings of ours: transformers fills what they leave open from those on the model.
 
     PEFT's wrappers, which would put the checkpoint's back, are left out: what they train is inside.
@@ -157,6 +157,14 @@ def _settings(model: Any, settings: GenerationConfig) -> Iterator[Any]:
         yield inside
     finally:
         inside.generation_config = before
+
+
+@contextmanager
+def sampling_plainly(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Inside, whoever samples from the model finds where answers end, and no other setting of the checkpoint."""
+    ends = sorted(end_tokens(model, tokenizer))
+    with generating_by(model, GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id)):
+        yield
 
 
 def _numbers_only(input_ids: Tensor, scores: Tensor) -> Tensor:
