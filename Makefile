@@ -55,7 +55,7 @@ test-hostile: $(INSTALLED)
 # Merging against mergekit's own code: without its dependencies, which pin other versions than ours.
 test-mergekit: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/mergekit mergekit==0.1.5
-	PYTHONPATH=$(VENV)/mergekit $(BIN)/python -m pytest tests/test_merging.py -k mergekit
+	PYTHONPATH=$(VENV)/mergekit $(BIN)/python -m pytest tests/test_combining.py -k mergekit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

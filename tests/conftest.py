@@ -15,7 +15,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 VOCABULARY = 64
 LONG = ("test_plan", "test_compare", "test_baselines", "test_end_to_end", "test_density", "test_refresh",
-        "test_quantised", "test_ranks", "test_docs")  # fmt: skip
+        "test_quantised", "test_distributed", "test_docs")  # fmt: skip
 """The files that take longest. Run side by side they come first: begun last, they would be waited for."""
 
 

@@ -10,7 +10,7 @@ from finepoint.errors import FinepointError
 from finepoint.evaluation import combining_weights
 from finepoint.evaluation.combining_weights import GRID, tuned_weights
 from finepoint.evaluation.scoring import accuracy, mean_nll
-from test_merging import NAMES, make
+from test_combining import NAMES, make
 
 TEXTS = [Text("abcdefgh"), Text("hello you")]
 CHOICES = [Choices(f"{a}{b}:", (" x", " yy", " z"), len(a + b) % 3) for a in "abcdefgh" for b in ("h", "gf", "e")]

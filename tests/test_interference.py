@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from finepoint.adapters.interference import interference
 from finepoint.cli import main
 from finepoint.errors import FinepointError
-from test_merging import NAMES, dense, make, three
+from test_combining import NAMES, dense, make, three
 
 COUNTS = {"entries_a", "entries_b", "shared", "jaccard", "by_chance", "jaccard_by_chance"}
 OF_DELTAS = {"sign_conflicts", "conflict_share", "cosine", "energy_a", "energy_b"}

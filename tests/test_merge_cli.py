@@ -19,7 +19,7 @@ from finepoint.evaluation import combining_weights
 from finepoint.evaluation.scoring import choice_likelihoods
 from finepoint.models.loading import load_model
 from test_adapter import assert_same_adapter
-from test_merging import applied, make
+from test_combining import applied, make
 
 
 @pytest.fixture(scope="module")

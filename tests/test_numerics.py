@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import finepoint
 from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_llama, write_lines
+from distributed_worker import together
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.adapter_set import AdapterSet
 from finepoint.adapters.combining import merge
@@ -18,7 +19,6 @@ from finepoint.runtime import distributed
 from finepoint.training.run import train
 from finepoint.training.settings import TrainConfig
 from test_adapter import trained
-from together import together
 
 # --- NaN and infinity
 

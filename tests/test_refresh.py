@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import finepoint
 from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_llama, write_lines
+from distributed_worker import SERVER, together
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.data.examples import read_examples
 from finepoint.errors import FinepointError
@@ -28,7 +29,6 @@ from finepoint.training.trainer import LengthBuckets
 from finepoint.tuner.optimizers import PerEntryAdamW
 from finepoint.tuner.tuner import SparseTuner
 from reference import TiedToy, dense_refreshed_training, dense_top_k, mean_gradient
-from together import SERVER, together
 
 LINEAR = round(2 * (16 * 16 * 2 + 16 * 8 * 2 + 16 * 24 * 3) * 0.05)  # a twentieth of the tiny model's linear entries
 

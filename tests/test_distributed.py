@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama, write_lines
+from distributed_worker import together
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import gather, scatter_
 from finepoint.errors import FinepointError
@@ -29,7 +30,6 @@ from finepoint.training.resolve import resumes_together
 from finepoint.training.run import choose, train
 from finepoint.training.settings import TrainConfig
 from finepoint.tuner.tuner import SparseTuner
-from together import together
 
 DENSITY = 0.05
 BATCHES = {"count": 5, "rows": 3}  # of which 2 and 3 processes get unequal shares
