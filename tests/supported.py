@@ -92,8 +92,12 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def compare(found: Batch, expected: Batch, before: Batch, indices: dict[str, torch.Tensor]) -> int:
-    """Every chosen entry is where dense training brings it, every other has its bits; how many weights moved."""
-    reached, wrong = 0, []
+    """Every chosen entry is where dense training brings it, every other has its bits; how many weights moved.
+
+    What moved a millionth of the furthest way has no gradient but rounding, which every processor does in its own
+    way (biases of keys: at most 3e-8 of it over all families; the least that is reached moves 1e-4 of it).
+    """
+    ways, wrong = [], []
     for name, positions in indices.items():
         start = before[name].reshape(-1)
         others = torch.ones(len(start), dtype=torch.bool)
@@ -101,12 +105,12 @@ def compare(found: Batch, expected: Batch, before: Batch, indices: dict[str, tor
         assert torch.equal(found[name].reshape(-1)[others], start[others]), f"{name} moved where it was not chosen"
         way = float((expected[name].reshape(-1) - start)[positions].abs().max())
         off = float((found[name] - expected[name]).abs().max())
-        reached += way > 0
+        ways.append(way)
         if not off <= 1e-7 * way + 1e-12:  # many models compute norms, routers or scans in float32 whatever they are in
             wrong.append(f"{name} is off by {off:.1g} of {way:.1g}")
     assert not wrong, f"{len(wrong)} of {len(indices)} weights: {', '.join(wrong[:3])}"
-    assert reached, "nothing moved"
-    return reached
+    assert max(ways) > 0, "nothing moved"
+    return sum(way > 1e-6 * max(ways) for way in ways)
 
 
 def check_saving(model: Any, before: Batch, adapter: Any) -> None:
