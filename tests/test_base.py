@@ -458,14 +458,29 @@ def test_the_state_of_another_base_is_refused_and_its_own_taken():
     assert_same_bits(snapshot(tiny_llama()), snapshot(model))
 
 
-def test_what_was_changed_beside_the_entries_is_not_saved_without_a_word(tmp_path):
+def unfrozen_for_a_step(model, weight):
+    weight.requires_grad_(True)
+    model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    torch.optim.SGD([weight], lr=0.1).step()
+    weight.requires_grad_(False)
+
+
+def past_autograd(model, weight):
+    weight.data += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(unfrozen_for_a_step, "model.norm.weight"), (unfrozen_for_a_step, "model.layers.0.mlp.up_proj.weight"),
+     (past_autograd, "model.norm.weight"), (past_autograd, "model.layers.0.mlp.up_proj.weight")],
+)  # fmt: skip
+def test_what_was_changed_beside_the_entries_is_not_saved_without_a_word(tmp_path, change, name):
     model = moving(tiny_llama())
     finepoint.save(model, tmp_path / "a")
-    with torch.no_grad():
-        model.model.norm.weight += 1
-    with pytest.raises(FinepointError, match=r"model.norm.weight was changed since the training began"):
+    change(model, model.get_parameter(name))
+    with pytest.raises(FinepointError, match=f"{name} was changed since the training began"):
         finepoint.save(model, tmp_path / "b")
-    with pytest.raises(FinepointError, match=r"model.norm.weight was changed since the training began"):
+    with pytest.raises(FinepointError, match=f"{name} was changed since the training began"):
         finepoint.unload(model, revert=True)
 
 

@@ -102,7 +102,8 @@ def fingerprint(
 
     A weight that is not in memory (offloaded) stays unknown, and a line says so.
     """
-    absent = [name for name, weight in contents.items() if weight.is_meta]
+    without = set(without)
+    absent = [name for name, weight in contents.items() if weight.is_meta and name not in without]
     if absent and len(absent) < len(contents):
         logger.warning("%d weights are not in memory (offloaded), the first %s: whether they are the base's cannot be "
                        "told", len(absent), absent[0])  # fmt: skip

@@ -19,6 +19,7 @@ which takes the old one's place in the optimizer.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import chain
@@ -33,7 +34,7 @@ from torch.optim import Optimizer
 from finepoint import ranks
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.base import form_of
-from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, stamps, unlike
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, unlike
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
 from finepoint.offloaded import in_memory, is_outline
@@ -49,6 +50,7 @@ from finepoint.training.trained import QuantisedEntries, TrainedEntries
 
 logger = logging.getLogger(__name__)
 CONTAINER = "finepoint"  # the name under which the deltas hang on the model
+PEFT_WRAPS = re.compile(r"\.(base_layer|original_module)\.")
 
 
 class SparseTuner:
@@ -96,9 +98,6 @@ class SparseTuner:
 
         contents = contents_of(model)
         self.base = base or fingerprint(contents)
-        trained = {id(entries.weight) for entries in self.entries.values()}
-        self._untouched = {name: tensor for name, tensor in contents.items() if id(tensor) not in trained}
-        self._stamps = stamps(self._untouched)
         quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedEntries)]
         altered = {entries.name: entries.alter_ for entries in quantised}
         self._handles: list[Any] = [*replace_forwards(model, altered)]  # whatever `remove` takes off the model
@@ -311,8 +310,8 @@ class SparseTuner:
             info: where it comes from; JSON-ready.
 
         Raises:
-            FinepointError: another `store`; a trained weight's module was replaced; a weight was changed of which
-                nothing is trained.
+            FinepointError: another `store`; a trained weight's module was replaced; anything else of the model was
+                changed, by whatever way: all of it is looked at.
         """
         if store not in ("auto", "delta", "value"):
             raise FinepointError(f"store is {store!r}; give 'auto', 'delta' or 'value'")
@@ -322,7 +321,8 @@ class SparseTuner:
                 raise FinepointError(f"{name} is no longer in the model, which has another module in its place and was "
                                      "not trained there; resize or replace layers first, then train")  # fmt: skip
         self.follow_()
-        self._refuse_other_changes()
+        if not any(map(ranks.is_sharded, self.model.parameters())):  # whose look takes all processes
+            self.check_base()
         whole = set(full)
         changes = {
             name: entries.whole() if name in whole else entries.change(store) for name, entries in self.entries.items()
@@ -338,21 +338,14 @@ class SparseTuner:
         Raises:
             FinepointError: a weight is not; it is named.
         """
-        contents = contents_of(self.model)
-        if contents.keys() != self.base.weights.keys():  # PEFT wraps layers, whose weights go by other names then
-            return
+        # PEFT wraps layers, whose weights go by other names then; what it adds is no part of the base.
+        named = {PEFT_WRAPS.sub(".", name): tensor for name, tensor in contents_of(self.model).items()}
+        contents = {name: named[name] for name in self.base.weights if name in named}
         moved = [one for entries in self.entries.values() for one in entries.moved()]
         here = fingerprint(contents, moved, self.base.one_in, self.base.unknown)
         for name, _ in unlike(self.base, here):
             raise FinepointError(f"{name} was changed since the training began, beside the entries that are trained, "
                                  "and an adapter holds nothing else; load the base anew")  # fmt: skip
-
-    def _refuse_other_changes(self) -> None:
-        """`check_base`, where something has written to a weight of which nothing is trained."""
-        now = stamps(self._untouched)
-        if now != self._stamps and not any(map(ranks.is_sharded, self.model.parameters())):
-            self.check_base()
-            self._stamps = now
 
     def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> list[Path]:
         """Writes an adapter of this tuner over whatever is in the folder; returns the file with the tensors."""
