@@ -104,6 +104,27 @@ def test_references_that_are_longer_than_what_is_written_are_counted(model, toke
     ]
 
 
+def test_a_prompt_that_fits_with_its_answer_is_asked_whole(model, tokenizer, monkeypatch, caplog):
+    """As in training: it loses its beginning only where prompt and answer are longer than the context."""
+    texts = ("a" * 5, "abc" * 5, "abcd " * 9)
+    asked = {}
+
+    def generate(self, input_ids, **given):
+        for ids, mask in zip(input_ids, given["attention_mask"], strict=True):
+            asked[tokenizer.decode(ids[mask.bool()])] = given["generation_config"].max_new_tokens
+        return torch.cat([input_ids, torch.full((len(input_ids), 1), 2)], 1)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    monkeypatch.setattr("finepoint.measuring.generation._pads", lambda *_: True)
+    examples = [Completion(text, "bcd") for text in texts]
+    generation_hits(model, tokenizer, examples, 20, 10)
+    assert asked == {"a" * 5: 10, "abc" * 5: 5, (texts[2])[-16:]: 4}  # three letters and the end
+    assert [encode(tokenizer, e).ids[-20:-4] for e in examples[2:]] == [tokenizer(texts[2][-16:])["input_ids"]]
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 3 prompts lost their beginning: with room for an answer they are longer than 20 tokens"
+    ]
+
+
 def test_an_end_at_once_is_empty(tokenizer):
     model = tiny_llama()
     hook = model.lm_head.register_forward_hook(

@@ -295,6 +295,40 @@ def test_exact_match_can_match_an_answer_that_writes_its_end(monkeypatch):
     assert without_special(tokenizer, "<s>a</s>b") == "ab"
 
 
+@family
+@settings(max_examples=20, deadline=None)
+@given(prompt=texts, answer=texts)
+def test_who_writes_exactly_what_is_learned_is_right(name, prompt, answer):
+    tokenizer = tongue(name)
+    example = Completion(prompt, answer)
+    if vanishes(tokenizer, prompt, answer):
+        return
+    ids = [label for label in encode(tokenizer, example).labels if label != IGNORED]
+    text = tokenizer.batch_decode([ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+    unknown = "<unk>" in tokenizer.convert_ids_to_tokens(ids)  # which may be anything
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "written", lambda *_: [Written(text, False)])
+        (right,) = generation_hits(None, tokenizer, [example], 64, 64)
+        assert right or unknown or not text.strip()
+        assert generation_hits(None, tokenizer, [Completion(prompt, f"{answer} x")], 64, 64) == [False]
+
+
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}",  # without a generation prompt
+    "{% for m in messages %}{{ m.role }}:{% if m.role != 'user' %}[x]\n{% endif %}{{ m.content | upper }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+])  # fmt: skip
+def test_an_answer_that_a_chat_template_dresses_up_can_be_matched(template, monkeypatch):
+    tokenizer = tongue("gpt2")
+    tokenizer.chat_template = template
+    chat = Chat((("user", "Q"), ("assistant", "is it")))
+    learnt = [label for label in encode(tokenizer, chat).labels if label != IGNORED]
+    for ids, right in ((learnt, True), (bare(tokenizer, "is it"), True), (learnt[1:], False)):
+        said = Written(tokenizer.decode(ids, skip_special_tokens=True), False)
+        monkeypatch.setattr(generation, "written", lambda *_, said=said: [said])
+        assert generation_hits(None, tokenizer, [chat], 64, 64) == [right]
+
+
 def test_tokens_beyond_the_embedding_are_one_line():
     tokenizer, model = make_tokenizer(), tiny_llama()
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<x{i}>" for i in range(20)]})

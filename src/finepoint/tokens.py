@@ -153,6 +153,17 @@ def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int
     return [_in_front(front, ids) + ids for ids in plain_ids(tokenizer, prompts)]
 
 
+def encode_answers(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:
+    """The tokens of each answer, of a conversation the last one, that training learns: all that is to be written.
+
+    Raises:
+        FinepointError: as for `encode_each`.
+    """
+    rows = [(row.labels, split) for row, split in _encoded(tokenizer, examples, ())]
+    return [[label for label in labels[len(split.context) :] if label != IGNORED]
+            for labels, split in rows if split and not isinstance(labels, int)]  # fmt: skip
+
+
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of whole texts with what the tokenizer puts around one, which none gets twice."""
     front, behind = around(tokenizer)

@@ -17,6 +17,7 @@ from finepoint.measuring.generation import warn_of_long_references, written
 from finepoint.measuring.scoring import choice_likelihoods
 from finepoint.tokens import (
     asking,
+    encode_answers,
     encode_preferences,
     encode_prompts,
     refuse_beyond,
@@ -113,7 +114,7 @@ class GRPO:
         from trl import GRPOConfig, GRPOTrainer
 
         if self.config.reward in WHOLE:
-            warn_of_long_references(tokenizer, rows, self.config.new_tokens)
+            warn_of_long_references(tokenizer, encode_answers(tokenizer, rows), self.config.new_tokens)
 
         class SparseGRPOTrainer(SparseCheckpoints, GRPOTrainer):
             def _tokenize_prompts(self, prompts: list[str]) -> Any:
@@ -146,7 +147,9 @@ class GRPO:
         """`reward`: the mean reward of what the model writes greedily. The rows are the rewards."""
         reward = reward_named(self.config.reward)
         limit = context_length(model, self.config.max_length)
-        answers = written(model, tokenizer, encode_prompts(tokenizer, rows), limit, self.config.new_tokens)
+        needed = [len(ids) for ids in encode_answers(tokenizer, rows)]
+        answers = written(model, tokenizer, encode_prompts(tokenizer, rows), limit, self.config.new_tokens,
+                          needed=needed)  # fmt: skip
         references = [without_special(tokenizer, row.completion) for row in rows]
         found = [float(reward(answer.text, right)) for answer, right in zip(answers, references, strict=True)]
         return Measured({"reward": mean(found)}, found)

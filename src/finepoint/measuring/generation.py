@@ -16,7 +16,13 @@ from finepoint.batches import Collator
 from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Chat, Choices, Completion, Example
 from finepoint.probing import REFUSED, agrees
-from finepoint.tokens import as_written, encode_prompts, plain_ids, refuse_beyond, warn_of_truncation, without_special
+from finepoint.tokens import (
+    as_written,
+    encode_answers,
+    encode_prompts,
+    refuse_beyond,
+    without_special,
+)
 from finepoint.training.finite import refuse_not_numbers
 
 logger = logging.getLogger(__name__)
@@ -44,37 +50,74 @@ def written(
     limit: int,
     new_tokens: int,
     advance: Callable[[int], None] = lambda done: None,
+    needed: Sequence[int] = (),
 ) -> list[Written]:
     """What the model writes after each prompt, greedily, in at most `new_tokens` tokens.
 
-    That is the likeliest token after token, whatever else the checkpoint's own generation settings ask for. A prompt
-    that leaves no room for so many tokens loses its beginning.
+    That is the likeliest token after token, whatever else the checkpoint's own generation settings ask for.
+
+    Args:
+        needed: how many tokens there must be room for behind each prompt, so many as the answer has: a prompt loses its
+            beginning where it would in training, and what is written ends with the context. Where not given,
+            `new_tokens`.
 
     Raises:
         FinepointError: the model's logits are no numbers.
     """
     refuse_beyond(model, tokenizer, prompts)
-    room = max(1, limit - new_tokens)
-    rows = [prompt[-room:] for prompt in prompts]
+    kept = [max(1, limit - min(new_tokens, size)) for size in needed or [new_tokens] * len(prompts)]
+    rows = [prompt[-size:] for prompt, size in zip(prompts, kept, strict=True)]
     collator = Collator.of(model, tokenizer, rows)
-    warn_of_truncation([len(prompt) for prompt in prompts], room, "prompt")
+    warn_of_prompts(prompts, rows, limit)
     found: dict[int, Written] = {}
     ends = end_tokens(model, tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, pad_token_id=collator.padding, eos_token_id=sorted(ends) or None
-    )
-    with evaluating(model), _settings(model, settings) as writer:
+
+    def settings(most: int) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=most, do_sample=False, pad_token_id=collator.padding, eos_token_id=sorted(ends) or None
+        )
+
+    with evaluating(model), _settings(model, settings(new_tokens)) as writer:
         collator = replace(collator, side="left" if _pads(writer, collator, rows) else "none", positions=False)
-        for places in collator.by_length([len(row) for row in rows], GENERATION_TOKENS):
+        for places, most in _batches(collator, rows, limit, new_tokens):
             batch = on_device(collator.inputs([rows[place] for place in places]), model.device)
             tokens = writer.generate(
-                **batch, generation_config=settings, logits_processor=LogitsProcessorList([_numbers_only])
+                **batch, generation_config=settings(most), logits_processor=LogitsProcessorList([_numbers_only])
             )[:, batch["input_ids"].shape[1] :]
-            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            texts = read(tokenizer, tokens.tolist())
             for place, text, first in zip(places, texts, tokens[:, 0].tolist(), strict=True):
                 found[place] = Written(text, first in ends)
             advance(len(places))
     return [found[place] for place in range(len(prompts))]
+
+
+def _batches(
+    collator: Collator, rows: Sequence[list[int]], limit: int, new_tokens: int
+) -> Iterator[tuple[list[int], int]]:
+    """Which rows are gone on with together, and for how many tokens: those near the limit alone, up to it."""
+    rooms = [max(1, min(new_tokens, limit - len(row))) for row in rows]
+    wide = [place for place, room in enumerate(rooms) if room == new_tokens]
+    for batch in collator.by_length([len(rows[place]) for place in wide], GENERATION_TOKENS):
+        yield [wide[at] for at in batch], new_tokens
+    yield from (([place], room) for place, room in enumerate(rooms) if room < new_tokens)
+
+
+def read(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Tokens that were written as text: special ones left out, nothing beautified."""
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def learnt_texts(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:
+    """What the learned tokens of answers read as; empty where one of them stands for anything unknown."""
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+    return ["" if unknown in ids else text for ids, text in zip(answers, read(tokenizer, answers), strict=True)]
+
+
+def warn_of_prompts(prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], limit: int) -> None:
+    """Says once how many prompts lost their beginning, so that an answer fits behind them."""
+    if shorter := sum(len(row) < len(prompt) for prompt, row in zip(prompts, rows, strict=True)):
+        logger.warning("%d of %d prompts lost their beginning: with room for an answer they are longer than %d tokens",
+                       shorter, len(prompts), limit)  # fmt: skip
 
 
 def _pads(model: Any, collator: Collator, rows: Sequence[list[int]]) -> bool:
@@ -146,9 +189,10 @@ def reference(example: Example) -> str:
     raise AssertionError("texts and classes are not written")
 
 
-def warn_of_long_references(tokenizer: Any, examples: Sequence[Example], new_tokens: int) -> None:
-    """Says once how many right answers are longer than what is written: no answer can be right there."""
-    sizes = [len(ids) for ids in plain_ids(tokenizer, [reference(example).strip() for example in examples])]
+def warn_of_long_references(tokenizer: Any, answers: Sequence[Sequence[int]], new_tokens: int) -> None:
+    """Says once how many right answers, in tokens, are longer than what is written: none can be right there."""
+    special = set(tokenizer.all_special_ids)
+    sizes = [len(ids) - sum(token in special for token in ids) for ids in answers]
     if long := sum(size > new_tokens for size in sizes):
         logger.warning("%d of %d references are longer than the %d tokens that are written, up to %d, and cannot be "
                        "matched; give more --new-tokens", long, len(sizes), new_tokens, max(sizes))  # fmt: skip
@@ -164,14 +208,16 @@ def generation_hits(
 ) -> list[bool]:
     """Whether what the model writes, greedily, equals the reference.
 
-    Surrounding spaces do not count, and neither do special tokens in the reference, such as an end token.
+    The reference is the answer of the file or, where a tokenizer or a chat template makes another text of it, what its
+    learned tokens read as. Surrounding spaces do not count, and neither do special tokens, such as an end token.
     """
-    prompts = encode_prompts(tokenizer, examples)
+    prompts, learnt = encode_prompts(tokenizer, examples), encode_answers(tokenizer, examples)
     refuse_beyond(model, tokenizer, prompts, examples)
-    examples = [as_written(tokenizer, example) for example in examples]
-    warn_of_long_references(tokenizer, examples, new_tokens)
-    answers = written(model, tokenizer, prompts, limit, new_tokens, advance)
-    return [a.text.strip() == reference(e).strip() for a, e in zip(answers, examples, strict=True)]
+    warn_of_long_references(tokenizer, learnt, new_tokens)
+    answers = written(model, tokenizer, prompts, limit, new_tokens, advance, [len(ids) for ids in learnt])
+    texts = learnt_texts(tokenizer, learnt)
+    return [a.text.strip() in {reference(as_written(tokenizer, e)).strip(), text.strip() or None}
+            for a, e, text in zip(answers, examples, texts, strict=True)]  # fmt: skip
 
 
 def generated(
@@ -189,16 +235,18 @@ def generated(
         `empty`: share that is empty or ended at once; `memorised`: share that gives an answer of the task trained on
         which is no answer here (None where every such answer is one of the choices here too); `n`.
     """
-    prompts = encode_prompts(tokenizer, examples)
+    prompts, learnt = encode_prompts(tokenizer, examples), encode_answers(tokenizer, examples)
+    warn_of_long_references(tokenizer, learnt, new_tokens)
+    answers = written(model, tokenizer, prompts, limit, new_tokens, lambda done: None, [len(ids) for ids in learnt])
     examples = [as_written(tokenizer, example) for example in examples]
-    warn_of_long_references(tokenizer, examples, new_tokens)
-    answers = written(model, tokenizer, prompts, limit, new_tokens)
+    readings = learnt_texts(tokenizer, learnt)
     trained_answers = [without_special(tokenizer, text).strip() for text in trained_answers]
     pairs = list(zip(examples, answers, strict=True))
     foreign = [foreign_answers(example, trained_answers) for example in examples]
     choices = [(e, a) for e, a in pairs if isinstance(e, Choices)]
     return {
-        "accuracy": share([answers_right(example, answer.text) for example, answer in pairs]),
+        "accuracy": share([answers_right(example, answer.text, reading)
+                           for (example, answer), reading in zip(pairs, readings, strict=True)]),
         "format_failures": share([not any(begins_with(a.text, c) for c in e.choices) for e, a in choices]),
         "empty": share([answer.empty for answer in answers]),
         "memorised": share(
@@ -209,12 +257,17 @@ def generated(
     }  # fmt: skip
 
 
-def answers_right(example: Example, text: str) -> bool:
-    """Whether a text begins with the right choice and with no longer one, or is the completion; case aside."""
+def answers_right(example: Example, text: str, learnt: str = "") -> bool:
+    """Whether a text begins with the right choice and with no longer one, or is the completion; case aside.
+
+    Args:
+        learnt: what the learned tokens of the completion read as, where that is another text.
+    """
     if isinstance(example, Choices):
         given = [choice for choice in example.choices if begins_with(text, choice)]
         return bool(given) and max(given, key=len) == example.choices[example.answer]
-    return text.strip().casefold() == reference(example).strip().casefold()
+    given = text.strip().casefold()
+    return given == reference(example).strip().casefold() or (learnt != "" and given == learnt.strip().casefold())
 
 
 def begins_with(text: str, answer: str) -> bool:
