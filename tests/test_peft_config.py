@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from conftest import tiny_llama
 from finepoint import FinepointError, SparseAdapter
@@ -26,10 +26,17 @@ def tiny_gpt2():
                                       initializer_range=0.2, bos_token_id=1, eos_token_id=2)).eval()  # fmt: skip
 
 
+def tiny_mamba():
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2,
+                                        time_step_rank=4, initializer_range=0.2)).eval()  # fmt: skip
+
+
 MODELS = {
     "llama": lambda: tiny_llama(tied=False),
     "tied": lambda: tiny_llama(tied=True),
     "gpt2": tiny_gpt2,
+    "mamba": tiny_mamba,
 }
 
 
@@ -123,6 +130,9 @@ BUILT = {
     "target_modules, embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, None),
     "target_modules, tied head": ("tied", {"target_modules": ["lm_head"]}, "target_modules"),
     "target_modules, tied embedding": ("tied", {"target_modules": ["embed_tokens"]}, "target_modules"),
+    "target_modules, called layers": ("mamba", {"target_modules": ["x_proj", "in_proj"]}, None),
+    # Its weight is multiplied with by itself, where PEFT's factors have no part.
+    "target_modules, not called": ("mamba", {"target_modules": ["x_proj", "dt_proj"]}, "target_modules .*mixer.dt_"),
     "init_lora_weights": ("llama", {"init_lora_weights": "gaussian"}, None),
     "init_lora_weights, none": ("llama", {"init_lora_weights": False}, None),
     "init_lora_weights, orthogonal": ("llama", {"init_lora_weights": "orthogonal"}, None),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.calls import used_beside_calls
 from finepoint.adapters.format import CONFIG, TENSORS, check_info, say_unfinished
 from finepoint.adapters.peft_config import LORA, check_fields, check_targets, saved_whole, scaling_of
 from finepoint.errors import FinepointError
@@ -138,7 +139,17 @@ def read_peft(folder: str | Path, model: nn.Module) -> dict[str, Update]:
     check_targets(config, list(adapted), source)
     _check_kinds(adapted, tensors, bool(config.get("use_dora")), model, source)
     _check_whole(found, config, model, source)
+    _check_calls(adapted, model, source)
     return found
+
+
+def _check_calls(adapted: Collection[str], model: nn.Module, source: str) -> None:
+    """Refuses factors of a layer whose weight the model uses by itself: there PEFT's factors have no part."""
+    layers = [name for name, module in model.named_modules() if name in adapted and hasattr(module, "weight")]
+    if found := used_beside_calls(model, layers):
+        raise FinepointError(f"{source}: target_modules adapts {found[0]}, whose weight {type(model).__name__} uses "
+                             "without calling the layer: PEFT's factors have no part in that, and merged ones would; "
+                             "train it without that module")  # fmt: skip
 
 
 def _check_kinds(

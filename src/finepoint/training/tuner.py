@@ -37,6 +37,7 @@ from finepoint.adapters.base import form_of
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, unlike
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
+from finepoint.inputs import made_up
 from finepoint.offloaded import in_memory, is_outline
 from finepoint.packed import check_weight
 from finepoint.precision import norm_of
@@ -44,7 +45,6 @@ from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.audit import AtFirst, Audit, Loss, audit, outcome
 from finepoint.training.following import stop_following
 from finepoint.training.hooks import WHOLE, attach, reaches_further
-from finepoint.training.inputs import made_up
 from finepoint.training.together import Deltas, LeftOutOfDDP
 from finepoint.training.trained import QuantisedEntries, TrainedEntries
 
