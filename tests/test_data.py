@@ -36,6 +36,7 @@ BAD_LINES = {
     "not json": ("{", "line 2: not JSON"),
     "a list": ("[1]", "line 2: a list; expected"),
     "other keys": ('{"prompt": "a", "response": "b"}', r"line 2: an object with the keys \['prompt', 'response'\]"),
+    "another tool's keys": ('{"conversations": []}', r"write conversations as \{\"messages\": "),
     "a typo": ('{"text": "a", "lable": 1}', "line 2: an object with the keys"),
     "empty": ('{"prompt": "", "completion": "b"}', "line 2: 'prompt' must be a string that is not empty"),
     "number": ('{"prompt": 3, "completion": "b"}', "'prompt' must be a string"),

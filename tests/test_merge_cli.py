@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import assert_same_bits, tiny_llama, write_lines
+from finepoint import SparseTuner, select
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.merging import METHODS, merge
 from finepoint.adapters.verification import verify
@@ -17,6 +18,7 @@ from finepoint.config import MergeConfig
 from finepoint.data import Choices
 from finepoint.measuring import coefficients
 from finepoint.measuring.scoring import choice_likelihoods
+from finepoint.models import load_model
 from test_adapter import assert_same_adapter
 from test_merging import applied, make
 
@@ -82,6 +84,20 @@ def test_dry_run_says_where_two_hold_the_same_entries(capsys, model, folders, tm
     assert "the same entries" not in finepoint(capsys, "merge", *folders, "--dry-run")
     scaled = merge([SparseAdapter.load(folders[0])], [0.5]).save(tmp_path / "scaled")
     assert finepoint(capsys, "merge", folders[0], scaled, "--dry-run").count("the same entries") == 1
+
+
+def test_dry_run_says_what_it_cannot_know_of_exact_values_without_their_base(capsys, model_folder, tmp_path):
+    model = load_model(str(model_folder), "bfloat16")
+    places = []
+    for seed in range(2):
+        with SparseTuner(model, select(model, density=0.2, seed=seed)) as tuner:
+            for delta in tuner.parameters():
+                delta.data += 0.5
+            places.append(tuner.adapter().save(tmp_path / str(seed)))
+            tuner.revert_()
+    assert "give it as --model M" in finepoint(capsys, "merge", *places, "--dry-run")
+    assert "--model M" not in finepoint(capsys, "merge", *places, "--dry-run", "--model", model_folder)
+    assert "only the base knows" in finepoint(capsys, "inspect", places[0])
 
 
 def test_tuning_prints_what_it_tried(capsys, model, tokenizer, folders, model_folder, tmp_path):

@@ -78,6 +78,13 @@ FORMS = (
     'with "id" and "group" as optional extras'
 )
 EXTRAS = {"id", "group"}
+# Keys of other tools' files, and what they are here.
+ELSEWHERE = {
+    "conversations": '{"messages": [{"role": "user", "content"}, {"role": "assistant", "content"}, ..]}',
+    "instruction": '{"prompt", "completion"}, the instruction and its input as one prompt',
+    "question": '{"prompt", "completion"}',
+    "sentence": '{"text", "label"}',
+}
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -167,7 +174,8 @@ def _example(where: str, row: Any) -> Example:
         if keys == wanted:
             return make(where, row)
     found = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-    raise FinepointError(f"{where}: {found}; expected {FORMS}")
+    hint = next((f"; write {old} as {new}" for old, new in ELSEWHERE.items() if old in keys), "")
+    raise FinepointError(f"{where}: {found}; expected {FORMS}{hint}")
 
 
 def _string(where: str, row: dict[str, Any], key: str) -> str:

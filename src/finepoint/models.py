@@ -364,7 +364,8 @@ def _loaded(factory: Any, name: str, **kwargs: Any) -> Any:
         if isinstance(error, ImportError):
             _tell_what_quantised(name, place)
         reason = " ".join(str(error).split())[:300]
-        raise FinepointError(f"cannot load model {name!r}: {reason}") from error
+        here = "" if Path(place).is_dir() else "there is no such folder, and the hub does not give it: "
+        raise FinepointError(f"cannot load model {name!r}: {here}{reason}") from error
 
 
 def _tell_what_quantised(name: str, place: str) -> None:
@@ -409,7 +410,9 @@ def _place(name: str) -> str:
         return str(_unpacked_gguf(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise FinepointError(f"{name} is not a model folder: it has no config.json")
+            adapter = any((path / file).is_file() for file in ("finepoint.safetensors", "adapter_config.json"))
+            hint = "; it holds an adapter: name the model that it was trained on" if adapter else ""
+            raise FinepointError(f"{name} is not a model folder: it has no config.json{hint}")
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FinepointError(

@@ -1,10 +1,11 @@
-"""Progress on stderr: bars where a person looks on, silence elsewhere; logs go there as well.
+"""Progress on stderr: bars where a person looks on, elsewhere a line now and then; logs go there as well.
 
 Of several processes that train together the first one speaks.
 """
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,7 +18,9 @@ from finepoint import interruption, ranks
 from finepoint.extras import quiet_libraries
 
 console = Console(stderr=True)
+logger = logging.getLogger(__name__)
 Step = TypeVar("Step")
+PAUSE = 30.0  # seconds between the lines that stand for a bar in a log file
 
 
 @contextmanager
@@ -30,10 +33,16 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     silent = not (console.is_terminal and ranks.is_first())
     with Progress(*columns, console=console, transient=True, disable=silent) as bar:
         task = bar.add_task(what, total=total)
+        finished, due = 0, time.monotonic() + PAUSE
 
         def advance(done: int) -> None:
+            nonlocal finished, due
             interruption.check()
             bar.advance(task, done)
+            finished += done
+            if silent and finished < total and time.monotonic() >= due:
+                logger.info("%s: %d of %d", what, finished, total)
+                due = time.monotonic() + PAUSE
 
         yield advance
 

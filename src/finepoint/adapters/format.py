@@ -103,6 +103,8 @@ def read(folder: str | Path) -> SparseAdapter:
     if not path.exists():
         theirs = (Path(folder) / "adapter_config.json").exists()
         hint = "; PEFT's adapters are taken by eval, export --format merged and import" if theirs else ""
+        if Path(folder).is_file():
+            raise FinepointError(f"{folder} is a file; give the folder that it is in: {Path(folder).parent}")
         raise FinepointError(f"{folder} is not an adapter folder: it has no {TENSORS}{hint}")
     adapter = read_whole(path, partial(_read, path))
     if FINGERPRINT not in adapter.base:

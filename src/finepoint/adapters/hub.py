@@ -102,7 +102,9 @@ def _body(adapter: SparseAdapter, base: str) -> str:
              if isinstance(value, str | int | float) and key not in left_out}  # fmt: skip
     data = adapter.info.get("data")
     facts |= {"data": Path(data).name} if isinstance(data, str) else {}
-    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+    rows = "".join(
+        f"| {key} | {f'{value:.6g}' if isinstance(value, float) else value} |\n" for key, value in facts.items()
+    )
     measured = "".join(
         f"| {data} | {metric} | {value:g} |\n"
         for data, metrics in results_of(adapter.info).items() for metric, value in metrics.items()
@@ -113,5 +115,6 @@ def _body(adapter: SparseAdapter, base: str) -> str:
     return (
         f"# A sparse adapter\n\n{warning}{adapter.count:,} trained entries in {len(adapter)} weights of "
         f"`{base}`; the rest is the base's.\n\n| | |\n| --- | --- |\n{rows}{results}\n## Use\n\n"
-        "```python\nimport finepoint\n\nmodel = finepoint.load(model, 'this folder or hub id')\n```\n"
+        "```python\nimport finepoint\n\n# model: the base, as transformers loads it, in the dtype that was trained\n"
+        "model = finepoint.load(model, 'this folder or hub id')\n```\n"
     )

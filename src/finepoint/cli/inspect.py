@@ -16,16 +16,20 @@ def run(config: InspectConfig) -> None:
         print_json(found)
         return
     simple = {key: value for key, value in found.items() if isinstance(value, str | int | float)}
-    print_table(["fact", "value"], [[key, str(value)] for key, value in simple.items()], title=config.folder)
+    shown = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in simple.items()}
+    print_table(["fact", "value"], [[key, value] for key, value in shown.items()], title=config.folder)
     print()
+    rows = by_module(adapter)
     print_table(
         ["module", "weights", "entries", "share", "mean |delta|", "max |delta|"],
         [
             [row["module"], row["weights"], row["entries"], scientific(row["share"]),
              scientific(row["mean_abs_delta"]), scientific(row["largest"])]
-            for row in by_module(adapter)
+            for row in rows
         ],
     )  # fmt: skip
+    if all(row["largest"] is None for row in rows):
+        print("no |delta|: the adapter holds exact values, and how far they are from the base's only the base knows")
     print()
     console().print(heat_map(adapter), highlight=False, markup=False)
 

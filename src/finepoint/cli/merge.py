@@ -105,6 +105,9 @@ def _report(config: MergeConfig, adapters: "dict[str, SparseAdapter]", model: An
         pair = [row for row in rows if (row["a"], row["b"]) == (a, b)]
         shown = [[row["scope"], *("-" if row[key] is None else row[key] for key in columns)] for row in pair]
         print_table(["scope", *columns.values()], shown, title=f"a: {a}, b: {b}")
+        if model is None and pair[0]["shared"] and pair[0]["cosine"] is None:
+            print("What stands as - needs the changes, which adapters of exact values have against their base alone: "
+                  "give it as --model M.")  # fmt: skip
         if pair[0]["jaccard"] == 1:
             print("They hold the same entries, as choices by one rule from one seed do. To keep them apart, "
                   "train one with another --seed, or with --exclude of the other.")  # fmt: skip

@@ -8,8 +8,9 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -32,6 +33,16 @@ SECTIONS = {
     "everything else": "seed json",
 }
 
+# What other libraries call a flag of ours.
+ELSEWHERE = {
+    "learning_rate": "lr", "max_steps": "steps", "num_train_epochs": "epochs", "r": "density", "rank": "density",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulation", "output_dir": "output",
+    "model_name_or_path": "model", "base_model": "model", "dataset": "data", "train_file": "data",
+    "target_modules": "targets", "max_seq_length": "max_length", "warmup_ratio": "warmup", "max_grad_norm": "clip",
+    "lr_scheduler_type": "schedule", "torch_dtype": "dtype", "load_in_8bit": "quantise", "load_in_4bit": "quantise",
+    "resume_from_checkpoint": "resume", "save_steps": "save_every", "eval_steps": "eval_every", "force": "overwrite",
+}  # fmt: skip
+
 
 def parse(
     config: type[Config], command: str, arguments: Sequence[str], after_help: Callable[[], str] | None = None
@@ -51,12 +62,14 @@ def parse(
     parser = ArgumentParser(prog=f"finepoint {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below; a flag overrides it")
     parser.add_class_arguments(config)
-    spelled = spell(arguments, {field.name: field for field in fields(config)})  # type: ignore[arg-type]
+    known: dict[str, Field[Any]] = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
+    spelled = spell(arguments, known)
     if any(word in ("-h", "--help") for word in arguments):
         print(help_text(config, command))
         if after_help:
             print(f"\n{after_help()}")
         raise SystemExit(0)
+    _refuse_unknown(spelled, known, command)
     try:
         values = parser.parse_args(spelled).as_dict()
     except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
@@ -84,6 +97,17 @@ def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
         else:
             given[name].append(word)
     return [f"--{name}={_value(name, values, known.get(name))}" for name, values in given.items()]
+
+
+def _refuse_unknown(spelled: Sequence[str], known: Mapping[str, Field[Any]], command: str) -> None:
+    """Refuses a flag that the command does not have, with the one that may be meant."""
+    for word in spelled:
+        name = word[2:].partition("=")[0]
+        if name not in known and name != "config":
+            meant = ELSEWHERE.get(name) if ELSEWHERE.get(name) in known else None
+            close = [meant] if meant else get_close_matches(name, known, n=1)
+            hint = f"; did you mean {_flag(close[0])}?" if close else ";"
+            raise FinepointError(f"there is no flag {_flag(name)}{hint} `finepoint {command} --help` lists the flags")
 
 
 def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:
@@ -140,6 +164,10 @@ def _flag(name: str) -> str:
 def _plain(message: str) -> str:
     """jsonargparse's message in our words: the flag as the user wrote it, no Python types."""
     text = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.replace("NoneType", "nothing").split()))
+    if missing := re.search(r"arguments are required: (.*)", text):
+        return f"{' and '.join(_flag(name) for name in missing[1].split(', '))} must be given; `--help` lists the flags"
+    if choice := re.search(r'"(\w+)": Expected a (?:typing\.)?Literal\[(.*?)\]\. Got value: (.*)', text):
+        return f"option {_flag(choice[1])}: expected one of {choice[2]}, got {choice[3]}"
     if "Union subtypes" in text:
         kinds = re.search(r"Subtypes: \[(.*?)\] Errors", text)
         given = text.rpartition("Given value: ")[2]

@@ -119,8 +119,9 @@ def adapter_of(model: nn.Module, results: Results | None = None) -> SparseAdapte
     else:
         applied = applied_to(model)
         if len(applied) != 1:
-            raise FinepointError(f"the model is not in training and {len(applied)} adapters are applied to it; "
-                                 "there is no one change to save")  # fmt: skip
+            said = f"{len(applied)} adapters are" if applied else "no adapter is"
+            raise FinepointError(f"the model is not in training (finepoint.sparsify) and {said} applied to it "
+                                 "(finepoint.load); there is no one change to save")  # fmt: skip
         (adapter,) = applied
     extra = {"results": _plain(results)} if results else {}
     return replace(adapter, info=adapter.info | extra)

@@ -126,7 +126,8 @@ def refuse_others(what: str | Path, before: Mapping[str, Any], settings: Mapping
         _refuse_unlike(what, before[BASE], settings[BASE])
     for name, now in json.loads(json.dumps(settings)).items():
         if name != BASE and name in before and before[name] != now:
-            raise FinepointError(f"{what} was trained with {name} {before[name]}, not {now}; give the same "
+            then, today = ("(none given)" if value is None else value for value in (before[name], now))
+            raise FinepointError(f"{what} was trained with {name} {then}, not {today}; give the same "
                                  "settings again, or start afresh with --overwrite")  # fmt: skip
 
 

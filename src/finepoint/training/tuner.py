@@ -123,6 +123,9 @@ class SparseTuner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"SparseTuner({self.count:,} entries in {len(self.entries)} weights)"
+
     @property
     def count(self) -> int:
         """Trained entries in all."""
