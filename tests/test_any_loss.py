@@ -7,7 +7,7 @@ from torch import nn
 import finepoint
 from conftest import random_batches, snapshot, tiny_llama
 from families import FAMILIES
-from finepoint.choosing.passes import row_count, split
+from finepoint.choosing.passes import loss_of, row_count, split
 from finepoint.choosing.statistics import stream_statistics
 from finepoint.errors import FinepointError
 
@@ -187,11 +187,25 @@ def test_wanda_runs_whisper_and_models_of_pictures():
     assert_norms(model, [batch], [{key: value for key, value in one.items() if key != "labels"} for one in alone])
 
 
-def test_sparsify_takes_batches_of_pictures_and_sounds():
-    for name in ("vit", "clip", "whisper"):
-        model, batches = family(name)
-        finepoint.sparsify(model, "gradient", 0.01, data=batches)
-        finepoint.unload(model)
+@pytest.mark.parametrize("name", ["vit", "clip", "whisper"])
+def test_sparsify_takes_batches_of_pictures_and_sounds(name):
+    model, batches = family(name)
+    before, chosen = snapshot(model), finepoint.select(model, batches, rule="gradient", density=0.01)
+    finepoint.sparsify(model, "gradient", 0.01, data=batches, whole=())
+    trained = finepoint.tuner_of(model).entries
+    assert {name: entries.indices.tolist() for name, entries in trained.items()} == {
+        name: indices.tolist() for name, indices in chosen.items() if len(indices)
+    }
+    optimizer = torch.optim.SGD([delta for delta in model.parameters() if delta.requires_grad], lr=0.1)
+    loss_of(model, batches[0]).backward()
+    optimizer.step()
+    finepoint.unload(model)
+    total = 0
+    for name, weight in snapshot(model).items():
+        moved = (weight != before[name]).flatten().nonzero().flatten().tolist()
+        assert set(moved) <= set(chosen.get(name, torch.empty(0)).tolist())
+        total += len(moved)
+    assert total
 
 
 def test_a_parameter_without_a_dimension_is_chosen_like_any_other(tmp_path):

@@ -319,6 +319,43 @@ def test_what_cannot_be_followed_is_refused_by_name(make):
     assert_equal(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's own
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda layer: torch.jit.trace(layer, torch.ones(1, 4))])
+def test_a_scripted_part_is_refused_by_name_and_runs_as_it_is(compiled):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), compiled(nn.Linear(4, 4)), nn.Linear(4, 2))
+
+    x, model = torch.randn(5, 3), make()
+    for target, given in (("1.weight", model), ("weight", compiled(nn.Linear(4, 4)))):
+        with pytest.raises(FinepointError, match=rf"^{target} lies in a module that was scripted or traced"):
+            SparseTuner(given, {target: torch.arange(3)})
+    make_dense = make()
+    make_dense(x).square().sum().backward()
+    with SparseTuner(model, {"0.weight": torch.arange(12), "2.weight": torch.arange(8)}) as tuner:
+        model(x).square().sum().backward()
+        for name, delta in tuner.trained().items():
+            assert torch.allclose(delta.grad, make_dense.get_parameter(name).grad.flatten())
+
+
+class Vmapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.func.vmap(self.a)(x)
+
+
+def test_weights_that_change_in_the_forward_or_are_used_within_vmap_are_refused_by_name():
+    with pytest.raises(FinepointError, match=r"^weight is an embedding with max_norm"):
+        SparseTuner(nn.Embedding(4, 3, max_norm=1.0), {"weight": torch.arange(3)})
+    model = Vmapped()
+    SparseTuner(model, {"a.weight": torch.arange(3)})
+    with pytest.raises(FinepointError, match=r"computes with a.weight within a transform of torch.func"):
+        model(torch.randn(2, 3))
+
+
 @pytest.mark.parametrize("make", [Functional, TiedByHand, ForwardOfItsOwn])
 def test_without_the_audit_it_would_be_another_model(make):
     """The negative control: what the audit is there for."""

@@ -478,3 +478,44 @@ def test_a_tuner_on_its_own_follows_as_well():
         by_copying(model)
         for each in (model, copy.deepcopy(model), pickled(model)):
             assert torch.equal(logits(each), logits(as_it_should_be(model)))
+
+
+def by_load_state_dict(layer, other):
+    layer.load_state_dict(other.state_dict())
+
+
+def by_assigning(layer, other):
+    layer.load_state_dict(other.state_dict(), assign=True)
+
+
+def by_writing(layer, other):
+    with torch.no_grad():
+        layer.weight.copy_(other.weight)
+
+
+def by_another_parameter(layer, other):
+    layer.weight = torch.nn.Parameter(other.weight.detach().clone())
+
+
+@pytest.mark.parametrize("write", [by_load_state_dict, by_assigning, by_writing, by_another_parameter])
+def test_a_weight_that_is_replaced_in_its_layer_is_known_for_another_base(write):
+    model, other = sparse(std=0.1), tiny_llama(seed=5)
+    layer = model.model.layers[0].mlp.up_proj
+    write(layer, copy.deepcopy(layer))  # its own values, from before the deltas change
+    by_swapping_signs(model)
+    assert torch.equal(logits(model), logits(as_it_should_be(model)))
+    finepoint.tuner_of(model).adapter()
+    write(layer, other.model.layers[0].mlp.up_proj)
+    logits(model)
+    for _ in range(2):
+        with pytest.raises(FinepointError, match=r"layers.0.mlp.up_proj.weight was changed since the training began"):
+            finepoint.tuner_of(model).adapter()
+
+
+def test_values_that_are_written_to_the_trained_entries_do_not_stay():
+    model = sparse(std=0.1)
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.weight.view(-1)[INDICES[NAMES[1]]] += 1
+    assert torch.equal(logits(model), logits(as_it_should_be(model)))
+    finepoint.tuner_of(model).adapter()

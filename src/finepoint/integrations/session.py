@@ -38,6 +38,7 @@ class Session:
         Raises:
             FinepointError: something is trained besides, which the adapter would not hold.
         """
+        self.tuner.end_check()
         owned = {id(parameter) for parameter in self.tuner.parameters()}
         others = [name for name, parameter in self.tuner.model.named_parameters()
                   if parameter.requires_grad and id(parameter) not in owned]  # fmt: skip

@@ -216,6 +216,7 @@ def _audit_(tuner: SparseTuner, batches: Sequence[Batch]) -> None:
         inputs = on_device(batch, next(tuner.model.parameters()).device)
         tuner.audit_(lambda inputs=inputs: outcome(tuner.model(**inputs)))  # type: ignore[misc]
         tuner.audit_later()
+        tuner.check_steps()
 
 
 def _refuse_trained(model: nn.Module) -> None:

@@ -90,7 +90,7 @@ def audit(
     """
     begun = time.perf_counter()
     found, reach = Audit(), dict.fromkeys(names, 0)
-    asked = {name: _spread(members[name]) for name in reach}
+    asked: dict[str, Tensor | None] = dict.fromkeys(reach)  # at the chosen entries first
     while asked:
         again: dict[str, Tensor | None] = {}
         for name, seen in _seen(model, members, asked, loss).items():
@@ -132,13 +132,6 @@ def _run_as_in_training(
         except CheckpointError as error:
             raise FinepointError("gradient checkpointing recomputes a function that uses a weight without its layer, "
                                  f"one of {few(widened)}; train without it or them") from error  # fmt: skip
-
-
-def _spread(entries: TrainedEntries) -> Tensor | None:
-    """Where to ask first: at the chosen entries (None), which a shard may have none of."""
-    if len(entries.indices) or not entries.sharded:
-        return None
-    return torch.linspace(0, entries.weight.numel() - 1, PROBES).long().unique()
 
 
 def _like_the_others_(found: Audit, widen: Callable[[str, int], bool]) -> None:
@@ -227,64 +220,39 @@ def _seen(
                 stack.enter_context(_as_float(entries))
                 stack.enter_context(_asked_at(entries, asked[name]))
                 weight = entries.weight
-                found[name] = Seen(_epsilon(weight), weight.numel())
+                found[name] = Seen(epsilon_of(weight), weight.numel())
                 weight.requires_grad_(True)
-                collect = partial(_collect_, found[name], entries)
+                collect = partial(collect_, found[name], entries)
                 stack.callback(weight.register_post_accumulate_grad_hook(collect).remove)
-                stack.callback(entries._owner[0].register_forward_pre_hook(partial(_look_, found[name])).remove)
+                stack.callback(entries._owner[0].register_forward_pre_hook(partial(look_, found[name])).remove)
             result = loss()
             if result is not None and result.requires_grad:
                 result.backward()
             for name in names:
                 gradient = members[name].delta.grad
-                found[name].sparse = None if gradient is None else wide(ranks.whole(gradient))
-                _put_together_(found[name], members[name])
+                found[name].sparse = None if gradient is None else wide(gradient)
     return found
 
 
-def _collect_(seen: Seen, entries: TrainedEntries, weight: Tensor) -> None:
+def collect_(seen: Seen, entries: TrainedEntries, weight: Tensor) -> None:
     """Takes of a dense gradient what is asked for, and drops it; called again where a graph is run in parts."""
     gradient = weight.grad
     assert gradient is not None
     weight.grad = None
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    part = wide(_own_part(gradient, entries.indices))
+    part = wide(gather(gradient, entries.indices))
     seen.dense = part if seen.dense is None else seen.dense + part
-    local: Tensor = gradient.to_local() if ranks.is_sharded(gradient) else gradient  # type: ignore[attr-defined]
-    seen.square += float(torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))) ** 2
-    if local is gradient and not bool(seen.dense.any()):
-        seen.largest = local.abs().flatten().topk(min(PROBES, local.numel())).indices.sort().values
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    seen.square += float(torch.linalg.vector_norm(gradient, dtype=dtype)) ** 2
+    if not bool(seen.dense.any()):
+        seen.largest = gradient.abs().flatten().topk(min(PROBES, gradient.numel())).indices.sort().values
 
 
-def _look_(seen: Seen, module: nn.Module, args: Any) -> None:
+def look_(seen: Seen, module: nn.Module, args: Any) -> None:
     """Within the model's forward autocast is on where it is never seen from outside."""
     for weight in module._parameters.values():
         if weight is not None:
-            seen.epsilon = max(seen.epsilon, _epsilon(weight))
-
-
-def _own_part(gradient: Tensor, indices: Tensor) -> Tensor:
-    """The entries of a gradient; of a sharded one those that this process holds, 0 for the others."""
-    if not ranks.is_sharded(gradient):
-        return gather(gradient, indices)
-    local, first = ranks.own_rows(gradient)
-    indices = indices.to(local.device)
-    mine = (indices >= first) & (indices < first + local.numel())
-    found = torch.zeros(len(indices), dtype=local.dtype, device=local.device)
-    found[mine] = local.reshape(-1)[indices[mine] - first]
-    return found
-
-
-def _put_together_(seen: Seen, entries: TrainedEntries) -> None:
-    """Of a sharded weight every process has collected a part."""
-    if not entries.sharded:
-        return
-    dtype = torch.promote_types(entries.base.dtype, torch.float32)
-    parts = torch.zeros(len(entries.indices) + 2, dtype=dtype, device=entries.indices.device)
-    if seen.dense is not None:
-        parts[0], parts[1], parts[2:] = 1, seen.square, seen.dense
-    ranks.add_up_(parts)
-    seen.dense, seen.square = (parts[2:] if parts[0] else None), float(parts[1])
+            seen.epsilon = max(seen.epsilon, epsilon_of(weight))
 
 
 def _chunks(members: Mapping[str, TrainedEntries], names: Iterable[str]) -> Iterator[list[str]]:
@@ -308,7 +276,7 @@ def _asked_at(entries: TrainedEntries, positions: Tensor | None) -> Iterator[Non
     """Inside, the deltas are a copy with no hook, or those of other entries where positions are given."""
     kept = entries.indices, entries.base, entries.delta, entries.groups, entries.written
     if positions is None:
-        entries.delta = nn.Parameter(ranks.whole(entries.delta).detach().clone())
+        entries.delta = nn.Parameter(entries.delta.detach().clone())
     else:  # their base is what they hold, so that nothing moves if the weight follows meanwhile
         entries.indices = positions.to(entries.indices)
         entries.base = gather(entries.weight, entries.indices)
@@ -361,7 +329,7 @@ def _as_found(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(kept[name])
 
 
-def _epsilon(weight: Tensor) -> float:
+def epsilon_of(weight: Tensor) -> float:
     """The relative rounding error of the arithmetic with a weight."""
     device = weight.device.type
     dtypes = [weight.dtype]

@@ -17,8 +17,9 @@ def follow_after_steps(container: nn.ModuleDict) -> None:
     """From now on `follow_()` of the container's modules is called after each step of a torch optimizer that they are
     parameters of.
 
-    Such an optimizer is stopped before its step, with nothing changed, where a gradient is not finite or a module's
-    `check_fit()` refuses. Optimizers of other parameters are none of our business, whatever has become of the modules.
+    Such an optimizer is stopped before its step, with nothing changed, where a gradient is not finite, a module's
+    `check_fit()` refuses or the container's `spot_checks` do. Optimizers of other parameters are none of our business,
+    whatever has become of the modules.
     """
     _LIVE.add(container)
     _register()
@@ -29,13 +30,13 @@ def stop_following(container: nn.ModuleDict) -> None:
     _LIVE.discard(container)
 
 
-def _stepped(optimizer: Optimizer) -> Iterator[dict[str, nn.Module]]:
-    """Of each container the modules, by name, of which the optimizer steps a parameter."""
+def _stepped(optimizer: Optimizer) -> Iterator[tuple[nn.ModuleDict, dict[str, nn.Module]]]:
+    """Each container with the modules, by name, of which the optimizer steps a parameter."""
     live = list(_LIVE)
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if live else set()
     for container in live:
-        yield {name: member for name, member in container.items()
-               if any(id(parameter) in stepped for parameter in member._parameters.values())}  # fmt: skip
+        yield container, {name: member for name, member in container.items()
+                          if any(id(parameter) in stepped for parameter in member._parameters.values())}  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -45,7 +46,7 @@ def _register() -> None:
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         scaled = getattr(optimizer, "found_inf", None) is not None
-        for members in _stepped(optimizer):
+        for container, members in _stepped(optimizer):
             for member in members.values():
                 member.check_fit()  # type: ignore[operator]
             # A gradient scaler has looked already, and the step will leave out what it found. `model/norm/weight` holds
@@ -53,11 +54,15 @@ def _register() -> None:
             trained = {name.replace("/", "."): parameter for name, member in members.items() if not scaled
                        for parameter in member.parameters(recurse=False)}  # fmt: skip
             refuse_not_finite(trained, "; the step was not taken and the weights are as they were")
+            if members and (checks := getattr(container, "spot_checks", None)):
+                checks.before_step()
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for members in _stepped(optimizer):
+        for container, members in _stepped(optimizer):
             for member in members.values():
                 member.follow_()  # type: ignore[operator]
+            if members and (checks := getattr(container, "spot_checks", None)):
+                checks.stepped()
 
     register_optimizer_step_pre_hook(before_step)
     register_optimizer_step_post_hook(after_step)

@@ -6,7 +6,7 @@ others use, without a call of its module, stands in for itself while the modules
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from finepoint import ranks
 from finepoint.adapters.entries import gather
+from finepoint.errors import FinepointError
 from finepoint.training.trained import TrainedEntries
 
 WHOLE = 1_000  # modules around a weight: all there are
@@ -61,6 +62,25 @@ def places(model: nn.Module, entries: TrainedEntries) -> list[tuple[nn.Module, s
     weight = entries.weight
     return [(module, attribute) for module in model.modules()
             for attribute, parameter in module._parameters.items() if parameter is weight]  # fmt: skip
+
+
+def refuse_unfit(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuses weights that TorchScript computes with, where nothing can be hooked on, or that a forward pass changes.
+
+    Raises:
+        FinepointError: a module that has one was scripted or traced, or is an embedding that shortens its rows.
+    """
+    reasons: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            why = "lies in a module that was scripted or traced (torch.jit), where no entry gets a gradient of its own"
+            reasons |= {id(weight): why for weight in module.parameters(recurse=False)}
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            reasons[id(module.weight)] = "is an embedding with max_norm, which changes its weights in every forward"
+    weights = dict(model.named_parameters(remove_duplicate=False)) if reasons else {}
+    for name in names:
+        if why := reasons.get(id(weights.get(name)), ""):
+            raise FinepointError(f"{name} {why}; leave it out of the targets")
 
 
 def surroundings(model: nn.Module, entries: TrainedEntries, reach: int) -> list[nn.Module]:

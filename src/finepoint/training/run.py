@@ -297,10 +297,12 @@ def _method(
 
 
 def _audit_(config: TrainConfig, place: Workplace, tuner: SparseTuner) -> None:
-    """Tries the gradients of the chosen entries on the first examples, by the loss of training."""
+    """Tries the gradients of the chosen entries on the longest example and others, by the loss of training."""
     if config.gradient_checkpointing:  # as the Trainer will
         getattr(place.model, f"{CHECKPOINTING}_enable")()
-    rows = [row for row in place.rows if learned(row)][:AUDITED]
+    rows = [row for row in place.rows if learned(row)]
+    longest = max(range(len(rows)), key=lambda at: len(rows[at].ids))
+    rows = [rows[longest], *rows[:longest], *rows[longest + 1 :]][:AUDITED]
     batch = on_device(place.collator.batches(rows, len(rows))[0], next(place.model.parameters()).device)
     tuner.audit_(lambda: completion_loss(place.model, batch))
     tuner.audit_later()

@@ -26,6 +26,7 @@ from finepoint.adapters.fingerprint import (
 from finepoint.errors import FinepointError
 from finepoint.quantised import float_values
 from finepoint.training.following import follow_after_steps
+from finepoint.training.spot_checks import SpotChecks
 from finepoint.training.trained import TrainedEntries, refuse_transforms
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Deltas(nn.ModuleDict):
         self.by_hand = False
         """whether somebody else calls `average_`"""
         self.beside_shards = any(member.sharded for member in entries.values())
+        self.spot_checks: SpotChecks | None = None
         self.running = 0
         """the id of the module, out of those that tell, in whose forward we are"""
         for member in entries.values():
@@ -140,6 +142,11 @@ class Deltas(nn.ModuleDict):
         for member in self.members():
             member.write_(member.weight if id(member) in changed else member.weight.data)
 
+    def look(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the forward of the whole model: whether its last step gave the deltas their gradient, now and then."""
+        if self.spot_checks and not torch.compiler.is_compiling():
+            self.spot_checks.before_forward((args, kwargs))
+
     def meet(self, model: nn.Module, args: Any) -> None:
         """Before the first forward of a model that several processes train: they compare what they train.
 
@@ -174,6 +181,8 @@ class Deltas(nn.ModuleDict):
             raise FinepointError("within DDP entries cannot be chosen anew; train with several processes by "
                                  "`finepoint train`, which averages the deltas itself")  # fmt: skip
         self.attend()
+        if self.spot_checks:
+            self.spot_checks.cancel()
         if self.met:
             self.compare()
 
@@ -230,7 +239,7 @@ def _are_equal(group: list[TrainedEntries], at_once: bool) -> bool:
         refuse_transforms(member.name, delta)
         if known is None or known.device != delta.device or known.dtype != delta.dtype:
             return False
-        if delta.is_meta or ranks.is_sharded(delta):
+        if delta.is_meta or ranks.is_sharded(delta) or member.overwritten():
             return False
         deltas.append(delta)
         written.append(known)

@@ -7,7 +7,8 @@ Other entries may be chosen on the way. Of those that are trained no more, which
 settle as they are, the base's values stay known, so that an adapter covers all that has moved.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from finepoint import ranks
 from finepoint.adapters.adapter import Change
 from finepoint.adapters.entries import checksum, gather, moved, scatter_
 from finepoint.adapters.fingerprint import Moved as BaseMoved
+from finepoint.adapters.fingerprint import stamps
 from finepoint.errors import FinepointError
 from finepoint.training.kernels import follow_, sampled_embedding_gradient, sampled_gradient
 from finepoint.training.kernels.groups import Groups, whole_groups
@@ -75,6 +77,7 @@ class TrainedEntries(nn.Module):
             self.register_buffer(f"settled_{part}", empty.clone(), persistent=False)
         self._find_groups(given)
         self.written = self.delta.detach().clone()
+        self._stamp = self.stamp()
         self.looked_at: Callable[[], bool] = _never  # whether somebody has asked for all of the model's entries
         self._hidden: tuple[Tensor, Tensor] | None = None
 
@@ -167,7 +170,8 @@ class TrainedEntries(nn.Module):
 
     def _settle(self, left: Moved, keep: bool) -> None:
         if not keep and len(left.indices):
-            scatter_(self.weight, left.indices, left.base)
+            with self._writing():
+                scatter_(self.weight, left.indices, left.base)
         left = left.at(left.delta != 0 if keep else slice(0))
         self.settled_indices, self.settled_base, self.settled_delta = left
 
@@ -175,7 +179,8 @@ class TrainedEntries(nn.Module):
         """Moves entries that hold the base's values, and are not trained, by (m,) deltas, once and for all."""
         indices = indices.to(self.indices)
         base, delta = gather(self.weight, indices), delta.to(self.delta)
-        scatter_(self.weight, indices, moved(base, delta))
+        with self._writing():
+            scatter_(self.weight, indices, moved(base, delta))
         self.settled_indices, self.settled_base, self.settled_delta = indices, base, delta
 
     def revert_(self) -> None:
@@ -193,6 +198,22 @@ class TrainedEntries(nn.Module):
         """weight[indices] = base + delta, rounded once to the weight's dtype."""
         self.write_(self.weight)
 
+    def stamp(self) -> Any:
+        """What a write to the weight changes, or another in its place; always the same where FSDP2 exchanges it."""
+        return None if ranks.is_sharded(self.weight) else stamps({self.name: self.weight})
+
+    def overwritten(self) -> bool:
+        """Whether somebody else has written to the weight since the deltas were; a cast one is told by `check_fit`."""
+        cast = self.written is not None and self.written.dtype != self.delta.dtype
+        stands_in = not self.weight.is_leaf  # for itself: see `hooks`
+        return not (self.sharded or cast or stands_in) and self.stamp() != self._stamp
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, the weight is written to by ourselves."""
+        yield
+        self._stamp = self.stamp()
+
     def write_(self, weight: Tensor) -> None:
         """The same into a tensor of the weight's own memory, e.g. its `.data`, which has a version counter of its own.
 
@@ -201,7 +222,8 @@ class TrainedEntries(nn.Module):
         """
         self.check_fit()
         delta = ranks.whole(self.delta).detach()
-        follow_(weight, self.indices, self.base, delta)
+        with self._writing():
+            follow_(weight, self.indices, self.base, delta)
         self.written, self.shown = delta.clone(), None
 
     def check_fit(self) -> None:
@@ -219,7 +241,7 @@ class TrainedEntries(nn.Module):
                                  "SparseTuner was made; make another one")  # fmt: skip
 
     def lags(self) -> bool:
-        """Whether the deltas are others than those the weight was given last, whoever changed them.
+        """Whether the deltas are others than those the weight was given last, or the weight is, whoever changed them.
 
         Bits are compared, since version counters do not tell: neither fused optimizers nor writes to `.data` raise
         them. Of deltas on another device than the CPU the answer is waited for.
@@ -233,6 +255,8 @@ class TrainedEntries(nn.Module):
             return True
         if delta.is_meta:
             return False
+        if self.overwritten():
+            return True
         self.written = self.written.to(delta.device)
         # A model that was cast has lost bits of its deltas, but nobody has changed them.
         return not torch.equal(_as_integers(self.written.to(delta.dtype)), _as_integers(delta))
@@ -301,8 +325,16 @@ class TrainedEntries(nn.Module):
         return Change.whole(ranks.whole(self.weight).detach().cpu().clone())
 
     def wanted(self) -> bool:
-        """Whether the graph that is being made must lead to the deltas."""
-        return torch.is_grad_enabled() and self.delta.requires_grad and len(self.indices) > 0
+        """Whether the graph that is being made must lead to the deltas.
+
+        Raises:
+            FinepointError: it is made within a transform of torch.func.
+        """
+        found = torch.is_grad_enabled() and self.delta.requires_grad and len(self.indices) > 0
+        if found and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise FinepointError(f"the model computes with {self.name} within a transform of torch.func (vmap, grad), "
+                                 "in which its entries get no gradient; leave it out of the targets")  # fmt: skip
+        return found
 
     # The hooks. Bound methods, not closures, so that a deep copy of the model has hooks on its own copies.
 

@@ -44,7 +44,8 @@ from finepoint.precision import norm_of
 from finepoint.quantised import is_quantised, replace_forwards
 from finepoint.training.audit import AtFirst, Audit, Loss, audit, outcome
 from finepoint.training.following import stop_following
-from finepoint.training.hooks import WHOLE, attach, reaches_further
+from finepoint.training.hooks import WHOLE, attach, reaches_further, refuse_unfit
+from finepoint.training.spot_checks import SpotChecks
 from finepoint.training.together import Deltas, LeftOutOfDDP
 from finepoint.training.trained import QuantisedEntries, TrainedEntries
 
@@ -82,6 +83,7 @@ class SparseTuner:
         later = dict.fromkeys(ready, torch.empty(0, dtype=torch.long))
         if not is_outline(model):  # which is there to be planned with
             in_memory({name: parameters[name] for name in (*later, *indices) if name in parameters})
+        refuse_unfit(model, (*later, *indices))
         for name, positions in {**later, **indices}.items():
             if name not in parameters:
                 raise FinepointError(f"the model has no weight {name!r} to train entries of")
@@ -109,6 +111,7 @@ class SparseTuner:
         self._handles.append(model.register_forward_pre_hook(container.meet))
         for module in {id(each): each for each in (model, getattr(model, "base_model", model))}.values():
             self._handles.append(module.register_forward_pre_hook(container.enter, prepend=True))
+            self._handles.append(module.register_forward_pre_hook(container.look, with_kwargs=True))
             self._handles.append(module.register_forward_hook(container.leave, always_call=True))
         self._handles.append(model.register_load_state_dict_pre_hook(container.refuse_other_base))
         self._hooks = {name: attach(model, entries) for name, entries in self.entries.items()}
@@ -116,6 +119,7 @@ class SparseTuner:
         self.audited: Audit | None = None
         if audit:
             self._audit()
+            self.check_steps()
 
     def __enter__(self) -> "SparseTuner":
         return self
@@ -159,6 +163,7 @@ class SparseTuner:
         if self._is_sharded():
             logger.info("weights that are sharded over processes are not audited")
             return Audit()
+        self.end_check()
         known = self.audited or Audit()
         names = [name for name in self.entries if name not in known.weights]
         self.follow_()
@@ -196,6 +201,15 @@ class SparseTuner:
                         type(self.model).__name__)  # fmt: skip
         if self.audited is None or self.audited.silent:
             self._handles.append(AtFirst(self.model, partial(self.audit_, last=True)))
+
+    def check_steps(self) -> None:
+        """From now on looks at a few steps of whatever training comes; see `spot_checks`."""
+        self._deltas.spot_checks = SpotChecks(self.entries)
+
+    def end_check(self) -> None:
+        """Ends the look at a step that is going on, after which the deltas alone have gradients."""
+        if self._deltas.spot_checks:
+            self._deltas.spot_checks.cancel()
 
     def _is_sharded(self) -> bool:
         return any(entries.sharded for entries in self.entries.values())
@@ -363,6 +377,7 @@ class SparseTuner:
         """
         if not self._handles:
             return
+        self.end_check()
         self.follow_()
         for handle in [*self._handles, *chain.from_iterable(self._hooks.values())]:
             handle.remove()
