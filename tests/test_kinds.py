@@ -10,12 +10,14 @@ import transformers as t
 import finepoint
 from conftest import assert_same_bits, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.inspection import facts
 from finepoint.batches import IGNORED, Collator, Row
 from finepoint.choosing.passes import counts_every_label
 from finepoint.choosing.statistics import stream_statistics
-from finepoint.config import TrainConfig
+from finepoint.config import EvalConfig, TrainConfig
 from finepoint.errors import FinepointError
 from finepoint.exchange.formats import export
+from finepoint.measuring.evaluation import evaluate_config
 from finepoint.measuring.generation import written
 from finepoint.measuring.scoring import class_logits, token_log_likelihoods
 from finepoint.models import class_order, load_model
@@ -209,9 +211,34 @@ def test_a_base_that_is_a_classifier_keeps_the_order_of_its_labels(tmp_path, tok
     assert "in this order" in stored.problems(base)[0]
 
 
+@pytest.mark.parametrize("named", [{"money": "money", "art": "art"}, {"money": "1", "art": "2"}])
+def test_data_with_some_labels_of_a_base_train_its_own_head(tmp_path, tokenizer, named, caplog):
+    own = ["sport", "money", "art"]
+    config = sorted_out(id2label=dict(enumerate(own)), label2id={name: i for i, name in enumerate(own)})
+    base = built(config, t.AutoModelForSequenceClassification)
+    folder = folder_of(tmp_path / "base", base, tokenizer)
+    rows = [{"text": f"{'ab' * n} c", "label": named[name]} for n, name in enumerate(["art", "money"] * 2, 1)]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    train(TrainConfig(model=folder, data=data, output=str(tmp_path / "a"), steps=1, density=0.05, lr=1e-4))
+    assert "a classifier of 3 labels, and the data have 2 of them: " in caplog.text
+    assert "money" in caplog.text
+    adapter = SparseAdapter.load(tmp_path / "a")
+    assert adapter.info["labels"] == (own if "art" in named.values() else ["0", "1", "2"])
+    head = adapter.changes["score.weight"].numbers
+    torch.testing.assert_close(head, base.score.weight, atol=1e-3, rtol=0)  # where it was, in its own order
+    found = evaluate_config(EvalConfig(model=folder, adapter=[str(tmp_path / "a")], id=[f"x={data}"]))
+    with torch.no_grad():
+        right = [own[int(base(input_ids=torch.tensor([tokenizer(row["text"])["input_ids"]])).logits.argmax())]
+                 for row in rows]  # fmt: skip
+    expected = sum(named.get(name) == row["label"] for name, row in zip(right, rows, strict=True)) / len(rows)
+    assert found["base"]["id"]["x"]["accuracy"] == expected
+
+
 @pytest.mark.parametrize(("kwargs", "labels", "message"), [
-    ({"num_labels": 3}, ["a", "b"], "of 3 labels"),
-    ({"num_labels": 2}, ["a", "b"], "classifier of LABEL_0, LABEL_1"),
+    ({"num_labels": 3}, ["a", "b"], r"of 3 labels \(LABEL_0, LABEL_1, LABEL_2\), and the data have 2 \(a, b\)"),
+    ({"num_labels": 2}, ["a", "b"], r"of 2 labels \(LABEL_0, LABEL_1\)"),
+    ({"num_labels": 2}, ["0", "1", "2"], "of 2 labels .* have 3"),
+    ({"num_labels": 2}, ["1", "LABEL_0"], "name them as the base does"),
     ({"num_labels": 1}, ["a", "b"], "for regression"),
     ({"num_labels": 2, "problem_type": "multi_label_classification"}, ["0", "1"], "for multi_label"),
 ])  # fmt: skip
@@ -247,6 +274,10 @@ def test_an_adapter_that_changes_nothing_says_so(tmp_path, caplog):
         caplog.clear()
         finepoint.load(tiny_llama(dtype), tmp_path / str(dtype))
         assert "changes nothing" in caplog.text
+        caplog.clear()
+        model.save_pretrained(tmp_path / "again")  # as a stock trainer does
+        assert "changes nothing" in caplog.text
+        assert facts(SparseAdapter.load(tmp_path / "again"))["changes"].startswith("nothing")
         entries = next(iter(finepoint.tuner_of(model).entries.values()))
         with torch.no_grad():
             entries.delta.fill_(0.5)

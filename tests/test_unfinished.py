@@ -164,8 +164,8 @@ def test_before_the_first_step_nothing_is_left(config, monkeypatch, ctrl_c):
     assert not list(Path(config.output).rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("baseline", ["lora", "rosa"])
-def test_checkpoints_of_factors_are_evaluated_like_adapters(config, baseline, choice_file, caplog):
+@pytest.mark.parametrize("baseline", ["lora", "rosa", "bitfit"])
+def test_checkpoints_of_baselines_are_evaluated_like_adapters(config, baseline, choice_file, caplog):
     density = {"density": 0.05} if baseline == "rosa" else {"density": None, "rule": "random"}
     train(replace(config, baseline=baseline, lr=None, save_every=4, **density))
     place = f"{config.output}/checkpoints/checkpoint-4"

@@ -88,6 +88,7 @@ def load_model(
     if labels:
         factory = transformers.AutoModelForSequenceClassification
         own = class_order(config, labels)
+        labels = labels if len(labels) == len(own) else own
         kwargs |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         kwargs["label2id"] = {label: i for i, label in enumerate(labels)}
     elif config.is_encoder_decoder:
@@ -120,11 +121,11 @@ def load_model(
 def class_order(config: Any, labels: Sequence[str]) -> list[str]:
     """The labels in the order of the logits: that of a base that is a classifier of them already, else as given.
 
-    Labels that are numbers from 0 are a base's classes by number, whatever these are called.
+    The data need not have all labels of such a base, which keeps them all; a line says which they have. Labels that are
+    numbers are a base's classes by number, from 0, whatever these are called.
 
     Raises:
-        FinepointError: the base is a classifier of other labels, or of another number of them, or no classifier of one
-            label a text.
+        FinepointError: the base is a classifier of other labels, or no classifier of one label a text.
     """
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return list(labels)
@@ -133,16 +134,17 @@ def class_order(config: Any, labels: Sequence[str]) -> list[str]:
     if kind not in (None, "single_label_classification"):
         raise FinepointError(f"the base is a classifier for {kind}, and here every text has one label; give a base "
                              "without such a head")  # fmt: skip
-    if len(own) != len(labels):
-        raise FinepointError(f"the base is a classifier of {len(own)} labels ({_some(own)}), and the data have "
-                             f"{len(labels)} ({_some(labels)}); give data of its labels, all of them, or a base "
-                             "without a head")  # fmt: skip
     numbers = [str(i) for i in range(len(own))]
-    if set(labels) not in (set(own), set(numbers)):
-        raise FinepointError(f"the base is a classifier of {_some(own)}, and the data's labels are {_some(labels)}; "
-                             "name them as the base does (or by number, from 0), or give a base without "
-                             "a head")  # fmt: skip
-    return own if set(labels) == set(own) else numbers
+    order = next((names for names in (own, numbers) if set(labels) <= set(names)), None)
+    if order is None:
+        raise FinepointError(f"the base is a classifier of {len(own)} labels ({_some(own)}), and the data have "
+                             f"{len(labels)} ({_some(labels)}); name them as the base does (or by number, from 0), or "
+                             "give a base without a head")  # fmt: skip
+    if len(labels) < len(own):
+        meant = [own[order.index(label)] for label in labels]
+        logger.warning("the base is a classifier of %d labels, and the data have %d of them: %s",
+                       len(own), len(labels), _some(meant))  # fmt: skip
+    return order
 
 
 def _some(names: Sequence[str]) -> str:

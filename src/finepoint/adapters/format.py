@@ -35,7 +35,6 @@ from finepoint.tensors import DTYPES, LONGEST_HEADER, Form, forms, header_bytes,
 
 logger = logging.getLogger(__name__)
 DIGESTED = 4  # the first version with a digest over all
-logger = logging.getLogger(__name__)
 NEWEST = 4  # 2: some indices are written as gaps; 3: some changes have parts; 4: a digest over all
 TENSORS = "finepoint.safetensors"
 CONFIG = "finepoint_config.json"
@@ -53,6 +52,8 @@ Need = Callable[[bool, str], None]
 
 def save(adapter: SparseAdapter, folder: str | Path, overwrite: bool = False, compact: bool = False) -> Path:
     """See `SparseAdapter.save`."""
+    if adapter.changes_nothing():
+        logger.warning("the adapter changes nothing: no value differs from the base; has it been trained?")
     with claim_folder(folder, overwrite) as claimed:
         write(adapter, claimed, compact)
     return Path(folder)

@@ -45,7 +45,8 @@ def facts(adapter: SparseAdapter) -> dict[str, Any]:
             "mean_abs_delta": None if moved is None else moved.mean().item(),
             "max_abs_delta": None if moved is None else moved.max().item(),
         }
-    return {"entries": adapter.count, "changed_weights": len(adapter), **adapter.info, "weights": weights}
+    idle = {"changes": "nothing: no value differs from the base"} if adapter.changes_nothing() else {}
+    return {"entries": adapter.count, "changed_weights": len(adapter), **idle, **adapter.info, "weights": weights}
 
 
 def heat_map(adapter: SparseAdapter) -> str:

@@ -156,10 +156,7 @@ def save(
     Raises:
         FinepointError: the model has no change to save, or the folder holds something.
     """
-    adapter = adapter_of(model, results)
-    if adapter.changes_nothing():
-        logger.warning("the adapter changes nothing: no value differs from the base; has it been trained?")
-    return adapter.save(folder, overwrite, compact)
+    return adapter_of(model, results).save(folder, overwrite, compact)
 
 
 def unload(model: Model, *, revert: bool = False) -> Model:

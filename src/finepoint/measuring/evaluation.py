@@ -125,6 +125,8 @@ def evaluate(
     for name, adapter in adapters.items():
         if problems := adapter.problems(model):
             raise FinepointError(f"adapter {name} does not fit this model: {problems[0]}")
+        if adapter.changes_nothing():
+            logger.warning("adapter %s changes nothing: no value differs from the base", name)
     base = evaluation.scores(model, tokenizer, "base")
     found: dict[str, Any] = {"base": base, "adapters": {}}
     for name, adapter in adapters.items():

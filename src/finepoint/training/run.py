@@ -44,7 +44,6 @@ from finepoint.training.checkpoints import (
     step_of,
     to_go_on_from,
 )
-from finepoint.training.dense import DenseTuner
 from finepoint.training.finite import NotFiniteError, TrainingFailedError
 from finepoint.training.interface import Method
 from finepoint.training.log import LOG
@@ -364,8 +363,7 @@ def _steps(
         data_collator=place.collator,
     )
     trainer.remove_callback(PrinterCallback)
-    if not isinstance(run.method.tuner, DenseTuner):  # whose checkpoints hold whole weights already
-        trainer.keep_adapter = lambda checkpoint, step: run.save(step, checkpoint)
+    trainer.keep_adapter = lambda checkpoint, step: run.save(step, checkpoint)
     for follower in followers:
         trainer.add_callback(follower)
     best = folder / BEST if config.keep == "best" else None
