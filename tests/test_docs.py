@@ -47,6 +47,17 @@ def test_no_block_trains_the_real_model():
             )
 
 
+def test_the_diffs_of_contributing_are_of_the_code_as_it_is():
+    found = 0
+    for block in blocks((ROOT / "CONTRIBUTING.md").read_text(), "diff"):
+        for part in block.code.split("--- a/")[1:]:
+            file, _, *lines = part.splitlines()
+            before = [line[1:] for line in lines if line[:1] in (" ", "-")]
+            assert "\n".join(before) in (ROOT / file).read_text(), (file, before)
+            found += 1
+    assert found > 5
+
+
 def test_messages_explained_are_those_of_the_code():
     # Strings that continue on the next line are joined, what is filled in becomes `..` as on the page.
     code = "".join(path.read_text() for path in sorted(Path(finepoint.__file__).parent.rglob("*.py")))

@@ -12,11 +12,12 @@ PROMISES = {
     "01_fine_tune.py": r"the base is back, bit for bit",
     "02_merge_and_take_out.py": r"without movies = words alone; bit for bit",
     "03_compare_rules.py": r"gallop and gradient share [\d,]+ of \d+ entries; by chance",
+    "loop.py": r"step 4: loss [\d.]+\n[\d,]+ of [\d,]+ weights differ from the base",
 }
 
 
 def test_every_script_is_tested():
-    assert {path.name for path in EXAMPLES.glob("0*.py")} == set(PROMISES)
+    assert {path.name for path in EXAMPLES.glob("*.py")} - {"common.py"} == set(PROMISES)
 
 
 @pytest.mark.parametrize("script", PROMISES)

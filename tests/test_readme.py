@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands."""
+"""What the README and the tour show runs as it stands."""
 
 import copy
 import os
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 import finepoint
@@ -15,12 +16,29 @@ from documents import blocks
 from finepoint.cli import COMMANDS
 from finepoint.models import load_model, load_tokenizer
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README, TOUR = (ROOT / "README.md").read_text(), (ROOT / "docs" / "tour.md").read_text()
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(shutil.copytree(given, tmp_path / "reader"))
+    (block,) = blocks(README, "python")
+    names = {}
+    exec(block.code.replace("smollm2", "my-model"), names)
+    base = snapshot(load_model("my-model"))
+    assert any(not torch.equal(base[name], value) for name, value in snapshot(names["model"]).items())
+    finepoint.unload(names["model"])
+    assert_same_bits(snapshot(names["model"]), base)
+
+
+def test_the_readme_is_short_and_says_its_limits_first():
+    assert len(README.split()) < 800
+    assert README.index("**Limits.**") < README.index("\n## ")
 
 
 def test_the_two_lines(tmp_path, monkeypatch, model_folder):
     monkeypatch.chdir(tmp_path)
-    block, _ = blocks(README, "python")
+    block, _ = blocks(TOUR, "python")
     write_lines(tmp_path / "train.jsonl", [{"prompt": f"{word} is", "completion": " so"} for word in "abcdefgh"])
     names = {
         "finepoint": finepoint,
@@ -42,7 +60,7 @@ def test_the_two_lines(tmp_path, monkeypatch, model_folder):
 
 def test_the_five_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, block = blocks(README, "python")
+    _, block = blocks(TOUR, "python")
     code = block.code
     model = tiny_llama()
     base_model = copy.deepcopy(model)
@@ -60,30 +78,36 @@ def test_the_five_lines(tmp_path, monkeypatch):
     assert any(not (value == snapshot(tiny_llama())[name]).all() for name, value in snapshot(base_model).items())
 
 
-def test_the_commands_it_names_exist():
-    named = set(re.findall(r"^\s{4}finepoint (\w+)", README, re.MULTILINE)) | set(
-        re.findall(r"`finepoint (\w+)", README)
-    )
+@pytest.mark.parametrize("page", [README, TOUR], ids=["readme", "tour"])
+def test_the_commands_it_names_exist(page):
+    named = set(re.findall(r"^\s{4}finepoint (\w+)", page, re.MULTILINE)) | set(re.findall(r"`finepoint (\w+)", page))
     assert named - {"COMMAND"} <= set(COMMANDS)
     assert {"train", "eval", "inspect", "verify", "data", "rules"} <= named
 
 
-def commands(section):
-    """The commands of a section of the README, each on one line."""
-    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0].replace("\\\n", " ")
+def commands(page):
+    """The commands in a page's section on the command line, each on one line."""
+    text = page.split("\n## The command line\n")[1].split("\n## ")[0].replace("\\\n", " ")
     return re.findall(r"^    (finepoint .*)$", text, re.MULTILINE)
 
 
-def test_its_commands_run_one_after_the_other(warm, given, tmp_path):
-    """With a tiny model in the place of smollm2, and the files that `finepoint data` would fetch.
+@pytest.mark.parametrize(
+    ("page", "left"),
+    [(README, "merged/model.safetensors"), (TOUR, "adapters/both/finepoint.safetensors")],
+    ids=["readme", "tour"],
+)
+def test_its_commands_run_one_after_the_other(page, left, warm, given, tmp_path):
+    """With a tiny model of smollm2's dtype in its place, and the files that `finepoint data` would fetch.
 
     FINEPOINT_BIN names another `finepoint` to run: that of a wheel.
     """
     folder = shutil.copytree(given, tmp_path / "reader")
-    lines = [line.replace("smollm2", "my-model") for line in commands("The command line")]
+    load_model(str(folder / "my-model")).to(torch.bfloat16).save_pretrained(folder / "my-model")
+    lines = [line.replace("smollm2", "my-model") for line in commands(page)]
     assert lines[0] == "finepoint data vader --output vader"
     train = lines[1]
-    lines[1:2] = [train, train.replace("adapters/movies", "adapters/other") + " --seed 1"]
+    if "adapters/other" in "".join(lines):
+        lines[1:2] = [train, train.replace("adapters/movies", "adapters/other") + " --seed 1"]
     for line in lines[1:]:
         if binary := os.environ.get("FINEPOINT_BIN"):
             words = ["bash", "-c", line.replace("finepoint", binary, 1)]
@@ -91,4 +115,4 @@ def test_its_commands_run_one_after_the_other(warm, given, tmp_path):
         else:
             done = warm.run(*line.partition("#")[0].split(), folder=folder)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
-    assert (folder / "adapters" / "both" / "finepoint.safetensors").is_file()
+    assert (folder / left).is_file()
