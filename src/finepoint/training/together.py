@@ -144,7 +144,7 @@ class Deltas(nn.ModuleDict):
 
     def look(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the forward of the whole model: whether its last step gave the deltas their gradient, now and then."""
-        if self.spot_checks and not torch.compiler.is_compiling():
+        if self.spot_checks and not (torch.compiler.is_compiling() or self.beside_shards or ranks.is_fsdp(model)):
             self.spot_checks.before_forward((args, kwargs))
 
     def meet(self, model: nn.Module, args: Any) -> None:

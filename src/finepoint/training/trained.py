@@ -206,7 +206,8 @@ class TrainedEntries(nn.Module):
         """Whether somebody else has written to the weight since the deltas were; a cast one is told by `check_fit`."""
         cast = self.written is not None and self.written.dtype != self.delta.dtype
         stands_in = not self.weight.is_leaf  # for itself: see `hooks`
-        return not (self.sharded or cast or stands_in) and self.stamp() != self._stamp
+        exchanged = self.sharded or getattr(self._owner[0], "_is_fsdp_managed_module", False)
+        return not (exchanged or cast or stands_in) and self.stamp() != self._stamp
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
