@@ -257,3 +257,18 @@ def test_the_users_mistakes_are_one_line_and_exit_status_2(finepoint, trained, m
     ):  # fmt: skip
         done = finepoint(*arguments, status=2)
         assert message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("command", "flags"), [
+    ("eval", {"--max-length": -3, "--limit": 0, "--new-tokens": 0, "--generate": -1}),
+    ("train", {"--max-length": 0, "--validation-limit": 0, "--seed": -1, "--epochs": 0, "--clip": -1.0}),
+    ("select", {"--max-length": -1, "--seed": 2**32}),
+    ("align", {"--temperature": 0, "--validation-limit": 0, "--steps": 0}),
+])  # fmt: skip
+def test_numbers_that_no_run_could_have_are_one_line(command, flags, capsys):
+    given = ["--model", "m", *(["--output", "o", "--data", "d.jsonl"] if command != "eval" else [])]
+    given += ["--method", "grpo"] if command == "align" else []
+    for flag, value in flags.items():
+        assert main([command, *given, flag, str(value)]) == 2
+        name = flag.removeprefix("--").replace("-", "_")
+        assert capsys.readouterr().err.startswith(f"finepoint {command}: {name} is {value}")

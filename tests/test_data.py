@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import write_lines
-from finepoint.data import Chat, Choices, Completion, Labelled, Text, label_names, read_examples
+from finepoint.data import Chat, Choices, Completion, Labelled, Text, label_names, read_examples, refuse_other_task
 from finepoint.errors import FinepointError
 
 ROWS = {
@@ -76,3 +76,16 @@ def test_missing_and_empty_files_are_named(tmp_path):
 def test_labels_are_sorted_numbers_by_value():
     assert label_names([Labelled("a", "10"), Labelled("a", "9"), Labelled("a", "x")]) == ["9", "10", "x"]
     assert label_names([Text("a")]) == []
+
+
+def test_half_a_character_is_one_line(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83d"}]
+    for row in ({"text": "a\ud800"}, {"prompt": "a", "choices": ["b", "\udc00"], "answer": 0}, {"messages": turns}):
+        (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(FinepointError, match=r"d.jsonl, line 1: '\w+' holds half a character"):
+            read_examples(tmp_path / "d.jsonl")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "\U0001f642"}) + "\n")
+    assert read_examples(tmp_path / "d.jsonl")[0].text == "\U0001f642"
+    refuse_other_task("d.jsonl", read_examples(tmp_path / "d.jsonl"), [])
+    with pytest.raises(FinepointError, match=r"d.jsonl holds text examples, and the model is a classifier"):
+        refuse_other_task("d.jsonl", read_examples(tmp_path / "d.jsonl"), ["x", "y"])

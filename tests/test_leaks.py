@@ -8,7 +8,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import finepoint
 from conftest import write_lines
 from finepoint.cli import main
 from finepoint.config import AlignConfig, EvalConfig, TrainConfig
@@ -125,3 +127,35 @@ def test_a_study_says_once_which_task_has_seen_which_set(model_folder, tmp_path,
         "task 'letters' has seen what it is measured on: 1 of 3 of validation of letters, 1 of 2 of probe p"
         in shown.err
     )
+
+
+def test_a_sequence_says_which_tests_a_task_has_seen(model_folder, tmp_path, capsys):
+    letters = [{"prompt": f"{c}:", "choices": [" yes", " no"], "answer": 0} for c in "abcdef"]
+    a, b, new = (write_lines(tmp_path / name, part) for name, part in
+                 (("a.jsonl", letters[:3]), ("b.jsonl", letters[3:5]), ("new.jsonl", letters[5:])))  # fmt: skip
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({
+        "model": str(model_folder), "output": str(tmp_path / "out"), "density": 0.02, "train": {"steps": 1},
+        "overlap": "exclude", "tasks": {"one": {"train": a, "test": new}, "two": {"train": b, "test": a}},
+    }))  # fmt: skip
+    assert main(["sequence", "--config", str(tmp_path / "tasks.yaml"), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["leaks"] == {"one": {"test of two": {"exact": 3, "normalised": 0, "n": 3}}}
+    assert "task 'one' has seen what it is measured on: 3 of 3 of test of two" in shown.err
+
+
+def test_merged_adapters_and_those_chosen_in_python_know_what_was_seen(config, tmp_path, capsys):
+    train(config)
+    assert main(["merge", config.output, config.output, "--output", str(tmp_path / "merged"), "--weights", "0.5", "0.5",
+                 ]) == 0  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    finepoint.sparsify(model, "gallop", 0.1, data=config.data, tokenizer=tokenizer)
+    finepoint.save(model, tmp_path / "python")
+    for name in ("merged", "python"):
+        assert leaks(Seen.beside(tmp_path / name), {"a": [Text(TRAINED[0])]}) == {
+            "a": {"exact": 1, "normalised": 0, "n": 1}
+        }
+    capsys.readouterr()
+    main(["merge", config.output, config.output, "--output", str(tmp_path / "tuned"), "--tune", config.validation,
+          "--model", config.model])  # fmt: skip
+    assert "training has seen what it is measured on: 5 of 9 of val.jsonl" in capsys.readouterr().err

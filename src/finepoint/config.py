@@ -4,9 +4,11 @@ This file imports nothing heavy, so that help is instant.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from finepoint.errors import FinepointError
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 ExportFormat = Literal["merged", "shira", "supertuning", "sparta", "vllm-patch", "gguf"]
@@ -585,6 +587,33 @@ class DemoConfig:
     limit: int = 200
     overwrite: bool = False
     json: bool = False
+
+
+LEAST = {
+    "max_length": 1, "batch_size": 1, "accumulation": 1, "steps": 1, "eval_every": 1, "save_every": 1, "patience": 1,
+    "limit": 1, "validation_limit": 1, "test_limit": 1, "probe_limit": 1, "new_tokens": 1, "generate": 0, "seed": 0,
+    "clip": 0, "weight_decay": 0, "workers": 1,
+}  # fmt: skip
+ABOVE_0 = ("epochs", "temperature")
+LARGEST_SEED = 2**32 - 1  # numpy's
+
+
+def refuse_out_of_range(config: Any) -> None:
+    """Refuses numbers that no run could have, or that would silently mean something else.
+
+    Raises:
+        FinepointError: there is one; it is named.
+    """
+    for name in (own.name for own in fields(config)):
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if value < LEAST.get(name, value):
+            raise FinepointError(f"{name} is {value}; give at least {LEAST[name]}")
+        if name in ABOVE_0 and not value > 0:
+            raise FinepointError(f"{name} is {value}; give a number above 0")
+        if name == "seed" and value > LARGEST_SEED:
+            raise FinepointError(f"seed is {value}; give at most {LARGEST_SEED}")
 
 
 def fits(value: Any, kind: Any) -> bool:

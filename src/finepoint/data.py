@@ -143,6 +143,13 @@ def _alike(source: str, found: list[tuple[str, Example]]) -> list[Example]:
     return [example for _, example in found]
 
 
+def refuse_other_task(file: str, examples: Sequence[Example], labels: Sequence[str]) -> None:
+    """Refuses texts with classes for a model that writes, and others for a classifier."""
+    if bool(labels) != isinstance(examples[0], Labelled):
+        raise FinepointError(f"{file} holds {type(examples[0]).__name__.lower()} examples, and the model is "
+                             f"{'a' if labels else 'no'} classifier; give it what it is trained for")  # fmt: skip
+
+
 def some(examples: list[Example], limit: int | None) -> list[Example]:
     """At most `limit` of the examples, drawn with a fixed seed, in the file's order."""
     if limit is None or limit >= len(examples):
@@ -181,7 +188,17 @@ def _example(where: str, row: Any) -> Example:
 def _string(where: str, row: dict[str, Any], key: str) -> str:
     if not isinstance(row[key], str) or not row[key]:
         raise FinepointError(f"{where}: {key!r} must be a string that is not empty, got {row[key]!r}")
-    return row[key]
+    return _readable(where, key, row[key])
+
+
+def _readable(where: str, key: str, text: str) -> str:
+    """A text that a tokenizer can take: JSON may spell half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FinepointError(f"{where}: {key!r} holds half a character, {text[error.start]!a}; write it whole, "
+                             "or as \\ufffd") from error  # fmt: skip
+    return text
 
 
 def _completion(where: str, row: dict[str, Any]) -> Completion:
@@ -197,6 +214,8 @@ def _choices(where: str, row: dict[str, Any]) -> Choices:
         raise FinepointError(
             f"{where}: 'answer' must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}"
         )
+    for choice in choices:
+        _readable(where, "choices", choice)
     return Choices(_string(where, row, "prompt"), tuple(choices), answer, where=where)
 
 
@@ -223,7 +242,7 @@ def _labelled(where: str, row: dict[str, Any]) -> Labelled:
     label = row["label"]
     if type(label) not in (str, int) or label == "":
         raise FinepointError(f"{where}: 'label' must be a string or an integer, got {label!r}")
-    return Labelled(_string(where, row, "text"), str(label), where=where)
+    return Labelled(_string(where, row, "text"), _readable(where, "label", str(label)), where=where)
 
 
 _MAKERS = (

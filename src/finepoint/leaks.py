@@ -32,6 +32,13 @@ class Seen:
         texts = [text_of(example) for example in examples]
         return Seen(frozenset(map(_digest, texts)), frozenset(_digest(normalised(text)) for text in texts))
 
+    @staticmethod
+    def together(found: "Iterable[Seen | None]") -> "Seen | None":
+        """All that several have seen, where it is known of any."""
+        known = [seen for seen in found if seen]
+        exact, alike = ([getattr(seen, kind) for seen in known] for kind in ("exact", "normalised"))
+        return Seen(frozenset().union(*exact), frozenset().union(*alike)) if known else None
+
     def among(self, examples: Sequence[Example | Pair]) -> dict[str, int]:
         """How many of the examples were seen: `exact` word for word, `normalised` more only but for case, spaces and
         punctuation, of `n`."""

@@ -376,6 +376,12 @@ def base_beneath(model: nn.Module, like: Fingerprint | None = None) -> Fingerpri
     Args:
         like: what it is to be compared with: what that does not know is left out.
     """
+    without = like.unknown if like else ()
+    return fingerprint(contents_of(model), moved_by_adapters(model), like.one_in if like else None, without)
+
+
+def moved_by_adapters(model: nn.Module) -> list[Moved]:
+    """What the adapters that are applied to a model have changed in it."""
     moved = [
         Moved(name, adapter[name], base, adapter.changes[name].new_values(base))
         for adapter, originals in vars(model).get(APPLIED, [])
@@ -383,8 +389,7 @@ def base_beneath(model: nn.Module, like: Fingerprint | None = None) -> Fingerpri
     ]
     for adapters in SETS.get(model, ()):
         moved += adapters.moved()
-    without = like.unknown if like else ()
-    return fingerprint(contents_of(model), moved, like.one_in if like else None, without)
+    return moved
 
 
 def applied_to(model: nn.Module) -> list[SparseAdapter]:

@@ -1,5 +1,6 @@
 """finepoint merge DIR DIR .. --how H --output DIR"""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from finepoint.cli.output import print_json, print_table
@@ -16,6 +17,7 @@ def run(config: MergeConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
     from finepoint.adapters.merging import merge
     from finepoint.adapters.widening import rebased
+    from finepoint.leaks import Seen
 
     _check(config)
     adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter}
@@ -35,7 +37,9 @@ def run(config: MergeConfig) -> None:
         )  # fmt: skip
     merged = merge(parts, weights, config.how, model=model, **config.options)
     assert config.output is not None
-    merged.save(config.output, config.overwrite, config.compact)
+    folder = merged.save(config.output, config.overwrite, config.compact)
+    if seen := Seen.together(map(Seen.beside, config.adapter)):
+        seen.save(folder)
     if config.json:
         tuning = {"tuning": search} if search else {}
         print_json({"output": config.output, "entries": merged.count, "changed_weights": len(merged),
@@ -74,6 +78,7 @@ def _base(config: MergeConfig, adapters: "dict[str, SparseAdapter]") -> Any:
 def _search(config: MergeConfig, model: Any, parts: "list[SparseAdapter]") -> dict[str, Any]:
     from finepoint.data import read_examples, some
     from finepoint.files import check_output
+    from finepoint.leaks import Seen, leaks, warn_of_leaks
     from finepoint.measuring.coefficients import tuned_weights
     from finepoint.models import load_tokenizer
 
@@ -82,6 +87,8 @@ def _search(config: MergeConfig, model: Any, parts: "list[SparseAdapter]") -> di
     assert config.model is not None
     examples = some(read_examples(config.tune), config.limit)
     check_output(config.output, config.overwrite)
+    if seen := Seen.together(map(Seen.beside, config.adapter)):
+        warn_of_leaks(leaks(seen, {Path(config.tune).name: examples}))
     return tuned_weights(model, load_tokenizer(config.model), parts, examples, config.how, config.options,
                          measure=config.tune_by, start=config.weights or None)  # fmt: skip
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+from finepoint.config import refuse_out_of_range
 from finepoint.errors import FinepointError
 
 Config = TypeVar("Config")
@@ -75,7 +76,9 @@ def parse(
     except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
         raise FinepointError(_plain(str(error))) from error
     values.pop("config", None)
-    return config(**values)
+    found = config(**values)
+    refuse_out_of_range(found)
+    return found
 
 
 def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:

@@ -24,7 +24,7 @@ from finepoint.batches import Collator, context_length
 from finepoint.choosing.passes import on_device
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import refuse_excluded
-from finepoint.config import AlignConfig
+from finepoint.config import AlignConfig, refuse_out_of_range
 from finepoint.data import some
 from finepoint.errors import FinepointError
 from finepoint.extras import needing
@@ -142,9 +142,7 @@ def check(config: AlignConfig) -> None:
         import trl  # noqa: F401
     if config.data is None:
         raise FinepointError("alignment needs rows to learn from; give --data FILE.jsonl")
-    for name in ("steps", "batch_size", "accumulation", "new_tokens"):
-        if getattr(config, name) < 1:
-            raise FinepointError(f"{name} is {getattr(config, name)}; give at least 1")
+    refuse_out_of_range(config)
     if learning_rate(config) <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
     check_warmup(config.warmup)

@@ -1,6 +1,6 @@
 """Whatever a user gives to score on, as batches: a file, examples, rows of tokens, ready batches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -43,6 +43,7 @@ def scoring_batches(
     if not texts:
         tokens = [token_row(row, f"data, row {number}", apart) for number, row in enumerate(given)]
         refuse_beyond(model, tokenizer, [row.ids for row in tokens])
+        _refuse_labels(model, tokenizer, [row.labels for row in tokens])
         warn_of_truncation([len(row.ids) for row in tokens], limit, "row")
         tokens = [cut(row, limit) for row in tokens]
         if not any(learned(row) for row in tokens):
@@ -61,6 +62,16 @@ def scoring_batches(
     return collator.batches(scoring_rows(tokens, amount, seed), size)
 
 
+def _refuse_labels(model: Any, tokenizer: Any, labels: Sequence[list[int] | int]) -> None:
+    """Refuses labels that are no token of the model, or no class."""
+    refuse_beyond(model, tokenizer, [[label for label in row if label != IGNORED]
+                                     for row in labels if not isinstance(row, int)])  # fmt: skip
+    count = getattr(model.config, "num_labels", None)
+    for row in labels:
+        if isinstance(row, int) and count and not 0 <= row < count:
+            raise FinepointError(f"a row of data has the class {row}, and the model has {count}")
+
+
 def _masked(model: Any, tokenizer: Any, batch: Any) -> Any:
     """A ready batch, what its masks leave out labelled -100: a model's loss looks at labels alone."""
     if "input_ids" not in batch:
@@ -70,6 +81,7 @@ def _masked(model: Any, tokenizer: Any, batch: Any) -> Any:
     apart = getattr(model.config, "is_encoder_decoder", False)  # whose labels are a text of their own
     if apart or not isinstance(labels, Tensor) or labels.shape != batch["input_ids"].shape:
         return batch
+    _refuse_labels(model, tokenizer, labels.tolist())
     kept = {key: value for key, value in batch.items() if key not in LEARNED}
     for key in MASKS & set(batch):
         if batch[key].shape == labels.shape:

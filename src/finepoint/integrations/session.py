@@ -14,6 +14,7 @@ from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.hub import push
 from finepoint.errors import FinepointError
 from finepoint.files import write_atomic
+from finepoint.leaks import Seen
 from finepoint.training.tuner import CONTAINER, SparseTuner
 
 SESSION = "_finepoint_session"  # the attribute of a model in training
@@ -30,6 +31,8 @@ class Session:
     tuner: SparseTuner
     info: dict[str, Any]
     whole: tuple[str, ...] = ()
+    seen: Seen | None = None
+    """digests of the examples that entries were chosen by"""
     hook: RemovableHandle = None  # type: ignore[assignment]  # set as soon as the model is known to have this session
 
     def adapter(self) -> SparseAdapter:
@@ -59,6 +62,8 @@ class Session:
         """
         if is_main_process:
             folder = self.adapter().save(save_directory, overwrite=True)
+            if self.seen:
+                self.seen.save(folder)
             kept = {f"{CONTAINER}.{name.replace('.', '/')}.{what}": getattr(entries, what).detach().cpu()
                     for name, entries in self.tuner.entries.items() for what in ("delta", "indices")}  # fmt: skip
             kept |= {f"{CONTAINER}.{name}": tensor for name, tensor in self.tuner.kept().items()}

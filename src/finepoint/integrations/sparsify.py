@@ -18,9 +18,11 @@ from finepoint.choosing.selection import Scope, Selection, refuse_excluded, sele
 from finepoint.choosing.structure import Pooling
 from finepoint.choosing.weights import Targets, target_weights
 from finepoint.config import DEFAULT_RULE
+from finepoint.data import as_examples, read_examples
 from finepoint.errors import FinepointError
 from finepoint.integrations.given import scoring_batches
 from finepoint.integrations.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
+from finepoint.leaks import Seen
 from finepoint.models import from_bitsandbytes_, head_of
 from finepoint.offloaded import in_memory
 from finepoint.training.audit import outcome
@@ -109,7 +111,7 @@ def sparsify(
     ready = target_weights(model, targets) if refreshable else ()
     tuner = SparseTuner(model, chosen, ready, audit=audit and not batches)
     _audit_(tuner, batches[:1] if audit else [])
-    attach(model, Session(tuner, info, tuple(whole)))
+    attach(model, Session(tuner, info, tuple(whole), _seen(data)))
     return model
 
 
@@ -138,7 +140,8 @@ def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool =
     tuner = SparseTuner(model, found, audit=audit, base=found.fingerprint)
     _start_from_(tuner, found)
     whole = tuple(name for name, change in found.changes.items() if change.kind == "full")
-    attach(model, Session(tuner, dict(found.info), whole))
+    seen = None if isinstance(adapter, SparseAdapter) else Seen.beside(adapter)
+    attach(model, Session(tuner, dict(found.info), whole, seen))
     return model
 
 
@@ -156,7 +159,10 @@ def save(
     Raises:
         FinepointError: the model has no change to save, or the folder holds something.
     """
-    return adapter_of(model, results).save(folder, overwrite, compact)
+    place = adapter_of(model, results).save(folder, overwrite, compact)
+    if SESSION in vars(model) and (seen := session_of(model).seen):
+        seen.save(place)
+    return place
 
 
 def unload(model: Model, *, revert: bool = False) -> Model:
@@ -219,6 +225,16 @@ def _audit_(tuner: SparseTuner, batches: Sequence[Batch]) -> None:
 def _refuse_trained(model: nn.Module) -> None:
     if hasattr(model, CONTAINER):
         raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
+
+
+def _seen(data: Any) -> Seen | None:
+    """Digests of the examples in `data`, for `finepoint eval`; None where they are no texts, or are read but once."""
+    try:
+        if isinstance(data, str | Path):
+            return Seen.of(read_examples(data))
+        return Seen.of(as_examples(data)) if isinstance(data, Sequence) and data else None
+    except FinepointError:  # rows of tokens, or a file that nothing was chosen by
+        return None
 
 
 def _origin(model: Any, data: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from finepoint.adapters.interpolation import wise_ft
 from finepoint.adapters.lowrank import info_of, is_peft, load_merged
 from finepoint.adapters.widening import rebased, widened
 from finepoint.batches import context_length
-from finepoint.config import EvalConfig
-from finepoint.data import Example, Labelled, Text, read_examples, some
+from finepoint.config import EvalConfig, refuse_out_of_range
+from finepoint.data import Example, Labelled, Text, read_examples, refuse_other_task, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_file
 from finepoint.leaks import Seen, leaks, warn_of_leaks
@@ -145,6 +145,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     Raises:
         FinepointError: whatever the user can mend.
     """
+    refuse_out_of_range(config)
     if config.output:
         claim_file(config.output, config.overwrite)
     sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
@@ -163,6 +164,9 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
         raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
     if labels and harness:
         raise FinepointError("the adapter is a classifier's, and tasks ask a language model; leave out --tasks")
+    for named in sets.values():
+        for name, examples in named.items():
+            refuse_other_task(name, examples, labels)
     leaked = _leaks(config, sets)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, labels, quantise=config.quantise)

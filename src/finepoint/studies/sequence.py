@@ -21,6 +21,7 @@ from finepoint.config import SequenceConfig, TrainConfig
 from finepoint.data import Example, Labelled, Text, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.files import claim_folder, contents, read_json, read_record, write_json, write_record
+from finepoint.leaks import Seen, leaks, warn_of_leaks
 from finepoint.measuring.metrics import sequence_metrics
 from finepoint.measuring.scoring import accuracy
 from finepoint.models import load_model, load_tokenizer
@@ -53,9 +54,10 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
     """Trains the tasks in order and measures all of them after each; the same command goes on where it stopped.
 
     Returns:
-        `base` (accuracies before), and for each way of choosing (`exclude`, `allow`): `matrix` R[i][j], the accuracy
-        on task j after training tasks 0..i, with `average_accuracy`, `backward_transfer`, `forgetting`; `overlaps`,
-        entries that adapters share; `removable`, whether each adapter alone could be taken out, bit for bit.
+        `base` (accuracies before), `leaks` (tests that hold examples which a task is trained on), and for each way of
+        choosing (`exclude`, `allow`): `matrix` R[i][j], the accuracy on task j after training tasks 0..i, with
+        `average_accuracy`, `backward_transfer`, `forgetting`; `overlaps`, entries that adapters share; `removable`,
+        whether each adapter alone could be taken out, bit for bit.
 
     Raises:
         FinepointError: whatever the user can mend.
@@ -68,10 +70,23 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
 
 def _run(config: SequenceConfig, folder: Path) -> dict[str, Any]:
     walk = Walk(config, folder, load_model(config.model, config.dtype), load_tokenizer(config.model), _tests(config))
-    found: dict[str, Any] = {"tasks": walk.tasks, "base": _remembered(folder / "base.json", lambda: _row(walk))}
+    leaked = _leaks(walk)
+    found: dict[str, Any] = {"tasks": walk.tasks, "leaks": leaked,
+                             "base": _remembered(folder / "base.json", lambda: _row(walk))}  # fmt: skip
     for way in WAYS[config.overlap]:
         found[way] = _walk(walk, way)
     write_json(folder / SEQUENCE_RESULT, found | {"config": asdict(config), "versions": versions()})
+    return found
+
+
+def _leaks(walk: Walk) -> dict[str, dict[str, dict[str, int]]]:
+    """Of each task: which tests, its own or another's, hold examples that it is trained on; a line says so."""
+    tests = {f"test of {name}": examples for name, examples in walk.tests.items()}
+    found = {}
+    for task, files in walk.config.tasks.items():
+        if leaked := leaks(Seen.of(read_examples(files["train"])), tests):
+            warn_of_leaks(leaked, f"task {task!r}")
+            found[task] = leaked
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from finepoint import ranks
 from finepoint.choosing.rules import rule_named
 from finepoint.choosing.structure import check_structure
-from finepoint.config import TrainConfig
+from finepoint.config import TrainConfig, refuse_out_of_range
 from finepoint.errors import FinepointError
 from finepoint.training.baselines import baseline_named, options_of
 from finepoint.training.refreshing import schedule_of
@@ -22,11 +22,7 @@ def check(config: TrainConfig) -> None:
         raise FinepointError("density 'auto' is a search over many runs; call finepoint.studies.density.train_auto")
     if config.data is None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
-    for name, value, least in (("steps", config.steps, 1), ("batch_size", config.batch_size, 1),
-                               ("accumulation", config.accumulation, 1), ("eval_every", config.eval_every, 1),
-                               ("save_every", config.save_every, 1), ("patience", config.patience, 1)):  # fmt: skip
-        if value is not None and value < least:
-            raise FinepointError(f"{name} is {value}; give at least {least}")
+    refuse_out_of_range(config)
     check_warmup(config.warmup)
     if learning_rate(config) <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")

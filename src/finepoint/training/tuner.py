@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finepoint import ranks
-from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter, moved_by_adapters
 from finepoint.adapters.base import form_of
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, unlike
 from finepoint.adapters.format import TENSORS, write
@@ -100,6 +100,7 @@ class SparseTuner:
 
         contents = contents_of(model)
         self.base = base or fingerprint(contents)
+        self.beneath = moved_by_adapters(model) if base else []  # a base that is told of lies below applied adapters
         quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedEntries)]
         altered = {entries.name: entries.alter_ for entries in quantised}
         self._handles: list[Any] = [*replace_forwards(model, altered)]  # whatever `remove` takes off the model
@@ -359,7 +360,7 @@ class SparseTuner:
         named = {PEFT_WRAPS.sub(".", name): tensor for name, tensor in contents_of(self.model).items()}
         contents = {name: named[name] for name in self.base.weights if name in named}
         moved = [one for entries in self.entries.values() for one in entries.moved()]
-        here = fingerprint(contents, moved, self.base.one_in, self.base.unknown)
+        here = fingerprint(contents, [*moved, *self.beneath], self.base.one_in, self.base.unknown)
         for name, _ in unlike(self.base, here):
             raise FinepointError(f"{name} was changed since the training began, beside the entries that are trained, "
                                  "and an adapter holds nothing else; load the base anew")  # fmt: skip

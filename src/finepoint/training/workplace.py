@@ -17,7 +17,7 @@ from finepoint.choosing.rules import rule_named
 from finepoint.choosing.selection import Budget, Selection, select
 from finepoint.choosing.statistics import stream_statistics
 from finepoint.config import SelectConfig, TrainConfig
-from finepoint.data import Example, label_names, read_examples, some
+from finepoint.data import Example, label_names, read_examples, refuse_other_task, some
 from finepoint.errors import FinepointError
 from finepoint.leaks import Seen
 from finepoint.models import class_order, load_config, load_model, load_tokenizer, new_head
@@ -160,7 +160,9 @@ def rows_of(
     if file is None:
         return None
     limit = context_length(place.model, config.max_length)
-    return encode_all(place.tokenizer, some(read_examples(file), most), limit, place.labels, what, place.model)
+    examples = some(read_examples(file), most)
+    refuse_other_task(file, examples, place.labels)
+    return encode_all(place.tokenizer, examples, limit, place.labels, what, place.model)
 
 
 def packer_for(place: Workplace) -> Packer:
