@@ -516,6 +516,33 @@ def test_a_run_is_not_resumed_on_another_base(tmp_path, capsys):
     assert main([*line.split(), str(base), "--steps", "2", "--resume"]) == 0
 
 
+@pytest.mark.parametrize("baseline", ["lora", "rosa"])
+def test_factors_trained_here_know_their_base(tmp_path, capsys, baseline):
+    data = write_lines(tmp_path / "x.jsonl", [{"prompt": "a b", "completion": " c d"}] * 2)
+    for name, model in (("base", tiny_llama()), ("other", one_ulp(tiny_llama(), "model.norm.weight"))):
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    own, other, folder = (str(tmp_path / name) for name in ("base", "other", "a"))
+    chosen = ["--density", "0.05", "--rule", "random"] if baseline == "rosa" else []
+    assert main(["train", "--model", own, "--data", data, "--baseline", baseline, *chosen, "--steps", "1",
+                 "--output", folder]) == 0  # fmt: skip
+    into = ["--output", str(tmp_path / "m"), "--overwrite"]
+    commands = (["eval", "--adapter", folder, "--probe", f"x={data}"],
+                ["export", "--adapter", folder, "--format", "merged", *into])  # fmt: skip
+    for command in commands:
+        assert main([*command, "--model", own]) == 0
+        capsys.readouterr()
+        assert main([*command, "--model", other]) == 2
+        assert "model.norm.weight" in capsys.readouterr().err
+        if baseline == "lora":
+            assert main([*command, "--model", other, "--any-base"]) == 0
+    config = tmp_path / "a" / "finepoint_config.json"
+    if baseline == "lora":
+        config.write_text(json.dumps({"info": json.loads(config.read_text())["info"]}))  # as earlier ones were
+        assert main([*commands[0], "--model", other]) == 0
+        assert "does not know its base" in capsys.readouterr().err
+
+
 def test_a_stock_trainers_deltas_are_refused_on_another_base(tmp_path):
     model = moving(tiny_llama())
     model.save_pretrained(tmp_path / "checkpoint")

@@ -104,6 +104,8 @@ def read(folder: str | Path) -> SparseAdapter:
     if not path.exists():
         theirs = (Path(folder) / "adapter_config.json").exists()
         hint = "; PEFT's adapters are taken by eval, export --format merged and import" if theirs else ""
+        if theirs and (Path(folder) / "adapter_model.bin").exists():
+            hint = "; adapter_model.bin is a pickle, which finepoint does not open: save it as safetensors"
         if Path(folder).is_file():
             raise FinepointError(f"{folder} is a file; give the folder that it is in: {Path(folder).parent}")
         raise FinepointError(f"{folder} is not an adapter folder: it has no {TENSORS}{hint}")

@@ -1,5 +1,6 @@
 """LoRA and DoRA as PEFT writes them, merged into whole weights, so that all methods are applied and measured alike."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,12 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from finepoint.adapters.adapter import Change, SparseAdapter
 from finepoint.adapters.calls import used_beside_calls
+from finepoint.adapters.fingerprint import FINGERPRINT, is_fingerprint
 from finepoint.adapters.format import CONFIG, TENSORS, check_info, say_unfinished
 from finepoint.adapters.peft_config import LORA, check_fields, check_targets, saved_whole, scaling_of
 from finepoint.errors import FinepointError
 from finepoint.files import read_json
+from finepoint.quantised import is_quantised
 from finepoint.tensors import DTYPES, Form, forms, opened
 
+logger = logging.getLogger(__name__)
 PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 SPARSE = "sparse"  # folder beside PEFT's files, with the chosen entries that were trained along (RoSA)
@@ -79,6 +83,26 @@ def info_of(folder: str | Path) -> dict[str, Any]:
     return info
 
 
+def base_of(folder: str | Path) -> dict[str, Any]:
+    """What a PEFT adapter knows of its base, fingerprint and dtype, where finepoint wrote it; empty of others.
+
+    Raises:
+        FinepointError: what is written there is none.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        return {}
+    base = read_json(path).get("base", {})
+    known = base.get(FINGERPRINT) if isinstance(base, dict) else base
+    if known is None:
+        logger.warning("%s does not know its base (an earlier finepoint wrote it): another one would not be noticed",
+                       folder)  # fmt: skip
+        return {}
+    if not is_fingerprint(known) or not isinstance(base.get("dtype"), str):
+        raise FinepointError(f"{path}: what it says of the base is damaged")
+    return {FINGERPRINT: known, "dtype": base["dtype"]}
+
+
 def sparse_beside(folder: str | Path) -> SparseAdapter | None:
     """The chosen entries that were trained along with the factors of a PEFT folder, if any were."""
     place = Path(folder) / SPARSE
@@ -104,6 +128,10 @@ def load_merged(folder: str | Path, model: nn.Module) -> SparseAdapter:
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     found = read_peft(folder, model)
+    if quantised := [name for name in found if name in weights and is_quantised(weights[name])]:
+        raise FinepointError(
+            f"{quantised[0]} is quantised, and {folder} is merged into float weights; give a float base"
+        )
     if strange := set(found) - set(weights):
         raise FinepointError(f"{folder} does not fit this model, which has no weight {min(strange)!r}")
     beside = sparse_beside(folder)
@@ -111,7 +139,7 @@ def load_merged(folder: str | Path, model: nn.Module) -> SparseAdapter:
     with beside.applied(model) if beside else nullcontext():
         for name in (name for name in weights if name in found):
             changes[name] = Change.whole(found[name].of(weights[name])[1])
-    return SparseAdapter(changes, info_of(folder))
+    return SparseAdapter(changes, info_of(folder), base_of(folder))
 
 
 def read_peft(folder: str | Path, model: nn.Module) -> dict[str, Update]:

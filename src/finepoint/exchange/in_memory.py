@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import scatter_
-from finepoint.adapters.lowrank import info_of, is_peft, read_peft, sparse_beside
+from finepoint.adapters.lowrank import base_of, info_of, is_peft, read_peft, sparse_beside
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import INDEX, Checkpoint
-from finepoint.exchange.overlay import lay_over, narrowed
+from finepoint.exchange.overlay import lay_over, narrowed, refuse_other_base
 from finepoint.models import COMPANIONS, load_as_saved
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def _write_into_(model: nn.Module, folder: str, checkpoint: Checkpoint, dtype: s
         cost = _write_sparse_(adapter, model, checkpoint, dtype)
         return {"changed_weights": len(adapter), **cost, "entries": adapter.count}
     updates = read_peft(folder, model)
+    refuse_other_base(SparseAdapter({}, info_of(folder), base_of(folder)), checkpoint, model, ())
     if strange := set(updates) - set(weights):
         raise FinepointError(f"{folder} does not fit {checkpoint.name}, which has no weight {min(strange)!r}")
     beside = sparse_beside(folder)

@@ -13,11 +13,18 @@ from torch import Tensor
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import scatter_
-from finepoint.adapters.lowrank import Update, info_of, is_peft, read_peft, sparse_beside
+from finepoint.adapters.lowrank import Update, base_of, info_of, is_peft, read_peft, sparse_beside
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint, OtherLayoutError
 from finepoint.exchange.in_memory import write_in_memory
-from finepoint.exchange.overlay import Patch, classifier_config, classifier_outline, lay_over, narrowed
+from finepoint.exchange.overlay import (
+    Patch,
+    classifier_config,
+    classifier_outline,
+    lay_over,
+    narrowed,
+    refuse_other_base,
+)
 from finepoint.files import read_json
 from finepoint.models import COMPANIONS
 from finepoint.progress import tracked
@@ -113,7 +120,10 @@ def _low_rank(
     """LoRA and DoRA, added to a weight when its turn comes, and the tensors that are new."""
     rewrites: dict[str, Rewrite] = {}
     added: dict[str, Tensor] = {}
-    for name, update in read_peft(folder, checkpoint.outline).items():
+    updates = read_peft(folder, checkpoint.outline)
+    base = base_of(folder)
+    refuse_other_base(SparseAdapter({}, dict(info), base), checkpoint, None, {base["dtype"]} if base else ())
+    for name, update in updates.items():
         if name not in checkpoint.ties and update.whole is not None and info.get("task") == "classification":
             added[name] = update.whole.to(getattr(torch, checkpoint.dtype))
             continue

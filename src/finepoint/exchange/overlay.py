@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +59,21 @@ def lay_over(adapter: SparseAdapter, checkpoint: Checkpoint, loaded: nn.Module |
         else:
             weight = loaded.get_parameter(name) if loaded and name in checkpoint.ties else checkpoint.weight(name)
             found[name] = _patch(name, change, weight, checkpoint)
-    _refuse_other_base(adapter, checkpoint, loaded)
+    refuse_other_base(adapter, checkpoint, loaded, {change.dtype for change in adapter.changes.values()})
     return found
 
 
-def _refuse_other_base(adapter: SparseAdapter, checkpoint: Checkpoint, loaded: nn.Module | None) -> None:
-    """Compares what the adapter knows of its base as a whole."""
+def refuse_other_base(
+    adapter: SparseAdapter, checkpoint: Checkpoint, loaded: nn.Module | None, dtypes: Iterable[str]
+) -> None:
+    """Compares what the adapter knows of its base as a whole.
+
+    Args:
+        dtypes: in which the base may have been loaded, rounded, when it was trained.
+
+    Raises:
+        FinepointError: it is another one.
+    """
     known = adapter.fingerprint
     if known is None or checkpoint.any_base:
         return
@@ -75,7 +84,7 @@ def _refuse_other_base(adapter: SparseAdapter, checkpoint: Checkpoint, loaded: n
     # What a classifier's base has beyond it is the head that the classifier did without.
     passed = ("more",) if adapter.info.get("task") == "classification" else ()
     others = unlike(known, here)
-    for dtype in {change.dtype for change in adapter.changes.values()} if others and not loaded else ():
+    for dtype in dtypes if others and not loaded else ():
         # Of a base that was rounded when it was loaded: `narrowed` tells what follows from that.
         rounded = dict(unlike(known, checkpoint.fingerprint(known.one_in, dtype)))
         others = [(name, how) for name, how in others if name in rounded]

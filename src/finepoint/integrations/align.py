@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 import finepoint
 from finepoint import interruption
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.fingerprint import contents_of, fingerprint
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint
 from finepoint.adapters.format import read
 from finepoint.adapters.lowrank import forget_others
 from finepoint.batches import Collator, context_length
@@ -101,10 +101,10 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
             forget_earlier_run(folder)
             if config.save_every and not config.baseline:
                 # Its indices are what a resumed run trains.
-                _keep(config, tuner, facts, place, folder, 0)
+                _keep(config, tuner, facts, place, base, folder, 0)
         before = method.measure(place.model, place.tokenizer, place.held_out)
         logger.info("before: %s", _told(before.means))
-        keep = partial(_keep, config, tuner, facts, place)
+        keep = partial(_keep, config, tuner, facts, place, base)
         log, seconds = _train(config, place, method, tuner, Reference(place.model, without), folder, checkpoint,
                               settings, keep)  # fmt: skip
         peak = peak_bytes()
@@ -116,7 +116,7 @@ def _align(config: AlignConfig, folder: Path) -> dict[str, Any]:
         after = method.measure(place.model, place.tokenizer, place.held_out)
         logger.info("after: %s", _told(after.means))
         facts |= {"results": {Path(place.measured_on).stem: after.means}}
-        files = tuner.save(folder, tuner.adapter(config.store, info=facts), config.compact)
+        files = _write(config, tuner, facts, base, folder)
         forget_others(folder, files)
         Seen.of(place.rows).save(folder)
     finally:
@@ -262,10 +262,19 @@ def _train(
     return watch.records, time.perf_counter() - started
 
 
-def _keep(config: AlignConfig, tuner: Tuner, facts: dict[str, Any], place: Place, folder: Path, step: int) -> None:
+def _keep(
+    config: AlignConfig, tuner: Tuner, facts: dict[str, Any], place: Place, base: Fingerprint, folder: Path, step: int
+) -> None:
     """Writes the adapter of a step, which says that it is not that of the last, into a folder."""
-    tuner.save(folder, tuner.adapter(config.store, info=facts | marked(step, config.steps)), config.compact)
+    _write(config, tuner, facts | marked(step, config.steps), base, folder)
     Seen.of(place.rows).save(folder)
+
+
+def _write(config: AlignConfig, tuner: Tuner, facts: dict[str, Any], base: Fingerprint, folder: Path) -> list[Path]:
+    """Writes the adapter as it stands into a folder; factors too know the base that they lie on."""
+    adapter = tuner.adapter(config.store, info=facts)
+    adapter = replace(adapter, base={FINGERPRINT: base.as_json()} | adapter.base)
+    return tuner.save(folder, adapter, config.compact)
 
 
 def _arguments(config: AlignConfig, folder: Path) -> dict[str, Any]:

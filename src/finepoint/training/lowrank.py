@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finepoint.adapters.adapter import Change, SparseAdapter
+from finepoint.adapters.fingerprint import FINGERPRINT
 from finepoint.adapters.format import CONFIG
 from finepoint.adapters.lowrank import PEFT_TENSORS, transposed_layers, updates
 from finepoint.errors import FinepointError
@@ -111,9 +112,15 @@ class PeftTuner:
         self._peft.peft_config["default"].base_model_name_or_path = adapter.info.get("base_model")
         with partial_folder(folder) as made, writing(folder):
             self._peft.save_pretrained(str(made), save_embedding_layers=False)
-            write_json(made / CONFIG, {"info": adapter.info})
+            write_json(made / CONFIG, {"info": adapter.info, **self._known(adapter)})
             move_files(made, folder)
         return [folder / PEFT_TENSORS]
+
+    def _known(self, adapter: SparseAdapter) -> dict[str, Any]:
+        """What is written of the base beneath the factors."""
+        dtype = str(next(iter(self.model.parameters())).dtype).removeprefix("torch.")
+        known = adapter.base.get(FINGERPRINT)
+        return {"base": {FINGERPRINT: known, "dtype": dtype}} if known else {}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

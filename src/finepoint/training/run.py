@@ -44,6 +44,7 @@ from finepoint.training.checkpoints import (
     step_of,
     to_go_on_from,
 )
+from finepoint.training.dense import DenseTuner
 from finepoint.training.finite import NotFiniteError, TrainingFailedError
 from finepoint.training.interface import Method
 from finepoint.training.log import LOG
@@ -105,8 +106,9 @@ class Run:
         """
         facts = self.facts if step is None else self.facts | marked(step, self.steps)
         adapter = self.method.tuner.adapter(self.config.store, self.head, facts)
-        if FINGERPRINT not in adapter.base:  # a baseline's, whose weights are stored whole
-            base = self.base.without(list(adapter), adapter.base.get("tied", ()))
+        if FINGERPRINT not in adapter.base:  # a baseline's: weights that are whole lie on nothing, factors on all
+            whole = adapter if isinstance(self.method.tuner, DenseTuner) else ()
+            base = self.base.without(list(whole), adapter.base.get("tied", ()))
             adapter = replace(adapter, base=adapter.base | {FINGERPRINT: base.as_json()})
         return adapter, ranks.on_first(lambda: [self._write(adapter, place) for place in (*places, self.folder)][-1])
 
