@@ -264,6 +264,49 @@ def byte_ends(tokenizer, ids):
     return ends[1:]
 
 
+def test_a_template_that_ends_the_last_turn_alone_is_learned_to_that():
+    tokenizer = tongue("gpt2")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last and not add_generation_prompt %}</s>"
+        "{% else %}{{ '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    row = encode(tokenizer, Chat((("user", "Q"), ("assistant", "is it"), ("user", "A"), ("assistant", "yes"))))
+    assert read(tokenizer, row.ids) == "user: Q\nassistant: is it\nuser: A\nassistant: yes</s>"
+    assert read(tokenizer, [label for label in row.labels if label != IGNORED]) == "is ityes</s>"
+
+
+ASKS = "{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.mark.parametrize(("template", "reason"), [
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+     "{% if add_generation_prompt %}assistant: <think>{% endif %}", "asks for an answer by .*<think>', and the"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content.split('|')[-1] }}</s>{% endfor %}" + ASKS,
+     "leaves out a part of the assistant's answer"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '' }}</s>{% endfor %}" + ASKS,
+     "rewrites earlier turns"),
+])  # fmt: skip
+def test_a_template_that_does_not_say_an_answer_is_refused(template, reason):
+    tokenizer = tongue("gpt2")
+    tokenizer.chat_template = template
+    turns = (("user", "Q"), ("assistant", "is it"), ("user", "A"), ("assistant", "so | yes"))
+    with pytest.raises(FinepointError, match=f"^c.jsonl, line 1: the chat template {reason}"):
+        encode(tokenizer, Chat(turns, where="c.jsonl, line 1"))
+
+
+def test_turns_that_a_template_leaves_out_are_counted():
+    tokenizer = tongue("gpt2")
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}</s>{% endfor %}" + ASKS
+    )
+    chat = (("user", "Q"), ("assistant", "is it"))
+    with warnings() as said:
+        encode_all(tokenizer, [Chat(chat), Chat((("system", "be brief"), *chat))], BROAD)
+    assert [message.split(", which")[0] for message in said] == [
+        "the chat template leaves out a turn, such as the system's, of 1 of 2 conversations"
+    ]
+
+
 def test_a_template_that_refuses_is_one_line_with_file_and_line():
     tokenizer = make_tokenizer()
     for template, reason in (

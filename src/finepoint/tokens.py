@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 CHUNK = 1000  # texts a call: an encoding holds much more than its token ids
 CHATS = 100  # conversations, of which every beginning is a text
+REWRITES = "rewrites earlier turns, so the assistant's cannot be located"
 # What a continuation is encoded behind, to learn its tokens in the middle of a text: nothing, then what seldom melts
 # into it. Tokenizers that begin a text with a space (or a word unlike its rest) need one of the latter.
 ANCHORS = ("", "\n", ".", "a", "0", "q", "z")
@@ -342,8 +343,8 @@ def _partly_before(tokenizer: Any, ids: list[int], head: list[int]) -> int:
                        key=lambda count: _decoded(tokenizer, [ids[:count]])[0].startswith(text))  # fmt: skip
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """With how many equal tokens two rows begin."""
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """With how many equal tokens two rows begin, or letters two texts."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -351,11 +352,17 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 def _encoded_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[tuple[Row, Split | None]]:
     """Whole conversations through the tokenizer's chat template; the assistant's turns are learned."""
     found: list[tuple[Row, Split | None]] = []
+    lost = 0
     for at in range(0, len(chats), CHATS):
         located = [_located(tokenizer, chat) for chat in chats[at : at + CHATS]]
         parts = {text[:cut] for text, spans in located for cut in (*chain(*spans), len(text))}
         known = dict(zip(parts, plain_ids(tokenizer, list(parts)), strict=True))
         found += [_encoded_chat(tokenizer, text, spans, known) for text, spans in located]
+        part = zip(located, chats[at : at + CHATS], strict=True)
+        lost += sum(not all(_holds(text, content) for _, content in chat.messages) for (text, _), chat in part)
+    if lost:
+        logger.warning("the chat template leaves out a turn, such as the system's, of %d of %d conversations, which "
+                       "the model will not see", lost, len(chats))  # fmt: skip
     return found
 
 
@@ -363,18 +370,31 @@ def _located(tokenizer: Any, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as the model sees it, and from where to where in it the assistant's turns are."""
     text = chat_text(tokenizer, chat.messages, where=chat.where)
     spans = []
-    for i, (role, _) in enumerate(chat.messages):
+    for i, (role, content) in enumerate(chat.messages):
         if role == "assistant":
             before = chat_text(tokenizer, chat.messages[:i], True, chat.where)
             after = chat_text(tokenizer, chat.messages[: i + 1], where=chat.where)
-            if not text.startswith(after):
-                after = after.rstrip()
-            if not (after.startswith(before) and text.startswith(after)):
-                raise FinepointError(
-                    f"{chat.place}the chat template rewrites earlier turns, so the assistant's cannot be located"
+            problem = None
+            if not after.startswith(before):
+                kept = after.startswith(chat_text(tokenizer, chat.messages[:i], where=chat.where))
+                problem = (
+                    f"asks for an answer by {before[-30:]!r}, and the answer does not begin so" if kept else REWRITES
                 )
+            elif not text.startswith(after):
+                # What ends the last turn alone, spaces or an end token, is not part of an earlier one.
+                shorter = after.rstrip()
+                after = shorter if text.startswith(shorter) else after[: _shared(text, after)]
+            if problem is None and not _holds(after[len(before) :], content):
+                problem = REWRITES if i < len(chat.messages) - 1 else "leaves out a part of the assistant's answer"
+            if problem:
+                raise FinepointError(f"{chat.place}the chat template {problem}")
             spans.append((len(before), len(after)))
     return text, spans
+
+
+def _holds(text: str, content: str) -> bool:
+    """Whether a text says all of a turn, spaces and case aside, which templates trim and add."""
+    return "".join(content.casefold().split()) in "".join(text.casefold().split())
 
 
 def _encoded_chat(
