@@ -356,3 +356,35 @@ def test_encoders_that_number_positions_by_the_padding_token_are_not_trained_by_
         config = TrainConfig(model=folder, data=data, output=str(tmp_path / "a"))
         with pytest.raises(FinepointError, match="numbers its positions") if refused else nullcontext():
             prepare(config)
+
+
+class Normalised(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.norm(self.a(x))))
+
+
+@pytest.mark.parametrize("how", ["in training mode", "without momentum", "in evaluation mode"])
+def test_statistics_that_training_mode_changes_are_told_of_before_and_never_lost_silently(how, tmp_path, caplog):
+    model, base = Normalised(), Normalised().eval()
+    if how == "without momentum":
+        model.norm.momentum = 0.0
+    finepoint.sparsify(model, "magnitude-high", 0.5, targets="all").train()
+    if how == "in evaluation mode":
+        model.norm.eval()
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for seed in range(2):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert ("training mode changes norm.running_mean" in caplog.text) == (how != "without momentum")
+    if how == "in training mode":
+        with pytest.raises(FinepointError, match=r"^norm.running_mean was changed since .* set the layer's momentum"):
+            finepoint.save(model, tmp_path / "adapter")
+    else:
+        finepoint.save(model, tmp_path / "adapter")
+        assert torch.equal(finepoint.load(base, tmp_path / "adapter")(x), model.eval()(x))

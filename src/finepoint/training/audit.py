@@ -49,12 +49,14 @@ class Audit:
     """those that stand in for themselves further than usual, with how far"""
     silent: set[str] = field(default_factory=set)
     """those that no gradient came to, and none like them"""
+    statistics: set[str] = field(default_factory=set)
+    """buffers that a forward pass in training mode changes"""
     seconds: float = 0.0
 
     def after(self, earlier: "Audit") -> "Audit":
         """Both together; what was silent earlier has been asked again."""
         return Audit(self.weights | earlier.weights, earlier.widened | self.widened, self.silent,
-                     self.seconds + earlier.seconds)  # fmt: skip
+                     self.statistics | earlier.statistics, self.seconds + earlier.seconds)  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """For a record; JSON-ready."""
@@ -93,7 +95,7 @@ def audit(
     asked: dict[str, Tensor | None] = dict.fromkeys(reach)  # at the chosen entries first
     while asked:
         again: dict[str, Tensor | None] = {}
-        for name, seen in _seen(model, members, asked, loss).items():
+        for name, seen in _seen(model, members, asked, loss, found.statistics).items():
             if seen.none:
                 found.silent.add(name)
             elif seen.elsewhere is not None:
@@ -207,12 +209,13 @@ class Seen:
 
 
 def _seen(
-    model: nn.Module, members: Mapping[str, TrainedEntries], asked: Mapping[str, Tensor | None], loss: Loss
-) -> dict[str, Seen]:
-    """Both gradients at the entries of each weight, at its chosen ones where None is asked."""
+    model: nn.Module, members: Mapping[str, TrainedEntries], asked: Mapping[str, Tensor | None], loss: Loss,
+    statistics: set[str],
+) -> dict[str, Seen]:  # fmt: skip
+    """Both gradients at the entries of each weight, at its chosen ones where None is asked; adds to `statistics`."""
     found: dict[str, Seen] = {}
     for names in _chunks(members, asked):
-        with _as_found(model), ExitStack() as stack:
+        with _as_found(model, statistics), ExitStack() as stack:
             for name in members.keys() - set(names):  # the graph is that of training, where these are trained as well
                 stack.enter_context(_asked_at(members[name], None))
             for name in names:
@@ -309,9 +312,9 @@ def _as_float(entries: TrainedEntries) -> Iterator[None]:
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
+def _as_found(model: nn.Module, statistics: set[str] | None = None) -> Iterator[None]:
     """Inside, the model is in training mode and frozen; afterwards it is as before, with its buffers and every random
-    state."""
+    state; the names of buffers that were changed meanwhile are added to `statistics`."""
     buffers = {name: buffer for name, buffer in model.named_buffers() if not name.startswith("finepoint.")}
     kept = {name: buffer.clone() for name, buffer in buffers.items()}
     states = random.getstate(), np.random.get_state()
@@ -327,6 +330,8 @@ def _as_found(model: nn.Module) -> Iterator[None]:
             model.get_submodule(owner)._buffers[attribute] = buffer
             if not torch.equal(buffer, kept[name]):
                 buffer.copy_(kept[name])
+                if statistics is not None:
+                    statistics.add(name)
 
 
 def epsilon_of(weight: Tensor) -> float:

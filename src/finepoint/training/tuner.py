@@ -42,7 +42,7 @@ from finepoint.offloaded import in_memory, is_outline
 from finepoint.packed import check_weight
 from finepoint.precision import norm_of
 from finepoint.quantised import is_quantised, replace_forwards
-from finepoint.training.audit import AtFirst, Audit, Loss, audit, outcome
+from finepoint.training.audit import AtFirst, Audit, Loss, audit, few, outcome
 from finepoint.training.following import stop_following
 from finepoint.training.hooks import WHOLE, attach, reaches_further, refuse_unfit
 from finepoint.training.spot_checks import SpotChecks
@@ -50,6 +50,7 @@ from finepoint.training.together import Deltas, LeftOutOfDDP
 from finepoint.training.trained import QuantisedEntries, TrainedEntries
 
 logger = logging.getLogger(__name__)
+AS_THEY_ARE = "set the layer's momentum to 0, or keep it in evaluation mode, and the statistics stay as they are"
 CONTAINER = "finepoint"  # the name under which the deltas hang on the model
 PEFT_WRAPS = re.compile(r"\.(base_layer|original_module)\.")
 
@@ -178,6 +179,9 @@ class SparseTuner:
                 self._widen(name, WHOLE)
         self.audited = found.after(known)
         logger.info("%s", self.audited.told())
+        if kept := found.statistics & self.base.weights.keys():
+            logger.warning("training mode changes %s, which no adapter holds, so that none can be saved after it; %s",
+                           few(kept), AS_THEY_ARE)  # fmt: skip
         return self.audited
 
     def _audit(self) -> None:
@@ -362,6 +366,9 @@ class SparseTuner:
         moved = [one for entries in self.entries.values() for one in entries.moved()]
         here = fingerprint(contents, [*moved, *self.beneath], self.base.one_in, self.base.unknown)
         for name, _ in unlike(self.base, here):
+            if name in contents and not isinstance(contents[name], nn.Parameter):
+                raise FinepointError(f"{name} was changed since the training began, as training mode does, and an "
+                                     f"adapter holds weights alone; {AS_THEY_ARE}")  # fmt: skip
             raise FinepointError(f"{name} was changed since the training began, beside the entries that are trained, "
                                  "and an adapter holds nothing else; load the base anew")  # fmt: skip
 
