@@ -106,3 +106,18 @@ def test_gradients_that_are_asked_for_by_name_are_no_fault():
         optimizer.step()
         optimizer.zero_grad()
         assert not model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad
+
+
+def test_a_copy_that_is_made_while_a_step_is_looked_at_trains_its_own_deltas_alone():
+    model = tiny_llama()
+    with SparseTuner(model, {"model.layers.0.mlp.up_proj.weight": torch.arange(9)}) as tuner:
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+        own(model, 1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        own(model, 2)
+        assert model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad
+        other = copy.deepcopy(model)
+        own(other, 3).backward()
+        trained = [name for name, each in other.named_parameters() if each.requires_grad]
+        assert trained == ["finepoint.model/layers/0/mlp/up_proj/weight.delta"]

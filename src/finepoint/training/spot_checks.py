@@ -38,10 +38,11 @@ class SpotChecks:
         self.longest = 0
         self._seen: dict[str, Seen] = {}
         self._made: dict[str, Tensor] = {}
+        self._open: list[Tensor] = []
         self._undo: list[Callable[[], Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model looks at steps of its own."""
+        """A copy of the model looks at steps of its own; weights that were copied with a gradient are closed there."""
         return {**vars(self), "_seen": {}, "_made": {}, "_undo": []}
 
     @torch.compiler.disable
@@ -54,6 +55,8 @@ class SpotChecks:
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
         self.conclude()
+        if self._open and not self._seen:  # of a copy
+            self.cancel()
         if self._seen or not self.steps:
             return
         lengths = [part.shape[1] for part in tree_leaves(inputs) if isinstance(part, Tensor) and part.ndim > 1]
@@ -102,7 +105,9 @@ class SpotChecks:
         """Ends the look that is going on, whatever it has seen."""
         for undo in self._undo:
             undo()
-        self._seen, self._made, self._undo = {}, {}, []
+        for weight in self._open:
+            weight.requires_grad_(False)
+        self._seen, self._made, self._open, self._undo = {}, {}, [], []
 
     def _can_be_told(self, entries: TrainedEntries) -> bool:
         weight, delta = entries.weight, entries.delta
@@ -114,12 +119,11 @@ class SpotChecks:
         for name, entries in members.items():
             weight, seen = entries.weight, Seen(epsilon_of(entries.weight), entries.weight.numel())
             self._seen[name] = seen
-            weight.requires_grad_(True)
+            self._open.append(weight.requires_grad_(True))
             self._undo += [
                 entries.delta.register_post_accumulate_grad_hook(partial(self._keep, name)).remove,
                 weight.register_post_accumulate_grad_hook(partial(collect_, seen, entries)).remove,
                 entries._owner[0].register_forward_pre_hook(partial(look_, seen)).remove,
-                partial(weight.requires_grad_, False),
             ]
 
     def _keep(self, name: str, delta: Tensor) -> None:
