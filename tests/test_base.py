@@ -484,6 +484,28 @@ def test_what_was_changed_beside_the_entries_is_not_saved_without_a_word(tmp_pat
         finepoint.unload(model, revert=True)
 
 
+@pytest.mark.parametrize("how", ["load", "set"])
+def test_what_is_trained_over_an_applied_adapter_lies_on_the_base_beneath(tmp_path, how):
+    finepoint.save(moving(tiny_llama()), tmp_path / "a")
+    a = SparseAdapter.load(tmp_path / "a")
+    model = tiny_llama()
+    if how == "load":
+        finepoint.load(model, a)
+    else:
+        switch = AdapterSet(model)
+        switch.add("a", a)
+        switch.set("a")
+    finepoint.sparsify(model, "random", 0.01, seed=9, exclude=[a])
+    for delta in finepoint.tuner_of(model).parameters():
+        delta.data += 0.1
+    finepoint.save(model, tmp_path / "b")
+    trained = snapshot(finepoint.unload(model))
+    other = finepoint.load(finepoint.load(tiny_llama(), a), tmp_path / "b")
+    assert_same_bits(trained, snapshot(other))
+    assert_same_bits(snapshot(tiny_llama()), snapshot(finepoint.unload(other)))
+    assert finepoint.merge([a, SparseAdapter.load(tmp_path / "b")]).fingerprint == a.fingerprint
+
+
 @pytest.mark.parametrize("choose", [False, True])
 def test_the_reference_stays_what_it_was_whatever_is_chosen_later(choose):
     model = tiny_llama()

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finepoint import ranks
-from finepoint.adapters.adapter import SparseAdapter, moved_by_adapters
+from finepoint.adapters.adapter import SparseAdapter, base_beneath, moved_by_adapters
 from finepoint.adapters.base import form_of
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, unlike
 from finepoint.adapters.format import TENSORS, write
@@ -99,9 +99,8 @@ class SparseTuner:
         if not self.count:
             raise FinepointError("there is no index to train; select some first")
 
-        contents = contents_of(model)
-        self.base = base or fingerprint(contents)
-        self.beneath = moved_by_adapters(model) if base else []  # a base that is told of lies below applied adapters
+        self.base = base or base_beneath(model)
+        self.beneath = moved_by_adapters(model)
         quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedEntries)]
         altered = {entries.name: entries.alter_ for entries in quantised}
         self._handles: list[Any] = [*replace_forwards(model, altered)]  # whatever `remove` takes off the model
