@@ -418,6 +418,38 @@ def test_preferences_are_the_rows_of_both_answers(name):
     assert chosen[-1] == rejected[-1] == tokenizer.eos_token_id
 
 
+@family
+def test_what_stands_in_front_of_every_text_stays_where_its_beginning_is_lost(name):
+    tokenizer = tongue(name)
+    front, behind = specials(tokenizer)
+    example = Labelled("play the playing play the play", "a")
+    whole = encode(tokenizer, example, ["a"]).ids
+    (row,) = encode_all(tokenizer, [example], 6, ["a"])
+    assert row == Row(front + whole[len(front) - 6 :], 0)
+    assert row.ids[6 - len(behind) :] == behind
+    pair = Completion("play the playing play the play", " is")
+    whole = encode(tokenizer, pair)
+    (row,) = encode_all(tokenizer, [pair], 8)
+    assert row.ids == front + whole.ids[len(front) - 8 :]
+    assert row.labels == [IGNORED] * len(front) + whole.labels[len(front) - 8 :]
+
+
+def test_choices_are_scored_after_what_stands_in_front(monkeypatch):
+    tokenizer = tongue("llama3")
+    asked = []
+
+    def scored(model, tokenizer, requests, *_):
+        asked.extend(requests)
+        return [torch.zeros(1) for _ in requests]
+
+    monkeypatch.setattr("finepoint.measuring.scoring.token_log_likelihoods", scored)
+    choice_likelihoods(None, tokenizer, [Choices("play the playing", (" is", " the"), 0)], 4)
+    front, _ = specials(tokenizer)
+    assert len(front) == 1
+    assert all(context[:1] == front and len(context) + len(answer) - 1 <= 4 for context, answer in asked)
+    assert asked[0][0] == asked[1][0]
+
+
 def test_classes_see_the_whole_text():
     tokenizer = tongue("wordpiece")
     assert encode(tokenizer, Labelled("the play", "b"), ["a", "b"]) == Row(tokenizer("the play")["input_ids"], 1)

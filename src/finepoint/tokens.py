@@ -57,7 +57,8 @@ def encode_all(
     what: str = "example",
     model: Any = None,
 ) -> list[Row]:
-    """Tokenises the examples for training; those longer than `limit` tokens lose their beginning, with one warning.
+    """Tokenises the examples for training; those longer than `limit` tokens lose their beginning, with one warning;
+    what the tokenizer puts in front of every text stays.
 
     Args:
         labels: the model's classes, in its order.
@@ -74,7 +75,8 @@ def encode_all(
         refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
     _warn_of_contexts(tokenizer, [split for _, split in encoded if split], len(examples), what)
     warn_of_truncation([len(row.ids) for row in rows], limit, what)
-    rows = [cut(row, limit) for row in rows]
+    front, _ = around(tokenizer) if any(len(row.ids) > limit for row in rows) else ([], [])
+    rows = [cut(row, limit, front) for row in rows]
     if not any(learned(row) for row in rows):
         raise FinepointError(
             f"no {what} has a token to learn: every label is ignored; are the texts only one token long?"
@@ -457,9 +459,21 @@ def learned(row: Row) -> int:
     return sum(label != IGNORED for label in row.labels[1:])
 
 
-def cut(row: Row, limit: int) -> Row:
-    """A row's last `limit` tokens."""
-    return Row(row.ids[-limit:], row.labels[-limit:] if isinstance(row.labels, list) else row.labels)
+def cut(row: Row, limit: int, front: Sequence[int] = ()) -> Row:
+    """A row's last `limit` tokens; see `last_of`."""
+    ids = last_of(row.ids, limit, front)
+    if isinstance(row.labels, int):
+        return Row(ids, row.labels)
+    labels = row.labels[-limit:]
+    return Row(ids, labels if ids == row.ids[-limit:] else [IGNORED] * len(front) + labels[len(front) :])
+
+
+def last_of(ids: list[int], limit: int, front: Sequence[int] = ()) -> list[int]:
+    """The last `limit` tokens of a row, but what the tokenizer puts in front of every text (`[CLS]`, `<s>`) stays:
+    models read the class off it, and have not seen a text without."""
+    if len(ids) <= limit or not front or limit <= len(front) or ids[: len(front)] != list(front):
+        return ids[-limit:]
+    return [*front, *ids[len(front) - limit :]]
 
 
 def warn_of_truncation(lengths: Sequence[int], limit: int, what: str) -> None:

@@ -16,10 +16,12 @@ from finepoint.integrations.rewards import WHOLE, reward_named
 from finepoint.measuring.generation import warn_of_long_references, written
 from finepoint.measuring.scoring import choice_likelihoods
 from finepoint.tokens import (
+    around,
     asking,
     encode_answers,
     encode_preferences,
     encode_prompts,
+    last_of,
     refuse_beyond,
     warn_of_truncation,
     without_special,
@@ -75,6 +77,8 @@ class DPO:
         limit = context_length(model, self.config.max_length)
         encoded = encode_preferences(tokenizer, rows, model)
         warn_of_truncation([len(p) + max(len(c), len(r)) for p, c, r in encoded], limit, "pair")
+        front, _ = around(tokenizer)  # which stays, where TRL would cut it off
+        encoded = [(last_of(p, max(1, limit - max(len(c), len(r))), front), c, r) for p, c, r in encoded]
         given = DPOConfig(**arguments, beta=beta_of(self.config), max_length=limit, truncation_mode="keep_end")
         return SparseDPOTrainer(
             model, reference, given, processing_class=asking(tokenizer, model),

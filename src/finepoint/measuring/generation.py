@@ -17,9 +17,11 @@ from finepoint.choosing.passes import evaluating, on_device
 from finepoint.data import Chat, Choices, Completion, Example
 from finepoint.probing import REFUSED, agrees
 from finepoint.tokens import (
+    around,
     as_written,
     encode_answers,
     encode_prompts,
+    last_of,
     refuse_beyond,
     without_special,
 )
@@ -65,8 +67,9 @@ def written(
         FinepointError: the model's logits are no numbers.
     """
     refuse_beyond(model, tokenizer, prompts)
-    kept = [max(1, limit - min(new_tokens, size)) for size in needed or [new_tokens] * len(prompts)]
-    rows = [prompt[-size:] for prompt, size in zip(prompts, kept, strict=True)]
+    rooms = [max(1, limit - min(new_tokens, size)) for size in needed or [new_tokens] * len(prompts)]
+    front, _ = around(tokenizer)
+    rows = [last_of(prompt, room, front) for prompt, room in zip(prompts, rooms, strict=True)]
     collator = Collator.of(model, tokenizer, rows)
     warn_of_prompts(prompts, rows, limit)
     found: dict[int, Written] = {}

@@ -15,7 +15,15 @@ from finepoint.data import Chat, Choices, Completion, Example, Labelled, Text
 from finepoint.errors import FinepointError
 from finepoint.measuring.generation import generation_hits
 from finepoint.measuring.prompts import branches_apart, by_request, shared_batch, shared_rows, spots
-from finepoint.tokens import IGNORED, encode_each, encode_pairs, refuse_beyond, warn_of_truncation
+from finepoint.tokens import (
+    IGNORED,
+    around,
+    encode_each,
+    encode_pairs,
+    last_of,
+    refuse_beyond,
+    warn_of_truncation,
+)
 from finepoint.training.finite import refuse_not_numbers
 from finepoint.training.loss import log_likelihoods
 
@@ -99,7 +107,7 @@ def choice_likelihoods(
     owners = [e for e in examples for _ in e.choices]
     found = encode_pairs(tokenizer, texts, [owner.where for owner in owners])
     refuse_beyond(model, tokenizer, [context + answer for context, answer in found], owners)
-    encoded = iter(found)
+    encoded, (front, _) = iter(found), around(tokenizer)
     requests, sizes = [], []
     for number, example in enumerate(examples, 1):
         pairs = [next(encoded) for _ in example.choices]
@@ -109,7 +117,8 @@ def choice_likelihoods(
                                  "at most; shorten it, or raise --max-length")  # fmt: skip
         sizes.append(max(len(context) for context, _ in pairs) + longest - 1)
         cut = max(0, sizes[-1] - limit)
-        requests += [(context[cut:], continuation) for context, continuation in pairs]
+        requests += [(last_of(context, len(context) - cut, front) if cut < len(context) else [], continuation)
+                     for context, continuation in pairs]  # fmt: skip
     warn_of_truncation(sizes, limit, "prompt")
     sums = iter([float(values.sum()) for values in token_log_likelihoods(model, tokenizer, requests, limit, advance)])
     return [[next(sums) for _ in example.choices] for example in examples]
@@ -230,7 +239,8 @@ def class_hits(
     rows = encode_each(tokenizer, examples, labels)
     refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
     warn_of_truncation([len(row.ids) for row in rows], limit, "text")
-    texts = [row.ids[-limit:] for row in rows]
+    front, _ = around(tokenizer)
+    texts = [last_of(row.ids, limit, front) for row in rows]
     collator = Collator.of(model, tokenizer, texts)
     hits = [False] * len(rows)
     for places in collator.by_length([len(text) for text in texts], BATCH_TOKENS):
