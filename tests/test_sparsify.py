@@ -352,3 +352,12 @@ def test_labels_of_an_encoder_decoder_are_a_text_of_their_own():
     with pytest.raises(FinepointError, match=r"the keys \['completion_mask'\]"):
         token_row(row | {"completion_mask": [1] * 4}, "row 0", apart=True)
     assert token_row({"input_ids": [5, 6, 0], "labels": 1, "attention_mask": [1, 1, 0]}, "row 0") == Row([5, 6], 1)
+
+
+@pytest.mark.parametrize("rows", [
+    [{"input_ids": [5, 6, 7], "labels": [5, 6, 99]}],
+    [{"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 99, 7]])}],
+])  # fmt: skip
+def test_labels_that_are_no_tokens_of_the_model_are_one_line(rows):
+    with pytest.raises(FinepointError, match=r"token \(99\) is beyond the model's 64 embeddings"):
+        finepoint.sparsify(tiny_llama(), "gradient", 0.1, data=rows)
