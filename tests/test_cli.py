@@ -208,6 +208,9 @@ def test_spellings():
         (["--scope", "galaxy"], "'global', 'weight', 'layer'"),
         (["--stepz", "3"], "there is no flag --stepz; did you mean --steps?"),
         (["--learning-rate", "3"], "there is no flag --learning-rate; did you mean --lr?"),
+        (["--lr", "1", "--lr", "2"], "--lr is given twice"),
+        (["--seed", "x"], "option --seed: expected int, got x"),
+        (["--rule-options", "epsilon"], "option --rule-options: expected name=value pairs, got epsilon"),
         (["--zzz"], "there is no flag --zzz; `finepoint train --help` lists the flags"),
         (["--dtype", "fp16"], "option --dtype: expected one of 'auto', 'float32', "),
         (["--steps"], "--steps needs a value"),
@@ -222,6 +225,21 @@ def test_flags_that_cannot_be_read(arguments, message):
         )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("ouput: x\n", "there is no key 'ouput'; did you mean --output?"),
+        ("- a\n- b\n", "the file of --config must hold `flag: value` lines"),
+        ("steps: many\n", "option --steps: expected int, got many"),
+    ],
+)
+def test_files_of_flags_that_cannot_be_read(content, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(FinepointError) as error:
+        parse(TrainConfig, "train", ["--model", "m", "--output", "o", "--config", str(tmp_path / "c.yaml")])
+    assert message in str(error.value)
 
 
 def test_the_users_mistakes_are_one_line_and_exit_status_2(finepoint, trained, model_folder, tmp_path):

@@ -74,6 +74,8 @@ def parse(
     try:
         values = parser.parse_args(spelled).as_dict()
     except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
+        if unknown := re.search(r"Option '(\w+)' is not accepted", str(error)):
+            raise FinepointError(f"there is no key {unknown[1]!r}{_meant(unknown[1], known, command)}") from error
         raise FinepointError(_plain(str(error))) from error
     values.pop("config", None)
     found = config(**values)
@@ -91,6 +93,8 @@ def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
             name = also.get(flag, flag.replace("-", "_"))
+            if given.get(name) and name in known and not _kinds(known[name]) & {list, dict, bool}:
+                raise FinepointError(f"{_flag(name)} is given twice")
             given.setdefault(name, [])
             if equals:
                 given[name].append(value)
@@ -107,10 +111,15 @@ def _refuse_unknown(spelled: Sequence[str], known: Mapping[str, Field[Any]], com
     for word in spelled:
         name = word[2:].partition("=")[0]
         if name not in known and name != "config":
-            meant = ELSEWHERE.get(name) if ELSEWHERE.get(name) in known else None
-            close = [meant] if meant else get_close_matches(name, known, n=1)
-            hint = f"; did you mean {_flag(close[0])}?" if close else ";"
-            raise FinepointError(f"there is no flag {_flag(name)}{hint} `finepoint {command} --help` lists the flags")
+            raise FinepointError(f"there is no flag {_flag(name)}{_meant(name, known, command)}")
+
+
+def _meant(name: str, known: Mapping[str, Field[Any]], command: str) -> str:
+    """What follows the name of a flag or key that there is not."""
+    other = ELSEWHERE.get(name)
+    close = [other] if other in known else get_close_matches(name, known, n=1)
+    hint = f"; did you mean {_flag(close[0])}?" if close else ";"
+    return f"{hint} `finepoint {command} --help` lists the flags"
 
 
 def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:
@@ -180,8 +189,12 @@ def _plain(message: str) -> str:
                 re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds[1]).replace(", nothing", "").replace("nothing, ", "")
             )
             return f"option {_flag(option[1])}: expected {expected.replace(', ', ' or ')}, got {given}"
+    if wrong := re.search(r'"(\w+)": Expected an? (\w+)\. Got value: (.*)', text):
+        kind = "name=value pairs" if wrong[2] == "dict" else wrong[2]
+        return f"option {_flag(wrong[1])}: expected {kind}, got {wrong[3]}"
     for before, after in (
         ('Parser key "', 'option "'), ("typing.", ""),
+        ("Unexpected config:", "the file of --config must hold `flag: value` lines; it holds"),
         ("Key ", "option "), ("is required but not included in config object or its value is None", "is required"),
     ):  # fmt: skip
         text = text.replace(before, after)
