@@ -116,7 +116,7 @@ def _refuse_unknown(spelled: Sequence[str], known: Mapping[str, Field[Any]], com
 
 def _meant(name: str, known: Mapping[str, Field[Any]], command: str) -> str:
     """What follows the name of a flag or key that there is not."""
-    other = ELSEWHERE.get(name)
+    other = ELSEWHERE.get(name, "")
     close = [other] if other in known else get_close_matches(name, known, n=1)
     hint = f"; did you mean {_flag(close[0])}?" if close else ";"
     return f"{hint} `finepoint {command} --help` lists the flags"
