@@ -257,7 +257,7 @@ def test_rewards_see_a_reference_without_its_end(model_folder, tmp_path, tokeniz
     from finepoint.integrations import methods
 
     monkeypatch.setattr(
-        methods, "written", lambda model, tokenizer, prompts, *_: [Written(" 3", False) for _ in prompts]
+        methods, "written", lambda model, tokenizer, prompts, *_, **__: [Written(" 3", False) for _ in prompts]
     )
     config = settings(model_folder, tmp_path, "grpo", "", reward="exact")
     rows = [Completion("a:", " 3</s>"), Completion("<s>b:", " 4</s>")]
