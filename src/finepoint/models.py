@@ -6,6 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -367,7 +368,9 @@ def _loaded(factory: Any, name: str, **kwargs: Any) -> Any:
             _tell_what_quantised(name, place)
         reason = " ".join(str(error).split())[:300]
         here = "" if Path(place).is_dir() else "there is no such folder, and the hub does not give it: "
-        raise FinepointError(f"cannot load model {name!r}: {here}{reason}") from error
+        close = [own for own in get_close_matches(name, ("smollm2", "gemma3-270m", *SHAPES), n=1) if own != name]
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise FinepointError(f"cannot load model {name!r}: {hint}{here}{reason}") from error
 
 
 def _tell_what_quantised(name: str, place: str) -> None:

@@ -28,8 +28,9 @@ def run(config: TrainConfig) -> None:
         return
     if "search" in record:
         print_search(record["search"])
+    what = "numbers" if record.get("baseline") else "entries"
     print(
-        f"trained {record['trained']:,} entries for {record['steps']} steps in {record['seconds']:.0f} s (selection "
+        f"trained {record['trained']:,} {what} for {record['steps']} steps in {record['seconds']:.0f} s (selection "
         f"{record['selection_seconds']:.0f} s); loss {record['first_loss']:.3f} -> {record['last_loss']:.3f}; "
         f"{record['changed']:,} stored weights changed{lost(record)}\n"
         f"adapter: {config.output} ({record['adapter_bytes']:,} bytes); "
