@@ -9,7 +9,7 @@ import finepoint
 from common import fetched, options
 from finepoint.evaluation.evaluate import evaluate_config
 from finepoint.evaluation.settings import EvalConfig
-from finepoint.models.loading import load_model, load_tokenizer
+from finepoint.models import load_model, load_tokenizer
 
 given = options(__doc__, steps=40, limit=100)
 vader = fetched(given.data, "vader")

@@ -9,7 +9,7 @@ import finepoint
 from common import fetched, options
 from finepoint.evaluation.evaluate import evaluate_config
 from finepoint.evaluation.settings import EvalConfig
-from finepoint.models.loading import load_model
+from finepoint.models import load_model
 
 given = options(__doc__, steps=40, limit=60)
 vader, wordnet = fetched(given.data, "vader"), fetched(given.data, "wordnet")

@@ -7,9 +7,9 @@ import torch
 
 import finepoint
 from common import fetched, options
+from finepoint.data import read_examples
 from finepoint.data.batches import Collator, encode_all
-from finepoint.data.examples import read_examples
-from finepoint.models.loading import load_model, load_tokenizer
+from finepoint.models import load_model, load_tokenizer
 
 given = options(__doc__, steps=20, limit=64)
 model, tokenizer = load_model(given.model), load_tokenizer(given.model)

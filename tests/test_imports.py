@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import finepoint
+from finepoint import moved
 
 ROOT = Path(finepoint.__file__).parent
 # The rooms from top to bottom; whoever stands in one line knows nothing of each other.
@@ -16,7 +17,7 @@ ORDER = (
     {"training"}, {"baselines"}, {"tuner"}, {"adapters", "selection"}, {"data"}, {"models"}, {"runtime"},
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-GROUND = {"errors", "version"}
+GROUND = {"errors", "version", "moved"}
 PATHS = sorted(ROOT.rglob("*.py"))
 
 
@@ -95,11 +96,47 @@ def test_functions_fit_on_a_screen():
     assert {name: length for name, length in lengths.items() if length > 80} == {}
 
 
-def test_completion_shows_what_is_public_and_old_names_still_work():
+def test_completion_shows_what_is_public_and_old_names_still_work(caplog):
     assert dir(finepoint) == sorted(finepoint.__all__)
-    for old, new in {"lines": "scale_by_depth", "report": "trainable_parameters", "widened": "in_wider_dtype"}.items():
-        with pytest.warns(FutureWarning, match=f"is called finepoint.{new} now"):
-            assert getattr(finepoint, old) is getattr(finepoint, new)
+    for old, new in finepoint._RENAMED.items():
+        caplog.clear()
+        assert getattr(finepoint, old) is getattr(finepoint, new)
+        assert caplog.messages == [f"finepoint.{old} is called finepoint.{new} now"]
+
+
+FORMER = """
+import sys
+from finepoint import ranks
+from finepoint.batches import Collator, encode_all
+from finepoint.choosing.rules import RULES
+from finepoint.config import CompareConfig, EvalConfig, TrainConfig
+from finepoint.data import as_examples, read_examples
+from finepoint.measuring.generation import written
+from finepoint.models import load_model, load_tokenizer
+from finepoint.recipes.table import recipe
+from finepoint.training import kernels
+from finepoint.training.kernels import plain
+from finepoint.training.run import fit
+from finepoint.training.tuner import SparseTuner
+from finepoint.training.workplace import prepare
+import finepoint.selection.rules, finepoint.tuner.kernels.plain, finepoint.tuner.tuner
+assert finepoint.selection.rules.RULES is RULES and finepoint.tuner.kernels.plain is plain
+assert finepoint.tuner.tuner.SparseTuner is SparseTuner is finepoint.SparseTuner
+assert plain.__spec__.name == "finepoint.tuner.kernels.plain"
+print("done")
+"""
+
+
+def test_modules_are_found_under_their_former_names_and_are_the_same_ones():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", FORMER], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+    assert "finepoint.training.tuner is called finepoint.tuner.tuner now" in done.stderr
+
+
+@pytest.mark.parametrize("old", sorted(moved.FILES))
+def test_no_former_name_hides_a_file_and_each_leads_to_one(old):
+    assert f"finepoint.{old}" not in MODULES
+    assert moved.new_name(f"finepoint.{old}") in MODULES
 
 
 def test_whatever_a_user_meets_prints_in_one_line(llama):

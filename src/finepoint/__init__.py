@@ -6,6 +6,7 @@ The public names, imported when first used, so that `import finepoint` stays ins
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from finepoint import moved
 from finepoint.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -95,14 +96,20 @@ __all__ = [
 ]
 
 
-_RENAMED = {"lines": "scale_by_depth", "report": "trainable_parameters", "widened": "in_wider_dtype"}
+_RENAMED = {
+    "AgedAdamW": "PerEntryAdamW",
+    "lines": "scale_by_depth",
+    "report": "trainable_parameters",
+    "widened": "in_wider_dtype",
+}
+
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:
     if name in _RENAMED:
-        from warnings import warn
-
-        warn(f"finepoint.{name} is called finepoint.{_RENAMED[name]} now", FutureWarning, stacklevel=2)
+        moved.logger.warning("finepoint.%s is called finepoint.%s now", name, _RENAMED[name])
         name = _RENAMED[name]
     if name not in _HOMES:
         raise AttributeError(f"module 'finepoint' has no attribute {name!r}")

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from finepoint.adapters.change import Change as Change  # under its former name
 from finepoint.adapters.change import Contents
 from finepoint.adapters.entries import gather, overlap, same_bits, scatter_
 from finepoint.adapters.fingerprint import Fingerprint, Moved, contents_of, fingerprint, unlike
