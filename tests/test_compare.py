@@ -15,9 +15,9 @@ from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.errors import FinepointError
 from finepoint.selection.settings import SelectConfig
+from finepoint.studies import cells, sharing
 from finepoint.studies import cells as cells_module
 from finepoint.studies import compare as compare_module
-from finepoint.studies import executors, sharing
 from finepoint.studies.cells import Failure
 from finepoint.studies.compare import StudyState, compare
 from finepoint.studies.executors import LOST
@@ -160,7 +160,7 @@ def test_a_study_runs_to_its_end_and_never_runs_a_cell_twice(config, tmp_path, m
     found = compare(config)
     assert (found["cells"], found["done"], found["failed"]) == (6, 6, {})
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").iterdir()}
-    monkeypatch.setattr(executors, "run_cell", None)
+    monkeypatch.setattr(cells, "run_cell", None)
     assert compare(config)["done"] == 6
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").iterdir()}
     assert not list((tmp_path / "study").glob("adapters/*"))
@@ -362,28 +362,28 @@ def test_a_killed_worker_costs_one_cell_at_most(config, tmp_path, executor):
     if executor == "ray":
         pytest.importorskip("ray")
     study = make_study(replace(config, workers=2, executor=executor))
-    executor = compare_module._executor(study)
+    running = compare_module._executor(study)
     (tmp_path / "study" / "cells").mkdir(parents=True)
     state = StudyState.of(tmp_path / "study")
     killed = []
-    start = executor.start
+    start = running.start
 
     def start_and_kill(job):
         start(job)
         if job[0] is not None and not killed:
             killed.append(job[0].id)
             if executor == "local":
-                process = next(process for process, given in executor.busy.values() if given == job)
+                process = next(process for process, given in running.busy.values() if given == job)
                 os.kill(process.pid, signal.SIGKILL)
             else:
-                actor = next(actor for actor, given in executor.busy.values() if given == job)
-                executor.ray.kill(actor)
+                actor = next(actor for actor, given in running.busy.values() if given == job)
+                running.ray.kill(actor)
 
-    executor.start = start_and_kill
+    running.start = start_and_kill
     try:
-        compare_module._run(study, state, executor)
+        compare_module._run(study, state, running)
     finally:
-        executor.close()
+        running.close()
     assert killed
     assert not state.failures
     assert len(state.cells) == 6

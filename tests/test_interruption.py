@@ -18,7 +18,7 @@ from finepoint.cli import main
 from finepoint.errors import FinepointError
 from finepoint.runtime import interruption
 from finepoint.runtime.progress import progress
-from finepoint.studies import executors
+from finepoint.studies import cells
 
 
 class Pressed:
@@ -108,7 +108,7 @@ def study(model_folder, choice_file, tmp_path):
 
 def test_a_cell_that_it_breaks_has_not_failed(study, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as broken:
-        broken.setattr(executors, "run_cell", lambda worker, cell: torch.asarray(Pressed()))
+        broken.setattr(cells, "run_cell", lambda worker, cell: torch.asarray(Pressed()))
         assert main(study) == 130
     said = capfd.readouterr().err
     assert said.splitlines()[-1] == "finepoint compare: interrupted"

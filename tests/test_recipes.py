@@ -36,7 +36,7 @@ def groups(path):
 def test_every_recipe_says_what_it_is():
     for name, found in RECIPES.items():
         assert all([found.what, found.files, found.licence, found.source]), name
-        assert found.writer.startswith("finepoint.recipes.")
+        assert found.writer.startswith("finepoint.data.recipes.")
     assert {"vader", "wordnet", "arithmetic", "boolq", "arc-c", "mmlu"} <= set(RECIPES)
 
 

@@ -567,10 +567,10 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(config, tmp_pat
 
 def test_a_checkpoint_with_and_one_without_refresh_are_told_apart(config):
     run(config, steps=4, save_every=2)
-    with pytest.raises(FinepointError, match="was trained with refresh every:2, not None"):
+    with pytest.raises(FinepointError, match="was trained with refresh every:2, not \\(none given\\)"):
         run(config, resume=True, refresh=None)
     run(config, steps=4, save_every=2, refresh=None, overwrite=True)
-    with pytest.raises(FinepointError, match="was trained with refresh None, not every:2"):
+    with pytest.raises(FinepointError, match="was trained with refresh \\(none given\\), not every:2"):
         run(config, resume=True)
 
 

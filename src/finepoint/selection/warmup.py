@@ -108,14 +108,14 @@ def warm_up_(
     batches = [batch for batch in batches if label_count(batch, counts_every_label(model, batches))]
     if not batches:
         raise FinepointError("every label of the scoring examples is ignored (-100): nothing to train on")
+    for weight in weights.values():
+        weight.requires_grad_(True)
     masters = {name: Master(weight) for name, weight in weights.items() if weight.itemsize == 2}
     trained = {name: masters[name].value if name in masters else weight for name, weight in weights.items()}
     sums = {name: torch.zeros_like(value) for name, value in trained.items()} if "movement" in wanted else {}
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0, foreach=False)
     device = next(model.parameters()).device
     with ExitStack() as stack:
-        for weight in weights.values():
-            weight.requires_grad_(True)
         for master in masters.values():
             stack.callback(master.handle.remove)
         for step in tracked("warming up", range(steps)):

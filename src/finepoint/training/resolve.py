@@ -42,6 +42,8 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
     if config.data is None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
     spec = resolve_common(config)
+    if spec.baseline:
+        _refuse_unused(config, spec.baseline)
     require(config.report_to)
     needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
     for name, given in needing:
@@ -99,14 +101,18 @@ def _check_refresh(config: TrainConfig) -> None:
 
 
 def _check_baseline(config: Training, baseline: Baseline) -> None:
-    """Refuses settings that only choosing entries has."""
+    """Refuses what no baseline of that kind does."""
     if config.quantise:
         raise FinepointError(f"quantise is for choosing entries, and baseline {baseline.name!r} trains float weights; "
                              "leave out quantise or the baseline")  # fmt: skip
     if baseline.low_rank and getattr(config, "round_to", None):
         raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
-    for name, default in unused_by(baseline).items():
-        if getattr(config, name, default) != default:
+
+
+def _refuse_unused(config: TrainConfig, baseline: Baseline) -> None:
+    """Refuses settings that only choosing entries has."""
+    for name, default in reversed(unused_by(baseline).items()):
+        if getattr(config, name) != default:
             raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "
                                  f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
 
