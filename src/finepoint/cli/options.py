@@ -69,7 +69,8 @@ def parse(
         raise FinepointError(_plain(str(error))) from error
     values.pop("config", None)
     if printed:
-        print(yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False), end="")
+        ordered = {known.name: values[known.name] for _, members in sections(config) for known in members}
+        print(yaml.safe_dump(json.loads(json.dumps(ordered)), sort_keys=False), end="")
         raise SystemExit(0)
     found = config(**values)
     refuse_out_of_range(found)
