@@ -23,6 +23,7 @@ def one(density: float, dtype: str, repeats: int) -> dict[str, float]:
     import finepoint
     from common import bound
     from finepoint.models.loading import load_model
+    from finepoint.tuner import autograd
     from finepoint.tuner import tuner as tuning
     from finepoint.tuner.kernels import numba as compiled
 
@@ -39,10 +40,10 @@ def one(density: float, dtype: str, repeats: int) -> dict[str, float]:
 
         setattr(owner, name, wrapper)
 
-    timed(tuning, "sampled_gradient", "sampled gradient")
+    timed(autograd, "sampled_gradient", "sampled gradient")
     timed(compiled, "in_torch_threads", "in the kernel")
     timed(tuning.SparseWeight, "follow_", "following")
-    timed(tuning.SparseWeight, "after_linear", "hooks")
+    timed(autograd._Output, "of_linear", "hooks")
     batches = text_batches(4, 128, 8)
     model = load_model("smollm2", dtype).train()
     optimizer = None

@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_adapter(config,
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(config, monkeypatch):
-    import finepoint.tuner.sparse_weight as trained_module
+    import finepoint.tuner.autograd as trained_module
 
     monkeypatch.setattr(
         trained_module, "sampled_gradient", lambda dy, x, indices: torch.full((len(indices),), float("inf"))

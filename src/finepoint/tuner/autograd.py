@@ -1,4 +1,13 @@
-"""What is hooked onto a model's modules, so that trained entries get gradients and weights follow their deltas.
+"""From a batch to the gradient of the chosen entries: what is hooked onto a model's modules, and the backward passes.
+
+Before a module runs, its weight is made base + delta (`SparseWeight.catch_up_`). A plain linear layer's output, y, goes
+on through an identity whose backward makes the weight's gradient at the chosen entries alone, from the layer's input
+and dL/dy; an embedding's alike. The deltas have the gradient then, an optimizer moves them, and the weight follows.
+In plain PyTorch the same is
+
+    y = torch.nn.functional.linear(x, base.index_put((indices,), delta, accumulate=True))  # indices: rows, columns
+
+whose backward makes the whole gradient of the weight first.
 
 Plain linear layers and embeddings keep their forward. Any other weight (norms, biases, stacked experts, subclasses with
 a forward of their own) stands in for itself while its module runs, as an identity whose backward gathers. A weight that
@@ -17,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from finepoint.adapters.entries import gather
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
+from finepoint.tuner.kernels import sampled_embedding_gradient, sampled_gradient
 from finepoint.tuner.sparse_weight import SparseWeight
 
 WHOLE = 1_000  # modules around a weight: all there are
@@ -40,9 +50,9 @@ def attach(model: nn.Module, entries: SparseWeight, reach: int = 0) -> list[Any]
         forward = type(module).forward
         # Before the hooks of others, which may change the output.
         if not reach and attribute == "weight" and forward is nn.Linear.forward:
-            handles.append(module.register_forward_hook(entries.after_linear, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(_Output(entries).of_linear, with_kwargs=True, prepend=True))
         elif not reach and attribute == "weight" and forward is nn.Embedding.forward and _is_plain(module):
-            handles.append(module.register_forward_hook(entries.after_embedding, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(_Output(entries).of_embedding, with_kwargs=True, prepend=True))
         elif not reach:
             handles += _StandIn(entries, [(module, attribute)]).around(module)
         if module is _head(model):
@@ -108,6 +118,76 @@ def _outwards(model: nn.Module, name: str) -> Iterator[nn.Module]:
         module = model.get_submodule(".".join(parts[:depth]))
         if type(module).forward is not nn.Module.forward:
             yield module
+
+
+class _Output:
+    """Hooked after a plain layer: its output goes on through an identity. Bound methods, not closures, so that a deep
+    copy of the model has hooks on its own copies."""
+
+    def __init__(self, entries: SparseWeight) -> None:
+        self.entries = entries
+
+    @torch.compiler.disable
+    def of_linear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not self.entries.wanted():
+            return output
+        x = args[0] if args else kwargs["input"]
+        return _SampledLinear.apply(output, self.entries.delta, x, self.entries)
+
+    @torch.compiler.disable
+    def of_embedding(
+        self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        if not self.entries.wanted():
+            return output
+        tokens = args[0] if args else kwargs["input"]
+        return _SampledEmbedding.apply(output, self.entries.delta, tokens, self.entries, module.padding_idx)
+
+
+class _SampledLinear(torch.autograd.Function):
+    """Identity on a linear layer's output; its backward adds the sampled weight gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, delta: Tensor, x: Tensor, entries: SparseWeight) -> Tensor:
+        ctx.save_for_backward(x if entries.groups is None else entries.groups.saved(x))
+        ctx.entries = entries
+        # Declared as changed in place, so that the output is itself and no view: models may add to it in place.
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return dy, gradient_at(ctx.entries, dy, x), None, None
+
+
+class _SampledEmbedding(torch.autograd.Function):
+    """Identity on an embedding's output; its backward adds the sampled gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, delta: Tensor, tokens: Tensor, entries: SparseWeight, padding: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.entries, ctx.padding = entries, padding
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        gradient = sampled_embedding_gradient(dy, tokens, ctx.entries.indices, ctx.padding)
+        return dy, gradient.to(ctx.entries.delta.dtype), None, None, None
+
+
+def gradient_at(entries: SparseWeight, dy: Tensor, x: Tensor) -> Tensor:
+    """dL/dW of a linear layer at the chosen entries, (k,), from dy (.., out) and what was saved of x (.., in).
+
+    In plain PyTorch: `(dy.reshape(-1, out).T @ x.reshape(-1, in)).reshape(-1)[indices]`.
+    """
+    return sampled_gradient(dy, x, entries.indices) if entries.groups is None else entries.groups.gradient(dy, x)
 
 
 class _GatheredWeight(torch.autograd.Function):

@@ -1,8 +1,5 @@
 """The chosen entries of one weight while they are trained: deltas, the base's values, the weight that follows.
 
-A linear layer's output passes through an identity whose backward computes the weight gradient at the chosen entries
-only, from the layer's input and the gradient of its output; an embedding's alike.
-
 Other entries may be chosen on the way. Of those that are trained no more, which either go back to the base's bits or
 settle as they are, the base's values stay known, so that an adapter covers all that has moved.
 """
@@ -14,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, gather, moved, scatter_
@@ -22,7 +18,7 @@ from finepoint.adapters.fingerprint import Moved as BaseMoved
 from finepoint.adapters.fingerprint import stamps
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
-from finepoint.tuner.kernels import follow_, sampled_embedding_gradient, sampled_gradient
+from finepoint.tuner.kernels import follow_
 from finepoint.tuner.kernels.groups import Groups, whole_groups
 
 
@@ -348,28 +344,6 @@ class SparseWeight(nn.Module):
     def before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.catch_up_()
 
-    @torch.compiler.disable
-    def after_linear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.wanted():
-            return output
-        x = args[0] if args else kwargs["input"]
-        return _SampledLinear.apply(output, self.delta, x, self)
-
-    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """dL/ddelta: (k,), from a linear layer's output gradient and what was saved of its input."""
-        if self.groups is None:
-            return sampled_gradient(dy, x, self.indices)
-        return self.groups.gradient(dy, x)
-
-    @torch.compiler.disable
-    def after_embedding(
-        self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        if not self.wanted():
-            return output
-        tokens = args[0] if args else kwargs["input"]
-        return _SampledEmbedding.apply(output, self.delta, tokens, self, module.padding_idx)
-
 
 class QuantisedSparseWeight(SparseWeight):
     """The chosen entries of a quantised weight, which stays as it is: its layer's forward adds the deltas."""
@@ -402,44 +376,6 @@ class QuantisedSparseWeight(SparseWeight):
     def check(self, indices: Tensor) -> None:
         raise FinepointError(f"{self.name} is quantised, and entries of such weights are chosen once; train on a float "
                              "base to choose anew")  # fmt: skip
-
-
-class _SampledLinear(torch.autograd.Function):
-    """Identity on a linear layer's output; its backward adds the sampled weight gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, delta: Tensor, x: Tensor, entries: SparseWeight) -> Tensor:
-        ctx.save_for_backward(x if entries.groups is None else entries.groups.saved(x))
-        ctx.entries = entries
-        # Declared as changed in place, so that the output is itself and no view: models may add to it in place.
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return dy, ctx.entries.gradient(dy, x), None, None
-
-
-class _SampledEmbedding(torch.autograd.Function):
-    """Identity on an embedding's output; its backward adds the sampled gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, delta: Tensor, tokens: Tensor, entries: SparseWeight, padding: int | None
-    ) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.entries, ctx.padding = entries, padding
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (tokens,) = ctx.saved_tensors
-        gradient = sampled_embedding_gradient(dy, tokens, ctx.entries.indices, ctx.padding)
-        return dy, gradient.to(ctx.entries.delta.dtype), None, None, None
 
 
 def _never() -> bool:
