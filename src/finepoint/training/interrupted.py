@@ -56,8 +56,8 @@ class LastStep(TrainerCallback):
         self._note(state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        interruption.hold()  # first: an interruption here finds the last step whole
         self.stepping = True
-        interruption.hold()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.stepping and logs and "loss" in logs:
