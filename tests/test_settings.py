@@ -82,11 +82,12 @@ def test_no_class_has_more_than_twenty_some_settings_of_its_own():
 
 def test_what_a_run_may_be_told_otherwise():
     free = set(asdict(config())) - set(deciding(config(), "statistics", "selection", "bits", files=False))
-    assert free - {"colour", "further"} == {
+    assert free >= {
         "model", "data", "output", "indices", "exclude", "fisher_data", "overwrite", "json", "resume", "steps",
         "epochs", "save_every", "eval_every", "validation", "validation_limit", "keep", "patience", "report_to",
         "store", "compact", "scoring_memory", "no_audit",
     }  # fmt: skip
+    assert not free & {"lr", "batch_size", "rule", "density", "protect_strength", "gradient_checkpointing", "grain"}
 
 
 def test_what_studies_set_by_themselves_and_what_may_grow():

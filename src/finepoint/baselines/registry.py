@@ -19,6 +19,7 @@ from finepoint.models.quantised import quantised_layers
 from finepoint.selection.passes import Batch
 from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.targets import Targets, target_weights
+from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Method
 from finepoint.tuner.optimizers import MoFOAdamW
 from finepoint.tuner.tuner import SparseTuner
@@ -213,7 +214,8 @@ def ewc(context: BaselineContext) -> Method:
     statistics = stream_statistics(context.model, weights, context.fisher_batches, ["squared_gradient"], context.memory)
     fisher = {name: found.squared_gradient for name, found in statistics if found.squared_gradient is not None}
     tuner = DenseTuner(context.model, _all(context.model))
-    return Method(tuner, penalty=Anchor(tuner, fisher, context.options["strength"]).add_)
+    start = {name: value.detach().clone() for name, value in tuner.trained().items() if name in fisher}
+    return Method(tuner, penalty=Anchor(tuner.trained, fisher, context.options["strength"], start).add_)
 
 
 @baseline("every weight; a step moves the largest |momentum| of each tensor", "MoFO, arXiv:2407.20999", 1e-5,
@@ -224,25 +226,6 @@ def mofo(context: BaselineContext) -> Method:
         tuner.trained().values(), context.options["share"], context.lr, weight_decay=context.weight_decay
     )
     return Method(tuner, optimizer=optimizer)
-
-
-class Anchor:
-    """EWC's penalty: (strength / 2) x the sum of F (w - w0)^2, as the gradient it adds, strength x F (w - w0)."""
-
-    def __init__(self, tuner: DenseTuner, fisher: Mapping[str, Tensor], strength: float) -> None:
-        self.tuner = tuner
-        self.strength = strength
-        self.fisher = fisher
-        self.start = {name: value.detach().clone() for name, value in tuner.trained().items() if name in fisher}
-
-    @torch.no_grad()
-    def add_(self) -> None:
-        """Adds the penalty's gradient to the gradients of the trained weights."""
-        trained = self.tuner.trained()
-        for name, start in self.start.items():
-            pull = (trained[name] - start).mul_(self.fisher[name]).mul_(self.strength)
-            gradient = trained[name].grad
-            trained[name].grad = pull if gradient is None else gradient.add_(pull)
 
 
 def half_of_matrices(model: nn.Module, seed: int) -> list[str]:

@@ -21,8 +21,8 @@ TargetsOption = str | list[str] | dict[str, float]
 Decides = Literal["statistics", "selection", "bits", "length", "nothing"]
 """What a setting decides, and with it all that follows from that: the gradients that rules score by; which entries are
 chosen; what comes out bit by bit; how far it is carried on; or nothing of these (where to write, what to tell)."""
-SECTIONS = ("", "files", "which entries", "scoring", "instead of entries", "alignment", "training", "memory",
-            "while it runs", "the adapter", "everything else")  # fmt: skip
+SECTIONS = ("", "files", "which entries", "scoring", "what is kept", "instead of entries", "alignment", "training",
+            "memory", "while it runs", "the adapter", "everything else")  # fmt: skip
 """The headings of `--help`, in this order."""
 
 

@@ -53,6 +53,9 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
         _check_refresh(config)
     elif config.dropped != "revert":
         raise FinepointError("dropped says what becomes of entries that are trained no more; give --refresh with it")
+    if config.protect and (config.baseline or config.refresh):
+        other = "--baseline (ewc holds back whole weights)" if config.baseline else "--refresh"
+        raise FinepointError(f"--protect holds back entries that are chosen once; leave out --protect or {other}")
     if bool(spec.baseline and spec.baseline.fisher) != (config.fisher_data is not None):
         raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
                              "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
@@ -131,6 +134,8 @@ def check_processes(config: TrainConfig) -> None:
     if distributed.count() > 1 and config.baseline:
         raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
                              "without a launcher")  # fmt: skip
+    if distributed.count() > 1 and config.protect:
+        raise FinepointError("what --protect keeps is read in one process; leave it out, or start without a launcher")
     if distributed.count() > 1 and config.resume and not resumes_together():
         least = ".".join(map(str, RESUMES_TOGETHER))
         raise FinepointError(f"several processes on CPUs go on from a checkpoint with transformers {least} or newer, "

@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +56,7 @@ from finepoint.training.context import (
     select_for,
 )
 from finepoint.training.interrupted import LastStep, left_by, marked
+from finepoint.training.keep import anchor_for, kept_rows
 from finepoint.training.log import LOG
 from finepoint.training.loss import completion_loss
 from finepoint.training.refresh import Refresh, refreshable
@@ -92,6 +93,8 @@ class Run:
     steps: int
     keeps: bool
     """whether it leaves something when it is interrupted"""
+    kept: list[Row] = field(default_factory=list)
+    """what is not trained on and decides the bits all the same"""
 
     @property
     def config(self) -> TrainConfig:
@@ -181,7 +184,8 @@ def _fit(
     base = base_beneath(place.model).without(head)  # of a sequence the earlier tasks' adapters are applied
     if saved:
         distributed.on_first(partial(refuse_other_base, saved[0], base))
-    method, statistics = _method(spec, place, head, folder if saved else None, base)
+    kept = kept_rows(config, place)
+    method, statistics = _method(spec, place, head, folder if saved else None, base, kept)
     selection_seconds = time.perf_counter() - started
     tuner = method.tuner
     what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
@@ -189,7 +193,7 @@ def _fit(
     try:
         steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
         facts = _description(config, place, statistics, spec.lr)
-        run = Run(spec, place, folder, method, head, facts, base, steps, keeps)
+        run = Run(spec, place, folder, method, head, facts, base, steps, keeps, kept)
         if not saved:
             distributed.on_first(partial(forget_earlier_run, folder))
             if config.save_every and not config.baseline:
@@ -277,7 +281,12 @@ def versions() -> dict[str, str]:
 
 
 def _method(
-    spec: RunSpec[TrainConfig], place: TrainingContext, head: list[str], resumed: Path | None, base: Fingerprint
+    spec: RunSpec[TrainConfig],
+    place: TrainingContext,
+    head: list[str],
+    resumed: Path | None,
+    base: Fingerprint,
+    kept: list[Row],
 ) -> tuple[Method, dict[str, Any]]:
     """The tuner the configuration asks for, and what is known of the selection (where nothing is chosen, nothing)."""
     config, baseline = spec.config, spec.baseline
@@ -289,7 +298,8 @@ def _method(
         tuner = SparseTuner(place.model, indices, ready, audit=False, base=base)
         if not config.no_audit:
             _audit_(config, place, tuner)
-        method = Method(tuner, after_step=_rounding(config, tuner))
+        penalty = anchor_for(config, place, tuner, kept).add_ if kept else None
+        method = Method(tuner, penalty, after_step=_rounding(config, tuner))
         if config.refresh:
             optimizer = PerEntryAdamW(tuner.parameters(), spec.lr, weight_decay=config.weight_decay)
             method = replace(method, optimizer=optimizer, refresh=Refresh(config, place, tuner, head))
@@ -344,7 +354,7 @@ def _run_trainer(run: Run, validation: list[Row] | None, packer: Packer | None, 
     """Trains, followed by trackers; returns the steps, their losses and the seconds they took."""
     config, folder = run.config, run.folder
     rows = [row for row in run.place.rows if learned(row)]
-    settings = decisive(config, rows, run.base)
+    settings = decisive(config, rows + run.kept, run.base)
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, run.steps, settings)) if saved else None
     with tracked(config, folder, step_of(checkpoint) if checkpoint else None) as (tracking, followers):
         arguments = _arguments(run.spec, folder, run.steps, tracking, alone=run.place.collator.side == "none")
@@ -476,5 +486,6 @@ def _description(
     }
     if isinstance(config, TrainConfig):
         facts |= {"lr": lr, "steps": config.steps, "batch_size": config.batch_size}
+        facts |= {"protect": config.protect, "protect_strength": config.protect_strength} if config.protect else {}
         facts |= {"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {}
     return facts

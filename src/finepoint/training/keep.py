@@ -1,0 +1,95 @@
+"""What is to be kept: how much the model's predictions on other text depend on each chosen entry.
+
+For k entries the Fisher information has k numbers: EWC (arXiv:1612.00796), which holds back what other text needs,
+costs 4 bytes an entry here, and nothing in a step.
+"""
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finepoint.data.batches import IGNORED, Row, context_length, encode_all, learned
+from finepoint.data.examples import Labelled, read_examples, some
+from finepoint.errors import FinepointError
+from finepoint.models.probing import evaluating
+from finepoint.runtime.progress import tracked
+from finepoint.selection.passes import on_device
+from finepoint.training.context import TrainingContext
+from finepoint.training.loss import completion_loss
+from finepoint.training.settings import TrainConfig
+from finepoint.tuner.anchor import Anchor
+from finepoint.tuner.tuner import SparseTuner
+
+logger = logging.getLogger(__name__)
+TOKENS = 256  # of an example: what is kept is how text goes on, not how far
+
+
+def kept_rows(config: TrainConfig, place: TrainingContext) -> list[Row]:
+    """The examples of `--protect` in tokens, so many of them and always the same; none where it is not given.
+
+    Raises:
+        FinepointError: they have classes, or the model is a classifier, or nothing in them has a label.
+    """
+    if config.protect is None:
+        return []
+    examples = some(read_examples(config.protect), config.protect_examples)
+    if place.labels or isinstance(examples[0], Labelled):
+        raise FinepointError("--protect keeps what a model writes next, and classifiers write nothing; leave it out")
+    limit = min(TOKENS, context_length(place.model, config.max_length))
+    rows = encode_all(place.tokenizer, examples, limit, what="protected example", model=place.model)
+    if not (found := [row for row in rows if learned(row) > 0]):
+        raise FinepointError(f"{config.protect} has no token to keep the prediction of")
+    return found
+
+
+def anchor_for(config: TrainConfig, place: TrainingContext, tuner: SparseTuner, rows: list[Row]) -> Anchor:
+    """What pulls the deltas of a tuner that has not moved yet back to 0, by what these rows need of the base."""
+    started = time.perf_counter()
+    fisher = fisher_at(tuner, place.model, [place.collator.batches([row], 1)[0] for row in rows], config.seed)
+    mean = sum(float(part.sum()) for part in fisher.values()) / tuner.count
+    logger.info("%d texts are to be kept: mean Fisher information %.2g, in %.1f s", len(rows), mean,
+                time.perf_counter() - started)  # fmt: skip
+    return Anchor(tuner.trained, fisher, config.protect_strength)
+
+
+def fisher_at(tuner: SparseTuner, model: Any, batches: list[dict[str, Any]], seed: int) -> dict[str, Tensor]:
+    """The Fisher information of the trained entries, a token: the mean squared gradient of what the model itself says.
+
+    Labels are drawn from the model's predictions, so that it is the true one and not the empirical. The gradients of
+    different tokens are independent then, with mean 0: the square of their sum has the sum of their squares as its
+    expectation, and one backward pass a batch will do.
+
+    Returns:
+        By the names of `tuner.trained()`, (k,) each, in the deltas' dtype.
+    """
+    found = {name: torch.zeros_like(delta) for name, delta in tuner.trained().items()}
+    tokens = 0
+    with evaluating(model):
+        for batch in tracked("reading what is to be kept", batches):
+            batch = on_device(batch, next(model.parameters()).device)
+            labels = drawn_labels(model, batch, seed + tokens)
+            count = int((labels != IGNORED).sum())
+            (completion_loss(model, batch | {"labels": labels}) * count).backward()
+            for name, delta in tuner.trained().items():
+                if delta.grad is not None:
+                    found[name].add_(delta.grad.square())
+                    delta.grad = None
+            tokens += count
+    return {name: total / tokens for name, total in found.items()}
+
+
+@torch.no_grad()
+def drawn_labels(model: Any, batch: dict[str, Any], seed: int) -> Tensor:
+    """Labels drawn from the model's own predictions, wherever the batch has labels: of the labels' shape."""
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs).logits[:, -labels.shape[1] : -1]
+    wanted = labels[:, 1:] != IGNORED
+    chances = torch.softmax(logits[wanted].float(), -1)
+    draw = torch.multinomial(chances, 1, generator=torch.Generator(chances.device).manual_seed(seed))
+    drawn = torch.full_like(labels, IGNORED)
+    drawn[:, 1:][wanted] = draw[:, 0]
+    return drawn

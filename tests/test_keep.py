@@ -1,0 +1,160 @@
+"""What `--protect` keeps: the Fisher information at the chosen entries, and the pull that it gives."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import finepoint
+from conftest import interrupted_at, tiny_llama, write_lines
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.cli import main
+from finepoint.errors import FinepointError
+from finepoint.training.keep import drawn_labels, fisher_at
+from finepoint.training.run import train
+from finepoint.training.settings import TrainConfig
+from finepoint.tuner.anchor import Anchor
+
+
+@pytest.fixture
+def batches():
+    draw = torch.Generator().manual_seed(3)
+    found = []
+    for length in (7, 12, 9):
+        ids = torch.randint(3, 60, (1, length), generator=draw)
+        labels = ids.clone()
+        labels[:, :2] = -100
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def dense_fisher(model, batches, seed):
+    """The mean squared gradient a token, of whole weights, by autograd."""
+    total, tokens = {}, 0
+    for batch in batches:
+        labels = drawn_labels(model, batch, seed + tokens)
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        model.zero_grad()
+        cross_entropy(logits[0], labels[0, 1:], reduction="sum").backward()
+        for name, weight in model.named_parameters():
+            total[name] = total.get(name, 0) + weight.grad.square()
+        tokens += int((labels != -100).sum())
+    return {name: found / tokens for name, found in total.items()}
+
+
+def test_the_information_is_that_of_whole_weights_at_the_entries(batches):
+    model = tiny_llama(torch.float64).eval()
+    indices = dict(finepoint.select(model, rule="random", density=0.2, targets="all"))
+    dense = dense_fisher(model, batches, 5)
+    with finepoint.SparseTuner(model, indices, audit=False) as tuner:
+        found = fisher_at(tuner, model, batches, 5)
+        assert all(delta.grad is None for delta in tuner.trained().values())
+    for name, fisher in found.items():
+        torch.testing.assert_close(fisher, dense[name].reshape(-1)[indices[name]], rtol=1e-10, atol=1e-20)
+    assert sum(float(fisher.sum()) for fisher in found.values()) > 0
+
+
+def test_labels_are_drawn_as_the_model_says(batches):
+    model = tiny_llama(torch.float64).eval()
+    batch = batches[0]
+    draws = torch.stack([drawn_labels(model, batch, seed) for seed in range(4000)])
+    assert (draws[:, :, :2] == -100).all()
+    place = 4  # a label that is drawn by the logits before it
+    found = torch.bincount(draws[:, 0, place], minlength=64) / len(draws)
+    chances = torch.softmax(model(input_ids=batch["input_ids"]).logits[0, place - 1], -1)
+    assert (found - chances).abs().max() < 5 * (chances.max() / len(draws)).sqrt()
+
+
+def test_training_is_that_of_whole_weights_with_the_penalty(batches):
+    """Three steps of SGD in float64, beside dense weights that are moved at the same entries alone."""
+    model = tiny_llama(torch.float64).eval()
+    dense = tiny_llama(torch.float64).eval()
+    indices = dict(finepoint.select(model, rule="random", density=0.2))
+    information = dense_fisher(tiny_llama(torch.float64).eval(), batches, 0)
+    start = {name: weight.detach().clone() for name, weight in dense.named_parameters()}
+    with finepoint.SparseTuner(model, indices, audit=False) as tuner:
+        anchor = Anchor(tuner.trained, fisher_at(tuner, model, batches, 0), 300.0)
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+        for batch in batches:
+            model(**batch).loss.backward()
+            anchor.add_()
+            optimizer.step()
+            optimizer.zero_grad()
+        tuner.follow_()
+        weights = dict(model.named_parameters())
+        for batch in batches:
+            dense.zero_grad()
+            dense(**batch).loss.backward()
+            with torch.no_grad():
+                for name, positions in indices.items():
+                    weight = dense.get_parameter(name)
+                    pull = weight.grad + 300.0 * information[name] * (weight - start[name])
+                    weight.view(-1)[positions] -= 0.1 * pull.reshape(-1)[positions]
+        for name in indices:
+            torch.testing.assert_close(weights[name], dense.get_parameter(name), rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def config(model_folder, choice_file, tmp_path):
+    text = write_lines(tmp_path / "text.jsonl", [{"text": "hello you " * 3}, {"text": "abc abc"}])
+    return TrainConfig(model=str(model_folder), data=choice_file, output=str(tmp_path / "run"), density=0.2, lr=1e-2,
+                       steps=6, batch_size=8, protect=str(text), dtype="float32")  # fmt: skip
+
+
+def trained(config, **changes):
+    config = replace(config, **changes)
+    train(config)
+    return SparseAdapter.load(config.output)
+
+
+def size(adapter):
+    return sum(float(change.numbers.double().square().sum()) for change in adapter.changes.values())
+
+
+def test_strength_0_is_no_protection_and_more_moves_less(config, tmp_path):
+    found = {
+        strength: trained(config, output=str(tmp_path / f"s{strength}"), protect_strength=strength)
+        for strength in (0.0, 1e3, 1e7)
+    }
+    free = trained(config, protect=None)
+    assert all(found[0.0].changes[name].equals(free.changes[name]) for name in free)
+    assert size(free) > size(found[1e3]) > size(found[1e7])
+    assert found[1e3].info["protect_strength"] == 1e3
+
+
+def test_a_resumed_run_is_held_back_alike(config, tmp_path):
+    whole = trained(config, save_every=3, output=str(tmp_path / "whole"))
+    with interrupted_at(5):
+        trained(config, save_every=3)
+    resumed = trained(config, save_every=3, resume=True)
+    assert all(resumed.changes[name].equals(whole.changes[name]) for name in whole)
+    other = write_lines(tmp_path / "other.jsonl", [{"text": "quite another text"}])
+    with pytest.raises(FinepointError, match="was trained with examples"):
+        trained(config, steps=9, resume=True, protect=str(other))
+    with pytest.raises(FinepointError, match="was trained with protect_strength"):
+        trained(config, steps=9, resume=True, protect_strength=1.0)
+
+
+def test_what_cannot_be_protected_is_refused(config, tmp_path):
+    classes = write_lines(tmp_path / "c.jsonl", [{"text": "ab", "label": "x"}, {"text": "ba", "label": "y"}])
+    for changes, message in (
+        ({"baseline": "lora", "density": None}, "ewc holds back whole weights"),
+        ({"refresh": "every:2"}, "leave out --protect or --refresh"),
+        ({"protect": str(classes)}, "classifiers write nothing"),
+        ({"data": str(classes)}, "classifiers write nothing"),
+        ({"protect_strength": -1.0}, "at least 0"),
+    ):
+        with pytest.raises(FinepointError, match=message):
+            train(replace(config, overwrite=True, **changes))
+
+
+def test_from_the_command_line(config, capsys):
+    words = ["train", "--model", config.model, "--data", config.data, "--density", "0.2", "--steps", "2",
+             "--protect", config.protect, "--output", config.output, "--json"]  # fmt: skip
+    assert main(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["config"]["protect"] == config.protect
+    assert Path(config.output, "finepoint.safetensors").is_file()
