@@ -6,19 +6,20 @@ costs 4 bytes an entry here, and nothing in a step.
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finepoint.data.batches import IGNORED, Row, context_length, encode_all, learned
+from finepoint.data.batches import Row, context_length, encode_all, learned
 from finepoint.data.examples import Labelled, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
 from finepoint.runtime.progress import tracked
 from finepoint.selection.passes import on_device
 from finepoint.training.context import TrainingContext
-from finepoint.training.loss import completion_loss
+from finepoint.training.loss import drawn_loss
 from finepoint.training.settings import TrainConfig
 from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.tuner import SparseTuner
@@ -66,13 +67,12 @@ def fisher_at(tuner: SparseTuner, model: Any, batches: list[dict[str, Any]], see
         By the names of `tuner.trained()`, (k,) each, in the deltas' dtype.
     """
     found = {name: torch.zeros_like(delta) for name, delta in tuner.trained().items()}
-    tokens = 0
+    draw, tokens = drawing(torch.Generator().manual_seed(seed)), 0
     with evaluating(model):
         for batch in tracked("reading what is to be kept", batches):
             batch = on_device(batch, next(model.parameters()).device)
-            labels = drawn_labels(model, batch, seed + tokens)
-            count = int((labels != IGNORED).sum())
-            (completion_loss(model, batch | {"labels": labels}) * count).backward()
+            loss, count = drawn_loss(model, batch, draw)
+            loss.backward()
             for name, delta in tuner.trained().items():
                 if delta.grad is not None:
                     found[name].add_(delta.grad.square())
@@ -81,15 +81,15 @@ def fisher_at(tuner: SparseTuner, model: Any, batches: list[dict[str, Any]], see
     return {name: total / tokens for name, total in found.items()}
 
 
-@torch.no_grad()
-def drawn_labels(model: Any, batch: dict[str, Any], seed: int) -> Tensor:
-    """Labels drawn from the model's own predictions, wherever the batch has labels: of the labels' shape."""
-    labels = batch["labels"]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs).logits[:, -labels.shape[1] : -1]
-    wanted = labels[:, 1:] != IGNORED
-    chances = torch.softmax(logits[wanted].float(), -1)
-    draw = torch.multinomial(chances, 1, generator=torch.Generator(chances.device).manual_seed(seed))
-    drawn = torch.full_like(labels, IGNORED)
-    drawn[:, 1:][wanted] = draw[:, 0]
-    return drawn
+def drawing(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Draws labels, (n,) int64, from logits, (n, vocabulary), by the inverse of the distribution function.
+
+    The numbers are drawn on the CPU, so that they are the same on every device.
+    """
+
+    def draw(logits: Tensor) -> Tensor:
+        reached = torch.softmax(logits.float(), -1).cumsum(-1)
+        chance = torch.rand(len(logits), 1, generator=generator).to(reached.device)
+        return torch.searchsorted(reached, chance * reached[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
+
+    return draw

@@ -5,7 +5,7 @@ they outweigh everything else in memory. Here those of at most `CHUNK` positions
 as soon as its loss is known, within the forward pass, so that nothing is computed twice.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -43,13 +43,41 @@ def completion_loss(model: Any, batch: Mapping[str, Any], items: Tensor | int | 
     states = head_states(model, head, batch)[:, -labels.shape[1] : -1]
     wanted = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][wanted]
+    return _summed(head, states, wanted, targets) / (len(targets) if items is None else items)
+
+
+def drawn_loss(model: Any, batch: Mapping[str, Any], draw: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+    """The summed cross-entropy of labels that are drawn from the model's own predictions, where the batch has any.
+
+    Args:
+        batch: what a causal model's forward takes, with labels.
+        draw: labels, (n,), from logits, (n, vocabulary); at most `CHUNK` positions at a time.
+
+    Returns:
+        The loss, and how many labels were drawn.
+    """
+    head = plain_head(model)
+    labels = batch["labels"]
+    wanted = labels[:, 1:] != IGNORED
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    found = model(**inputs).logits if head is None else head_states(model, head, inputs)
+    states = found[:, -labels.shape[1] : -1]
+    with torch.no_grad():
+        parts = states.detach()[wanted].split(CHUNK)
+        targets = torch.cat([draw((head or nn.Identity())(part)) for part in parts])
+    if head is None:
+        return _losses(nn.Identity(), states[wanted], targets).sum(), len(targets)
+    return _summed(head, states, wanted, targets), len(targets)
+
+
+def _summed(head: nn.Module, states: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy at the wanted positions, summed."""
     if len(targets) <= CHUNK:
-        total = _losses(head, states[wanted], targets).sum()
-    elif torch.is_grad_enabled():
-        total = _ChunkedLoss.apply(head, targets, states[wanted], *_leaves(head, states))
-    else:
-        total = torch.stack([_losses(head, *part).sum() for part in _chunks(states[wanted], targets)]).sum()
-    return total / (len(targets) if items is None else items)
+        return _losses(head, states[wanted], targets).sum()
+    if torch.is_grad_enabled():
+        total: Tensor = _ChunkedLoss.apply(head, targets, states[wanted], *_leaves(head, states))
+        return total
+    return torch.stack([_losses(head, *part).sum() for part in _chunks(states[wanted], targets)]).sum()
 
 
 @torch.no_grad()
