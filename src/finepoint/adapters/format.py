@@ -41,9 +41,7 @@ TENSORS = "finepoint.safetensors"
 CONFIG = "finepoint_config.json"
 KINDS = ("delta", "value", "full")
 INT32_ENTRIES = 1 << 31
-MOST_LABELS = (
-    1 << 16
-)  # classes of a classifier: the model is given a head of so many rows before the adapter is applied
+MOST_LABELS = 1 << 16  # classes: a model is given a head of so many rows before the adapter is applied
 STORED = {dtype: stored for stored, dtype in DTYPES.items()}
 SLICE = 1 << 22  # numbers looked at in one go
 

@@ -46,14 +46,14 @@ def write_merged(source: Source, into: Path) -> dict[str, Any]:
     Raises:
         FinepointError: the adapter does not belong to the model; the weight is named.
     """
-    given = source.adapter, source.checkpoint, into, source.dtype
     try:
-        return _write_weight_by_weight(*given)
+        return _write_weight_by_weight(source, into)
     except OtherLayoutError:
-        return write_in_memory(*given)
+        return write_in_memory(source.adapter, source.checkpoint, into, source.dtype)
 
 
-def _write_weight_by_weight(folder: str, checkpoint: Checkpoint, into: Path, dtype: str | None) -> dict[str, Any]:
+def _write_weight_by_weight(source: Source, into: Path) -> dict[str, Any]:
+    folder, checkpoint, dtype = source.adapter, source.checkpoint, source.dtype
     if is_peft(folder):
         info: Mapping[str, Any] = info_of(folder)
         rewrites, added = _low_rank(folder, checkpoint, info)
@@ -63,7 +63,7 @@ def _write_weight_by_weight(folder: str, checkpoint: Checkpoint, into: Path, dty
             rewrites = {name: _in_turn(entries.get(name), rewrites.get(name)) for name in {**entries, **rewrites}}
             added = whole | added
     else:
-        adapter = SparseAdapter.load(folder)
+        adapter = source.sparse
         info = adapter.info
         rewrites, added, found = _sparse(lay_over(adapter, checkpoint), checkpoint, dtype)
         found["entries"] = adapter.count

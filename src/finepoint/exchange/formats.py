@@ -52,11 +52,18 @@ def export(
         raise FinepointError(f"{adapter} is PEFT's already; only merged and gguf can be made of it")
     checkpoint = replace(open_checkpoint(model), any_base=any_base)
     _refuse_own_folder(output, checkpoint)
+    source = Source(adapter, checkpoint, kept)
     with fill_folder(output, overwrite, chosen.replaces) as into:
-        found = chosen.write(Source(adapter, checkpoint, kept), into)
+        found = chosen.write(source, into)
     size = sum(file.stat().st_size for file in Path(output).iterdir() if file.is_file())
-    idle = not is_peft(adapter) and (own := SparseAdapter.load(adapter)).changes_nothing()
-    return {"format": layout, "output": output, "bytes": size, **found, **({"idle": own.count} if idle else {})}
+    idle = not is_peft(adapter) and source.sparse.changes_nothing()
+    return {
+        "format": layout,
+        "output": output,
+        "bytes": size,
+        **found,
+        **({"idle": source.sparse.count} if idle else {}),
+    }
 
 
 def import_adapter(folder: str, model: str, layout: ImportFormat = "auto", dtype: DType = "auto") -> SparseAdapter:

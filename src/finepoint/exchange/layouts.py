@@ -27,9 +27,14 @@ class Source:
     """of what is written, where a layout has one; None for the base's"""
 
     @cached_property
+    def sparse(self) -> SparseAdapter:
+        """The adapter, read once; LoRA and DoRA are none."""
+        return SparseAdapter.load(self.adapter)
+
+    @cached_property
     def patches(self) -> dict[str, Patch]:
         """The adapter laid over the base's files, weight by weight; LoRA and DoRA have none."""
-        return lay_over(SparseAdapter.load(self.adapter), self.checkpoint)
+        return lay_over(self.sparse, self.checkpoint)
 
 
 Write = Callable[[Source, Path], dict[str, Any]]

@@ -230,9 +230,8 @@ def _fit(
         "versions": versions(),
     }
     distributed.on_first(partial(write_record, folder / RECORD, record))
-    distributed.on_first(
-        partial((folder / BEST).unlink, missing_ok=True)
-    )  # not before a killed run has no more use for it
+    # Not before a killed run has no more use for it.
+    distributed.on_first(partial((folder / BEST).unlink, missing_ok=True))
     return record, adapter
 
 

@@ -26,6 +26,7 @@ class Anchor:
         """Adds the penalty's gradient to the gradients of what is trained."""
         for name, value in self.trained().items():
             if name in self.fisher:
-                change = value - self.start[name] if self.start else value
-                pull = (change * self.fisher[name]).mul_(self.strength)
+                fisher = self.fisher[name]
+                pull = (value - self.start[name]).mul_(fisher) if self.start else value * fisher
+                pull.mul_(self.strength)
                 value.grad = pull if value.grad is None else value.grad.add_(pull)
