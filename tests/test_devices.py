@@ -279,13 +279,13 @@ def test_scoring_leaves_the_devices_random_state_as_it_was():
     assert torch.equal(state, getattr(torch, DEVICE).get_rng_state())
 
 
-@pytest.mark.parametrize("variant", ["plain", "bf16 weights", "autocast", "checkpointing", "compiled"])
+@pytest.mark.parametrize("variant", ["plain", "bf16 weights", "autocast", "fp16", "checkpointing", "compiled"])
 @on_a_gpu
 def test_a_stock_trainer_trains_on_a_gpu_and_resumes_to_the_same_bits(variant, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     rows = [{key: value[i] for key, value in batch.items()} for batch in random_batches(6) for i in range(4)]
-    more = {"autocast": {"bf16": True}, "checkpointing": {"gradient_checkpointing": True},
+    more = {"autocast": {"bf16": True}, "fp16": {"fp16": True}, "checkpointing": {"gradient_checkpointing": True},
             "compiled": {"torch_compile": True}}.get(variant, {})  # fmt: skip
 
     def trained(folder, steps, resume=None):
@@ -331,6 +331,7 @@ FLAGS = (
     "--density 0.05 --rule gallop --refresh every:2",
     "--density 0.05 --dtype bfloat16 --gradient-checkpointing",
     "--density 0.05 --structure column --targets linear --save-every 2",
+    "--density 0.05 --protect {data} --protect-examples 8",
     *(f"--baseline {name}" for name in ("full", "lora", "dora", "bitfit", "mofo", "rosa --density 0.05")),
 )
 
@@ -363,7 +364,7 @@ def test_the_command_line_trains_evaluates_and_exports_on_a_gpu(tmp_path, capfd)
     assert losses[-1] < 0.9 * losses[0]
     for i, more in enumerate(FLAGS):
         run("train", "--model", base, "--data", data, "--steps", 6, "--batch-size", 8, "--output", tmp_path / f"m{i}",
-            *more.split())  # fmt: skip
+            *more.format(data=data).split())  # fmt: skip
     run("align", "--method", "dpo", "--model", base, "--data", pairs, "--density", "0.05", "--steps", 3, "--output",
         tmp_path / "dpo") if _has("trl") and _has("datasets") else None  # fmt: skip
     run("verify", tmp_path / "random", "--model", base)
@@ -399,6 +400,46 @@ def _has(package):
     from importlib.util import find_spec
 
     return find_spec(package) is not None
+
+
+@pytest.mark.parametrize("sharded_after", [False, True])
+@on_a_gpu
+def test_shards_of_fsdp_on_a_gpu_train_as_the_whole_model_does(sharded_after, tmp_path):
+    """One process and NCCL: what is special about shards is there; several processes are tested on the CPU."""
+    from torch import distributed, nn
+    from torch.distributed.fsdp import fully_shard
+
+    def shard_(model):
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+
+    def trained(sharded):
+        model = moved(tiny_llama(tied=False))
+        if sharded and not sharded_after:
+            shard_(model)
+        tuner = finepoint.SparseTuner(model, {name: torch.arange(0, 200, 3) for name in (
+            "model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight")})  # fmt: skip
+        if sharded and sharded_after:
+            shard_(model)
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+        for batch in moved(BATCHES):
+            model(**batch).loss.backward()
+            nn.utils.clip_grad_norm_(tuner.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+        adapter = tuner.adapter()
+        tuner.close()
+        return {name: change.numbers.cpu() for name, change in adapter.changes.items()}
+
+    distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        found, expected = trained(True), trained(False)
+    finally:
+        distributed.destroy_process_group()
+    for name, numbers in expected.items():
+        assert numbers.abs().max() > 0
+        torch.testing.assert_close(found[name], numbers, rtol=1e-4, atol=1e-6)
 
 
 @on_a_gpu
