@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from finepoint.selection.rules import RULES, register
     from finepoint.selection.select import Selection, select
     from finepoint.selection.targets import target_weights
+    from finepoint.training.budget import scale_to_budget
     from finepoint.training.run import train
     from finepoint.training.settings import TrainConfig
     from finepoint.tuner.optimizers import PerEntryAdamW
@@ -53,6 +54,7 @@ _HOMES = {
     "register": "finepoint.selection.rules",
     "save": "finepoint.huggingface.sparsify",
     "scale_by_depth": "finepoint.adapters.scaling",
+    "scale_to_budget": "finepoint.training.budget",
     "select": "finepoint.selection.select",
     "sparsify": "finepoint.huggingface.sparsify",
     "target_weights": "finepoint.selection.targets",
@@ -85,6 +87,7 @@ __all__ = [
     "register",
     "save",
     "scale_by_depth",
+    "scale_to_budget",
     "select",
     "sparsify",
     "target_weights",

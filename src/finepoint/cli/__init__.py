@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": "say what is in an adapter",
     "verify": "check an adapter, alone and against its model",
     "merge": "combine adapters into one, see how they interfere",
+    "scale": "weaken an adapter until it keeps a budget of disturbance",
     "extract": "make an adapter of the difference of two checkpoints",
     "export": "write an adapter merged, or for PEFT, peft-sparta, vLLM",
     "import": "make an adapter of one of PEFT's or peft-sparta's",

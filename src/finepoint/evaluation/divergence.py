@@ -11,13 +11,10 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.data.batches import Collator, padded, token_labels
 from finepoint.data.examples import Example
 from finepoint.data.tokens import IGNORED, Row, encode_each, refuse_beyond
-from finepoint.errors import FinepointError
-from finepoint.runtime.precision import in_float64
 from finepoint.selection.passes import evaluating, on_device
-from finepoint.tuner.finite import refuse_not_numbers
+from finepoint.training.divergence import TOKENS, divergences, summed
 
-TOKENS = 1024  # of a pass: both models' logits are held for all of them
-CHUNK = 128  # positions whose probabilities are held
+__all__ = ["divergences", "learned_and_disturbed", "mean_kl"]
 
 
 @torch.no_grad()
@@ -44,7 +41,7 @@ def mean_kl(
     refuse_beyond(model, tokenizer, rows, examples)
     total, count = 0.0, 0
     for places, real, base, adapted in _logits(model, Collator.of(model, tokenizer, rows), rows, adapter):
-        total += _sum(base[real], adapted[real])
+        total += summed(base[real], adapted[real])
         count += int(real.sum())
         advance(len(places))
     return {"kl": total / count, "tokens": count}
@@ -75,7 +72,7 @@ def learned_and_disturbed(
         sums[wanted.cpu()] = told.cpu().double()
         losses[places] = sums.sum(1) / wanted.sum(1).cpu()
         rest = real & ~wanted
-        total += _sum(base[:, :-1][rest], adapted[:, :-1][rest])
+        total += summed(base[:, :-1][rest], adapted[:, :-1][rest])
         count += int(rest.sum())
     return losses, total / count if count else None
 
@@ -93,29 +90,3 @@ def _logits(
                 adapted = model(**batch).logits
         real = padded([[1] * len(row) for row in own], 0, collator.side).bool().to(base.device)
         yield places, real, base, adapted
-
-
-def _sum(base: Tensor, adapted: Tensor) -> float:
-    """The summed divergence.
-
-    Raises:
-        FinepointError: logits are no numbers, or the adapted model rules out what the base does not.
-    """
-    total = 0.0
-    for before, after in zip(base.split(CHUNK), adapted.split(CHUNK), strict=True):
-        refuse_not_numbers(before)
-        refuse_not_numbers(after, "with the adapter the model's logits are")
-        total += float(in_float64(divergences(before, after)).sum())
-    if total == float("inf"):
-        raise FinepointError("the adapter rules out tokens that the base does not: the KL between them is infinite")
-    return total
-
-
-def divergences(base: Tensor, adapted: Tensor) -> Tensor:
-    """KL between the distributions of two sets of logits, (positions, vocabulary) each: (positions,) float32.
-
-    A token of probability 0, whose logit is -inf, adds nothing; one that only the base allows makes it infinite.
-    """
-    p, q = base.float().log_softmax(-1), adapted.float().log_softmax(-1)
-    terms = p.exp() * (p - q)
-    return terms.masked_fill_(p.isneginf(), 0.0).sum(-1)

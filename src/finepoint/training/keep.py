@@ -6,14 +6,14 @@ costs 4 bytes an entry here, and nothing in a step.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finepoint.data.batches import Row, context_length, encode_all, learned
-from finepoint.data.examples import Labelled, read_examples, some
+from finepoint.data.examples import Example, Labelled, read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
 from finepoint.runtime.progress import tracked
@@ -26,6 +26,7 @@ from finepoint.tuner.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
 TOKENS = 256  # of an example: what is kept is how text goes on, not how far
+CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
 
 
 def kept_rows(config: TrainConfig, place: TrainingContext) -> list[Row]:
@@ -37,12 +38,25 @@ def kept_rows(config: TrainConfig, place: TrainingContext) -> list[Row]:
     if config.protect is None:
         return []
     examples = some(read_examples(config.protect), config.protect_examples)
-    if place.labels or isinstance(examples[0], Labelled):
-        raise FinepointError("--protect keeps what a model writes next, and classifiers write nothing; leave it out")
-    limit = min(TOKENS, context_length(place.model, config.max_length))
-    rows = encode_all(place.tokenizer, examples, limit, what="protected example", model=place.model)
+    if place.labels:
+        raise FinepointError(CLASSIFIERS)
+    return rows_to_keep(examples, place.model, place.tokenizer, config.protect, config.max_length)
+
+
+def rows_to_keep(
+    examples: Sequence[Example], model: Any, tokenizer: Any, source: str, max_length: int | None = None
+) -> list[Row]:
+    """Examples whose predictions are to be kept in tokens, at most `TOKENS` of each.
+
+    Raises:
+        FinepointError: they have classes, or nothing in them has a label.
+    """
+    if isinstance(examples[0], Labelled):
+        raise FinepointError(CLASSIFIERS)
+    limit = min(TOKENS, context_length(model, max_length))
+    rows = encode_all(tokenizer, examples, limit, what="protected example", model=model)
     if not (found := [row for row in rows if learned(row) > 0]):
-        raise FinepointError(f"{config.protect} has no token to keep the prediction of")
+        raise FinepointError(f"{source} has no token to keep the prediction of")
     return found
 
 

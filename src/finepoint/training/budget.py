@@ -1,0 +1,175 @@
+"""A budget of disturbance: the largest scale of a trained change that keeps what the base predicts on other text.
+
+The measure is KL(base || adapted) on that text, in nats a token. It is 0 where nothing of the change is left, and for
+small changes it grows with the square of their scale.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf, sqrt
+from typing import Any, Literal
+
+from finepoint.adapters.adapter import SparseAdapter, check_base
+from finepoint.adapters.entries import gather, same_bits
+from finepoint.adapters.scaling import scale_by_depth, wise_ft
+from finepoint.data.batches import Collator
+from finepoint.data.examples import as_examples
+from finepoint.errors import FinepointError
+from finepoint.training.divergence import BasePredictions
+from finepoint.training.keep import rows_to_keep
+
+logger = logging.getLogger(__name__)
+By = Literal["wise-ft", "depth"]
+NEAR = 0.98  # of the budget: what is used of it at least, where the search is not ended by
+WIDTH = 0.01  # of the scale: how far off the result is at most, if KL only ever grows with it
+SMALLEST = 1e-6  # a hundred times what float32 makes of no KL
+LEAST = 1e-4  # a smaller scale is none
+SCALED = "scaled"  # what an adapter's `info` calls it
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An adapter within a budget, and how it came there."""
+
+    adapter: SparseAdapter
+    scale: float
+    """1: it is the adapter that was given"""
+    kl: float
+    """of the model with it, on the texts"""
+    kl_before: float
+    """with the adapter that was given"""
+    tries: list[tuple[float, float]]
+    """every scale measured, and the KL there"""
+    texts: int
+    tokens: int
+    """over whose predictions the KL is a mean"""
+    seconds: float
+
+
+def scale_to_budget(
+    adapter: SparseAdapter,
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Any],
+    disturb_at_most: float,
+    by: By = "wise-ft",
+) -> Scaled:
+    """Finds the largest scale of an adapter's change, in [0, 1], that disturbs other text by no more than a budget.
+
+    The KL of the adapter that is returned has been measured, not predicted; that no larger scale keeps the budget holds
+    as far as KL only grows with the scale. The base's predictions are computed once, and each try is one pass over the
+    texts.
+
+    Args:
+        model: the causal base model; it is so again afterwards.
+        texts: whose predictions are to be kept: `{"text": ..}` or another form of example, up to 256 tokens of each.
+        disturb_at_most: the budget: KL(base || adapted) of the next token, in nats, averaged over the texts.
+        by: "wise-ft" scales the whole change alike (`finepoint.wise_ft`), "depth" the early blocks more than the late
+            ones (`finepoint.scale_by_depth`).
+
+    Returns:
+        The scaled adapter and its KL. Where the adapter keeps the budget as it is, it is returned itself.
+
+    Raises:
+        FinepointError: a budget that is not positive or that cannot be met; an adapter that does not fit the model; a
+            classifier's adapter; no texts.
+    """
+    started = time.perf_counter()
+    refuse_budget(disturb_at_most)
+    if adapter.info.get("task") == "classification":
+        raise FinepointError("the adapter is a classifier's, and a budget is for what a model writes next")
+    check_base(model)
+    rows = rows_to_keep(as_examples(texts), model, tokenizer, "the text")
+    collator = Collator.of(model, tokenizer, [row.ids for row in rows])
+    base = BasePredictions.of(model, collator, rows, changing=list(adapter))
+
+    def at(scale: float) -> SparseAdapter:
+        if scale == 1:
+            return adapter
+        return wise_ft(adapter, model, scale) if by == "wise-ft" else scale_by_depth(adapter, model, scale)
+
+    def measure(scale: float) -> float:
+        with at(scale).applied(model):
+            kl = base.kl(model)
+        logger.info("at scale %.4g KL is %.4g", scale, kl)
+        return kl
+
+    tries = search(measure, disturb_at_most, from_base=by == "wise-ft")
+    scale, kl = best(tries, disturb_at_most)
+    found = at(scale)
+    if scale < 1 and _is_base(found, model):
+        raise _cannot(disturb_at_most, tries)
+    if scale < 1:
+        told = {"scale": scale, "by": by, "kl": kl, "disturb_at_most": disturb_at_most}
+        found = replace(found, info=found.info | {SCALED: told})
+    return Scaled(found, scale, kl, tries[0][1], tries, base.texts, base.tokens, time.perf_counter() - started)
+
+
+def _is_base(adapter: SparseAdapter, model: Any) -> bool:
+    """Whether an adapter writes the base's own bits."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: gather(weights[name], adapter[name]) for name in adapter}
+    return all(same_bits(change.new_values(values[name]), values[name]) for name, change in adapter.changes.items())
+
+
+def refuse_budget(budget: float) -> None:
+    """Refuses what is no budget.
+
+    Raises:
+        FinepointError: it is not positive, or smaller than what can be measured.
+    """
+    if not SMALLEST <= budget < inf:
+        raise FinepointError(f"disturb_at_most is {budget}; give a KL in nats a token, such as 0.01, that can be told "
+                             f"from 0 in float32: at least {SMALLEST:g}")  # fmt: skip
+
+
+def best(tries: Sequence[tuple[float, float]], budget: float) -> tuple[float, float]:
+    """The largest scale that was found to keep the budget, and its KL."""
+    return max((scale, kl) for scale, kl in tries if kl <= budget)
+
+
+def search(measure: Callable[[float], float], budget: float, from_base: bool = True) -> list[tuple[float, float]]:
+    """Looks for the largest scale in [0, 1] that keeps the budget: bisection, guided by KL's root being about linear.
+
+    It ends where the budget is used to `NEAR`, or the scale is known to `WIDTH` of itself.
+
+    Args:
+        measure: the KL at a scale.
+        from_base: a scale of 0 is the base, whose KL is 0.
+
+    Returns:
+        Every scale tried and its KL, 1 first; one of them keeps the budget.
+
+    Raises:
+        FinepointError: none keeps the budget but 0, if that does.
+    """
+    tries = [(1.0, measure(1.0))]
+    if tries[0][1] <= budget:
+        return tries
+    low, high = (0.0, 0.0), tries[0]
+    if not from_base:
+        tries.append((0.0, measure(0.0)))
+        if (low := tries[-1])[1] > budget:
+            raise _cannot(budget, tries)
+    while low[1] < NEAR * budget and high[0] - low[0] > WIDTH * high[0] and high[0] > LEAST:
+        width = high[0] - low[0]
+        middle = low[0] + width / 2
+        if len(tries) % 3:
+            share = (sqrt((1 + NEAR) / 2 * budget) - sqrt(max(0, low[1]))) / (sqrt(high[1]) - sqrt(max(0, low[1])))
+            middle = low[0] + width * min(max(share, 0.02), 0.98)
+        tries.append((middle, measure(middle)))
+        low, high = (tries[-1], high) if tries[-1][1] <= budget else (low, tries[-1])
+    if from_base and low[0] == 0:
+        raise _cannot(budget, tries)
+    return tries
+
+
+def _cannot(budget: float, tries: Sequence[tuple[float, float]]) -> FinepointError:
+    scale, kl = min((scale, kl) for scale, kl in tries if kl > budget)
+    if scale == 0:
+        return FinepointError(f"by depth the last blocks keep their change, and with all else at the base KL is "
+                              f"{kl:.3g}; give --by wise-ft, or a larger --disturb-at-most")  # fmt: skip
+    return FinepointError(f"no part of the change keeps KL at {budget:g}: at scale {scale:.2g} it is {kl:.3g}, and "
+                          "what is smaller is the base itself; give a larger --disturb-at-most")  # fmt: skip

@@ -1,0 +1,152 @@
+"""A budget of disturbance: KL beside the dense formula, and the largest scale that keeps it beside a fine grid."""
+
+import json
+
+import pytest
+import torch
+
+import finepoint
+from conftest import tiny_gemma, tiny_llama, write_lines
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.change import Change
+from finepoint.adapters.scaling import scale_by_depth, wise_ft
+from finepoint.cli import main
+from finepoint.data.batches import Collator, encode_all
+from finepoint.data.examples import Completion, Text
+from finepoint.errors import FinepointError
+from finepoint.training import divergence
+from finepoint.training.budget import search
+from finepoint.training.divergence import BasePredictions
+from test_scaling import make_adapter
+
+TEXTS = [{"text": "hello you, abc abd"}, {"text": "abc " * 5}, {"text": "hgfedcba"}]
+BUDGET = 0.01
+
+
+def dense_kl(model, tokenizer, adapter, examples):
+    """One unpadded pass a text with and without the adapter; the mean over the positions that predict a label."""
+    total, count = 0.0, 0
+    for row in encode_all(tokenizer, examples, 64):
+        wanted = [at - 1 for at in range(1, len(row.ids)) if row.labels[at] != -100]
+        with torch.no_grad():
+            base = model(torch.tensor([row.ids])).logits[0, wanted].double().log_softmax(-1)
+            with adapter.applied(model):
+                adapted = model(torch.tensor([row.ids])).logits[0, wanted].double().log_softmax(-1)
+        total += float((base.exp() * (base - adapted)).sum())
+        count += len(wanted)
+    return total / count
+
+
+def capped():
+    model = tiny_gemma()
+    model.config.final_logit_softcapping = 5.0
+    return model
+
+
+MODELS = {"tied": tiny_llama, "untied": lambda: tiny_llama(tied=False), "capped": capped}
+
+
+@pytest.mark.parametrize("kind", ["delta", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_divergence_is_that_of_its_formula_whatever_the_adapter_changes(name, kind, tokenizer):
+    model = MODELS[name]()
+    adapter = make_adapter(model, kind)  # of every weight, the head among them
+    examples = [Completion("abc ab", "d e"), Completion("hgf", " bade"), Completion("c" * 30, "a")]
+    rows = encode_all(tokenizer, examples, 64)
+    kept = BasePredictions.of(model, Collator.of(model, tokenizer), rows, changing=adapter)
+    assert kept.kl(model) == 0
+    with adapter.applied(model):
+        found = kept.kl(model)
+    assert found == pytest.approx(dense_kl(model, tokenizer, adapter, examples), rel=1e-4)
+    assert found > 1e-3
+    assert kept.tokens == sum(label != -100 for row in rows for label in row.labels)
+
+
+def test_logits_that_must_be_kept_whole_are_of_fewer_texts(tokenizer, monkeypatch, caplog):
+    model = capped()
+    rows = encode_all(tokenizer, [Text("abcdefg")] * 4, 64)
+    monkeypatch.setattr(divergence, "LIMIT", 2 * (len(rows[0].ids) - 1) * 64 * 4)
+    assert BasePredictions.of(model, Collator.of(model, tokenizer), rows).texts == 2
+    assert "on the first 2 of 4 texts" in caplog.text
+    assert BasePredictions.of(tiny_llama(), Collator.of(model, tokenizer), rows).texts == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("by", "scaled"), [("wise-ft", wise_ft), ("depth", scale_by_depth)])
+@pytest.mark.parametrize("kind", ["delta", "value", "full"])
+def test_the_scale_is_the_largest_that_keeps_the_budget(kind, by, scaled, dtype, tokenizer):
+    model = tiny_llama(dtype, layers=4)
+    adapter = make_adapter(model, kind)
+    examples = [Text(text["text"]) for text in TEXTS]
+    budget = (0.5 if by == "depth" else 0.1) * dense_kl(model, tokenizer, adapter, examples)
+    found = finepoint.scale_to_budget(adapter, model, tokenizer, TEXTS, budget, by)
+    assert 0 < found.scale < 1
+    close = 1e-3 if dtype == torch.float32 else 2e-2  # which is rounded otherwise in a batch
+    assert found.kl == pytest.approx(dense_kl(model, tokenizer, found.adapter, examples), rel=close)
+    assert found.kl <= budget < found.kl_before
+    larger = scaled(adapter, model, min(1, found.scale * 1.03))
+    assert dense_kl(model, tokenizer, larger, examples) > budget
+    assert found.adapter.equals(scaled(adapter, model, found.scale))
+    assert found.adapter.info["scaled"]["scale"] == found.scale
+    assert len(found.tries) < 12
+
+
+def test_what_keeps_the_budget_keeps_its_bits(tokenizer, llama):
+    adapter = make_adapter(llama, "delta")
+    found = finepoint.scale_to_budget(adapter, llama, tokenizer, TEXTS, 1e3)
+    assert found.adapter is adapter
+    assert found.scale == 1
+    assert found.kl == found.kl_before
+    assert len(found.tries) == 1
+
+
+def test_a_budget_that_is_none_or_cannot_be_met_is_refused(tokenizer, llama):
+    adapter = make_adapter(llama, "delta")
+    for budget in (0, -1.0, 1e-7, float("nan"), float("inf")):
+        with pytest.raises(FinepointError, match="at least 1e-06"):
+            finepoint.scale_to_budget(adapter, llama, tokenizer, TEXTS, budget)
+    half = tiny_llama(torch.bfloat16)
+    next_up = {name: torch.nextafter(weight, torch.tensor(torch.inf, dtype=weight.dtype)).detach()
+               for name, weight in half.named_parameters()}  # fmt: skip
+    steps = SparseAdapter({name: Change.whole(weight) for name, weight in next_up.items()})
+    with pytest.raises(FinepointError, match=r"no part of the change keeps KL at 1e-06: at scale 0\.5"):
+        finepoint.scale_to_budget(steps, half, tokenizer, TEXTS, 1e-6)
+    with pytest.raises(FinepointError, match="is .*; give --by wise-ft"):
+        finepoint.scale_to_budget(adapter, llama, tokenizer, TEXTS, 1e-6, by="depth")
+    classifier = SparseAdapter(adapter.changes, {"task": "classification"})
+    with pytest.raises(FinepointError, match="is a classifier's"):
+        finepoint.scale_to_budget(classifier, llama, tokenizer, TEXTS, BUDGET)
+    with pytest.raises(FinepointError, match="classifiers write nothing"):
+        finepoint.scale_to_budget(adapter, llama, tokenizer, [{"text": "a", "label": "b"}], BUDGET)
+    with adapter.applied(llama), pytest.raises(FinepointError, match="revert it first"):
+        finepoint.scale_to_budget(adapter, llama, tokenizer, TEXTS, BUDGET)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("budget", [0.9, 0.1, 1e-3])
+def test_the_search_finds_where_a_growing_curve_crosses(power, budget):
+    tries = search(lambda scale: scale**power, budget)
+    scale = max(scale for scale, kl in tries if kl <= budget)
+    assert scale == pytest.approx(budget ** (1 / power), rel=0.03)
+    assert len(tries) < 30
+
+
+def test_from_the_command_line(model_folder, choice_file, tmp_path, capsys):
+    text = write_lines(tmp_path / "text.jsonl", TEXTS)
+    base = ["--model", str(model_folder), "--density", "0.2", "--steps", "4"]
+    whole = str(tmp_path / "whole")
+    assert main(["train", *base, "--data", choice_file, "--lr", "0.05", "--rule", "random", "--output", whole]) == 0
+    common = ["scale", whole, "--model", str(model_folder), "--protect", text]
+    capsys.readouterr()
+    assert main([*common, "--disturb-at-most", "1e-4", "--output", str(tmp_path / "scaled"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kl"] <= 1e-4 < found["kl_before"]
+    assert found["tries"][0] == {"scale": 1.0, "kl": found["kl_before"]}
+    assert SparseAdapter.load(tmp_path / "scaled").info["scaled"]["kl"] == found["kl"]
+    assert main(["scale", str(tmp_path / "scaled"), *common[2:], "--disturb-at-most", "1e-4",
+                 "--output", str(tmp_path / "again")]) == 0  # fmt: skip
+    assert "at scale 1: KL to the base on 3 texts" in capsys.readouterr().out
+    assert SparseAdapter.load(tmp_path / "again").equals(SparseAdapter.load(tmp_path / "scaled"))
+    assert main([*common, "--disturb-at-most", "0", "--output", str(tmp_path / "x")]) == 2
+    assert "give at least 1e-06" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
