@@ -8,7 +8,7 @@ import traceback
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["torch", "finepoint.training.run", "finepoint.training.sharding", "torch.distributed.tensor"]
+    ["torch", "finepoint.training.run", "finepoint.training.context", "torch.distributed.tensor"]
 )
 DEADLINE = 240  # seconds; nothing here takes a tenth of it
 

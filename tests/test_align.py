@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 import finepoint
 from conftest import assert_same_bits, make_tokenizer, random_batches, snapshot, write_lines
 from finepoint.alignment.align import Steps, align
-from finepoint.alignment.rewards import exact, line, number
+from finepoint.alignment.methods import exact, line, number
 from finepoint.alignment.settings import AlignConfig
 from finepoint.baselines.peft import PeftTuner
 from finepoint.cli import main
@@ -21,7 +21,7 @@ from finepoint.errors import FinepointError
 from finepoint.evaluation.generation import Written
 from finepoint.huggingface.reference import Reference
 from finepoint.models.loading import load_model, load_tokenizer
-from finepoint.training.log import read_log
+from finepoint.training.callbacks import read_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 PAIRS = [{"prompt": f"a{c}:", "chosen": " yes", "rejected": " no"} for c in "abcdefgh"]

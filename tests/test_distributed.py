@@ -145,7 +145,7 @@ def whole(state):
 
 
 def sharded_llama(dtype=torch.float32, make=tiny_llama):
-    from finepoint.training.sharding import shard_
+    from finepoint.training.context import shard_
 
     model = make(dtype)
     if distributed.count() > 1:

@@ -17,10 +17,10 @@ from finepoint.cli import main
 from finepoint.evaluation.evaluate import evaluate_config
 from finepoint.evaluation.settings import EvalConfig
 from finepoint.runtime.interruption import BrokenOff
-from finepoint.training.log import read_log
+from finepoint.training.callbacks import Watch, read_log
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
-from finepoint.training.trainer import SparseTrainer, Watch
+from finepoint.training.trainer import SparseTrainer
 
 STEPS = 6
 

@@ -1,71 +1,39 @@
 """`finepoint align`: preferences or rewards, on chosen entries, through TRL; measured before and after."""
 
 import logging
-import math
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import set_seed
 
-from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint
-from finepoint.adapters.peft import forget_others
-from finepoint.alignment.methods import METHODS, Alignment, Measured, beta_of, on_cpu
-from finepoint.alignment.rewards import reward_named
+from finepoint.adapters.fingerprint import Fingerprint
+from finepoint.alignment.methods import METHODS, Alignment, Measured, beta_of, on_cpu, reward_named
 from finepoint.alignment.settings import AlignConfig
-from finepoint.baselines.peft import PeftTuner
-from finepoint.baselines.registry import BaselineContext
-from finepoint.data.batches import Collator, context_length
 from finepoint.data.examples import some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
-from finepoint.data.tokens import encode_all
 from finepoint.errors import FinepointError
 from finepoint.evaluation.generation import sampling_plainly
-from finepoint.huggingface.reference import Reference, as_it_is
+from finepoint.huggingface.reference import Reference
 from finepoint.models.loading import load_model, load_tokenizer
-from finepoint.runtime import interruption
+from finepoint.runtime import distributed
 from finepoint.runtime.extras import needing
-from finepoint.runtime.files import claim_folder, write_record
-from finepoint.runtime.peak import peak_bytes, reset_peak
-from finepoint.runtime.progress import progress
-from finepoint.selection.passes import on_device
-from finepoint.selection.select import refuse_excluded
-from finepoint.training.arguments import CHECKPOINTING, shared_arguments
-from finepoint.training.checkpoints import CHECKPOINTS, RECORD, checkpoints, decisive, refuse_other_base, to_go_on_from
-from finepoint.training.context import TrainingContext, excluded, select_for
-from finepoint.training.interrupted import LastStep, left_by, marked
-from finepoint.training.log import LOG, append, cut_log_
+from finepoint.training.callbacks import LOG, Watch, read_log
+from finepoint.training.context import TrainingContext, training_context
 from finepoint.training.resolve import RunSpec, resolve_common
-from finepoint.training.run import AUDITED, forget_earlier_run, versions
+from finepoint.training.run import Run, audit_, begun, carry_out_, claimed, entries_for, saved_by, yardstick
+from finepoint.training.tracking import tracked
+from finepoint.training.trainer import shared_arguments
 from finepoint.tuner.audit import outcome
-from finepoint.tuner.finite import NotFiniteError, refuse_not_finite
-from finepoint.tuner.interface import Tuner
+from finepoint.tuner.interface import Method
 from finepoint.tuner.tuner import SparseTuner
-from finepoint.version import __version__
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class AlignmentContext:
-    """What a run works on."""
-
-    model: Any
-    tokenizer: Any
-    rows: list[Any]
-    held_out: list[Any]
-    measured_on: str
-
-    def leaks(self) -> dict[str, dict[str, int]]:
-        """How many of the rows that are learned from are among those that are measured on."""
-        return leaks(Seen.of(self.rows), {Path(self.measured_on).name: self.held_out})
+Steps = Watch  # its former name
 
 
 def align(config: AlignConfig) -> dict[str, Any]:
@@ -76,65 +44,37 @@ def align(config: AlignConfig) -> dict[str, Any]:
 
     Raises:
         FinepointError: whatever the user can mend.
+        BrokenOff: it was interrupted; the adapter of the last good step and a checkpoint have been saved.
     """
     spec = resolve(config)
-    with interruption.noticed(), claim_folder(config.output, config.overwrite or config.resume) as folder:
-        return _align(spec, folder)
-
-
-def _align(spec: RunSpec[AlignConfig], folder: Path) -> dict[str, Any]:
-    config = spec.config
-    saved = checkpoints(folder / CHECKPOINTS) if config.resume else []
-    method = METHODS[config.method](config)
-    place = _prepare(config, method)
-    base = fingerprint(contents_of(place.model))
-    if saved:
-        refuse_other_base(saved[0], base)
-    settings = decisive(config, place.rows, base)
-    checkpoint = to_go_on_from(folder, saved, config.steps, settings) if saved else None
-    reset_peak()
-    started = time.perf_counter()
-    tuner, without, facts = _tuner(spec, place, method, folder if checkpoint else None)
-    selection_seconds = time.perf_counter() - started
-    logger.info("%d numbers to train, prepared in %.1f s", tuner.count, selection_seconds)
-    try:
-        if not checkpoint:
-            forget_earlier_run(folder)
-            if config.save_every and not config.baseline:
-                # Its indices are what a resumed run trains.
-                _keep(config, tuner, facts, place, base, folder, 0)
-        before = method.measure(place.model, place.tokenizer, place.held_out)
-        logger.info("before: %s", _told(before.means))
-        keep = partial(_keep, config, tuner, facts, place, base)
-        log, seconds = _train(spec, place, method, tuner, Reference(place.model, without), folder, checkpoint,
-                              settings, keep)  # fmt: skip
-        peak = peak_bytes()
-        changed, norm, own = tuner.changed(), tuner.norm(), tuner.facts()
-        if not changed:
-            raise FinepointError(f"training changed none of the {tuner.count} trained numbers; give a larger --lr than "
-                                 f"{spec.lr}, or rows whose answers differ in reward")  # fmt: skip
-        keep(folder, config.steps)  # whatever comes of the measuring
-        after = method.measure(place.model, place.tokenizer, place.held_out)
-        logger.info("after: %s", _told(after.means))
-        facts |= {"results": {Path(place.measured_on).stem: after.means}}
-        files = _write(config, tuner, facts, base, folder)
-        forget_others(folder, files)
-        Seen.of(place.rows).save(folder)
-    finally:
-        tuner.revert_()
-        tuner.close()
-    record = {
-        "method": config.method, "baseline": config.baseline, "trained": tuner.count, "changed": changed,
-        "adapter_bytes": sum(file.stat().st_size for file in files), "seconds": round(time.perf_counter() - started, 2),
-        "selection_seconds": round(selection_seconds, 2), "train_seconds": round(seconds, 2), "peak_bytes": peak,
-        "lr": spec.lr, "beta": beta_of(config), "update_norm": norm, "steps": len(log),
-        **own,
-        "measured_on": place.measured_on, "measured_rows": len(place.held_out), "before": before.means,
-        "leaks": place.leaks(),
-        "after": after.means | _against(before, after), "log": log, "config": asdict(config), "versions": versions(),
-    }  # fmt: skip
-    write_record(folder / RECORD, record)
-    return record
+    with claimed(config) as folder:
+        saved = saved_by(config, folder)
+        alignment = METHODS[config.method](config)
+        rows = alignment.read(config.data or "")
+        measured_on = config.validation or config.data or ""
+        held_out = some(alignment.read(config.validation) if config.validation else rows, config.validation_limit)
+        place = prepare(config, alignment, rows)
+        assert place.seen is not None
+        leaked = leaks(place.seen, {Path(measured_on).name: held_out})
+        warn_of_leaks(leaked)
+        make = partial(_method, spec, place)
+        facts: dict[str, Any] = {"method": config.method, "beta": beta_of(config)}
+        with begun(spec, place, folder, saved, make, rows, config.steps or 0, **facts) as run:
+            reference = Reference(place.model, run.method.tuner.as_it_is())
+            before = alignment.measure(place.model, place.tokenizer, held_out)
+            logger.info("before: %s", _told(before.means))
+            results = _train(run, alignment, rows, reference)
+            results |= run.outcome("every update was lost to rounding, or no answer was worth more than another")
+            run.save()  # whatever comes of the measuring
+            after = alignment.measure(place.model, place.tokenizer, held_out)
+            logger.info("after: %s", _told(after.means))
+            measured = {"results": {Path(measured_on).stem: after.means}}
+            _, size = replace(run, facts=run.facts | measured).save()
+        return run.write_record({
+            "method": config.method, "adapter_bytes": size, "beta": beta_of(config), **results, "leaks": leaked,
+            "measured_on": measured_on, "measured_rows": len(held_out), "before": before.means,
+            "after": after.means | _against(before, after), "log": _rows_of(folder / LOG),
+        })  # fmt: skip
 
 
 def resolve(config: AlignConfig) -> RunSpec[AlignConfig]:
@@ -147,6 +87,8 @@ def resolve(config: AlignConfig) -> RunSpec[AlignConfig]:
         import trl  # noqa: F401
     if config.data is None:
         raise FinepointError("alignment needs rows to learn from; give --data FILE.jsonl")
+    if distributed.launched():
+        raise FinepointError("alignment runs in one process; start it without a launcher")
     spec = resolve_common(config)
     if spec.baseline and (spec.baseline.chooses or not spec.baseline.low_rank):
         raise FinepointError(f"align compares chosen entries with lora or dora, not with {spec.baseline.name!r}")
@@ -161,159 +103,52 @@ def resolve(config: AlignConfig) -> RunSpec[AlignConfig]:
     return spec
 
 
-def _prepare(config: AlignConfig, method: Alignment) -> AlignmentContext:
-    rows = method.read(config.data or "")
-    held_out = method.read(config.validation) if config.validation else rows
+def prepare(config: AlignConfig, alignment: Alignment, rows: list[Any]) -> TrainingContext:
+    """Loads the model; the examples of its context are what a rule that looks at gradients scores on."""
     tokenizer = load_tokenizer(config.model)
     if tokenizer.eos_token_id is None:
         raise FinepointError(f"the tokenizer of {config.model!r} has no end token, and alignment must know where an "
                              "answer ends; set tokenizer.eos_token and save the tokenizer with the model")  # fmt: skip
     model = load_model(config.model, config.dtype, quantise=config.quantise)
-    measured_on = config.validation or config.data or ""
-    place = AlignmentContext(model, tokenizer, rows, some(held_out, config.validation_limit), measured_on)
-    warn_of_leaks(place.leaks())
-    return place
+    return replace(training_context(config, model, tokenizer, alignment.examples(rows)), seen=Seen.of(rows))
 
 
-def _tuner(
-    spec: RunSpec[AlignConfig], place: AlignmentContext, method: Alignment, resumed: Path | None
-) -> tuple[Tuner, Any, dict[str, Any]]:
-    """What trains, the context in which the model is the base, and what the adapter will say of itself."""
-    config = spec.config
-    facts: dict[str, Any] = {
-        "base_model": config.model, "task": "causal", "method": config.method, "targets": config.targets,
-        "seed": config.seed, "data": config.data, "finepoint_version": __version__,
-        "lr": spec.lr, "steps": config.steps, "batch_size": config.batch_size, "beta": beta_of(config),
-    } | ({"quantise": config.quantise} if config.quantise else {})  # fmt: skip
+def _method(
+    spec: RunSpec[AlignConfig], place: TrainingContext, head: list[str], base: Fingerprint, resumed: Path | None
+) -> tuple[Method, dict[str, Any]]:
+    """What trains, and how its entries were chosen."""
     if spec.baseline:
-        given = BaselineContext(
-            place.model, [], spec.options, config.targets, config.seed, spec.lr, config.weight_decay
-        )
-        low = spec.baseline.make(given).tuner
-        assert isinstance(low, PeftTuner)
-        return low, low.disabled, facts | {"baseline": spec.baseline.name, "baseline_options": spec.options}
-    if folder := resumed or config.indices:
-        source = SparseAdapter.read(folder) if folder == resumed else SparseAdapter.load(folder)
-        source.check(place.model, in_place=False)
-        if folder != resumed:
-            refuse_excluded(source, [excluded(folder, place.model) for folder in config.exclude], place.model)
-        sparse = SparseTuner(place.model, source, audit=False)
-        chosen = source.info
-    else:
-        limit = context_length(place.model, config.max_length)
-        tokens = encode_all(place.tokenizer, method.examples(place.rows), limit, model=place.model)
-        collator = Collator.of(place.model, place.tokenizer, [row.ids for row in tokens])
-        selection = select_for(config, TrainingContext(place.model, place.tokenizer, [], tokens, collator))
-        sparse = SparseTuner(place.model, selection, audit=False)
-        kept = {key: value for key, value in selection.statistics.items() if key != "weights"}
-        chosen = {"rule": selection.rule, "density": kept.get("density"), "scope": config.scope, "selection": kept}
-    if not config.no_audit:
-        _audit_(config, place, method, sparse)
-    facts |= {key: chosen[key] for key in ("rule", "density", "scope", "selection") if key in chosen}
-    return sparse, as_it_is(sparse), facts
+        return yardstick(spec, place, head)
+    indices, chosen = entries_for(spec.config, place, resumed)
+    tuner = SparseTuner(place.model, indices, audit=False, base=base)
+    audit_(spec.config, place, tuner, lambda batch: outcome(place.model(**batch)))
+    if not spec.config.no_audit:
+        tuner.check_steps()  # TRL's loss does things with the model that the audit has not seen
+    return Method(tuner), chosen
 
 
-def _audit_(config: AlignConfig, place: AlignmentContext, method: Alignment, tuner: SparseTuner) -> None:
-    """Tries the gradients of the chosen entries on the first rows."""
-    if config.gradient_checkpointing:  # as the trainer will
-        getattr(place.model, f"{CHECKPOINTING}_enable")()
-    limit = context_length(place.model, config.max_length)
-    rows = encode_all(place.tokenizer, method.examples(place.rows[:AUDITED]), limit, model=place.model)
-    batch = on_device(Collator.of(place.model, place.tokenizer)(rows), next(place.model.parameters()).device)
-    tuner.audit_(lambda: outcome(place.model(**batch)))
-    tuner.audit_later()
+def _train(run: Run[AlignConfig], alignment: Alignment, rows: list[Any], reference: Reference) -> dict[str, Any]:
+    """Trains, followed by trackers; returns what the record says of it."""
+    place, spec = run.place, run.spec
+    set_seed(spec.config.seed)
+    with _quiet(), tracked(spec.config, run.folder, run.done()) as (tracking, followers):
+        arguments = shared_arguments(spec, run.folder, run.steps) | tracking | {
+            "bf16": False,  # the weights have the dtype they were loaded in
+            "use_cpu": on_cpu(),
+            "dataloader_pin_memory": not on_cpu(),
+        }  # fmt: skip
+        trainer = alignment.trainer(place.model, place.tokenizer, rows, reference, arguments)
+        trainer.method, trainer.settings = run.method, run.settings
+        for follower in followers:
+            trainer.add_callback(follower)
+        # Answers are sampled as --temperature says: other settings, such as beams, are no part of the gradient.
+        with sampling_plainly(place.model, place.tokenizer):
+            return carry_out_(run, trainer, "aligning", summed_up=False)
 
 
-def _train(
-    spec: RunSpec[AlignConfig], place: AlignmentContext, method: Alignment, tuner: Tuner, reference: Reference,
-    folder: Path, checkpoint: str | None, settings: dict[str, Any], keep: Callable[[Path, int], None],
-) -> tuple[list[dict[str, Any]], float]:  # fmt: skip
-    """Trains; returns a row for each step, and the seconds it took."""
-    config = spec.config
-    set_seed(config.seed)
-    with _quiet(), progress("aligning", config.steps) as advance:
-        arguments = _arguments(spec, folder)
-        trainer = method.trainer(place.model, place.tokenizer, place.rows, reference, arguments)
-        trainer.tuner, trainer.settings = tuner, settings
-        trainer.remove_callback(PrinterCallback)
-        watch, last = Steps(tuner, folder / LOG, config.steps, advance), LastStep(trainer)
-        for callback in (watch, last):
-            trainer.add_callback(callback)
-        if not config.baseline:
-            trainer.keep_adapter = keep
-        started = time.perf_counter()
-        try:
-            # Answers are sampled as --temperature says: other settings, such as beams, are no part of the gradient.
-            with interruption.as_itself(), sampling_plainly(place.model, place.tokenizer):
-                trainer.train(resume_from_checkpoint=checkpoint)
-        except NotFiniteError as error:
-            raise FinepointError(f"{error}; try a smaller --lr than {spec.lr}") from error
-        except KeyboardInterrupt as error:
-            raise left_by(last, lambda: keep(folder, last.done), folder) or error from None
-        finally:
-            interruption.let_go(feel=False)
-    return watch.records, time.perf_counter() - started
-
-
-def _keep(
-    config: AlignConfig,
-    tuner: Tuner,
-    facts: dict[str, Any],
-    place: AlignmentContext,
-    base: Fingerprint,
-    folder: Path,
-    step: int,
-) -> None:
-    """Writes the adapter of a step, which says that it is not that of the last, into a folder."""
-    _write(config, tuner, facts | marked(step, config.steps), base, folder)
-    Seen.of(place.rows).save(folder)
-
-
-def _write(config: AlignConfig, tuner: Tuner, facts: dict[str, Any], base: Fingerprint, folder: Path) -> list[Path]:
-    """Writes the adapter as it stands into a folder; factors too know the base that they lie on."""
-    adapter = tuner.adapter(config.store, info=facts)
-    adapter = replace(adapter, base={FINGERPRINT: base.as_json()} | adapter.base)
-    return tuner.save(folder, adapter, config.compact)
-
-
-def _arguments(spec: RunSpec[AlignConfig], folder: Path) -> dict[str, Any]:
-    """What DPO's and GRPO's settings have in common."""
-    return shared_arguments(spec, folder, spec.config.steps or 0) | {
-        "report_to": "none",
-        "bf16": False,  # the weights have the dtype they were loaded in
-        "use_cpu": on_cpu(),
-        "dataloader_pin_memory": not on_cpu(),
-    }
-
-
-class Steps(TrainerCallback):
-    """Stops before a gradient that is not finite reaches the weights; writes the log; moves the progress bar."""
-
-    def __init__(self, tuner: Tuner, log: Path, steps: int, advance: Any) -> None:
-        self.tuner, self.log, self.steps, self.advance = tuner, log, steps, advance
-        self.records: list[dict[str, Any]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.records = cut_log_(self.log, state.global_step)
-        self.advance(state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        refuse_not_finite(self.tuner.trained(), f" at step {state.global_step + 1}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.advance(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        numbers = {key: float(value) for key, value in logs.items() if isinstance(value, int | float | str)}
-        record = {"step": state.global_step} | {key: v for key, v in numbers.items() if math.isfinite(v)}
-        self.records.append(record)
-        append(self.log, record)
-        shown = {key: record[key] for key in ("loss", "reward", "rewards/margins", "rewards/accuracies")
-                 if key in record}  # fmt: skip
-        if state.global_step % 10 == 0 or state.global_step == self.steps:
-            logger.info("step %d of %d: %s", state.global_step, self.steps, _told(shown))
+def _rows_of(log: Path) -> list[dict[str, Any]]:
+    """What the log says of each step, without the time."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_log(log)]
 
 
 def _against(before: Measured, after: Measured) -> dict[str, float]:

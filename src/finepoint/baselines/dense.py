@@ -24,12 +24,12 @@ from finepoint.errors import FinepointError
 from finepoint.models.master import Master
 from finepoint.runtime.files import writing
 from finepoint.runtime.precision import in_float64, norm_of
-from finepoint.tuner.interface import NOTHING_ELSE
+from finepoint.tuner.interface import Tuner
 from finepoint.tuner.optimizer_hooks import follow_after_steps, stop_following
 from finepoint.tuner.tuner import CONTAINER
 
 
-class DenseTuner:
+class DenseTuner(Tuner):
     """Makes whole weights of a model trainable, in place; the model stays the same object.
 
     Args:
@@ -45,6 +45,7 @@ class DenseTuner:
             raise FinepointError("the model has a tuner already; close that one first")
         self.model = model
         self.weights = _found(model, names)
+        self.whole = self.weights.keys()
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._base = _kept({name: weight.detach().cpu().contiguous() for name, weight in self.weights.items()})
 
@@ -76,10 +77,6 @@ class DenseTuner:
         """The trained weights as they were before, one after the other, on their devices."""
         for name, weight in self.weights.items():
             yield name, self._base.get_tensor(name).to(weight.device)
-
-    def facts(self) -> dict[str, Any]:
-        """Nothing: see `Tuner.facts`."""
-        return NOTHING_ELSE
 
     def changed(self) -> int:
         """How many entries of the trained weights hold another value than the base's."""

@@ -1,8 +1,8 @@
 """PeftTuner: LoRA and DoRA through PEFT, with the interface of the other tuners; PEFT's layers do the work."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from finepoint.errors import FinepointError
 from finepoint.runtime.extras import needing
 from finepoint.runtime.files import move_files, partial_folder, write_json, writing
 from finepoint.runtime.precision import in_float64, norm_of
-from finepoint.tuner.interface import NOTHING_ELSE
+from finepoint.tuner.interface import Tuner
 from finepoint.tuner.tuner import CONTAINER, SparseTuner
 
 
-class PeftTuner:
+class PeftTuner(Tuner):
     """Puts low-rank factors beside linear layers' weights; the model stays the same object, with layers wrapped.
 
     Args:
@@ -92,10 +92,6 @@ class PeftTuner:
         for name in (name for name in weights if name in found):
             yield name, weights[name].detach(), *found[name].of(weights[name])
 
-    def facts(self) -> dict[str, Any]:
-        """Nothing: see `Tuner.facts`."""
-        return NOTHING_ELSE
-
     def changed(self) -> int:
         """How many entries of the weights, factors folded in, hold another value than the base's."""
         return sum(int((stored != base).sum()) for _, base, _, stored in self.merged())
@@ -127,6 +123,10 @@ class PeftTuner:
         dtype = str(next(iter(self.model.parameters())).dtype).removeprefix("torch.")
         known = adapter.base.get(FINGERPRINT)
         return {"base": {FINGERPRINT: known, "dtype": dtype}} if known else {}
+
+    def as_it_is(self) -> Callable[[], AbstractContextManager[None]]:
+        """Contexts in which the factors take no part; before they are trained they change nothing."""
+        return self.disabled
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -12,11 +12,11 @@ from finepoint.adapters.entries import scatter_
 from finepoint.adapters.peft import SPARSE
 from finepoint.baselines.peft import PeftTuner
 from finepoint.runtime.precision import in_float64, norm_of
-from finepoint.tuner.interface import NOTHING_ELSE
+from finepoint.tuner.interface import Tuner
 from finepoint.tuner.tuner import SparseTuner
 
 
-class HybridTuner:
+class HybridTuner(Tuner):
     """y = (W + sparse) x + scaling B A x: a SparseTuner, and a PeftTuner that was made `beside` it.
 
     Args:
@@ -52,10 +52,6 @@ class HybridTuner:
                 base = weight.clone()
                 scatter_(base, known.indices, known.base)
             yield name, base, wide, stored
-
-    def facts(self) -> dict[str, Any]:
-        """Nothing: see `Tuner.facts`."""
-        return NOTHING_ELSE
 
     def changed(self) -> int:
         """How many entries of the weights, factors folded in, hold another value than the base's."""

@@ -1,14 +1,14 @@
 """The reference model of DPO and GRPO: the policy's own weights, with what was trained taken out while it runs."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from finepoint.huggingface.session import tuner_of
-from finepoint.tuner.tuner import SparseTuner
+from finepoint.tuner.interface import Tuner
 
 Without = Callable[[], AbstractContextManager[None]]
 """Inside such a context a model computes what the reference computes."""
@@ -23,29 +23,12 @@ def reference(model: nn.Module) -> "Reference":
     Raises:
         FinepointError: the model is not in training by `sparsify` or `load(.., trainable=True)`.
     """
-    return Reference(model, as_it_is(tuner_of(model)))
+    return Reference(model, tuner_of(model).as_it_is())
 
 
-def as_it_is(tuner: SparseTuner) -> Without:
-    """A context in which the model holds the values it holds now, whichever entries are trained then.
-
-    The values are put in and taken out, (k,) each way. The writing goes past autograd's version counters: what a graph
-    has saved of the weights is there again, bit for bit, before its backward pass.
-    """
-    tuner.follow_()
-    before = {name: (entries.known(), entries.held(entries.known())) for name, entries in tuner.entries.items()}
-
-    @contextmanager
-    def inside() -> Iterator[None]:
-        for name, entries in tuner.entries.items():
-            entries.show_(*before[name])
-        try:
-            yield
-        finally:
-            for entries in tuner.entries.values():
-                entries.unshow_()
-
-    return inside
+def as_it_is(tuner: Tuner) -> Without:
+    """Contexts in which the tuner's model computes what it computes now."""
+    return tuner.as_it_is()
 
 
 class Reference(nn.Module):

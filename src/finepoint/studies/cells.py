@@ -23,8 +23,8 @@ from finepoint.runtime import interruption
 from finepoint.studies.settings import CompareConfig
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import Arm, Cell, Study, train_config
+from finepoint.training.callbacks import LOG, read_log
 from finepoint.training.context import TrainingContext, training_context
-from finepoint.training.log import LOG, read_log
 from finepoint.training.run import fit, versions
 from finepoint.training.settings import TrainConfig
 

@@ -1,13 +1,17 @@
 """What a run works on: a model, its tokenizer and examples in tokens; and the choosing of entries there."""
 
 import json
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.fingerprint import contents_of, fingerprint
@@ -16,7 +20,7 @@ from finepoint.data.examples import Example, label_names, read_examples, refuse_
 from finepoint.data.leaks import Seen
 from finepoint.data.tokens import Row, encode_all, learned, padding_id
 from finepoint.errors import FinepointError
-from finepoint.models.loading import class_order, load_config, load_model, load_tokenizer, new_head
+from finepoint.models.loading import block_of, class_order, load_config, load_model, load_tokenizer, new_head
 from finepoint.models.probing import PACKABLE, counts_from_zero, keeps_apart
 from finepoint.models.quantised import quantised_layers
 from finepoint.runtime import distributed
@@ -25,7 +29,6 @@ from finepoint.selection.select import Budget, Selection, select
 from finepoint.selection.settings import SelectConfig
 from finepoint.selection.statistics import stream_statistics
 from finepoint.training.settings import TrainConfig
-from finepoint.training.sharding import shard_, wanted
 
 ALONE = "a quantised base trains in one process"
 
@@ -81,6 +84,33 @@ def training_context(
     rows = encode_all(tokenizer, examples, limit, labels, "training example", model) if examples else []
     collator = Collator.of(model, tokenizer, [row.ids for row in rows])
     return TrainingContext(model, tokenizer, list(labels), rows, collator, Seen.of(examples))
+
+
+@lru_cache(maxsize=1)
+def wanted() -> bool:
+    """Whether the launcher was told to shard the model (`accelerate launch --use_fsdp --fsdp_version 2`).
+
+    The word is taken out of the environment: it is done before a trainer comes to see the model.
+    """
+    found = distributed.count() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if found:
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+    return found
+
+
+def shard_(model: Any, device: str) -> None:
+    """Shards a loaded model over all processes, each decoder block a unit, the rest another.
+
+    Raises:
+        FinepointError: the model has no decoder blocks.
+    """
+    names = {block_of(model, name) for name, _ in model.named_parameters()} - {None}
+    if not names:
+        raise FinepointError(f"{type(model).__name__} has no list of decoder blocks to shard by; train it without FSDP")
+    mesh = init_device_mesh(device, (distributed.count(),))
+    for name in sorted(names, key=str):
+        fully_shard(model.get_submodule(str(name)), mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
 
 
 def select_for(

@@ -5,15 +5,14 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finepoint.errors import FinepointError
 from finepoint.models.quantised import is_quantised
+from finepoint.runtime import interruption
 from finepoint.selection.select import Budget, compared, largest
 from finepoint.selection.targets import Targets, target_weights
 from finepoint.training.context import TrainingContext, select_for
@@ -95,43 +94,40 @@ def refreshable(model: nn.Module, targets: Targets) -> dict[str, nn.Parameter]:
     return weights
 
 
-class Refresh(TrainerCallback):
+class Refresh:
     """Chooses entries anew before a step, by the schedule of a run; the model is scored as it stands then.
 
     Args:
+        steps: those of the run.
         head: weights that are trained whole, all the while.
     """
 
-    def __init__(self, config: TrainConfig, place: TrainingContext, tuner: SparseTuner, head: Sequence[str]) -> None:
+    def __init__(
+        self, config: TrainConfig, place: TrainingContext, tuner: SparseTuner, head: Sequence[str], steps: int
+    ) -> None:
         assert config.refresh is not None
         self.schedule = schedule_of(config.refresh)
         self.config = config
         self.place = place
         self.tuner = tuner
         self.head = {name: tuner.entries[name].indices.cpu().long() for name in head}
-        self.news: dict[str, float] = {}
-        """of the last choice, until it is logged"""
         if config.indices and config.structure == "entry" and not isinstance(config.targets, dict):
             count = tuner.count - sum(len(indices) for indices in self.head.values())
             self.config = replace(config, density=None, count=count)
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.schedule.every >= state.max_steps:
+        if self.schedule.every >= steps:
             logger.warning("entries are chosen anew every %d steps, and the run ends after %d: the first choice holds",
-                           self.schedule.every, state.max_steps)  # fmt: skip
+                           self.schedule.every, steps)  # fmt: skip
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
-    ) -> None:
-        if self.schedule.due(state.global_step):
-            self.choose_(state.global_step, state.max_steps, optimizer)
-
-    def choose_(self, done: int, steps: int, optimizer: Optimizer) -> None:
-        """Chooses anew after `done` of `steps` steps."""
+    def choose_(self, done: int, steps: int, optimizer: Optimizer) -> dict[str, float]:
+        """Chooses anew after `done` of `steps` steps, if it is time; says what that has changed, and the seconds."""
+        if not self.schedule.due(done):
+            return {}
         started = time.perf_counter()
         indices = self._replaced(done, steps) if self.schedule.fraction else self._chosen(done)
+        # Ctrl-C waits until the step is done that trains them: whoever goes on from here would choose again.
+        interruption.hold()
         counts = self.tuner.choose_({**indices, **self.head}, optimizer, keep=self.config.dropped == "keep")
-        self.news = {**counts, "refresh_seconds": round(time.perf_counter() - started, 3)}
+        return {**counts, "refresh_seconds": round(time.perf_counter() - started, 3)}
 
     def _now(self, done: int) -> TrainConfig:
         """The configuration of a choice: with other scoring examples, and other draws, than those before."""

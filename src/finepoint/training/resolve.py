@@ -44,7 +44,6 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
     spec = resolve_common(config)
     if spec.baseline:
         _refuse_unused(config, spec.baseline)
-    require(config.report_to)
     needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
     for name, given in needing:
         if given and config.validation is None:
@@ -69,6 +68,7 @@ def resolve_common(config: Told) -> RunSpec[Told]:
         FinepointError: what none of them can do.
     """
     refuse_out_of_range(config)
+    require(config.report_to)
     if not 0 <= config.warmup <= 1:
         raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
     if config.lr is not None and config.lr <= 0:
@@ -129,12 +129,12 @@ def unused_by(baseline: Baseline) -> dict[str, Any]:
     return {name: default for name, default in entries.items() if name not in used}
 
 
-def check_processes(config: TrainConfig) -> None:
+def check_processes(config: Training) -> None:
     """Refuses what several processes cannot do together."""
     if distributed.count() > 1 and config.baseline:
         raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
                              "without a launcher")  # fmt: skip
-    if distributed.count() > 1 and config.protect:
+    if distributed.count() > 1 and getattr(config, "protect", None):
         raise FinepointError("what --protect keeps is read in one process; leave it out, or start without a launcher")
     if distributed.count() > 1 and config.resume and not resumes_together():
         least = ".".join(map(str, RESUMES_TOGETHER))

@@ -52,6 +52,9 @@ class Training(SelectConfig):
         False, section="while it runs")
     save_every: int | None = setting(
         "steps between checkpoints that --resume can go on from", None, section="while it runs", least=1)
+    report_to: list[Tracker] = setting(
+        "trackers that follow the run: tensorboard, trackio, wandb, mlflow; log.jsonl is always written",
+        [], section="while it runs")
     resume: bool = setting("go on from the last checkpoint in output", False, section="files")
     store: Literal["auto", "delta", "value"] = setting(
         "float32 deltas, the exact trained values, or (auto) values of half-precision weights, which are smaller",
@@ -100,6 +103,3 @@ class TrainConfig(Training):
     eval_every: int | None = setting(
         "steps between evaluations on the validation examples; a fifth of the run where not given",
         None, "length", "while it runs", least=1)
-    report_to: list[Tracker] = setting(
-        "trackers that follow the run: tensorboard, trackio, wandb, mlflow; log.jsonl is always written",
-        [], section="while it runs")

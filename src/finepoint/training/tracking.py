@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from finepoint.runtime import distributed
 from finepoint.runtime.extras import needing
 from finepoint.runtime.files import read_json, write_json
-from finepoint.training.settings import TrainConfig
+from finepoint.training.settings import Training
 
 PROJECT = "finepoint"
 EXTRAS = {"tensorboard": "tracking", "trackio": "tracking", "wandb": "wandb", "mlflow": "mlflow"}
@@ -51,7 +51,7 @@ def run_name(folder: Path, resumed: bool) -> str:
 
 
 @contextmanager
-def tracked(config: TrainConfig, folder: Path, done: int | None) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+def tracked(config: Training, folder: Path, done: int | None) -> Iterator[tuple[dict[str, Any], list[Any]]]:
     """What TrainingArguments need, and the callbacks to add, for as long as the run takes; nothing without trackers.
 
     Args:
@@ -80,7 +80,7 @@ def tracked(config: TrainConfig, folder: Path, done: int | None) -> Iterator[tup
 class Facts(TrainerCallback):
     """Tells the trackers what finepoint was asked to do; of the trainer's own settings transformers tells them."""
 
-    def __init__(self, config: TrainConfig, writer: Any) -> None:
+    def __init__(self, config: Training, writer: Any) -> None:
         self.config = config
         self.writer = writer
 

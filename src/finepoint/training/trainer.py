@@ -1,22 +1,20 @@
-"""transformers.Trainer for any tuner: refuses steps that are not finite, logs as JSON Lines, keeps what is trained."""
+"""transformers.Trainer for any tuner: what it is told, the order of its batches, its loss, and its checkpoints."""
 
-import logging
 import math
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finepoint.data.batches import Packer, learned, real_tokens
@@ -25,45 +23,44 @@ from finepoint.runtime import distributed
 from finepoint.runtime.files import write_atomic, writing
 from finepoint.runtime.tensor_files import DTYPES, forms, opened
 from finepoint.selection.passes import evaluating, label_count
-from finepoint.training.checkpoints import seal
-from finepoint.training.log import append, cut_log_
+from finepoint.training.callbacks import Tokens, validation_losses
+from finepoint.training.callbacks import Watch as Watch  # its former place
+from finepoint.training.checkpoints import CHECKPOINTS, seal
 from finepoint.training.loss import completion_loss
-from finepoint.tuner.finite import NotFiniteError, refuse_not_finite
+from finepoint.training.resolve import RunSpec, warmup_of
+from finepoint.tuner.finite import NotFiniteError
 from finepoint.tuner.interface import Method
 
-logger = logging.getLogger(__name__)
 DELTAS = "deltas.safetensors"
+# transformers renamed it in 5.x and warns about the old name.
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
 BATCHES_SORTED = 50  # batches made from one sorted stretch of the random order
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What has been trained on so far, and how long it took."""
-
-    real: int = 0
-    places: int = 0
-    """tokens and padding"""
-    seconds: float = 0.0
-
-    def __add__(self, other: "Tokens") -> "Tokens":
-        return Tokens(self.real + other.real, self.places + other.places, self.seconds + other.seconds)
-
-    def __sub__(self, other: "Tokens") -> "Tokens":
-        return Tokens(self.real - other.real, self.places - other.places, self.seconds - other.seconds)
-
-    def of_all(self) -> "Tokens":
-        """Those of all processes together; the seconds are this one's."""
-        sums = torch.tensor([self.real, self.places], device=distributed.device())
-        distributed.add_up_(sums)
-        real, places = sums.tolist()
-        return Tokens(real, places, self.seconds)
-
-    def rates(self) -> dict[str, float]:
-        """Real tokens a second, and the share of all places that is padding."""
-        return {
-            "tokens_per_second": round(self.real / self.seconds, 1),
-            "padding": round(1 - self.real / self.places, 4),
-        }
+def shared_arguments(spec: RunSpec[Any], folder: Path, steps: int) -> dict[str, Any]:
+    """The settings of `TrainingArguments` that follow from a run's own, for so many steps; its folder has the rest."""
+    config = spec.config
+    return {
+        "output_dir": str(folder / CHECKPOINTS),
+        "max_steps": steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "learning_rate": spec.lr,
+        "lr_scheduler_type": "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        "warmup_steps": warmup_of(config.warmup, steps),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.clip,
+        CHECKPOINTING: config.gradient_checkpointing,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if config.save_every else "no",
+        "save_steps": config.save_every or 500,
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "seed": config.seed,
+    }
 
 
 class LengthBuckets(Sampler[int]):
@@ -100,24 +97,24 @@ class LengthBuckets(Sampler[int]):
         return chain.from_iterable(batches + short)
 
 
-class SparseCheckpoints:
-    """Before a Trainer of transformers' or TRL's: its checkpoints hold what the tuner trains, not the model."""
+class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+    """Before a Trainer of transformers' or TRL's: its checkpoints hold what the method trains, not the model."""
 
-    tuner: Any
-    args: Any
-    optimizer: Any
-    state: Any
-    settings: Mapping[str, Any]
+    method: Method
+    control: Any
+    settings: Mapping[str, Any] = {}
     """what decides the bits of the run, kept with its checkpoints"""
-    refresh: Any = None
-    """what chooses other entries between steps, if anything does"""
     keep_adapter: Callable[[Path, int], object] | None = None
     """writes the adapter of a step into its checkpoint, so that it can be evaluated; called by all processes"""
-    control: Any
+    tokens = Tokens()
+    """trained on so far, where they are counted, and the seconds"""
+    news: Mapping[str, float] = {}
+    """of entries chosen anew, until it is logged"""
 
     def keep(self, file: Path) -> None:
         """Writes what is trained, as it stands; where other entries may be chosen, also which they are."""
-        tensors = {**self.tuner.trained(), **(self.tuner.places() if self.refresh else {})}
+        tuner = self.method.tuner
+        tensors = {**tuner.trained(), **(tuner.places() if self.method.refresh else {})}
         kept = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         write_atomic(file, lambda path: save_file(kept, path))
 
@@ -129,11 +126,11 @@ class SparseCheckpoints:
         """
         with torch.no_grad(), opened(file) as kept:
             known = forms(kept)
-            if self.refresh:
+            if self.method.refresh:
                 self._place_(file, kept)
             elif any(name.endswith(".settled_indices") for name in known):
                 raise FinepointError(f"{file.parent} was trained with --refresh; go on with it")
-            trained = self.tuner.trained()
+            trained = self.method.tuner.trained()
             for name, parameter in trained.items():
                 dtype, shape = known.get(name, ("", ()))
                 if dtype not in DTYPES or shape != tuple(parameter.shape):
@@ -142,14 +139,14 @@ class SparseCheckpoints:
                     raise FinepointError(f"{file} is damaged: a number is not finite; go on from an earlier checkpoint")
             for name, parameter in trained.items():
                 parameter.copy_(kept.get_tensor(name))
-        self.tuner.follow_()
+        self.method.tuner.follow_()
 
     def _place_(self, file: Path, kept: Any) -> None:
         """Has the tuner train the entries that it trained when the file was written."""
-        wanted = set(self.tuner.places())
+        wanted = set(self.method.tuner.places())
         if not wanted <= set(kept.keys()):
             raise FinepointError(f"{file.parent} was trained without --refresh, or on other --targets; start afresh")
-        self.tuner.place_({name: kept.get_tensor(name) for name in wanted}, self.optimizer)
+        self.method.tuner.place_({name: kept.get_tensor(name) for name in wanted}, self.optimizer)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if distributed.is_first():
@@ -160,7 +157,7 @@ class SparseCheckpoints:
         try:
             with writing(checkpoint), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "mtime may")  # checkpoints written in less than a second
-                super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]  # the Trainer's
+                super()._save_checkpoint(*args, **kwargs)
         except RuntimeError as error:  # torch.save's, in words of its own
             raise FinepointError(f"cannot write {checkpoint}; is the disk full? ({error})") from error
         if self.keep_adapter:
@@ -169,7 +166,7 @@ class SparseCheckpoints:
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         try:
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]  # the Trainer's
+            super()._load_rng_state(checkpoint)
         except UnpicklingError as error:
             raise FinepointError(f"{checkpoint} was written with other versions of numpy or torch, whose random state "
                                  "cannot be read here; start afresh with --overwrite") from error  # fmt: skip
@@ -182,7 +179,7 @@ class SparseTrainer(SparseCheckpoints, Trainer):
     """A stock Trainer but for its loss, which costs less memory, and its checkpoints.
 
     Args:
-        method: what to train, with its penalty and its optimizer, if it has any.
+        method: what to train, and how.
         packer: makes the training batches, of several examples in a row; validation batches are never packed, so that
             their loss can be compared.
         settings: what decides the bits of the run, kept with its checkpoints.
@@ -191,23 +188,24 @@ class SparseTrainer(SparseCheckpoints, Trainer):
     def __init__(
         self, method: Method, packer: Packer | None = None, settings: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        self.tuner = method.tuner
+        self.method = method
         self.settings = settings or {}
-        self.penalty = method.penalty
-        self.after_step = method.after_step
-        self.refresh = method.refresh
         self.packer = packer
-        self.tokens = Tokens()
         super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
         # Every batch is divided by the labels of its whole step, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        if self.refresh:
-            self.add_callback(self.refresh)
         if distributed.count() > 1:
             # The model is taken as it is, sharded or not: what is trained is averaged here, once a step, always in one
             # order. DDP rearranges its messages after the first step, and a resumed run would add up in another order.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-            self.tuner.train_together()
+            method.tuner.train_together()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, which then has evaluated the last step in any case."""
+        output = super().train(*args, **kwargs)
+        if self.eval_dataset and self.state.global_step not in dict(validation_losses(self.state)):
+            self.evaluate()
+        return output
 
     def get_train_dataloader(self) -> DataLoader:
         collator: Any = self.data_collator
@@ -235,9 +233,9 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         if not torch.isfinite(loss) and distributed.count() == 1:
             raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         if self.accelerator.sync_gradients and distributed.count() > 1:
-            self.tuner.average_()
-        if self.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
-            self.penalty()
+            self.method.tuner.average_()
+        if self.method.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
+            self.method.penalty()
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -280,95 +278,6 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         return total, int(labels)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.refresh and "loss" in logs:  # a choice is told of with the first step that trains it
-            logs = logs | self.refresh.news
-            self.refresh.news = {}
+        if "loss" in logs:  # a choice is told of with the first step that trains it
+            logs, self.news = {**logs, **self.news}, {}
         super().log(logs, *args, **kwargs)
-
-
-class Watch(TrainerCallback):
-    """Stops before a gradient that is not finite reaches the weights; writes the log; moves the progress bar; keeps
-    the parameters of the best evaluation and stops when patience is out.
-
-    Args:
-        best: file for the parameters with the lowest validation loss so far; none are kept where None.
-        patience: evaluations without a lower validation loss after which training stops.
-    """
-
-    def __init__(
-        self, trainer: SparseTrainer, log: Path, advance: Any, best: Path | None = None, patience: int | None = None
-    ) -> None:
-        self.trainer = trainer
-        self.log = log
-        self.advance = advance
-        self.best = best
-        self.patience = patience
-        self.steps = 0
-        self.logged = Tokens()
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started = time.perf_counter()
-        self.advance(state.global_step)
-        if distributed.is_first():
-            cut_log_(self.log, state.global_step)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        trained = self.trainer.tuner.trained()
-        refuse_not_finite(trained, f" at step {state.global_step + 1}")
-        if all(parameter.grad is None for parameter in trained.values()):
-            raise FinepointError("no chosen entry received a gradient: the loss does not depend on the target weights")
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self.trainer.after_step:
-            self.trainer.after_step()
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.step_started = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.tokens += Tokens(seconds=time.perf_counter() - self.step_started)
-        self.steps += 1
-        self.advance(1)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # From the history, which a checkpoint brings along, so that a resumed run judges as if it had never stopped.
-        losses = [loss for _, loss in validation_losses(state)]
-        first_best = losses.index(min(losses))
-        if self.best and first_best == len(losses) - 1:
-            distributed.on_first(partial(self.trainer.keep, self.best))
-        if self.patience and len(losses) - 1 - first_best >= self.patience:
-            control.should_training_stop = True
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        record = {"step": state.global_step, "seconds": round(time.perf_counter() - self.started, 3), **(logs or {})}
-        if "loss" in record:
-            record |= (self.trainer.tokens - self.logged).rates()
-            self.logged = self.trainer.tokens
-        if not distributed.is_first():
-            return
-        append(self.log, record)
-        if "eval_loss" in record:
-            logger.info("step %d: validation loss %.4f", state.global_step, record["eval_loss"])
-        elif "grown" in record:
-            logger.info("before step %d chosen anew: %d entries stayed, %d gave way to %d others, in %.1f s",
-                        state.global_step, record["stayed"], record["dropped"], record["grown"],
-                        record["refresh_seconds"])  # fmt: skip
-        elif "loss" in record and (state.global_step % 10 == 0 or state.global_step == state.max_steps):
-            logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, float(record["loss"]))
-
-
-def refreshes(state: TrainerState) -> list[dict[str, Any]]:
-    """Every choice made anew so far: the step before which, what it changed, and the seconds it took."""
-    told = ("step", "stayed", "dropped", "grown", "refresh_seconds")
-    return [{key: record[key] for key in told} for record in state.log_history if "grown" in record]
-
-
-def validation_losses(state: TrainerState) -> list[tuple[int, float]]:
-    """The step and the loss of every evaluation so far."""
-    return [(record["step"], record["eval_loss"]) for record in state.log_history if "eval_loss" in record]

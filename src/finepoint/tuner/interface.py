@@ -1,56 +1,95 @@
 """What a training run asks of the method it drives: `Tuner`, which sparse tuning and every baseline offer alike."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finepoint.adapters.adapter import SparseAdapter
-
-NOTHING_ELSE: dict[str, Any] = {"vanished": 0, "audit": None}
-"""`facts` of a tuner that rounds nothing away and whose gradients are PyTorch's own"""
+from finepoint.errors import FinepointError
 
 
 class Tuner(Protocol):
-    """Holds a model in training: what is trained, what has changed, and the way back to the base's exact bits."""
+    """Holds a model in training: what is trained, what has changed, and the way back to the base's exact bits.
+
+    What stands last, with a body, not every method can do: one that cannot refuses in one line.
+    """
 
     model: nn.Module
+    whole: Collection[str] = ()
+    """weights that are stored whole, which lie on nothing of the base"""
 
     @property
     def count(self) -> int:
         """Trained numbers in all."""
+        ...
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer steps and a checkpoint keeps, by name: deltas, whole weights, low-rank factors."""
+        ...
 
     def follow_(self) -> None:
         """Has the model's weights follow the trained parameters. Only needed after changing those by hand."""
 
     def changed(self) -> int:
         """How many entries of the model's weights hold (for LoRA: would hold) another stored value than the base's."""
+        ...
 
     def norm(self, exclude: Iterable[str] = ()) -> float:
         """The Euclidean norm of the change of the model's weights, without those excluded (a new head has no base)."""
-
-    def facts(self) -> dict[str, Any]:
-        """What a run's record says of it besides: `vanished` (moved, and lost to rounding), `audit`; JSON-ready."""
+        ...
 
     def adapter(
         self, store: str = "auto", full: Iterable[str] = (), info: Mapping[str, Any] | None = None
     ) -> SparseAdapter:
         """The change so far, as an adapter on the CPU; `SparseTuner.adapter` explains the arguments."""
+        ...
 
-    def save(self, folder: Path, adapter: SparseAdapter, compact: bool) -> list[Path]:
+    def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> list[Path]:
         """Writes the change, which is also `adapter`, in the method's own form; returns the files with the tensors."""
+        ...
 
     def revert_(self) -> None:
         """Takes the training back: the model computes what the base computes, and holds its exact bits."""
 
     def close(self) -> None:
         """Gives back the plain model; closing twice is harmless."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's record says of it besides: `vanished` (moved, and lost to rounding), `audit`; JSON-ready."""
+        return {"vanished": 0, "audit": None}  # nothing is rounded away, and the gradients are PyTorch's own
+
+    def as_it_is(self) -> Callable[[], AbstractContextManager[None]]:
+        """Contexts in which the model computes what it computes now, before it is trained: DPO's reference."""
+        raise self._cannot("give a reference model")
+
+    def round_(self, dtype: torch.dtype) -> None:
+        """Rounds what is trained to a narrower dtype, as if nothing wider were kept."""
+        raise self._cannot("be rounded after its steps")
+
+    def train_together(self) -> None:
+        """From now on several processes train, each on batches of its own, and call `average_` before each step."""
+        raise self._cannot("be trained by several processes")
+
+    def average_(self) -> None:
+        """Every gradient becomes the mean over all processes."""
+        raise self._cannot("be trained by several processes")
+
+    def places(self) -> dict[str, Tensor]:
+        """Which entries are trained, where these can be chosen anew: what a checkpoint needs beside the parameters."""
+        raise self._cannot("choose entries anew")
+
+    def place_(self, places: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> None:
+        """Goes back to what `places` gave, with the optimizer's state; nothing has changed there."""
+        raise self._cannot("choose entries anew")
+
+    def _cannot(self, what: str) -> FinepointError:
+        return FinepointError(f"{type(self).__name__} cannot {what}; train chosen entries instead")
 
 
 @dataclass(frozen=True)
@@ -64,5 +103,6 @@ class Method:
     """steps the trained parameters; AdamW where None"""
     after_step: Callable[[], None] | None = None
     """called after each step of the optimizer"""
-    refresh: Any = None
-    """chooses entries anew between steps, of a tuner that can; see `training.refresh.Refresh`"""
+    refresh: Callable[[int, int, Optimizer], dict[str, float]] | None = None
+    """before each step, of a tuner with `places`: (steps done, steps in all, optimizer) may choose entries anew, and
+    says what that has changed; empty where it is not time"""

@@ -20,7 +20,8 @@ which takes the old one's place in the optimizer.
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -45,6 +46,7 @@ from finepoint.runtime.precision import norm_of
 from finepoint.tuner.audit import AtFirst, Audit, Loss, audit, few, outcome
 from finepoint.tuner.autograd import WHOLE, attach, reaches_further, refuse_unfit
 from finepoint.tuner.deltas import Deltas, LeftOutOfDDP
+from finepoint.tuner.interface import Tuner
 from finepoint.tuner.optimizer_hooks import stop_following
 from finepoint.tuner.sparse_weight import QuantisedSparseWeight, SparseWeight
 from finepoint.tuner.spot_checks import SpotChecks
@@ -55,7 +57,7 @@ CONTAINER = "finepoint"  # the name under which the deltas hang on the model
 PEFT_WRAPS = re.compile(r"\.(base_layer|original_module)\.")
 
 
-class SparseTuner:
+class SparseTuner(Tuner):
     """Makes chosen entries of a model trainable, in place; the model stays the same object.
 
     Args:
@@ -397,6 +399,27 @@ class SparseTuner:
         delattr(self.model, CONTAINER)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags[name])
+
+    def as_it_is(self) -> Callable[[], AbstractContextManager[None]]:
+        """Contexts in which the model holds the values it holds now, whichever entries are trained then.
+
+        The values are put in and taken out, (k,) each way. The writing goes past autograd's version counters: what a
+        graph has saved of the weights is there again, bit for bit, before its backward pass.
+        """
+        self.follow_()
+        before = {name: (entries.known(), entries.held(entries.known())) for name, entries in self.entries.items()}
+
+        @contextmanager
+        def inside() -> Iterator[None]:
+            for name, entries in self.entries.items():
+                entries.show_(*before[name])
+            try:
+                yield
+            finally:
+                for entries in self.entries.values():
+                    entries.unshow_()
+
+        return inside
 
     def round_(self, dtype: torch.dtype) -> None:
         """Rounds base + delta to a narrower dtype, as if nothing wider were kept: the negative control to deltas."""
