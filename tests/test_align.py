@@ -239,6 +239,52 @@ def test_without_trl_the_way_out_is_told(model_folder, tmp_path, pairs, monkeypa
         align(settings(model_folder, tmp_path, "dpo", pairs))
 
 
+def test_a_launcher_is_refused(model_folder, tmp_path, pairs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(FinepointError, match="alignment runs in one process"):
+        align(settings(model_folder, tmp_path, "dpo", pairs))
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_its_steps_are_looked_at_and_followed_like_those_of_train(method, model_folder, tmp_path, pairs, sums):
+    """A tracker follows; a weight that the loop uses behind the model's back is found; what is learned is measured."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from finepoint.tuner.spot_checks import SpotChecks
+
+    data = pairs if method == "dpo" else sums
+    config = settings(model_folder, tmp_path, method, data, reward="test_align:first_letter", steps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        looked, begin = [], SpotChecks._begin
+        patch.setattr(SpotChecks, "_begin", lambda *args: looked.append(1) or begin(*args))
+        record = align(replace(config, report_to=["tensorboard"]))
+    assert looked
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    unseen = align(replace(config, no_audit=True, overwrite=True))
+    assert [steady(row) for row in unseen["log"]] == [steady(row) for row in record["log"]]  # and change nothing
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_good_step(model_folder, tmp_path, pairs, monkeypatch):
+    from trl import DPOTrainer
+
+    step, done = DPOTrainer.training_step, []
+
+    def poisoned(self, *args, **kwargs):
+        done.append(1)
+        loss = step(self, *args, **kwargs)
+        if len(done) == 3:
+            next(iter(self.method.tuner.trained().values())).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(DPOTrainer, "training_step", poisoned)
+    with pytest.raises(FinepointError, match=r"is not finite at step 3; the adapter of step 2 is in .*; try a smaller"):
+        align(settings(model_folder, tmp_path, "dpo", pairs))
+    assert finepoint.SparseAdapter.load(str(tmp_path / "out")).info["unfinished"] == "step 2 of 6"
+
+
 def saved_with(folder, place, tokenizer):
     """A model folder with another tokenizer."""
     shutil.copytree(folder, place)

@@ -21,6 +21,7 @@ from finepoint.training.callbacks import Watch, read_log
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import SparseTrainer
+from finepoint.tuner.tuner import SparseTuner
 
 STEPS = 6
 
@@ -189,6 +190,19 @@ def test_baselines_too(config, baseline, tmp_path, monkeypatch, ctrl_c):
     assert json.loads((tmp_path / "run" / "finepoint_config.json").read_text())["info"]["unfinished"] == "step 3 of 6"
     _, resumed = fit(replace(config, resume=True))
     assert_same_numbers(whole, resumed)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_around_a_choice_of_other_entries_too(config, tmp_path, monkeypatch, ctrl_c, before):
+    """Pressed as the last choice is made: it waits for the step that trains it, or the next run would choose again."""
+    config = replace(config, rule="gradient", refresh="every:2", accumulation=2, batch_size=4)
+    train(replace(config, output=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseTuner, "choose_", pressed(at=2)(SparseTuner.choose_, before))
+        with pytest.raises(BrokenOff, match=f"after step 5 of {STEPS}"):
+            train(config)
+    train(replace(config, resume=True))
+    assert_same_numbers(SparseAdapter.load(tmp_path / "whole"), SparseAdapter.load(config.output))
 
 
 def test_a_cell_of_a_study_that_is_broken_off_leaves_nothing(config, monkeypatch, ctrl_c):
