@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from finepoint.adapters.entries import moved
 from finepoint.tuner import kernels
-from finepoint.tuner.kernels import following, plain, sampled_gradient
+from finepoint.tuner import kernels as following
+from finepoint.tuner.kernels import plain, sampled_gradient
 from finepoint.tuner.kernels import numba as compiled
 from finepoint.tuner.kernels.compiled import numba_kernels, or_plain
 from finepoint.tuner.kernels.numba import by_tiles

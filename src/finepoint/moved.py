@@ -87,6 +87,9 @@ FILES = {
     "training.tuner": "tuner.tuner",
     "training.unfinished": "training.callbacks",
     "training.workplace": "training.context",
+    "tuner.kernels.compiled": "tuner.kernels",
+    "tuner.kernels.following": "tuner.kernels",
+    "tuner.kernels.threads": "tuner.kernels.numba",
 }
 CONFIG = "config"  # the settings of all commands stood in one file
 SETTINGS = {

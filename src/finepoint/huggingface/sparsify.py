@@ -88,28 +88,29 @@ def sparsify(
     Raises:
         FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
     """
-    _refuse_trained(model)
+    if hasattr(model, CONTAINER):
+        raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
     whole = [name for name in head_of(model) if name not in (indices or {})] if whole is None else whole
     from_bitsandbytes_(model)
     info = _origin(model, data)
     entire = {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
-    batches: list[Any] = []
+    batches: list[Batch] = []
     refuse_excluded(indices or {}, exclude, model)
     if indices is None:
         if rule_named(rule).needs_data:
             batches = scoring_batches(model, rule, data, tokenizer, scoring_examples, batch_size, max_length, seed)
-        selection = select(
+        indices = select(
             model, batches, rule=rule, density=density, count=count, scope=scope, targets=targets,
             exclude=[*exclude, entire] if entire else exclude, seed=seed, scoring_memory=scoring_memory,
             rule_options=rule_options, structure=structure, pooling=pooling, text=isinstance(data, str | Path),
         )  # fmt: skip
-        name_unreached(model, {} if batches else selection)  # what it will be trained on is not known
-        info |= _choice(selection, scope, seed, targets)
-        indices = selection
-    chosen = dict(indices) | entire
+        name_unreached(model, {} if batches else indices)  # what it will be trained on is not known
+        info |= _choice(indices, scope, seed, targets)
+    chosen = {**indices, **entire}
     in_memory({name: weight for name, weight in model.named_parameters(remove_duplicate=False) if name in chosen})
-    ready = target_weights(model, targets) if refreshable else ()
-    tuner = SparseTuner(model, chosen, ready, audit=audit and not batches)
+    tuner = SparseTuner(
+        model, chosen, target_weights(model, targets) if refreshable else (), audit=audit and not batches
+    )
     _audit_(tuner, batches[:1] if audit else [])
     attach(model, Session(tuner, info, tuple(whole), _seen(data)))
     return model
@@ -220,11 +221,6 @@ def _audit_(tuner: SparseTuner, batches: Sequence[Batch]) -> None:
         tuner.audit_(lambda inputs=inputs: outcome(tuner.model(**inputs)))  # type: ignore[misc]
         tuner.audit_later()
         tuner.check_steps()
-
-
-def _refuse_trained(model: nn.Module) -> None:
-    if hasattr(model, CONTAINER):
-        raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
 
 
 def _seen(data: Any) -> Seen | None:

@@ -158,8 +158,13 @@ class _SampledLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return dy, gradient_at(ctx.entries, dy, x), None, None
+        """dL/dW at the chosen entries, (k,), from dy (.., out) and what was saved of x (.., in).
+
+        In plain PyTorch: `(dy.reshape(-1, out).T @ x.reshape(-1, in)).reshape(-1)[indices]`.
+        """
+        (x,), entries = ctx.saved_tensors, ctx.entries
+        gradient = entries.groups.gradient(dy, x) if entries.groups else sampled_gradient(dy, x, entries.indices)
+        return dy, gradient, None, None
 
 
 class _SampledEmbedding(torch.autograd.Function):
@@ -180,14 +185,6 @@ class _SampledEmbedding(torch.autograd.Function):
         (tokens,) = ctx.saved_tensors
         gradient = sampled_embedding_gradient(dy, tokens, ctx.entries.indices, ctx.padding)
         return dy, gradient.to(ctx.entries.delta.dtype), None, None, None
-
-
-def gradient_at(entries: SparseWeight, dy: Tensor, x: Tensor) -> Tensor:
-    """dL/dW of a linear layer at the chosen entries, (k,), from dy (.., out) and what was saved of x (.., in).
-
-    In plain PyTorch: `(dy.reshape(-1, out).T @ x.reshape(-1, in)).reshape(-1)[indices]`.
-    """
-    return sampled_gradient(dy, x, entries.indices) if entries.groups is None else entries.groups.gradient(dy, x)
 
 
 class _GatheredWeight(torch.autograd.Function):

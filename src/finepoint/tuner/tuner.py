@@ -79,50 +79,37 @@ class SparseTuner(Tuner):
     ) -> None:  # fmt: skip
         if hasattr(model, CONTAINER):
             raise FinepointError("the model has a SparseTuner already; close that one first")
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        parameters = dict(model.named_parameters(remove_duplicate=False))
         self.model = model
-        self.entries: dict[str, SparseWeight] = {}
-        later = dict.fromkeys(ready, torch.empty(0, dtype=torch.long))
-        if not is_outline(model):  # which is there to be planned with
-            in_memory({name: parameters[name] for name in (*later, *indices) if name in parameters})
-        refuse_unfit(model, (*later, *indices))
-        for name, positions in {**later, **indices}.items():
-            if name not in parameters:
-                raise FinepointError(f"the model has no weight {name!r} to train entries of")
-            if len(positions) or name in later:
-                weight = parameters[name]
-                check_weight(name, weight)
-                first_name = names[id(weight)]
-                if first_name in self.entries:
-                    raise FinepointError(f"{name!r} is tied to {first_name!r}: give the indices of one of them")
-                kind = QuantisedSparseWeight if is_quantised(weight) else SparseWeight
-                self.entries[first_name] = kind(first_name, model, weight, positions)
+        self.entries = _entries(model, indices, ready)
         if not self.count:
             raise FinepointError("there is no index to train; select some first")
-
         self.base = base or base_beneath(model)
         self.beneath = moved_by_adapters(model)
-        quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedSparseWeight)]
-        altered = {entries.name: entries.alter_ for entries in quantised}
-        self._handles: list[Any] = [*replace_forwards(model, altered)]  # whatever `remove` takes off the model
+        self._handles: list[Any] = []  # whatever `remove` takes off the model
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        model.requires_grad_(False)
-        named = {name.replace(".", "/"): entries for name, entries in self.entries.items()}
-        container = self._deltas = Deltas(named, self.base)
-        setattr(model, CONTAINER, container)
-        self._handles.append(model.register_forward_pre_hook(container.meet))
-        for module in {id(each): each for each in (model, getattr(model, "base_model", model))}.values():
-            self._handles.append(module.register_forward_pre_hook(container.enter, prepend=True))
-            self._handles.append(module.register_forward_pre_hook(container.look, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(container.leave, always_call=True))
-        self._handles.append(model.register_load_state_dict_pre_hook(container.refuse_other_base))
-        self._hooks = {name: attach(model, entries) for name, entries in self.entries.items()}
-        self._handles.append(LeftOutOfDDP(model))
+        self._deltas = Deltas({name.replace(".", "/"): entries for name, entries in self.entries.items()}, self.base)
+        self._hooks: dict[str, list[Any]] = {}
+        self._attach()
         self.audited: Audit | None = None
         if audit:
             self._audit()
             self.check_steps()
+
+    def _attach(self) -> None:
+        """Freezes the model, hangs the deltas on it, and hooks on what keeps weights and gradients right."""
+        model, deltas = self.model, self._deltas
+        quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedSparseWeight)]
+        self._handles += replace_forwards(model, {entries.name: entries.alter_ for entries in quantised})
+        model.requires_grad_(False)
+        setattr(model, CONTAINER, deltas)
+        self._handles.append(model.register_forward_pre_hook(deltas.meet))
+        for module in {id(each): each for each in (model, getattr(model, "base_model", model))}.values():
+            self._handles.append(module.register_forward_pre_hook(deltas.enter, prepend=True))
+            self._handles.append(module.register_forward_pre_hook(deltas.look, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(deltas.leave, always_call=True))
+        self._handles.append(model.register_load_state_dict_pre_hook(deltas.refuse_other_base))
+        self._hooks = {name: attach(model, entries) for name, entries in self.entries.items()}
+        self._handles.append(LeftOutOfDDP(model))
 
     def __enter__(self) -> "SparseTuner":
         return self
@@ -434,6 +421,30 @@ class SparseTuner(Tuner):
         """Sets all deltas to zero and restores the base's exact bits; what has settled is forgotten."""
         for entries in self.entries.values():
             entries.revert_()
+
+
+def _entries(model: nn.Module, indices: Mapping[str, Tensor], ready: Iterable[str]) -> dict[str, SparseWeight]:
+    """The chosen entries by each weight's first name, and those weights that have none yet, first."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    later = dict.fromkeys(ready, torch.empty(0, dtype=torch.long))
+    wanted = {**later, **indices}
+    if not is_outline(model):  # which is there to be planned with
+        in_memory({name: parameters[name] for name in wanted if name in parameters})
+    refuse_unfit(model, wanted)
+    found: dict[str, SparseWeight] = {}
+    for name, positions in wanted.items():
+        if name not in parameters:
+            raise FinepointError(f"the model has no weight {name!r} to train entries of")
+        if len(positions) or name in later:
+            weight = parameters[name]
+            check_weight(name, weight)
+            first_name = names[id(weight)]
+            if first_name in found:
+                raise FinepointError(f"{name!r} is tied to {first_name!r}: give the indices of one of them")
+            kind = QuantisedSparseWeight if is_quantised(weight) else SparseWeight
+            found[first_name] = kind(first_name, model, weight, positions)
+    return found
 
 
 def check_exchangeable(optimizer: Optimizer, parameter: nn.Parameter) -> None:

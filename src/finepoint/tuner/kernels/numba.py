@@ -3,6 +3,9 @@
 An entry's gradient is a dot product over the tokens of one column of dy and one of x. Gathered loads are slow, so the
 tokens are first brought together in memory: 64 at a time, only the columns that hold an entry, into tiles that stay in
 the second cache. The tokens are shared among torch's threads, each with tiles and sums of its own.
+
+These are torch's own OpenMP threads: after an operation they spin for a while, waiting for the next, and threads of
+another pool would share the cores with the spinning ones and gain nothing.
 """
 
 import ctypes
@@ -12,15 +15,56 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, cfunc, njit
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor
-
-from finepoint.tuner.kernels.threads import in_torch_threads, next_ticket, thread_count
 
 TILE = 64  # tokens; measured among 8, 16, 32, 64 and 128. Shorter ones LLVM unrolls instead of vectorising.
 LINE = 8  # tokens of a column moved at a time, in as many rows of the operand that stay in the first cache
 SIZES, POINTERS = ctypes.c_int64 * 8, ctypes.c_void_p * 5
 SIGNATURE = numba.types.void(numba.types.CPointer(numba.types.voidptr))
+
+
+def _openmp() -> Any:
+    """GNU OpenMP's entry point as torch has loaded it; None where torch is built otherwise (macOS, Windows)."""
+    try:
+        return ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, TypeError, OSError):
+        return None
+
+
+_PARALLEL = _openmp()
+
+
+def thread_count() -> int:
+    """How many threads `in_torch_threads` can make use of."""
+    return torch.get_num_threads() if _PARALLEL else 1
+
+
+def in_torch_threads(work: Any, pointers: Any, shares: int) -> None:
+    """Calls the compiled `work(pointers)` side by side, at most so many times; `work` takes shares until none is left.
+
+    Args:
+        work: a Numba cfunc of signature void(voidptr*).
+        pointers: an array of the addresses that it takes; what they point to must be alive.
+    """
+    if shares == 1:
+        work.ctypes(pointers)
+    else:
+        _PARALLEL(ctypes.c_void_p(work.address), pointers, ctypes.c_uint(shares), ctypes.c_uint(0))
+
+
+@intrinsic
+def next_ticket(typing: Any, counter: Any) -> Any:
+    """Adds one to the first of an int64 array and returns what it was; each call gets a number of its own."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = cgutils.create_struct_proxy(counter)(context, builder, value=arguments[0])
+        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return numba.types.int64(counter), code
 
 
 def by_tiles(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
