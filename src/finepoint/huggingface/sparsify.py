@@ -73,8 +73,8 @@ def sparsify(
         indices: entries to train, by weight name (a selection, an adapter), instead of choosing by a rule.
         whole: names of weights to train and store whole. Where not given, those of a head that puts out something else
             than words (a classifier's `score.weight`), which no checkpoint of the base holds; `()` for none.
-        scoring_examples: how many examples gradients are taken over; a share where below 1. Ready batches are all used.
-        batch_size: examples a scoring batch.
+        scoring_examples, batch_size: how many examples gradients are taken over, a share where below 1, and how many at
+            a time. Ready batches are all used.
         refreshable: entries of any target weight may be chosen later, by `tuner_of(model).choose_`. A stock trainer's
             checkpoint can be resumed only as long as the entries are those of the beginning.
         audit: try on the model that every chosen entry gets the gradient of its own loss: on the first batch of `data`,
@@ -88,13 +88,9 @@ def sparsify(
     Raises:
         FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
     """
-    if hasattr(model, CONTAINER):
-        raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
-    whole = [name for name in head_of(model) if name not in (indices or {})] if whole is None else whole
+    whole, info, batches = _whole(model, whole, indices), _origin(model, data), []
     from_bitsandbytes_(model)
-    info = _origin(model, data)
     entire = {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
-    batches: list[Batch] = []
     refuse_excluded(indices or {}, exclude, model)
     if indices is None:
         if rule_named(rule).needs_data:
@@ -112,7 +108,7 @@ def sparsify(
         model, chosen, target_weights(model, targets) if refreshable else (), audit=audit and not batches
     )
     _audit_(tuner, batches[:1] if audit else [])
-    attach(model, Session(tuner, info, tuple(whole), _seen(data)))
+    attach(model, Session(tuner, info, whole, _seen(data)))
     return model
 
 
@@ -221,6 +217,17 @@ def _audit_(tuner: SparseTuner, batches: Sequence[Batch]) -> None:
         tuner.audit_(lambda inputs=inputs: outcome(tuner.model(**inputs)))  # type: ignore[misc]
         tuner.audit_later()
         tuner.check_steps()
+
+
+def _whole(model: nn.Module, whole: Sequence[str] | None, indices: Mapping[str, Tensor] | None) -> tuple[str, ...]:
+    """The weights to train whole: those named, or else those of a head that no checkpoint of the base holds.
+
+    Raises:
+        FinepointError: the model is in training already.
+    """
+    if hasattr(model, CONTAINER):
+        raise FinepointError("the model is being trained already; finepoint.unload(model) ends that")
+    return tuple(whole if whole is not None else (name for name in head_of(model) if name not in (indices or {})))
 
 
 def _seen(data: Any) -> Seen | None:
