@@ -39,7 +39,7 @@ else:
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 WIDEST = [torch.float64] if DEVICE == "cuda" else []  # the made-up device has none, as Apple's has not
 BATCHES = random_batches(3)
-RULES = ("gallop", "saft", "magnitude-low", "wanda", "random", "fisher", "gps", "neuroada", "lift", "movement")
+RULES = ("gallop", "saft", "magnitude-low", "wanda", "random", "fisher", "gps", "neuroada", "lift", "movement", "gain")
 STRUCTURES = ("entry", "row", "column", "block:4x4", "block:16x16")
 
 
@@ -183,7 +183,9 @@ def test_an_adapter_made_on_one_device_is_used_on_the_other(dtype, there, tmp_pa
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_choose_on_the_device_what_they_choose_on_the_cpu(rule):
     def chosen(model, batches):
-        found = finepoint.select(model, batches=None if rule == "random" else batches, rule=rule, density=0.05)
+        found = finepoint.select(
+            model, batches=None if rule == "random" else batches, rule=rule, density=0.05, kept=batches
+        )
         return {(name, int(place)) for name, places in found.items() for place in places}
 
     here, there = chosen(tiny_llama(), BATCHES), chosen(moved(tiny_llama()), moved(BATCHES))

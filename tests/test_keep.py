@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 
 import finepoint
-from conftest import interrupted_at, tiny_llama, write_lines
+from conftest import interrupted_at, random_batches, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli import main
 from finepoint.errors import FinepointError
-from finepoint.training.keep import drawing, fisher_at
+from finepoint.selection.passes import drawing, drawn
+from finepoint.selection.rules import RULES
+from finepoint.training.keep import fisher_at
 from finepoint.training.run import train
 from finepoint.training.settings import TrainConfig
 from finepoint.tuner.anchor import Anchor
@@ -94,6 +97,71 @@ def test_training_is_that_of_whole_weights_with_the_penalty(batches):
             torch.testing.assert_close(weights[name], dense.get_parameter(name), rtol=1e-9, atol=1e-12)
 
 
+def test_rules_are_given_the_information_of_whole_weights(batches, monkeypatch):
+    model = tiny_llama(torch.float64).eval()
+    dense = dense_fisher(tiny_llama(torch.float64).eval(), batches, 5)
+    seen = {}
+
+    def look(weight, kept_squared_gradient, kept_mean, kept_input_norm):
+        seen[weight.shape, float(weight.detach().sum())] = kept_squared_gradient, kept_mean, kept_input_norm
+        return kept_squared_gradient
+
+    monkeypatch.setitem(RULES, "look", finepoint.register("look", look))
+    for memory in (1.0, 1e-6):
+        finepoint.select(model, rule="look", density=0.1, kept=batches, seed=5, scoring_memory=memory)
+        weights = finepoint.target_weights(model)
+        entries = sum(weight.numel() for weight in weights.values())
+        mean = sum(dense[name].sum() for name in weights) / entries
+        assert len(seen) == len(weights)
+        for name, weight in weights.items():
+            found, average, norm = seen[weight.shape, float(weight.detach().sum())]
+            torch.testing.assert_close(found, dense[name], rtol=1e-5, atol=1e-12)
+            torch.testing.assert_close(average, mean, rtol=1e-5, atol=0.0)
+            assert norm.shape == (1, weight.shape[1])
+
+
+def test_the_labels_of_what_is_kept_do_not_matter_and_the_seed_does(batches):
+    model = tiny_llama(torch.float64).eval()
+    others = [dict(batch, labels=batch["labels"].where(batch["labels"] == -100, 7)) for batch in batches]
+    told, same, redrawn = (drawn(model, given, seed) for given, seed in ((batches, 1), (others, 1), (batches, 2)))
+    for first, second, third in zip(told, same, redrawn, strict=True):
+        assert torch.equal(first["labels"], second["labels"])
+        assert not torch.equal(first["labels"], third["labels"])
+        assert torch.equal(first["labels"] == -100, third["labels"] == -100)
+
+
+def test_labels_of_encoder_decoders_are_drawn_position_by_position():
+    config = transformers.T5Config(vocab_size=64, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8,
+                                   decoder_start_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    batch = {"input_ids": torch.arange(3, 9)[None], "labels": torch.tensor([[5, 6, -100, 7]])}
+    (found,) = drawn(model, [batch], 3)
+    logits = model(**batch).logits[0][[0, 1, 3]]
+    assert torch.equal(found["labels"][0, [0, 1, 3]], drawing(torch.Generator().manual_seed(3))(logits))
+    assert found["labels"][0, 2] == -100
+
+
+def test_a_rule_may_weigh_what_is_learned_against_what_is_kept(batches):
+    """Entries of gain: what the formula says, and others than those of the gradient alone."""
+    model = tiny_llama(torch.float64).eval()
+    learned = random_batches(2)
+
+    def chosen(rule, **given):
+        found = finepoint.select(model, learned, rule=rule, density=0.05, **given)
+        return {(name, int(place)) for name, places in found.items() for place in places}
+
+    gain = chosen("gain", kept=batches)
+    assert gain == chosen("g**2 / (k + 0.1 * k_mean)", kept=batches)
+    assert gain != chosen("gain", kept=batches, rule_options={"floor": 1e9})
+    assert chosen("gradient") == chosen("gain", kept=batches, rule_options={"floor": 1e9})  # F counts for nothing
+    assert chosen("abs(w) * k_x", kept=batches) != chosen("abs(w) * x", kept=batches)
+    with pytest.raises(FinepointError, match="what is to be kept; give text of it by --protect"):
+        chosen("gain")
+    with pytest.raises(FinepointError, match="needs data"):
+        finepoint.select(model, rule="gain", density=0.05, kept=batches)
+
+
 @pytest.fixture
 def config(model_folder, choice_file, tmp_path):
     text = write_lines(tmp_path / "text.jsonl", [{"text": "hello you " * 3}, {"text": "abc abc"}])
@@ -146,6 +214,19 @@ def test_what_cannot_be_protected_is_refused(config, tmp_path):
     ):
         with pytest.raises(FinepointError, match=message):
             train(replace(config, overwrite=True, **changes))
+
+
+def test_entries_are_chosen_and_held_back_by_the_same_text(config, tmp_path, capsys):
+    words = ["train", "--model", config.model, "--data", config.data, "--density", "0.2", "--steps", "2", "--rule",
+             "gain", "--protect", config.protect, "--json"]  # fmt: skip
+    assert main([*words, "--output", str(tmp_path / "gain")]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["protect"] == config.protect
+    chosen = ["select", *words[1:6], "--density", "0.2", "--protect", config.protect, "--output", str(tmp_path / "s")]
+    assert main([*chosen, "--rule", "gain"]) == 0
+    one, other = SparseAdapter.load(tmp_path / "gain"), SparseAdapter.load(tmp_path / "s")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert main([*chosen, "--overwrite"]) == 2
+    assert "rule 'random' looks at no text that is to be kept; leave out --protect" in capsys.readouterr().err
 
 
 def test_from_the_command_line(config, capsys):

@@ -1,14 +1,14 @@
 import pytest
 import torch
+from finepoint.tuner.kernels.compiled import numba_kernels, or_plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finepoint.adapters.entries import moved
 from finepoint.tuner import kernels
 from finepoint.tuner import kernels as following
-from finepoint.tuner.kernels import plain, sampled_gradient
 from finepoint.tuner.kernels import numba as compiled
-from finepoint.tuner.kernels.compiled import numba_kernels, or_plain
+from finepoint.tuner.kernels import plain, sampled_gradient
 from finepoint.tuner.kernels.numba import by_tiles
 
 KERNELS = {kernel.__name__: kernel for kernel in (plain.by_gather, plain.by_blocks, plain.by_product, by_tiles)}

@@ -49,7 +49,9 @@ def all_scores(model, rule, batches, seed=0, memory=1.0, **options):
     rule = rule_named(rule)
     return {
         name: score(rule, name, weights[name], statistics, seed, options)
-        for name, statistics in stream_statistics(model, weights, batches, rule.needs, memory, rule.options | options)
+        for name, statistics in stream_statistics(
+            model, weights, batches, rule.needs, memory, rule.options | options, batches
+        )
     }
 
 
@@ -57,6 +59,10 @@ def dense_formula(rule, model, batches):
     """Each rule once more, from dense gradients in the model's precision."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     mean, squared = mean_gradient(model, batches), mean_squared_gradient(model, batches)
+    labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    examples = sum(len(batch["labels"]) for batch in batches)
+    information = {name: found * examples / labels for name, found in squared.items()}  # of a token
+    average = sum(found.sum() for found in information.values()) / sum(map(torch.numel, information.values()))
     formulas = {
         "gradient": lambda n: mean[n].abs(),
         "gallop": lambda n: mean[n].abs() / (weights[n].abs() + 1e-8),
@@ -64,6 +70,7 @@ def dense_formula(rule, model, batches):
         "magnitude-high": lambda n: weights[n].abs(),
         "snip": lambda n: (weights[n] * mean[n]).abs(),
         "fisher": lambda n: squared[n],
+        "gain": lambda n: mean[n] ** 2 / (information[n] + 0.1 * average),
         "lift": lambda n: weights[n].abs(),  # no matrix here has a rank above the rule's
         "neuroada": lambda n: places(weights[n].abs()),
         "gps": lambda n: places(mean[n].abs()),
@@ -196,7 +203,7 @@ def test_scoring_leaves_the_model_exactly_as_found(rule):
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
 
-    finepoint.select(model, batches, rule=rule, density=0.1, targets=targets_in(model, rule))
+    finepoint.select(model, batches, rule=rule, density=0.1, targets=targets_in(model, rule), kept=batches)
 
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert flags == [parameter.requires_grad for parameter in model.parameters()]

@@ -1,7 +1,9 @@
 """Rules written as formulas: `abs(g) / (abs(w) + 1e-6)`, parsed into tensor operations, never evaluated as Python.
 
 Names: `w` the weight, `g` the mean gradient, `f` the mean squared per-example gradient (all wide, of the weight's
-shape), `x` the norms of its inputs (which broadcast against it); any other name is an option of the rule, so that a
+shape), `x` the norms of its inputs (which broadcast against it);
+`k`, `k_mean` and `k_x` the Fisher information of text that is to be kept, its mean over all target weights, and the
+norms of the inputs under that text; any other name is an option of the rule, so that a
 study can sweep `abs(g)**a / abs(w)**b`.
 """
 
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from finepoint.errors import FinepointError
 
-TENSORS = {"w": "weight", "g": "gradient", "f": "squared_gradient", "x": "input_norm"}
+TENSORS = {"w": "weight", "g": "gradient", "f": "squared_gradient", "x": "input_norm",
+           "k": "kept_squared_gradient", "k_mean": "kept_mean", "k_x": "kept_input_norm"}  # fmt: skip
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": torch.abs, "sqrt": torch.sqrt, "log": torch.log, "exp": torch.exp, "sign": torch.sign,
     "min": torch.minimum, "max": torch.maximum,
@@ -52,8 +55,8 @@ def expression(text: str) -> Callable[..., Tensor]:
     names = list(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)))
     names = [name for name in names if name not in FUNCTIONS]
     tensors = [name for name in names if name in TENSORS]
-    if not tensors:
-        raise FinepointError(f"rule {text!r} looks at no weight; give a formula of w, g, f or x")
+    if not any(name != "k_mean" for name in tensors):
+        raise FinepointError(f"rule {text!r} looks at no weight; give a formula of w, g, f, x or k")
 
     def score(**given: Any) -> Tensor:
         values = {name: given[TENSORS.get(name, name)] for name in names}
@@ -84,7 +87,7 @@ def _check(node: ast.expr) -> None:
                 raise ValueError(f"{name} takes {TAKES[name]} values, got {len(arguments)}")
             parts = arguments
         case _:
-            raise ValueError(f"{ast.unparse(node)!r} is not understood; formulas are made of w, g, f, x, numbers, "
+            raise ValueError(f"{ast.unparse(node)!r} is not understood; formulas are made of w, g, f, x, k, numbers, "
                              f"options, + - * / **, and {', '.join(FUNCTIONS)}")  # fmt: skip
     for part in parts:
         _check(part)

@@ -1,6 +1,6 @@
-"""Passes over the scoring examples: what a batch is, its loss and what this is a mean over, its single examples."""
+"""Passes over examples: what a batch is, its loss and what this is a mean over, its single examples, drawn labels."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,8 +13,8 @@ from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating, undisturbed
 from finepoint.runtime import distributed
 
-__all__ = ["Batch", "counts_every_label", "evaluating", "label_count", "loss_of", "on_device", "row_count", "split",
-           "undisturbed"]  # fmt: skip
+__all__ = ["Batch", "counts_every_label", "drawing", "drawn", "evaluating", "label_count", "loss_of", "on_device",
+           "row_count", "split", "undisturbed"]  # fmt: skip
 
 Batch = Mapping[str, Any]
 """What a model's forward takes and returns a loss for: `labels` among it (ignored positions are labelled -100), or
@@ -122,6 +122,47 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         raise FinepointError(f"the model returns no loss for a scoring batch of {held}; add labels, or what else makes "
                              "it return one (return_loss=True, start_positions and end_positions)")  # fmt: skip
     return loss.reshape(())
+
+
+DRAWN = 256  # positions whose probabilities are held
+
+
+@torch.no_grad()
+def drawn(model: nn.Module, batches: Sequence[Batch], seed: int) -> list[dict[str, Any]]:
+    """The examples of these batches, one by one, with labels that the model itself would give, wherever they had one.
+
+    Raises:
+        FinepointError: a batch without labels of tokens, or a model whose logits are not those of its labels.
+    """
+    draw, every, found = drawing(torch.Generator().manual_seed(seed)), counts_every_label(model, batches), []
+    with evaluating(model):
+        for example in (example for batch in batches for example in split(batch)):
+            if not _has_token_labels(example):
+                raise FinepointError("what a model writes next is to be kept, and this batch has no labels of tokens")
+            inputs = on_device(example, next(model.parameters()).device)
+            labels = example["labels"][:, 0 if every else 1 :].clone()
+            # Encoder-decoders make from the labels what they read; of all others the logits know nothing of them.
+            given = inputs if every else {key: value for key, value in inputs.items() if key != "labels"}
+            logits = model(**given).logits[:, -example["labels"].shape[1] :][:, : labels.shape[1]]
+            wanted = labels != -100
+            parts = logits[wanted.to(logits.device)].split(DRAWN)
+            labels[wanted] = torch.cat([draw(part).cpu() for part in parts]).to(labels.device)
+            found.append({**example, "labels": torch.cat([example["labels"][:, : 0 if every else 1], labels], 1)})
+    return found
+
+
+def drawing(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Draws labels, (n,) int64, from logits, (n, vocabulary), by the inverse of the distribution function.
+
+    The numbers are drawn on the CPU, so that they are the same on every device.
+    """
+
+    def draw(logits: Tensor) -> Tensor:
+        reached = torch.softmax(logits.float(), -1).cumsum(-1)
+        chance = torch.rand(len(logits), 1, generator=generator).to(reached.device)
+        return torch.searchsorted(reached, chance * reached[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
+
+    return draw
 
 
 def row_count(batch: Batch) -> int:

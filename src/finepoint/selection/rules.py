@@ -9,6 +9,9 @@ A rule is one function. Its parameters say what it needs, and it is given just t
                       scoring examples (`input_norms.py`), (1, in) for a linear layer; other weights are refused
     movement          the weight's shape: the sum over a short training of -w g (`warmup.py`; options `steps`, `lr`)
     change            the weight's shape: what a short training adds to the weight (the same)
+    kept_squared_gradient  the weight's shape: the Fisher information, a token, of text that is to be kept
+    kept_mean         a scalar: its mean over all target weights
+    kept_input_norm   as `input_norm`, over the text that is to be kept
     generator         a `torch.Generator` that depends on the seed and on the weight's name alone
 
 All these are float32 (float64 over float64 weights). Every further parameter is an option with a default
@@ -31,8 +34,11 @@ from finepoint.selection.formula import expression, is_expression
 from finepoint.selection.plugins import function_of, offered, package_of
 
 OURS = "finepoint"
-STATISTICS = ("gradient", "squared_gradient", "input_norm", "movement", "change")
+FROM_DATA = ("gradient", "squared_gradient", "input_norm", "movement", "change")
 """What is made of the scoring examples."""
+FROM_KEPT = ("kept_squared_gradient", "kept_mean", "kept_input_norm")
+"""What is made of the text that is to be kept."""
+STATISTICS = (*FROM_DATA, *FROM_KEPT)
 NEEDS = ("weight", *STATISTICS, "generator")
 
 
@@ -60,7 +66,12 @@ class Rule:
 
     @property
     def needs_data(self) -> bool:
-        return any(need in STATISTICS for need in self.needs)
+        return any(need in FROM_DATA for need in self.needs)
+
+    @property
+    def needs_kept(self) -> bool:
+        """Whether it looks at text that is to be kept."""
+        return any(need in FROM_KEPT for need in self.needs)
 
 
 RULES: dict[str, Rule] = {}
@@ -150,6 +161,9 @@ def _rule(name: str, formula: str, source: str) -> Callable[[Callable[..., Tenso
     return add
 
 
+TINIEST = 1e-30  # below any Fisher information that says something; a divisor that is not 0
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 where it is float64: the dtype every score is computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -211,6 +225,15 @@ def gps(gradient: Tensor) -> Tensor:
 @_rule("wanda", "|w| * norm of its input over the tokens of the scoring examples", "Wanda, arXiv:2306.11695")
 def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
     return wide(weight).abs() * input_norm
+
+
+@_rule(
+    "gain",
+    "(mean g)^2 / (F + floor * mean F), F the Fisher information of text to keep (--protect)",
+    "EWC's, arXiv:1612.00796, as a price",
+)
+def gain(gradient: Tensor, kept_squared_gradient: Tensor, kept_mean: Tensor, floor: float = 0.1) -> Tensor:
+    return gradient.square() / (kept_squared_gradient + (floor * kept_mean).clamp(min=TINIEST))
 
 
 @_rule("movement", "-sum of w g over a warm-up of `steps` steps of AdamW at `lr`", "movement pruning, arXiv:2005.07683")

@@ -15,12 +15,12 @@ from finepoint.models.offloaded import in_memory
 from finepoint.models.quantised import float_values
 from finepoint.runtime import distributed
 from finepoint.runtime.settings import fits, spelled
-from finepoint.selection.passes import Batch
+from finepoint.selection.passes import Batch, drawn
 from finepoint.selection.reach import is_text, reached_by_text
 from finepoint.selection.rules import OURS, STATISTICS, Rule, rule_named
 from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.selection.statistics import Statistics, seeded_generator, stream_statistics
-from finepoint.selection.structure import Pooling, tilings
+from finepoint.selection.structure import Pooling, Tiling, tilings
 from finepoint.selection.summary import Summary
 from finepoint.selection.targets import Targets, match, target_weights
 
@@ -90,6 +90,7 @@ def select(
     plan: Sequence[Budget] | None = None,
     stream: Callable[..., Iterator[tuple[str, Statistics]]] = stream_statistics,
     text: bool = False,
+    kept: Iterable[Batch] = (),
 ) -> Selection:
     """Chooses the entries to train; the model is left exactly as found.
 
@@ -117,6 +118,8 @@ def select(
         pooling: `mean`, which puts groups of different sizes on one scale, or `sum`.
         plan: how many out of which target weights, each weight once, instead of density, count and scope.
         stream: where statistics come from; another one with `stream_statistics`' parameters may have kept them.
+        kept: text that is to be kept, with labels where the model is to go on predicting as it does, for rules that
+            look at it (`gain`). Which labels does not matter: they are drawn from the model.
         text: it will be trained on text alone, as such batches say too: weights that text never reaches are left out.
 
     Raises:
@@ -126,6 +129,7 @@ def select(
     _check_words(scope=scope, pooling=pooling, threshold=threshold)
     chosen_rule = rule_named(rule)
     options, batches = checked_options(chosen_rule, rule_options or {}), list(batches or ())
+    kept = drawn(model, list(kept), seed) if chosen_rule.needs_kept else []
     weights, plan = _taking_part(model, targets, plan, text or is_text(batches))
     cut = tilings(model, weights, structure)
     taken = {name: cut[name].tiles(out) for name, out in _union(exclude, model, weights).items()}
@@ -135,22 +139,38 @@ def select(
 
     def scores() -> Iterator[Scored]:
         settings = chosen_rule.options | options
-        for name, statistics in stream(model, weights, batches, chosen_rule.needs, scoring_memory, settings):
-            weight = distributed.whole(weights[name])  # of a sharded model one weight at a time is put together
-            values = score(chosen_rule, name, weight, statistics, seed, options)
-            gradient = None if statistics.gradient is None else statistics.gradient.abs()
-            summary.see(name, weight, gradient)
-            # A mean of many draws is near the middle, which would leave random's choice to the smallest groups.
-            values = cut[name].pooled(values, "first" if chosen_rule.name == "random" else pooling)
-            if name in taken:  # on a copy: a rule may have returned the weight itself
-                values = values.index_fill(0, taken[name].to(values.device), -torch.inf)
-            yield name, values, gradient if cut[name].is_entries else None
+        for name, found in stream(model, weights, batches, chosen_rule.needs, scoring_memory, settings, kept):
+            yield _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
 
     tiles, gradients = (sampled if threshold == "sampled" else exact)(scores, plan, sizes, seed)
     indices = {name: cut[name].indices(tiles[name]) for name in weights if len(tiles.get(name, ()))}
     if not indices:
         raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
     return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan, structure))
+
+
+def _scored(
+    rule: Rule,
+    name: str,
+    weight: nn.Parameter,
+    statistics: Statistics,
+    seed: int,
+    options: Mapping[str, float],
+    cut: Tiling,
+    pooling: Pooling,
+    taken: Mapping[str, Tensor],
+    summary: Summary,
+) -> Scored:
+    """What a weight offers; -inf for what may not be chosen."""
+    weight = distributed.whole(weight)  # of a sharded model one weight at a time is put together
+    values = score(rule, name, weight, statistics, seed, options)
+    gradient = None if statistics.gradient is None else statistics.gradient.abs()
+    summary.see(name, weight, gradient)
+    # A mean of many draws is near the middle, which would leave random's choice to the smallest groups.
+    values = cut.pooled(values, "first" if rule.name == "random" else pooling)
+    if name in taken:  # on a copy: a rule may have returned the weight itself
+        values = values.index_fill(0, taken[name].to(values.device), -torch.inf)
+    return name, values, gradient if cut.is_entries else None
 
 
 def _taking_part(

@@ -56,6 +56,13 @@ class SelectConfig(Choice):
     output: str = setting("folder to write", section="files", file=True)
     data: str | None = setting(
         "training examples, a JSON Lines file; some rules need none", None, "statistics", "files", file=True)
+    protect: str | None = setting(
+        "text whose predictions are to be kept, a JSON Lines file: rules may look at it (gain), and training holds "
+        "back entries that matter to it (EWC)",
+        None, "statistics", "what is kept", file=True)
+    protect_examples: int = setting(
+        "at most so many of these texts, always the same, up to 256 tokens of each",
+        64, "statistics", "what is kept", least=1)
     max_length: int | None = setting(
         "longest example in tokens; the model's context where not given", None, "statistics", "training", least=1)
     batch_size: int = setting("examples a batch", 16, "statistics", "training", least=1)

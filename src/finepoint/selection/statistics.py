@@ -16,7 +16,7 @@ from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
 from finepoint.selection.input_norms import input_norms
 from finepoint.selection.passes import Batch, counts_every_label, label_count, loss_of, on_device, split, undisturbed
-from finepoint.selection.rules import wide
+from finepoint.selection.rules import FROM_DATA, FROM_KEPT, STATISTICS, wide
 from finepoint.selection.warmup import warmed_up
 
 
@@ -29,6 +29,9 @@ class Statistics:
     input_norm: Tensor | None = None
     movement: Tensor | None = None
     change: Tensor | None = None
+    kept_squared_gradient: Tensor | None = None
+    kept_mean: Tensor | None = None
+    kept_input_norm: Tensor | None = None
 
 
 def stream_statistics(
@@ -38,6 +41,7 @@ def stream_statistics(
     needs: Iterable[str],
     memory: float = 1.0,
     options: Mapping[str, float] | None = None,
+    kept: Sequence[Batch] = (),
 ) -> Iterator[tuple[str, Statistics]]:
     """Yields every weight's statistics once, in order, holding those of at most `memory` x all entries at a time.
 
@@ -52,6 +56,8 @@ def stream_statistics(
 
     Args:
         options: the rule's; `steps` and `lr` are those of this training.
+        kept: text that is to be kept; where its labels are drawn from the model (`drawn`), squares of its gradients are
+            the Fisher information.
 
     Raises:
         FinepointError: data is needed and there is no batch, no label, or a loss that is not finite; or a weight has
@@ -60,10 +66,13 @@ def stream_statistics(
     needs = set(needs)
     wanted: list[str] = [need for need in ("gradient", "squared_gradient") if need in needs]
     warm = [need for need in ("movement", "change") if need in needs]
-    if not (wanted or warm or "input_norm" in needs):
+    made = needs & set(STATISTICS)
+    if not made:
         yield from ((name, Statistics()) for name in weights)
         return
-    if not batches:
+    if made & set(FROM_KEPT) and not kept:
+        raise FinepointError("this rule looks at what is to be kept; give text of it by --protect (in Python: kept)")
+    if made & set(FROM_DATA) and not batches:
         raise FinepointError("this rule scores by examples and needs data; give --data (in Python: batches)")
     if wanted or warm:
         every = counts_every_label(model, batches)
@@ -71,16 +80,54 @@ def stream_statistics(
         distributed.check_alike("a label of the scoring examples", told)
     with ExitStack() as stack:
         norms = input_norms(model, weights, batches) if "input_norm" in needs else {}
+        kept_norms = input_norms(model, weights, kept) if "kept_input_norm" in needs else {}
         moved: Any = stack.enter_context(warmed_up(model, weights, batches, warm, options or {})) if warm else {}
-        for chunk in _chunks(weights, memory):
+        chunks = list(_chunks(weights, memory))
+        mean = _kept_mean(model, weights, memory, kept) if "kept_mean" in needs and len(chunks) > 1 else None
+        for chunk in chunks:
             sums = {need: {name: zeros(w) for name, w in chunk.items()} for need in wanted}
             if wanted:
                 with as_floats(model, chunk) as plain, undisturbed(model):
                     _accumulate_(sums, model, plain, batches)
+            if {"kept_squared_gradient", "kept_mean"} & needs:
+                sums["kept_squared_gradient"] = _information(model, chunk, kept)
+                if "kept_mean" in needs and mean is None:
+                    mean = _mean(sums["kept_squared_gradient"])
             for name in chunk:
-                found = {need: distributed.whole(sums[need].pop(name)) for need in wanted}
+                found = {need: distributed.whole(parts.pop(name)) for need, parts in sums.items()}
                 found |= moved[name] if warm else {}
-                yield name, Statistics(**found, input_norm=norms.pop(name, None))
+                norm, kept_norm = norms.pop(name, None), kept_norms.pop(name, None)
+                yield name, Statistics(**found, input_norm=norm, kept_mean=mean, kept_input_norm=kept_norm)
+
+
+def _information(model: nn.Module, weights: Mapping[str, nn.Parameter], kept: Sequence[Batch]) -> dict[str, Tensor]:
+    """The mean squared gradient of a token: of one example's summed loss, squared, over all labels there are.
+
+    Where labels are drawn from the model, gradients of different tokens are independent with mean 0, and the square of
+    a sum has the sum of the squares as its expectation.
+    """
+    sums = {name: zeros(weight) for name, weight in weights.items()}
+    examples = [example for batch in kept for example in split(batch)]
+    with as_floats(model, weights) as plain, undisturbed(model):
+        _accumulate_({"squared_gradient": sums}, model, plain, examples)
+    every = counts_every_label(model, kept)
+    for part in sums.values():
+        part.mul_(len(examples) / sum(label_count(example, every) for example in examples))
+    return sums
+
+
+def _kept_mean(model: nn.Module, weights: Mapping[str, nn.Parameter], memory: float, kept: Sequence[Batch]) -> Tensor:
+    """The mean Fisher information of all weights, where not all of it is held at a time: a pass of its own."""
+    parts = (_information(model, chunk, kept) for chunk in _chunks(weights, memory))
+    return _mean({name: part.sum()[None] for found in parts for name, part in found.items()}, weights)
+
+
+def _mean(parts: Mapping[str, Tensor], of: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The mean over all entries of these tensors, or of those that they are sums `of`: (), float32 or float64."""
+    total = sum(float(distributed.whole(part.sum())) for part in parts.values())
+    first = next(iter(parts.values()))
+    mean = total / sum(part.numel() for part in (of or parts).values())
+    return torch.tensor(mean, dtype=first.dtype, device=first.device)
 
 
 def zeros(weight: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from finepoint.adapters.scaling import scale_by_depth, wise_ft
 from finepoint.data.batches import Collator
 from finepoint.data.examples import as_examples
 from finepoint.errors import FinepointError
+from finepoint.training.context import rows_to_keep
 from finepoint.training.divergence import BasePredictions
-from finepoint.training.keep import rows_to_keep
 
 logger = logging.getLogger(__name__)
 By = Literal["wise-ft", "depth"]

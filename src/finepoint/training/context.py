@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.fingerprint import contents_of, fingerprint
 from finepoint.data.batches import Collator, Packer, context_length
-from finepoint.data.examples import Example, label_names, read_examples, refuse_other_task, some
+from finepoint.data.examples import Example, Labelled, label_names, read_examples, refuse_other_task, some
 from finepoint.data.leaks import Seen
 from finepoint.data.tokens import Row, encode_all, learned, padding_id
 from finepoint.errors import FinepointError
@@ -30,6 +30,8 @@ from finepoint.selection.settings import SelectConfig
 from finepoint.selection.statistics import stream_statistics
 from finepoint.training.settings import TrainConfig
 
+KEPT = 256  # tokens of an example: what is kept is how text goes on, not how far
+CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
 ALONE = "a quantised base trains in one process"
 
 
@@ -133,6 +135,7 @@ def select_for(
         if not place.rows:
             raise FinepointError(f"rule {rule.name!r} scores by examples and needs some; give --data FILE.jsonl")
         batches = batches_of(config, place, scoring_rows(place.rows, config.scoring_examples, config.seed))
+    kept = batches_of(config, place, kept_rows(config, place)) if rule.needs_kept else []
     # What is trained whole, a new classification head, takes no part.
     head = new_head(place.model) if place.labels else []
     whole = {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
@@ -154,7 +157,39 @@ def select_for(
         plan=plan,
         stream=stream,
         text=True,
+        kept=kept,
     )
+
+
+def kept_rows(config: SelectConfig, place: TrainingContext) -> list[Row]:
+    """The examples of `--protect` in tokens, so many of them and always the same; none where it is not given.
+
+    Raises:
+        FinepointError: they have classes, or the model is a classifier, or nothing in them has a label.
+    """
+    if config.protect is None:
+        return []
+    examples = some(read_examples(config.protect), config.protect_examples)
+    if place.labels:
+        raise FinepointError(CLASSIFIERS)
+    return rows_to_keep(examples, place.model, place.tokenizer, config.protect, config.max_length)
+
+
+def rows_to_keep(
+    examples: Sequence[Example], model: Any, tokenizer: Any, source: str, max_length: int | None = None
+) -> list[Row]:
+    """Examples whose predictions are to be kept in tokens, at most `KEPT` of each.
+
+    Raises:
+        FinepointError: they have classes, or nothing in them has a label.
+    """
+    if isinstance(examples[0], Labelled):
+        raise FinepointError(CLASSIFIERS)
+    limit = min(KEPT, context_length(model, max_length))
+    rows = encode_all(tokenizer, examples, limit, what="protected example", model=model)
+    if not (found := [row for row in rows if learned(row) > 0]):
+        raise FinepointError(f"{source} has no token to keep the prediction of")
+    return found
 
 
 def excluded(folder: str, model: Any) -> SparseAdapter:

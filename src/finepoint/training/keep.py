@@ -6,18 +6,15 @@ costs 4 bytes an entry here, and nothing in a step.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finepoint.data.batches import Row, context_length, encode_all, learned
-from finepoint.data.examples import Example, Labelled, read_examples, some
-from finepoint.errors import FinepointError
+from finepoint.data.batches import Row
 from finepoint.models.probing import evaluating
 from finepoint.runtime.progress import tracked
-from finepoint.selection.passes import on_device
+from finepoint.selection.passes import drawing, on_device
 from finepoint.training.context import TrainingContext
 from finepoint.training.loss import drawn_loss
 from finepoint.training.settings import TrainConfig
@@ -25,39 +22,6 @@ from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
-TOKENS = 256  # of an example: what is kept is how text goes on, not how far
-CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
-
-
-def kept_rows(config: TrainConfig, place: TrainingContext) -> list[Row]:
-    """The examples of `--protect` in tokens, so many of them and always the same; none where it is not given.
-
-    Raises:
-        FinepointError: they have classes, or the model is a classifier, or nothing in them has a label.
-    """
-    if config.protect is None:
-        return []
-    examples = some(read_examples(config.protect), config.protect_examples)
-    if place.labels:
-        raise FinepointError(CLASSIFIERS)
-    return rows_to_keep(examples, place.model, place.tokenizer, config.protect, config.max_length)
-
-
-def rows_to_keep(
-    examples: Sequence[Example], model: Any, tokenizer: Any, source: str, max_length: int | None = None
-) -> list[Row]:
-    """Examples whose predictions are to be kept in tokens, at most `TOKENS` of each.
-
-    Raises:
-        FinepointError: they have classes, or nothing in them has a label.
-    """
-    if isinstance(examples[0], Labelled):
-        raise FinepointError(CLASSIFIERS)
-    limit = min(TOKENS, context_length(model, max_length))
-    rows = encode_all(tokenizer, examples, limit, what="protected example", model=model)
-    if not (found := [row for row in rows if learned(row) > 0]):
-        raise FinepointError(f"{source} has no token to keep the prediction of")
-    return found
 
 
 def anchor_for(config: TrainConfig, place: TrainingContext, tuner: SparseTuner, rows: list[Row]) -> Anchor:
@@ -93,17 +57,3 @@ def fisher_at(tuner: SparseTuner, model: Any, batches: list[dict[str, Any]], see
                     delta.grad = None
             tokens += count
     return {name: total / tokens for name, total in found.items()}
-
-
-def drawing(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """Draws labels, (n,) int64, from logits, (n, vocabulary), by the inverse of the distribution function.
-
-    The numbers are drawn on the CPU, so that they are the same on every device.
-    """
-
-    def draw(logits: Tensor) -> Tensor:
-        reached = torch.softmax(logits.float(), -1).cumsum(-1)
-        chance = torch.rand(len(logits), 1, generator=generator).to(reached.device)
-        return torch.searchsorted(reached, chance * reached[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
-
-    return draw

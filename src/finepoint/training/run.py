@@ -47,13 +47,14 @@ from finepoint.training.context import (
     TrainingContext,
     batches_of,
     excluded,
+    kept_rows,
     packer_for,
     prepare,
     rows_of,
     scoring_rows,
     select_for,
 )
-from finepoint.training.keep import anchor_for, kept_rows
+from finepoint.training.keep import anchor_for
 from finepoint.training.loss import completion_loss
 from finepoint.training.refresh import Refresh, refreshable
 from finepoint.training.resolve import RunSpec, Told, check_processes, resolve, steps_of
@@ -372,6 +373,10 @@ def choose(config: SelectConfig) -> Selection:
     Raises:
         FinepointError: whatever the user can mend.
     """
+    rule = rule_named(config.rule)
+    if config.protect and not rule.needs_kept:
+        raise FinepointError(f"rule {rule.name!r} looks at no text that is to be kept; leave out --protect, or give "
+                             "another rule, e.g. gain")  # fmt: skip
     distributed.join()
     with ExitStack() as claims:
         folder = distributed.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))

@@ -75,13 +75,7 @@ class TrainConfig(Training):
         None, "selection", "which entries")
     fisher_data: str | None = setting(
         "for ewc: examples of what is not to be forgotten, a JSON Lines file", None, "bits", "files", file=True)
-    protect: str | None = setting(
-        "text whose predictions are to be kept, a JSON Lines file: entries that matter to it are held back (EWC)",
-        None, "bits", "what is kept", file=True)
     protect_strength: float = setting("how strongly they are held back", 1000.0, "bits", "what is kept", least=0)
-    protect_examples: int = setting(
-        "at most so many of these texts, always the same, up to 256 tokens of each",
-        64, "bits", "what is kept", least=1)
     refresh: str | list[str] | None = setting(
         "choose anew while training: every:N [until:M], or drop-grow:FRACTION [every:N] [until:M] as SpIEL does",
         None, "bits", "which entries")
