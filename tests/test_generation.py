@@ -7,8 +7,14 @@ import torch
 from conftest import tiny_llama
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.data.batches import IGNORED, Collator, Row, encode
-from finepoint.data.examples import Choices, Completion, Text
-from finepoint.evaluation.divergence import divergences, learned_and_disturbed, mean_kl
+from finepoint.data.examples import Choices, Completion, Labelled, Text
+from finepoint.evaluation.divergence import (
+    divergences,
+    kl_of_prompts,
+    kl_of_protected,
+    learned_and_disturbed,
+    mean_kl,
+)
 from finepoint.evaluation.generation import (
     Written,
     answers_right,
@@ -282,6 +288,27 @@ def test_mean_divergence_of_texts(model, tokenizer, adapters):
     assert found["kl"] > 1e-3
     assert mean_kl(model, tokenizer, texts, nothing)["kl"] == 0
     assert torch.equal(model.get_parameter(WEIGHT), before)
+
+
+def test_divergence_on_protected_text_and_on_own_prompts(model, tokenizer, adapters):
+    nothing, adapter = adapters
+    texts = [Text("abc abd"), Text("hgfedcba, abc")]
+    found = kl_of_protected(model, tokenizer, texts, adapter)
+    rows = [encode(tokenizer, text).ids for text in texts]
+    total = 0.0
+    for row in rows:
+        base = model(torch.tensor([row])).logits[0, :-1]
+        with adapter.applied(model):
+            total += divergences(base, model(torch.tensor([row])).logits[0, :-1]).sum().item()
+    tokens = sum(len(row) - 1 for row in rows)  # after the last one nothing is learned
+    assert found == {"kl": pytest.approx(total / tokens, rel=1e-4), "texts": 2, "tokens": tokens}
+    assert kl_of_protected(model, tokenizer, texts, nothing)["kl"] == 0
+    examples = [Completion("abc ab", "d"), Completion("hgfedcba, abc", " bade")]
+    rows = [encode(tokenizer, example) for example in examples]
+    expected = learned_and_disturbed(model, Collator.of(model, tokenizer), rows, adapter)[1]
+    assert kl_of_prompts(model, tokenizer, examples, adapter) == expected
+    assert kl_of_prompts(model, tokenizer, texts, adapter) is None
+    assert kl_of_prompts(model, tokenizer, [Labelled("a", "b")], adapter) is None
 
 
 def test_collapse_as_printed_and_by_chance():

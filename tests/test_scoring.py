@@ -278,8 +278,9 @@ def test_eval_answers_by_generation_and_measures_divergence(model_folder, choice
     run = ["train", "--model", str(model_folder), "--data", choice_file, "--density", "0.05", "--steps", "2",
            "--output", str(tmp_path / "a")]  # fmt: skip
     assert main(run) == 0
-    sets = ["--id", f"t={choice_file}", "--probe", f"p={text}", "--generate", "3", "--limit", "8"]
+    sets = ["--id", f"t={choice_file}", "--probe", f"p={text}", "--protect", str(text), "--generate", "3",
+            "--limit", "8"]  # fmt: skip
     assert main(["eval", "--model", str(model_folder), "--adapter", str(tmp_path / "a"), *sets]) == 0
     shown = capsys.readouterr().out
-    assert "KL to the base" in shown
+    assert all(measure in shown for measure in ("KL to the base ", "KL to the base, prompts", "protected"))
     assert "generated: format failures" in shown

@@ -6,6 +6,7 @@ from finepoint.cli.output import print_json, print_table, signed
 from finepoint.evaluation.settings import EvalConfig
 
 CONFIG = EvalConfig
+KL = "KL to the base"
 
 
 def run(config: EvalConfig) -> None:
@@ -41,6 +42,9 @@ def print_scores(found: dict[str, Any]) -> None:
             for adapter in found["adapters"].values():
                 row += [f"{adapter['tasks'][task][metric]:.3f} ({signed(adapter['tasks_change'][task][metric])})"]
             rows.append(row)
+    if any("protected" in adapter for adapter in found["adapters"].values()):
+        kept = [adapter["protected"] for adapter in found["adapters"].values()]
+        rows.append(["protected", KL, kept[0]["tokens"], "-", *(f"{scores['kl']:.4f}" for scores in kept)])
     print_table(["set", "measure", "n", "base", *found["adapters"]], rows)
 
 
@@ -48,8 +52,9 @@ def more_rows(title: str, kind: str, name: str, found: dict[str, Any]) -> list[l
     """What else is known of a set: KL to the base of a probe, answers by generation."""
     adapters = [adapter[kind][name] for adapter in found["adapters"].values()]
     rows: list[list[Any]] = []
-    if kind == "probe" and adapters:
-        rows.append([title, "KL to the base", "", "-", *(f"{scores['kl']:.4f}" for scores in adapters)])
+    for key, measure in (("kl", KL), ("kl_prompts", f"{KL}, prompts")):
+        if any(key in scores for scores in adapters):
+            rows.append([title, measure, "", "-", *(f"{scores[key]:.4f}" for scores in adapters)])
     base = found["base"][kind][name].get("generated", {})
     for measure in ("accuracy", "format_failures", "empty", "memorised"):
         values = [scores.get("generated", {}).get(measure) for scores in adapters]

@@ -9,12 +9,14 @@ from torch.nn.functional import cross_entropy
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.data.batches import Collator, padded, token_labels
-from finepoint.data.examples import Example
-from finepoint.data.tokens import IGNORED, Row, encode_each, refuse_beyond
+from finepoint.data.examples import Example, Labelled, some
+from finepoint.data.tokens import IGNORED, Row, encode_each, learned, refuse_beyond
 from finepoint.selection.passes import evaluating, on_device
-from finepoint.training.divergence import TOKENS, divergences, summed
+from finepoint.training.divergence import TOKENS, BasePredictions, divergences, summed
+from finepoint.training.keep import rows_to_keep
 
-__all__ = ["divergences", "learned_and_disturbed", "mean_kl"]
+__all__ = ["divergences", "kl_of_prompts", "kl_of_protected", "learned_and_disturbed", "mean_kl"]
+PROMPTS = 64  # examples whose prompts are looked at
 
 
 @torch.no_grad()
@@ -45,6 +47,39 @@ def mean_kl(
         count += int(real.sum())
         advance(len(places))
     return {"kl": total / count, "tokens": count}
+
+
+def kl_of_protected(model: Any, tokenizer: Any, examples: Sequence[Example], adapter: SparseAdapter) -> dict[str, Any]:
+    """`kl`: KL(base || adapted) where examples whose predictions are to be kept have labels, up to 256 tokens of each;
+    and how many `texts` and `tokens` it is a mean over.
+
+    Raises:
+        FinepointError: they have classes, or nothing in them has a label.
+    """
+    rows = rows_to_keep(examples, model, tokenizer, "the protected text")
+    collator = Collator.of(model, tokenizer, [row.ids for row in rows])
+    base = BasePredictions.of(model, collator, rows, changing=adapter)
+    with adapter.applied(model):
+        return {"kl": base.kl(model), "texts": base.texts, "tokens": base.tokens}
+
+
+def kl_of_prompts(
+    model: Any, tokenizer: Any, examples: Sequence[Example], adapter: SparseAdapter, window: int = 256
+) -> float | None:
+    """KL(base || adapted) over the prompts of up to `PROMPTS` examples, the last tokens of each with its answer.
+
+    On the task's own inputs it is what predicts forgetting, after RL's Razor (arXiv:2509.04259).
+
+    Returns:
+        Nats a token; None where the examples have no prompt, or classes for answers.
+    """
+    if isinstance(examples[0], Labelled):
+        return None
+    found = encode_each(tokenizer, some(list(examples), PROMPTS))
+    rows = [Row(row.ids[-window:], row.labels[-window:]) for row in found if isinstance(row.labels, list)]
+    rows = [row for row in rows if learned(row)]
+    collator = Collator.of(model, tokenizer, [row.ids for row in rows])
+    return learned_and_disturbed(model, collator, rows, adapter)[1] if rows else None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from finepoint.data.examples import Example, Labelled, Text, read_examples, refu
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
 from finepoint.data.tokens import padding_id
 from finepoint.errors import FinepointError
-from finepoint.evaluation.divergence import mean_kl
+from finepoint.evaluation.divergence import kl_of_prompts, kl_of_protected, mean_kl
 from finepoint.evaluation.generation import frequent_answers, generated
 from finepoint.evaluation.harness import Harness
 from finepoint.evaluation.metrics import changes
@@ -24,6 +24,7 @@ from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
 from finepoint.runtime.settings import refuse_out_of_range
+from finepoint.training.keep import CLASSIFIERS
 
 logger = logging.getLogger(__name__)
 Sets = Mapping[str, Sequence[Example]]
@@ -41,6 +42,8 @@ class Evaluation:
     generate: int = 0
     """so many examples of each set are answered by generation too"""
     harness: Harness | None = None
+    protect: Sequence[Example] = ()
+    """whose predictions were to be kept"""
     trained_answers: Sequence[str] = ()
     """of the task trained on; see `frequent_answers`"""
 
@@ -78,7 +81,8 @@ class Evaluation:
     def compared(
         self, model: Any, tokenizer: Any, base: Mapping[str, Any], adapter: SparseAdapter, what: str
     ) -> dict[str, Any]:
-        """The scores with an adapter on, their changes against the base's scores, and the KL of the probes.
+        """The scores with an adapter on, their changes against the base's scores, and the KL to the base: on the
+        probes, on each set's own prompts (`kl_prompts`), on the protected text.
 
         Args:
             model: the base model; it is so again afterwards.
@@ -88,6 +92,12 @@ class Evaluation:
         for name, examples in self.probe.items():
             with progress(f"{what}: KL {name}", len(examples)) as advance:
                 scores["probe"][name]["kl"] = mean_kl(model, tokenizer, examples, adapter, advance=advance)["kl"]
+        for kind in ("id", "ood"):
+            for name, examples in getattr(self, kind).items():
+                kl = kl_of_prompts(model, tokenizer, examples, adapter)
+                scores[kind][name] |= {} if kl is None else {"kl_prompts": kl}
+        if self.protect:
+            scores["protected"] = kl_of_protected(model, tokenizer, self.protect, adapter)
         return scores | changes(base, scores)
 
 
@@ -150,8 +160,11 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     if config.output:
         claim_file(config.output, config.overwrite)
     sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
-    if not any(sets.values()) and not config.tasks:
+    protect = some(read_examples(config.protect), config.protect_examples) if config.protect else []
+    if not any(sets.values()) and not config.tasks and not protect:
         raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE, or --tasks NAME")
+    if protect and not config.adapter:
+        raise FinepointError("--protect shows how far an adapter has moved the base; give the --adapter")
     if config.include_path and not config.tasks:
         raise FinepointError("include_path is where tasks lie; give --tasks NAME of one of them")
     harness = Harness.of(config.tasks, config.include_path, config.limit) if config.tasks else None
@@ -165,6 +178,8 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
         raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
     if labels and harness:
         raise FinepointError("the adapter is a classifier's, and tasks ask a language model; leave out --tasks")
+    if labels and protect:
+        raise FinepointError(CLASSIFIERS)
     for named in sets.values():
         for name, examples in named.items():
             refuse_other_task(name, examples, labels)
@@ -181,7 +196,8 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
         adapters = {folder: in_wider_dtype(adapter, model) for folder, adapter in adapters.items()}
     trained = [example for examples in sets["id"].values() for example in examples]
     evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens, harness=harness,
-                            generate=config.generate, trained_answers=frequent_answers(trained))  # fmt: skip
+                            protect=protect, generate=config.generate,
+                            trained_answers=frequent_answers(trained))  # fmt: skip
     found = evaluate(model, tokenizer, evaluation, adapters, config.scale)
     for folder in leaked:
         found["adapters"][folder]["leaks"] = leaked[folder]

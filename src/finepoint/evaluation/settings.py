@@ -19,6 +19,10 @@ class EvalConfig:
     id: list[str] = setting("in-distribution sets, each NAME=FILE", [])
     ood: list[str] = setting("out-of-distribution sets, each NAME=FILE", [])
     probe: list[str] = setting("texts whose likelihood shows forgetting, each NAME=FILE", [])
+    protect: str | None = setting(
+        "text whose predictions were to be kept, a JSON Lines file: how far each adapter has moved them (KL)", None)
+    protect_examples: int = setting(
+        "at most so many of these texts, always the same, up to 256 tokens of each", 64, least=1)
     tasks: list[str] = setting("tasks of lm-evaluation-harness, by name; needs the extra lm-eval", [])
     include_path: str | None = setting("folder with tasks of your own for lm-evaluation-harness, as YAML", None)
     output: str | None = setting("JSON file to write", None)

@@ -112,6 +112,7 @@ TASK, ARM = text(tables.GROUPS, "task"), text("arm", "arm")
 RUN = [TASK, ARM, general("lr", "lr"), whole("seed", "seed")]
 ID, OOD, PLAIN_ID = between("ID", "id"), between("OOD", "ood"), fixed("ID", "id")
 OOD_CHANGE, NLL_CHANGE = change("OOD change", "ood_change"), change("NLL change", "nll_change")
+KLS = (general("KL", "kl"), general("KL, own prompts", "kl_prompts"), general("KL, protected", "kl_protected"))
 NORM = general("norm", "update_norm")
 PAIRED = [
     TASK, ARM, text("reference", "reference"), whole("pairs", "pairs"), between("ID", "id", "+.3f"),
@@ -122,7 +123,7 @@ PAIRED = [
 def _results(results: Results, data: dict[str, list[Row]], figures: Any) -> Section:
     columns = [
         TASK, ARM, general("lr", "lr"), whole("seeds", "seeds"), ID, OOD, between("OOD change", "ood_change", "+.3f"),
-        fixed("forget ratio", "forget_ratio"), between("NLL change", "nll_change", "+.3f"), fixed("KL", "kl"),
+        fixed("forget ratio", "forget_ratio"), between("NLL change", "nll_change", "+.3f"), *KLS,
         general("norm", "update_norm"), fixed("collapse", "collapse_rate", 2),
         fixed("≤\u00a0chance", "collapse_at_or_below_chance", 2),
     ]  # fmt: skip

@@ -34,8 +34,12 @@ DEFINITIONS = {
         "which also catches a model that gives the same answer to everything."
     ),
     "probe NLL change": (
-        "How much less likely neutral text became, in nats a token; independent of any answer format. KL: "
-        "divergence of the tuned model's next-token distribution from the base model's on the same text."
+        "How much less likely neutral text became, in nats a token; independent of any answer format."
+    ),
+    "KL": (
+        "Divergence of the tuned model's next-token distribution from the base model's, in nats a token: on the "
+        "probes, on the prompts of the task's own test (which predicts forgetting, arXiv:2509.04259), on the "
+        "protected text."
     ),
     "update norm": ("The Euclidean length of the whole change. Arms that move less forget less for free."),
     "normalised, generated": (

@@ -14,7 +14,7 @@ from finepoint.studies.results import Cell, Results, at_edge, best_lr, first_see
 Row = dict[str, Any]
 
 ALL_TASKS = "mean over tasks"
-SPREAD = ("id", "ood", "ood_change", "nll_change", "kl")
+SPREAD = ("id", "ood", "ood_change", "nll_change", "kl", "kl_prompts", "kl_protected")
 SAME_BUDGET = 1.1
 GAINS = (0.5, 0.75, 0.9)
 
@@ -62,6 +62,8 @@ def at_once(scores: Row, changes: Row, task: str) -> Row:
         "forget_ratio": number(mean_change.get("forget_ratio")),
         "nll_change": mean((changes.get("probe_change") or {}).values()),
         "kl": mean(score.get("kl") for score in probe.values()),
+        "kl_prompts": number(here.get("kl_prompts")),
+        "kl_protected": number((changes.get("protected") or {}).get("kl")),
     }
 
 
@@ -251,7 +253,7 @@ def budgets(rows: Sequence[Row]) -> list[list[Row]]:
 def paths(results: Results) -> list[Row]:
     """Learning and forgetting of each arm along its learning rates, at the first seed; `tuned` marks the rate kept."""
     keys = ("validation_accuracy", "validation_loss", "id", "id_change", "ood", "ood_change", "nll_change", "kl",
-            "update_norm")  # fmt: skip
+            "kl_prompts", "kl_protected", "update_norm")  # fmt: skip
     rows = []
     for task in results.tasks:
         for arm in results.arms:
@@ -386,7 +388,8 @@ def antidotes(results: Results) -> list[Row]:
                 for cell in cells
             ]
             for (how, alpha), some in [(("none", 1.0), whole), *sorted(found.items())]:
-                keys = ("validation", "id", "ood", "ood_change", "nll_change", "kl", "update_norm")
+                keys = ("validation", "id", "ood", "ood_change", "nll_change", "kl", "kl_prompts", "kl_protected",
+                        "update_norm")  # fmt: skip
                 rows.append({"task": task, "arm": arm, "how": how, "alpha": alpha, "seeds": len(some),
                              **{key: mean(row[key] for row in some) for key in keys}})  # fmt: skip
     return rows

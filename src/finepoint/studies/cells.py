@@ -2,7 +2,7 @@
 
 import shutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import prod
@@ -18,6 +18,7 @@ from finepoint.errors import FinepointError
 from finepoint.evaluation.evaluate import Evaluation
 from finepoint.evaluation.generation import frequent_answers
 from finepoint.evaluation.scoring import accuracy
+from finepoint.evaluation.settings import EvalConfig
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime import interruption
 from finepoint.studies.settings import CompareConfig
@@ -89,11 +90,18 @@ class WorkerState:
             id={name: examples for name, examples in tests.items() if name == task},
             ood={name: examples for name, examples in tests.items() if name != task},
             probe={name: self.examples(path, config.probe_limit) for name, path in config.probes.items()},
+            protect=self.protected(),
             max_length=config.train.get("max_length"),
             new_tokens=config.new_tokens,
             generate=config.generate,
             trained_answers=self.trained_answers(task) if task and config.generate else (),
         )
+
+    def protected(self) -> Sequence[Example]:
+        """What any arm protects: on the same texts all are measured."""
+        told = (self.study.config.train, *(arm.train for arm in self.study.arms))
+        file = next((settings["protect"] for settings in told if settings.get("protect")), None)
+        return self.examples(file, EvalConfig.protect_examples) if file else ()
 
     def trained_answers(self, task: str) -> list[str]:
         return frequent_answers(self.examples(self.study.config.tasks[task]["train"], None))
