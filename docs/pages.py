@@ -53,15 +53,13 @@ def commands_page() -> str:
 
 
 def command_section(command: str) -> list[str]:
-    from finepoint.cli import module_of
+    from finepoint.cli import command_named
     from finepoint.cli.options import flags, summary
 
-    module = module_of(command)
-    lines = [escaped(summary(module.CONFIG)), "", "| flag | meaning | default |", "| --- | --- | --- |"]
-    lines += [
-        f"| `{flag}` | {escaped(meaning)} | {escaped(default)} |" for flag, meaning, default in flags(module.CONFIG)
-    ]
-    return lines + (["", "```text", module.after_help(), "```"] if hasattr(module, "after_help") else [])
+    config, _, after_help = command_named(command)
+    lines = [escaped(summary(config)), "", "| flag | meaning | default |", "| --- | --- | --- |"]
+    lines += [f"| `{flag}` | {escaped(meaning)} | {escaped(default)} |" for flag, meaning, default in flags(config)]
+    return lines + (["", "```text", after_help(), "```"] if after_help else [])
 
 
 def escaped(text: str) -> str:

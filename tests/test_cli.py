@@ -9,7 +9,7 @@ import pytest
 
 from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.cli import COMMANDS, main, module_of
+from finepoint.cli import COMMANDS, command_named, main
 from finepoint.cli.options import parse
 from finepoint.errors import FinepointError
 from finepoint.evaluation.settings import EvalConfig
@@ -33,7 +33,7 @@ def test_help_of_every_command_lists_every_flag(finepoint):
     for command in COMMANDS:
         assert command in overview
         shown = finepoint(command, "--help").stdout
-        config = module_of(command).CONFIG
+        config = command_named(command).config
         for field in fields(config):
             line = next(line for line in shown.splitlines() if f"--{field.name.replace('_', '-')} " in line)
             assert len(line.split("(")[0].split(maxsplit=1)) == 2, f"{command}: {field.name} is not explained"

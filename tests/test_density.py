@@ -6,7 +6,7 @@ import pytest
 
 from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.cli.train import print_search
+from finepoint.cli.runs import print_search
 from finepoint.errors import FinepointError
 from finepoint.selection.settings import SelectConfig
 from finepoint.studies import density

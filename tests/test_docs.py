@@ -16,7 +16,7 @@ import pytest
 import finepoint
 from browser import CHROMIUM, Browser
 from documents import blocks
-from finepoint.cli import COMMANDS, module_of
+from finepoint.cli import COMMANDS, command_named
 from finepoint.cli.options import flags
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +122,7 @@ def test_the_reference_has_every_command_flag_and_name(site):
     commands = (site / "reference" / "commands.html").read_text()
     for command in COMMANDS:
         section = commands.split(f"finepoint {command}<")[1].split("<h2")[0]
-        for flag, _, _ in flags(module_of(command).CONFIG):
+        for flag, _, _ in flags(command_named(command).config):
             assert f"<code>{flag}</code>" in section, (command, flag)
     python = (site / "reference" / "python.html").read_text()
     for name in finepoint.__all__:

@@ -12,7 +12,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.combining import METHODS, merge
 from finepoint.adapters.verification import verify
 from finepoint.cli import main
-from finepoint.cli.merge import MergeConfig
+from finepoint.cli.adapters import MergeConfig
 from finepoint.cli.options import parse
 from finepoint.data.examples import Choices
 from finepoint.evaluation import combining_weights

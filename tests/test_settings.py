@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from finepoint.alignment.settings import AlignConfig
-from finepoint.cli import COMMANDS, main, module_of
+from finepoint.cli import COMMANDS, command_named, main
 from finepoint.cli.options import flags, help_text, parse
 from finepoint.errors import FinepointError
 from finepoint.runtime.settings import deciding, json_schema, names, sections, setting
@@ -67,7 +67,7 @@ def test_arms_share_a_selection_only_where_all_that_decides_it_is_the_same():
 
 def test_every_setting_is_explained_and_has_its_place():
     for command in COMMANDS:
-        known = module_of(command).CONFIG
+        known = command_named(command).config
         assert all(meaning and not meaning.endswith(".") for _, meaning, _ in flags(known)), command
         assert sum(len(members) for _, members in sections(known)) == len(fields(known))
         headings = [heading for heading, _ in sections(known)]
@@ -76,7 +76,7 @@ def test_every_setting_is_explained_and_has_its_place():
 
 def test_no_class_has_more_than_twenty_some_settings_of_its_own():
     for command in COMMANDS:
-        for owner in module_of(command).CONFIG.__mro__[:-1]:
+        for owner in command_named(command).config.__mro__[:-1]:
             assert len(inspect.get_annotations(owner)) <= 24, owner
 
 
@@ -103,7 +103,7 @@ def test_what_studies_set_by_themselves_and_what_may_grow():
 def test_a_schema_admits_every_default(command, capsys):
     assert main(["schema", command]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found["properties"]) == [each.name for each in fields(module_of(command).CONFIG)]
+    assert list(found["properties"]) == [each.name for each in fields(command_named(command).config)]
     for name, rule in found["properties"].items():
         if "default" in rule:
             kinds = rule.get("anyOf", [rule])

@@ -91,6 +91,13 @@ FILES = {
     "tuner.kernels.following": "tuner.kernels",
     "tuner.kernels.threads": "tuner.kernels.numba",
 }
+FILES |= {
+    f"cli.{name}": f"cli.{file}"
+    for file, names in {
+        "runs": "demo train align select plan eval", "studies": "compare sequence report", "lists": "data rules schema",
+        "adapters": "inspect verify merge scale extract export import import_",
+    }.items() for name in names.split()
+}  # fmt: skip
 CONFIG = "config"  # the settings of all commands stood in one file
 SETTINGS = {
     "selection.settings": "DEFAULT_RULE SelectConfig",
@@ -100,14 +107,8 @@ SETTINGS = {
     "evaluation.settings": "DemoConfig EvalConfig",
     "reporting.settings": "ReportConfig",
     "studies.settings": "CompareConfig SequenceConfig",
-    "cli.inspect": "InspectConfig",
-    "cli.verify": "VerifyConfig",
-    "cli.merge": "MergeConfig",
-    "cli.extract": "ExtractConfig",
-    "cli.export": "ExportConfig",
-    "cli.import_": "ImportConfig",
-    "cli.data": "DataConfig",
-    "cli.rules": "RulesConfig",
+    "cli.adapters": "InspectConfig VerifyConfig MergeConfig ExtractConfig ExportConfig ImportConfig ScaleConfig",
+    "cli.lists": "DataConfig RulesConfig",
     "runtime.settings": "DType Quantise TargetsOption fits spelled",
 }
 
@@ -131,14 +132,16 @@ class Alias(Loader):
             return Settings(spec.name)
         name = new_name(spec.name)
         assert name is not None
-        module = import_module(name)
-        self.own = module.__spec__
         if spec.name.removeprefix("finepoint.") not in ROOMS:
             logger.warning("%s is called %s now", spec.name, name)
+        if spec.name.startswith("finepoint.cli."):
+            return Command(spec.name)
+        module = import_module(name)
+        self.own = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        if not isinstance(module, Settings):
+        if not isinstance(module, Settings | Command):
             module.__spec__ = self.own  # which the import system has taken for the alias's
 
 
@@ -151,6 +154,16 @@ class Settings(ModuleType):
                 logger.warning("%s.%s is finepoint.%s.%s now", self.__name__, name, home, name)
                 return getattr(import_module(f"finepoint.{home}"), name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+class Command(ModuleType):
+    """A command, each of which was a module of its own, with its settings as CONFIG."""
+
+    def __getattr__(self, name: str) -> Any:
+        command = self.__name__.rpartition(".")[2].rstrip("_")
+        made = import_module("finepoint.cli").command_named(command)
+        own = {"CONFIG": made.config, "run": made.run, "after_help": made.after_help}.get(name)
+        return own or getattr(import_module(f"finepoint.{FILES[f'cli.{command}']}"), name)
 
 
 class Finder(MetaPathFinder):

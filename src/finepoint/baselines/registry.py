@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from finepoint.baselines.rosa import HybridTuner
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of
 from finepoint.models.quantised import quantised_layers
+from finepoint.runtime.settings import did_you_mean
 from finepoint.selection.passes import Batch
 from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.targets import Targets, target_weights
@@ -100,9 +100,8 @@ def baseline_named(name: str) -> Baseline:
     """
     if name in BASELINES:
         return BASELINES[name]
-    close = get_close_matches(name, BASELINES, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise FinepointError(f"unknown baseline {name!r}; {hint}known baselines: {', '.join(BASELINES)}")
+    hint = did_you_mean(name, BASELINES, f"known baselines: {', '.join(BASELINES)}")
+    raise FinepointError(f"unknown baseline {name!r}{hint}")
 
 
 def options_of(baseline: Baseline, given: Mapping[str, float]) -> dict[str, float]:

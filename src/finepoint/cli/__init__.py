@@ -7,37 +7,46 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from keyword import iskeyword
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 if TYPE_CHECKING:
     from finepoint.runtime.interruption import BrokenOff
 
-COMMANDS = {
-    "demo": "fine-tune a small real model and compare: the quickest look",
-    "train": "choose entries, train them in place, save an adapter",
-    "align": "the same by preferences (DPO) or rewards (GRPO)",
-    "select": "choose entries only",
-    "plan": "predict the peak memory of both",
-    "eval": "measure a model and adapters: ID, OOD, forgetting",
-    "compare": "run a study: methods x rates x seeds x tasks, resumable",
-    "sequence": "train task after task, each on entries of its own",
-    "report": "write the page of a study: figures, tables, data",
-    "inspect": "say what is in an adapter",
-    "verify": "check an adapter, alone and against its model",
-    "merge": "combine adapters into one, see how they interfere",
-    "scale": "weaken an adapter until it keeps a budget of disturbance",
-    "extract": "make an adapter of the difference of two checkpoints",
-    "export": "write an adapter merged, or for PEFT, peft-sparta, vLLM",
-    "import": "make an adapter of one of PEFT's or peft-sparta's",
-    "data": "list the data recipes, write one as JSON Lines",
-    "rules": "list the rules with formula and source",
-    "schema": "print the JSON schema of a command's YAML file",
+# The files of the commands, and what each does.
+FILES = {
+    "runs": {
+        "demo": "fine-tune a small real model and compare: the quickest look",
+        "train": "choose entries, train them in place, save an adapter",
+        "align": "the same by preferences (DPO) or rewards (GRPO)",
+        "select": "choose entries only",
+        "plan": "predict the peak memory of both",
+        "eval": "measure a model and adapters: ID, OOD, forgetting",
+    },
+    "studies": {
+        "compare": "run a study: methods x rates x seeds x tasks, resumable",
+        "sequence": "train task after task, each on entries of its own",
+        "report": "write the page of a study: figures, tables, data",
+    },
+    "adapters": {
+        "inspect": "say what is in an adapter",
+        "verify": "check an adapter, alone and against its model",
+        "merge": "combine adapters into one, see how they interfere",
+        "scale": "weaken an adapter until it keeps a budget of disturbance",
+        "extract": "make an adapter of the difference of two checkpoints",
+        "export": "write an adapter merged, or for PEFT, peft-sparta, vLLM",
+        "import": "make an adapter of one of PEFT's or peft-sparta's",
+    },
+    "lists": {
+        "data": "list the data recipes, write one as JSON Lines",
+        "rules": "list the rules with formula and source",
+        "schema": "print the JSON schema of a command's YAML file",
+    },
 }
-
+COMMANDS = {name: what for commands in FILES.values() for name, what in commands.items()}
 
 # What a disk says that is full, read-only or not the user's.
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -66,11 +75,10 @@ def _main(arguments: list[str]) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        from difflib import get_close_matches
+        from finepoint.runtime.settings import did_you_mean
 
-        close = get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        print(f"finepoint: no command {command!r}; {hint}commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = did_you_mean(command, COMMANDS, f"commands: {', '.join(COMMANDS)}")
+        print(f"finepoint: no command {command!r}{hint}", file=sys.stderr)
         return 2
     return _run(command, arguments[1:])
 
@@ -80,18 +88,18 @@ def _run(command: str, arguments: list[str]) -> int:
     from finepoint.errors import FinepointError
     from finepoint.runtime import distributed, interruption
 
-    module = module_of(command)
+    known = command_named(command)
     # For `--rule module:function`; last, so that no file lying about hides a package.
     sys.path.append("")
     try:
         with interruption.noticed():
-            config = parse(module.CONFIG, command, arguments, getattr(module, "after_help", None))
+            config: Any = parse(known.config, command, arguments, known.after_help)
             from finepoint.runtime.progress import log_to_stderr
 
             log_to_stderr()
             if distributed.launched() and command not in TOGETHER:
                 raise FinepointError(f"{command} runs in one process; start it without torchrun or accelerate launch")
-            status = module.run(config)
+            status = known.run(config)
     except FinepointError as error:
         line = " ".join(str(error).split())
         who = "" if distributed.is_first() else f"process {distributed.rank()}: "
@@ -117,9 +125,26 @@ def _left(error: "BrokenOff", command: str, arguments: Sequence[str]) -> str:
     return f"{error}; go on with: {shlex.join(['finepoint', command, *same, '--resume'])}"
 
 
-def module_of(command: str) -> ModuleType:
-    """Where a command lives; one that is a word of Python's has the customary underscore: import -> import_.py."""
-    return import_module(f"finepoint.cli.{command}{'_' if iskeyword(command) else ''}")
+class Command(NamedTuple):
+    """What a command is made of."""
+
+    config: type
+    """its settings"""
+    run: Callable[[Any], int | None]
+    after_help: Callable[[], str] | None
+    """what `--help` shows beyond the flags"""
+
+
+def command_named(name: str) -> Command:
+    """The function `run_NAME` of its file with the settings that it takes, and `help_NAME` where there is one."""
+    module = import_module(f"finepoint.cli.{next(file for file, names in FILES.items() if name in names)}")
+    run = getattr(module, f"run_{name}")
+    return Command(get_type_hints(run)["config"], run, getattr(module, f"help_{name}", None))
+
+
+def module_of(name: str) -> ModuleType:
+    """A command as the module that it was once, with `CONFIG` and `run`."""
+    return import_module(f"finepoint.cli.{name}{'_' if iskeyword(name) else ''}")
 
 
 def _overview() -> str:

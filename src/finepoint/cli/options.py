@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
-from difflib import get_close_matches
 from itertools import pairwise
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -19,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from finepoint.errors import FinepointError
-from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
+from finepoint.runtime.settings import default_of, did_you_mean, refuse_out_of_range, sections
 
 Config = TypeVar("Config")
 
@@ -96,9 +95,8 @@ def check_keys(file: str, known: Collection[str]) -> None:
         raise FinepointError(f"{file}: the file of --config must hold `flag: value` lines")
     for key, _ in found.value:
         if key.value not in known:
-            where = f"{file}:{key.start_mark.line + 1}"
-            hint = f"; did you mean {meant}?" if (meant := _meant(str(key.value), known)) else ""
-            raise FinepointError(f"{where}: there is no key {key.value!r}{hint}")
+            hint = did_you_mean(_here(str(key.value), known), known, spell=str)
+            raise FinepointError(f"{file}:{key.start_mark.line + 1}: there is no key {key.value!r}{hint}")
 
 
 def _files(arguments: Sequence[str]) -> Iterator[str]:
@@ -138,14 +136,14 @@ def _refuse_unknown(spelled: Sequence[str], known: Collection[str], command: str
     for word in spelled:
         name = word[2:].partition("=")[0]
         if name not in known and name != "config":
-            hint = f"; did you mean {_flag(meant)}?" if (meant := _meant(name, known)) else ";"
-            raise FinepointError(f"there is no flag {_flag(name)}{hint} `finepoint {command} --help` lists the flags")
+            lists = f"`finepoint {command} --help` lists the flags"
+            hint = did_you_mean(_here(name, known), known, lists, spell=_flag)
+            raise FinepointError(f"there is no flag {_flag(name)}{hint}")
 
 
-def _meant(name: str, known: Collection[str]) -> str:
-    """The setting that is probably meant by another name, or nothing."""
-    near = [ELSEWHERE[name]] if ELSEWHERE.get(name, "") in known else get_close_matches(name, known, n=1)
-    return near[0] if near else ""
+def _here(name: str, known: Collection[str]) -> str:
+    """What another library's name for a setting is here, or the name itself."""
+    return ELSEWHERE[name] if ELSEWHERE.get(name) in known else name
 
 
 def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:

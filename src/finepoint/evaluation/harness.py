@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import torch
 from finepoint.data.tokens import asking
 from finepoint.errors import FinepointError
 from finepoint.runtime.extras import needing
+from finepoint.runtime.settings import did_you_mean
 from finepoint.selection.passes import evaluating
 from finepoint.tuner.finite import refuse_not_numbers
 
 BATCH = 16
+NO_TASK = "; `lm-eval ls tasks` lists its own; those of a folder need --include-path"
 CHATTY = ("lm_eval", "datasets", "httpx", "filelock")
 
 
@@ -91,7 +92,8 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
         if unknown and not defaults:
             continue
         if unknown:
-            raise FinepointError(f"lm-evaluation-harness knows no task {unknown[0]!r}; {_hint(unknown[0], manager)}")
+            raise FinepointError(f"lm-evaluation-harness knows no task {unknown[0]!r}"
+                                 + (did_you_mean(unknown[0], manager.all_tasks, most=3) or NO_TASK))  # fmt: skip
         try:
             manager.load(list(names))
             return manager
@@ -101,13 +103,6 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise FinepointError(f"cannot load the tasks {', '.join(names)}: {reason}") from error
     raise AssertionError("the last of the managers knows all tasks")
-
-
-def _hint(name: str, manager: Any) -> str:
-    close = get_close_matches(name, manager.all_tasks, n=3)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return "`lm-eval ls tasks` lists its own; those of a folder need --include-path"
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:

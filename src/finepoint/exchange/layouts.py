@@ -13,7 +13,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.overlay import Patch, lay_over
-from finepoint.runtime.settings import close
+from finepoint.runtime.settings import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -86,5 +86,6 @@ def layout_named(name: str) -> Layout:
     for module in iter_modules(exchange.__path__):
         import_module(f"{exchange.__name__}.{module.name}")
     if name not in LAYOUTS:
-        raise FinepointError(f"no format {name!r}{close(name, LAYOUTS)}; the formats: {', '.join(sorted(LAYOUTS))}")
+        formats = f"the formats: {', '.join(sorted(LAYOUTS))}"
+        raise FinepointError(f"no format {name!r}{did_you_mean(name, LAYOUTS, formats)}")
     return LAYOUTS[name]

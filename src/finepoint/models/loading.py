@@ -6,7 +6,6 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from finepoint.models.packages import cache_folder, digest, fetch
 from finepoint.models.quantised import is_quantised, quantise_, quantised_layers
 from finepoint.runtime.extras import needing
 from finepoint.runtime.files import alone, partial_folder
-from finepoint.runtime.settings import DType, Quantise
+from finepoint.runtime.settings import DType, Quantise, did_you_mean
 
 logger = logging.getLogger(__name__)
 DRAWN = "_finepoint_drawn"  # the attribute of a model that names what its checkpoint did not hold
@@ -368,9 +367,8 @@ def _loaded(factory: Any, name: str, **kwargs: Any) -> Any:
             _tell_what_quantised(name, place)
         reason = " ".join(str(error).split())[:300]
         here = "" if Path(place).is_dir() else "there is no such folder, and the hub does not give it: "
-        close = [own for own in get_close_matches(name, ("smollm2", "gemma3-270m", *SHAPES), n=1) if own != name]
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise FinepointError(f"cannot load model {name!r}: {hint}{here}{reason}") from error
+        hint = did_you_mean(name, {"smollm2", "gemma3-270m", *SHAPES} - {name}, f"{here}{reason}")
+        raise FinepointError(f"cannot load model {name!r}{hint}") from error
 
 
 def _tell_what_quantised(name: str, place: str) -> None:

@@ -5,7 +5,7 @@ heavy is imported, so that help is instant.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -15,6 +15,12 @@ from finepoint.errors import FinepointError
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantise = Literal["int8", "int4", "nf4"]
+# What many commands say of the same setting.
+MODEL = "a folder, a hub id, a .gguf file, smollm2, or gemma3-270m"
+JSON = "print one JSON object on stdout"
+OVERWRITE = "allow an output folder that holds something"
+COMPACT = "write positions as gaps, in one or two bytes each instead of four; as exact"
+ANY_BASE = "take a model that is another than the adapter's base beside the entries it changes"
 LARGEST_SEED = 2**32 - 1  # numpy's
 TargetsOption = str | list[str] | dict[str, float]
 
@@ -93,10 +99,18 @@ def sections(config: type) -> Iterator[tuple[str, list[Field[Any]]]]:
             yield heading, found
 
 
-def close(name: str, known: Any) -> str:
-    """`; did you mean ..?` where one of the known names is near, else nothing."""
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def did_you_mean(
+    given: str, known: Iterable[str], then: str = "", spell: Callable[[str], str] = repr, most: int = 1
+) -> str:
+    """The end of a message: `; did you mean 'this'?` where a known name is near, then what else there is to say.
+
+    Args:
+        spell: how a name is shown, e.g. as a flag.
+        most: so many names at most.
+    """
+    near = get_close_matches(given, list(known), most)
+    hint = f"did you mean {' or '.join(map(spell, near))}? " if near else ""
+    return f"; {hint}{then}".rstrip() if hint or then else ""
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -22,7 +22,6 @@ are found by name as well (`plugins.py`).
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from finepoint.errors import FinepointError
 from finepoint.runtime.precision import home_of_float64, in_float64
+from finepoint.runtime.settings import did_you_mean
 from finepoint.selection.formula import expression, is_expression
 from finepoint.selection.plugins import function_of, offered, package_of
 
@@ -125,10 +125,8 @@ def rule_named(name: str) -> Rule:
     if is_expression(name):
         return Rule(name, expression(name), name, "a formula")
     known = [*RULES, *ALIASES, *plugins]
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise FinepointError(f"unknown rule {name!r}; {hint}known rules: {', '.join(known)}, module:function, "
-                         "or a formula of w, g, f and x such as 'abs(g) / (abs(w) + 1e-6)'")  # fmt: skip
+    listed = f"known rules: {', '.join(known)}, module:function, or a formula of w, g, f and x such as "
+    raise FinepointError(f"unknown rule {name!r}{did_you_mean(name, known, listed)} 'abs(g) / (abs(w) + 1e-6)'")
 
 
 def every_rule() -> tuple[list[Rule], list[str]]:

@@ -24,7 +24,7 @@ from finepoint.evaluation.metrics import sequence_metrics
 from finepoint.evaluation.scoring import accuracy
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime.files import claim_folder, contents, read_json, read_record, write_json, write_record
-from finepoint.runtime.settings import close, deciding
+from finepoint.runtime.settings import deciding, did_you_mean
 from finepoint.studies.results import SEQUENCE, SEQUENCE_RESULT, WAYS, adapter_folder
 from finepoint.studies.settings import SequenceConfig
 from finepoint.training.context import TrainingContext, training_context
@@ -205,7 +205,7 @@ def _check(config: SequenceConfig) -> dict[str, Any]:
     known = {setting.name for setting in fields(TrainConfig)} - set(_own(config, next(iter(config.tasks)), "", []))
     if unknown := sorted(set(config.train) - known):
         raise FinepointError(f"train gives {unknown[0]!r}, which is no setting that a sequence takes there"
-                             f"{close(unknown[0], known)}")  # fmt: skip
+                             f"{did_you_mean(unknown[0], known)}")  # fmt: skip
     return deciding(config, "bits")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from finepoint.baselines.registry import baseline_named
 from finepoint.errors import FinepointError
-from finepoint.runtime.settings import close, deciding, fits, spelled
+from finepoint.runtime.settings import deciding, did_you_mean, fits, spelled
 from finepoint.selection.rules import rule_named
 from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.studies.results import best_lr
@@ -197,7 +197,9 @@ def _check_settings(settings: Mapping[str, Any], where: str) -> None:
         if name in OWN:
             raise FinepointError(f"{where} gives {name!r}, which the study sets for every cell by itself")
         if name not in kinds:
-            raise FinepointError(f"{where} gives {name!r}, which is no setting of finepoint train{close(name, kinds)}")
+            raise FinepointError(
+                f"{where} gives {name!r}, which is no setting of finepoint train{did_you_mean(name, kinds)}"
+            )
         if not fits(value, kinds[name]):
             raise FinepointError(f"{where} gives {name} {value!r}; it is {' or '.join(spelled(kinds[name]))}")
 

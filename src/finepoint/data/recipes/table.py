@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
 from finepoint.data.recipes.hub import TASKS
 from finepoint.errors import FinepointError
+from finepoint.runtime.settings import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,5 @@ def recipe(name: str) -> Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]
-    close = get_close_matches(name, RECIPES, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise FinepointError(f"no recipe {name!r}; {hint}recipes: {', '.join(RECIPES)}")
+    hint = did_you_mean(name, RECIPES, f"recipes: {', '.join(RECIPES)}")
+    raise FinepointError(f"no recipe {name!r}{hint}")

@@ -1,0 +1,224 @@
+"""Commands that train, choose and measure: demo, train, align, select, plan, eval."""
+
+import time
+from dataclasses import asdict
+from math import inf
+from typing import Any
+
+from finepoint.alignment.settings import AlignConfig
+from finepoint.cli.output import print_json, print_table, signed
+from finepoint.errors import FinepointError
+from finepoint.evaluation.settings import DemoConfig, EvalConfig
+from finepoint.memory.settings import PlanConfig
+from finepoint.runtime import distributed
+from finepoint.selection.settings import SelectConfig
+from finepoint.training.settings import TrainConfig
+
+KL = "KL to the base"
+
+
+def run_demo(config: DemoConfig) -> None:
+    from finepoint.evaluation.demo import run_demo
+
+    started = time.perf_counter()
+    found = run_demo(config)
+    if config.json:
+        print_json(found)
+        return
+    print_demo(found)
+    print(f"\n{time.perf_counter() - started:.0f} s in all; adapters and data are in {config.output}. Next:\n"
+          f"  finepoint inspect {config.output}/gallop\n"
+          f"  finepoint verify {config.output}/gallop --model smollm2")  # fmt: skip
+
+
+def print_demo(found: dict[str, Any]) -> None:
+    """The table of the demo: a column for the base and for each rule."""
+    base, runs = found["base"], found["runs"]
+    settings = found["settings"]
+    rows: list[list[Any]] = []
+    for kind, measure in (("id", "accuracy"), ("ood", "accuracy"), ("probe", "nll")):
+        for name, scores in base[kind].items():
+            error = f" ± {scores['stderr']:.3f}" if "stderr" in scores else ""
+            what = {"id": "accuracy", "ood": "accuracy", "probe": "nats a token"}[kind]
+            row = [f"{name} ({kind.upper() if kind != 'probe' else kind}), {what}", f"{scores[measure]:.3f}{error}"]
+            row += [f"{r[kind][name][measure]:.3f} ({signed(r[f'{kind}_change'][name])})" for r in runs.values()]
+            rows.append(row)
+    means = [r["ood_mean"] for r in runs.values()]
+    row = ["mean OOD accuracy", f"{means[0]['base']:.3f}"]
+    rows.append(row + [f"{mean['adapted']:.3f} ({signed(mean['change'])})" for mean in means])
+    rows.append(["trained weights", "-", *(f"{r['trained']:,}" for r in runs.values())])
+    rows.append(["adapter", "-", *(f"{r['adapter_bytes'] / 1e6:.2f} MB" for r in runs.values())])
+    rows.append(["time, selection + training", "-",
+                 *(f"{r['selection_seconds']:.0f} + {r['train_seconds']:.0f} s" for r in runs.values())])  # fmt: skip
+    rows.append(["peak memory", "-", *(f"{r['peak_bytes'] / 2**30:.2f} GiB" for r in runs.values())])
+    title = (f"SmolLM2-135M, density {settings['density']:g}, {settings['steps']} steps of 16, {settings['dtype']}, "
+             f"seed {settings['seed']}")  # fmt: skip
+    print_table(["", "base", *(f"{rule} (lr {r['lr']:g})" for rule, r in runs.items())], rows, title=title)
+
+
+def run_train(config: TrainConfig) -> None:
+    if config.density == "auto":
+        from finepoint.studies.density import train_auto as train
+
+        if distributed.launched():
+            raise FinepointError("the search of --density auto runs in one process; start it without a launcher")
+    else:
+        from finepoint.training.run import train
+
+    record = train(config)
+    if not distributed.is_first():
+        return
+    if config.json:
+        print_json({"output": config.output, **record})
+        return
+    if "search" in record:
+        print_search(record["search"])
+    what = "numbers" if record.get("baseline") else "entries"
+    print(
+        f"trained {record['trained']:,} {what} for {record['steps']} steps in {record['seconds']:.0f} s (selection "
+        f"{record['selection_seconds']:.0f} s); loss {record['first_loss']:.3f} -> {record['last_loss']:.3f}; "
+        f"{record['changed']:,} stored weights changed{lost(record)}\n"
+        f"adapter: {config.output} ({record['adapter_bytes']:,} bytes); "
+        f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def lost(record: dict[str, Any]) -> str:
+    """What rounding to the weights' dtype has taken of the training, in words."""
+    if not record["vanished"]:
+        return ""
+    return f", {record['vanished']:,} moved too little for their dtype and hold the base's value"
+
+
+def print_search(trials: list[dict[str, Any]]) -> None:
+    """A row a trial, the longest runs first, each rung by its loss."""
+    columns = ["steps", "density", "lr", "trained", "validation_loss", "last_validation_loss", "last_loss", "kl"]
+    losses = {id(trial): inf if trial["validation_loss"] is None else trial["validation_loss"] for trial in trials}
+    ordered = sorted(trials, key=lambda trial: (-trial["steps"], losses[id(trial)]))  # those that failed are the last
+    rows = [[f"{trial[name]:g}" if name in ("density", "lr") else trial[name] for name in columns] for trial in ordered]
+    print_table(
+        ["steps", "density", "lr", "trained", "best validation loss", "last", "training loss", "KL on prompts"], rows
+    )
+
+
+def run_align(config: AlignConfig) -> None:
+    from finepoint.alignment.align import align
+
+    record = align(config)
+    if config.json:
+        print_json({"output": config.output, **record})
+        return
+    before, after = record["before"], record["after"]
+    rows = [
+        [name, before.get(name, "-"), value, signed(value - before[name]) if name in before else "-"]
+        for name, value in after.items()
+    ]
+    print_table(["on " + record["measured_on"], "before", "after", "change"], rows)
+    print(
+        f"trained {record['trained']:,} numbers for {record['steps']} steps in {record['train_seconds']:.0f} s; "
+        f"{record['changed']:,} stored weights changed\nadapter: {config.output} ({record['adapter_bytes']:,} bytes); "
+        f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def run_select(config: SelectConfig) -> None:
+    from finepoint.training.run import choose
+
+    selection = choose(config)
+    if not distributed.is_first():
+        return
+    statistics = selection.statistics
+    if config.json:
+        print_json({"output": config.output, "rule": selection.rule, **statistics})
+        return
+    print(
+        f"{selection.rule}: {statistics['chosen']:,} of {statistics['entries']:,} entries "
+        f"(density {statistics['density']:.3g}) in {len(selection)} weights -> {config.output}"
+    )
+    rows = [
+        [kind, which, *(f"{value:.3g}" for value in statistics[kind][which].values())]
+        for kind in ("abs_weight", "abs_gradient")
+        if kind in statistics
+        for which in ("chosen", "all")
+    ]
+    print_table(["quantiles", "of", *statistics["abs_weight"]["all"]], rows)
+    print(f"share of chosen with |weight| < 1e-4: {statistics['near_zero_share']:.3f} "
+          f"(of all: {statistics['near_zero_share_of_all']:.3f})")  # fmt: skip
+
+
+def run_plan(config: PlanConfig) -> None:
+    from finepoint.memory.plan import PARTS, plan
+
+    found = plan(config)
+    passes = {"selection": found.selection, "training": found.training}
+    peaks = {f"{name}_peak_bytes": parts and sum(parts.values()) for name, parts in passes.items()}
+    if config.json:
+        print_json({"model": config.model, **asdict(found), **peaks})
+        return
+    print(
+        f"{config.model}: {found.parameters:,} parameters in {found.dtype} on {found.device}; {found.trained:,} of "
+        f"{found.entries:,} target entries trained; {config.batch_size} x {config.tokens} tokens a batch"
+    )
+    shown = {name: parts for name, parts in passes.items() if parts}
+    rows = [
+        [meaning, *(parts.get(part, 0) / 2**30 for parts in shown.values())]
+        for part, meaning in PARTS.items()
+        if any(part in parts for parts in shown.values())
+    ]
+    rows.append(["peak", *(sum(parts.values()) / 2**30 for parts in shown.values())])
+    print_table(["GiB, at the peak", *shown], rows)
+
+
+def run_eval(config: EvalConfig) -> None:
+    from finepoint.evaluation.evaluate import evaluate_config
+    from finepoint.runtime.files import write_json
+
+    found = evaluate_config(config)
+    if config.output:
+        from pathlib import Path
+
+        write_json(Path(config.output), found)
+    if config.json:
+        print_json(found)
+    else:
+        print_scores(found)
+
+
+def print_scores(found: dict[str, Any]) -> None:
+    """A row a set; the base, then every adapter with its change."""
+    rows = []
+    for kind, measure in (("id", "accuracy"), ("ood", "accuracy"), ("probe", "nll")):
+        for name, scores in found["base"][kind].items():
+            row = [f"{kind} {name}", measure, scores.get("n", scores.get("tokens")), round(scores[measure], 3)]
+            for adapter in found["adapters"].values():
+                row += [f"{adapter[kind][name][measure]:.3f} ({signed(adapter[f'{kind}_change'][name])})"]
+            rows.append(row)
+            rows += more_rows(f"{kind} {name}", kind, name, found)
+    for task, metrics in found["base"].get("tasks", {}).items():
+        for metric, value in metrics.items():
+            if metric == "n" or "_stderr" in metric:
+                continue
+            row = [f"task {task}", metric, metrics.get("n", ""), round(value, 3)]
+            for adapter in found["adapters"].values():
+                row += [f"{adapter['tasks'][task][metric]:.3f} ({signed(adapter['tasks_change'][task][metric])})"]
+            rows.append(row)
+    if any("protected" in adapter for adapter in found["adapters"].values()):
+        kept = [adapter["protected"] for adapter in found["adapters"].values()]
+        rows.append(["protected", KL, kept[0]["tokens"], "-", *(f"{scores['kl']:.4f}" for scores in kept)])
+    print_table(["set", "measure", "n", "base", *found["adapters"]], rows)
+
+
+def more_rows(title: str, kind: str, name: str, found: dict[str, Any]) -> list[list[Any]]:
+    """What else is known of a set: KL to the base of a probe, answers by generation."""
+    adapters = [adapter[kind][name] for adapter in found["adapters"].values()]
+    rows: list[list[Any]] = []
+    for key, measure in (("kl", KL), ("kl_prompts", f"{KL}, prompts")):
+        if any(key in scores for scores in adapters):
+            rows.append([title, measure, "", "-", *(f"{scores[key]:.4f}" for scores in adapters)])
+    base = found["base"][kind][name].get("generated", {})
+    for measure in ("accuracy", "format_failures", "empty", "memorised"):
+        values = [scores.get("generated", {}).get(measure) for scores in adapters]
+        if any(value is not None for value in (base.get(measure), *values)):
+            shown = ["-" if value is None else f"{value:.3f}" for value in (base.get(measure), *values)]
+            rows.append([title, f"generated: {measure.replace('_', ' ')}", base["n"], *shown])
+    return rows
