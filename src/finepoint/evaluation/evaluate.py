@@ -24,7 +24,7 @@ from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
 from finepoint.runtime.settings import refuse_out_of_range
-from finepoint.training.keep import CLASSIFIERS
+from finepoint.training.context import CLASSIFIERS
 
 logger = logging.getLogger(__name__)
 Sets = Mapping[str, Sequence[Example]]

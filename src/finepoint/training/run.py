@@ -31,6 +31,7 @@ from finepoint.runtime.files import claim_folder, write_record
 from finepoint.runtime.peak import peak_bytes, reset_peak
 from finepoint.runtime.progress import progress
 from finepoint.selection.passes import Batch, on_device
+from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Selection, refuse_excluded
 from finepoint.selection.settings import SelectConfig
 from finepoint.training.callbacks import LOG, LastStep, Watch, left_by, marked, refreshes, validation_losses
