@@ -47,7 +47,7 @@ def main() -> None:
 
 def turn(model: Any, batch: dict[str, Any], optimizer: Any, loss_of: Any) -> tuple[float, int, float]:
     """Seconds, extra bytes at the peak, and the loss."""
-    from finepoint.runtime.peak import peak_bytes, reset_peak
+    from finepoint.runtime.devices import peak_bytes, reset_peak
 
     ctypes.CDLL(None).malloc_trim(0)  # what earlier turns freed counts as extra memory when it is used again (Linux)
     reset_peak()

@@ -21,7 +21,7 @@ BYTES_AN_ENTRY = 24
 def one(name: str, rows: int, tokens: int, dtype: str, logits: str) -> dict[str, float]:
     """Runs one arm in this process."""
     from finepoint.models.loading import load_model
-    from finepoint.runtime.peak import peak_bytes, reset_peak
+    from finepoint.runtime.devices import peak_bytes, reset_peak
 
     batches = text_batches(rows, tokens, 8 if logits == "learned" else None)
     reset_peak()

@@ -31,7 +31,7 @@ def one(variant: str, examples: int) -> dict[str, float]:
     from finepoint.data.batches import Collator, encode_all
     from finepoint.data.examples import read_examples
     from finepoint.models.loading import load_model, load_tokenizer
-    from finepoint.runtime.peak import peak_bytes, reset_peak, resident_bytes
+    from finepoint.runtime.devices import peak_bytes, reset_peak, resident_bytes
 
     model, tokenizer = load_model("smollm2", "float32"), load_tokenizer("smollm2")
     rows = encode_all(tokenizer, read_examples(text_file("movies-train"))[:examples], 8192)

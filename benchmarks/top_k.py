@@ -18,7 +18,7 @@ WEIGHTS = 10
 def one(way: str, scores: int, density: float) -> dict[str, float]:
     import torch
 
-    from finepoint.runtime.peak import peak_bytes, reset_peak
+    from finepoint.runtime.devices import peak_bytes, reset_peak
     from finepoint.selection.select import TopK
 
     size = scores // WEIGHTS

@@ -11,7 +11,7 @@ import torch
 
 from finepoint.data.batches import Collator, Row
 from finepoint.models.loading import load_model
-from finepoint.runtime.peak import peak_bytes, reset_peak
+from finepoint.runtime.devices import peak_bytes, reset_peak
 from finepoint.selection.passes import on_device
 from finepoint.selection.select import select
 from finepoint.selection.targets import target_weights

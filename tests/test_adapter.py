@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.bases import verify
 from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, moved
-from finepoint.adapters.format import TENSORS
-from finepoint.adapters.gaps import from_gaps, to_gaps
+from finepoint.adapters.format import TENSORS, from_gaps, to_gaps
 from finepoint.adapters.inspection import facts, heat_map, place
-from finepoint.adapters.verification import verify
 from finepoint.errors import FinepointError
 
 

@@ -12,10 +12,10 @@ import finepoint
 from conftest import VOCABULARY, assert_same_bits, make_tokenizer, snapshot, tiny_gemma, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.adapter_set import AdapterSet
+from finepoint.adapters.bases import verify
 from finepoint.adapters.combining import merge
-from finepoint.adapters.form import differences, form_of
+from finepoint.adapters.fingerprint import differences, form_of
 from finepoint.adapters.scaling import scaled
-from finepoint.adapters.verification import verify
 from finepoint.cli import main
 from finepoint.errors import FinepointError
 from test_adapter import rewrite, trained

@@ -9,11 +9,11 @@ import torch
 import finepoint
 from conftest import assert_same_bits, snapshot, tiny_llama
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.bases import verify
 from finepoint.adapters.change import Change
 from finepoint.adapters.combining import METHODS, merge
 from finepoint.adapters.entries import checksum, gather
 from finepoint.adapters.union import aligned
-from finepoint.adapters.verification import verify
 from finepoint.errors import FinepointError
 from test_adapter import assert_same_adapter, rewrite
 

@@ -377,8 +377,8 @@ def test_the_command_line_trains_evaluates_and_exports_on_a_gpu(tmp_path, capfd)
 @on_a_gpu
 def test_the_plan_for_a_gpu_holds_there(checkpointing, tmp_path):
     from finepoint.memory.plan import plan
-    from finepoint.memory.settings import PlanConfig
     from finepoint.models.loading import load_model
+    from finepoint.training.settings import PlanConfig
     from measured_peak import train
 
     config = LlamaConfig(

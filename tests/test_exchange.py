@@ -517,7 +517,7 @@ def test_what_files_cannot_hold_or_memory_cannot_is_refused(tmp_path, monkeypatc
     changed_entries(model, "all").save(tmp_path / "a")
     with pytest.raises(FinepointError, match=r"do not hold model\.(en|de)coder\.embed_positions"):
         export(str(tmp_path / "m"), str(tmp_path / "a"), "merged", str(tmp_path / "out"))
-    monkeypatch.setattr("finepoint.exchange.folded_in_memory._memory_left", lambda: 10)
+    monkeypatch.setattr("finepoint.exchange.folded._memory_left", lambda: 10)
     with pytest.raises(FinepointError, match=r"must be in memory: 0.0 GB, and 0.0 GB are left"):
         export(str(tmp_path / "m"), str(tmp_path / "a"), "merged", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

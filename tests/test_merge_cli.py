@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from conftest import assert_same_bits, tiny_llama, write_lines
 from finepoint import SparseTuner, select
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.bases import verify
 from finepoint.adapters.combining import METHODS, merge
-from finepoint.adapters.verification import verify
 from finepoint.cli import main
 from finepoint.cli.adapters import MergeConfig
 from finepoint.cli.options import parse

@@ -20,10 +20,10 @@ from finepoint.cli import main
 from finepoint.errors import FinepointError
 from finepoint.memory import plan as planning
 from finepoint.memory.plan import plan
-from finepoint.memory.settings import PlanConfig
 from finepoint.memory.tracker import MemoryTracker
 from finepoint.models.loading import load_model
 from finepoint.models.quantised import is_quantised
+from finepoint.training.settings import PlanConfig
 
 # Freed blocks of a few megabytes go back to the system, as on a GPU they go back to the pool. By default glibc keeps
 # them, and what fragmentation costs depends on the order of all allocations: it is not in the plan.

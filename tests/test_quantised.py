@@ -24,7 +24,7 @@ from transformers import (
 import finepoint
 from conftest import assert_same_bits, make_tokenizer, random_batches, write_lines
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.verification import verify
+from finepoint.adapters.bases import verify
 from finepoint.alignment.align import align
 from finepoint.alignment.settings import AlignConfig
 from finepoint.cli import main

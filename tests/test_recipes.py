@@ -10,11 +10,11 @@ from collections import Counter
 import pytest
 
 from finepoint.data.examples import read_examples
-from finepoint.data.recipes import generators, gsm8k, wordnet
+from finepoint.data.recipes import generators, texts, wordnet
 from finepoint.data.recipes.generators import Pool, distinct, generate
-from finepoint.data.recipes.novels import excerpts, paragraphs
 from finepoint.data.recipes.rdata import read_database
 from finepoint.data.recipes.table import RECIPES, recipe
+from finepoint.data.recipes.texts import excerpts, paragraphs
 from finepoint.data.recipes.wordnet import Synset, parse, question, questions, split
 from finepoint.errors import FinepointError
 
@@ -251,5 +251,5 @@ def test_the_real_novels(tmp_path):
 
 
 def test_solutions_lose_their_calculator_marks():
-    (row,) = gsm8k.parse(json.dumps({"question": "How many? ", "answer": "2*3=<<2*3=6>>6\n#### 6"}) + "\n")
+    (row,) = texts.parse(json.dumps({"question": "How many? ", "answer": "2*3=<<2*3=6>>6\n#### 6"}) + "\n")
     assert row == {"prompt": "Question: How many?\nAnswer:", "completion": " 2*3=6\n#### 6"}

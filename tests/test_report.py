@@ -17,7 +17,6 @@ from browser import CHROMIUM, Browser
 from finepoint.cli import main
 from finepoint.errors import FinepointError
 from finepoint.reporting.report import write_report
-from finepoint.reporting.settings import ReportConfig
 from finepoint.reporting.tables import (
     GROUPS,
     by_task,
@@ -32,6 +31,7 @@ from finepoint.reporting.tables import (
 from finepoint.reporting.text import headline
 from finepoint.reporting.views import summary
 from finepoint.studies.results import read_results
+from finepoint.studies.settings import ReportConfig
 from studies import arm, put, write_study
 
 FIGURES = ["id-ood", "density", "ood-change", "forgetting", "places", "overlap", "cost", "losses"]

@@ -7,11 +7,10 @@ import finepoint
 from conftest import random_batches, tiny_llama
 from finepoint.alignment.settings import AlignConfig
 from finepoint.errors import FinepointError
-from finepoint.memory.settings import PlanConfig
 from finepoint.selection.select import Budget, TopK, allocate, exact, largest
 from finepoint.selection.settings import SelectConfig
 from finepoint.studies.settings import SequenceConfig
-from finepoint.training.settings import TrainConfig
+from finepoint.training.settings import PlanConfig, TrainConfig
 from reference import dense_top_k
 
 

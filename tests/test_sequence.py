@@ -12,10 +12,9 @@ from finepoint.errors import FinepointError
 from finepoint.evaluation.metrics import sequence_metrics
 from finepoint.models.loading import load_model
 from finepoint.reporting.report import write_report
-from finepoint.reporting.settings import ReportConfig
 from finepoint.studies import sequence
 from finepoint.studies.sequence import run_sequence, values_of
-from finepoint.studies.settings import SequenceConfig
+from finepoint.studies.settings import ReportConfig, SequenceConfig
 
 LETTERS = "abcdefgh"
 

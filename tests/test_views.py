@@ -11,8 +11,7 @@ from safetensors.numpy import load_file
 
 from finepoint.errors import FinepointError
 from finepoint.reporting import overlap, views
-from finepoint.reporting.intervals import interval, t_quantile, t_within
-from finepoint.reporting.views import ALL_TASKS
+from finepoint.reporting.views import ALL_TASKS, interval, t_quantile, t_within
 from finepoint.studies.results import at_edge, best_lr, first_seed, read_results, tuned
 from studies import SEEDS, TASKS, arm, put, write_study
 

@@ -12,8 +12,8 @@ from finepoint.version import __version__ as __version__
 if TYPE_CHECKING:
     from finepoint.adapters.adapter import SparseAdapter
     from finepoint.adapters.adapter_set import AdapterSet
+    from finepoint.adapters.bases import in_wider_dtype, rebased
     from finepoint.adapters.combining import merge
-    from finepoint.adapters.other_bases import in_wider_dtype, rebased
     from finepoint.adapters.scaling import scale_by_depth, wise_ft
     from finepoint.errors import FinepointError
     from finepoint.exchange.extract import extract
@@ -45,11 +45,11 @@ _HOMES = {
     "extract": "finepoint.exchange.extract",
     "from_bitsandbytes_": "finepoint.models.loading",
     "import_adapter": "finepoint.exchange.formats",
-    "in_wider_dtype": "finepoint.adapters.other_bases",
+    "in_wider_dtype": "finepoint.adapters.bases",
     "load": "finepoint.huggingface.sparsify",
     "merge": "finepoint.adapters.combining",
     "push_to_hub": "finepoint.huggingface.session",
-    "rebased": "finepoint.adapters.other_bases",
+    "rebased": "finepoint.adapters.bases",
     "reference": "finepoint.huggingface.reference",
     "register": "finepoint.selection.rules",
     "save": "finepoint.huggingface.sparsify",

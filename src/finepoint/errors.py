@@ -1,4 +1,7 @@
-"""The one exception a user of finepoint is meant to see."""
+"""The one exception a user of finepoint is meant to see; a package that only some features need is one reason."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LONGEST = 2000  # characters of a message: it may quote what a stranger's file holds
 
@@ -19,3 +22,17 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     if len(text) > longest:
         text = f"{text[: longest // 2]} .. {text[-longest // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Inside, a package that is not installed is the user's to install: `what` needs it, `finepoint[extra]` brings it.
+
+    Raises:
+        FinepointError: an import inside failed; the package and the extra are named.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise FinepointError(f"{what} needs the package {package}: pip install 'finepoint[{extra}]'") from error

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from finepoint.adapters.change import Change as Change  # under its former name
 from finepoint.adapters.change import Contents
 from finepoint.adapters.entries import gather, overlap, same_bits, scatter_
-from finepoint.adapters.fingerprint import Fingerprint, Moved, contents_of, fingerprint, unlike
-from finepoint.adapters.form import differences
+from finepoint.adapters.fingerprint import Fingerprint, Moved, contents_of, differences, fingerprint, unlike
 from finepoint.adapters.format import read, save, say_unfinished
 from finepoint.adapters.inspection import html
 from finepoint.errors import FinepointError
 from finepoint.models.bitsandbytes import check_weight
-from finepoint.models.offloaded import absent
 from finepoint.models.quantised import Replaced, is_quantised, replace_forwards
+from finepoint.models.weights import absent
 
 APPLIED = "_finepoint_applied"  # the attribute of a model that lists what is applied to it
 SETS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()

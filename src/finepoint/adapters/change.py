@@ -88,7 +88,7 @@ class Contents(Mapping[str, Tensor]):
     changes: dict[str, Change]
     info: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
-    """the base's form (see `adapters/form.py`) and fingerprint; empty where they are not known"""
+    """the base's form (see `form_of`) and fingerprint; empty where they are not known"""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.changes[name].positions()

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from finepoint.adapters.adapter import SparseAdapter, base_beneath, check_base
 from finepoint.adapters.change import Change, Kind
 from finepoint.adapters.entries import checksum, gather, moved
-from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, unlike
-from finepoint.adapters.form import form_of
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, form_of, unlike
 from finepoint.adapters.union import Aligned, aligned
 from finepoint.errors import FinepointError
 

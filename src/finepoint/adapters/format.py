@@ -21,15 +21,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finepoint.adapters.card import card
 from finepoint.adapters.change import Change, Contents
 from finepoint.adapters.fingerprint import FINGERPRINT, is_fingerprint
-from finepoint.adapters.gaps import ascending_gaps, from_gaps, most_gaps, to_gaps
-from finepoint.adapters.hub import fetch, is_hub_id
+from finepoint.adapters.hub import card, fetch, is_hub_id
 from finepoint.errors import FinepointError
 from finepoint.runtime.files import claim_folder, read_whole, refuse_version, write_atomic, write_json, write_text
 from finepoint.runtime.tensor_files import DTYPES, LONGEST_HEADER, Form, forms, header_bytes, opened
@@ -194,7 +193,7 @@ def _parsed(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def _is_form(base: Any) -> bool:
-    """Whether this is what `adapters/form.py` keeps of a model."""
+    """Whether this is what `form_of` keeps of a model."""
     if not isinstance(base, dict) or type(base.get("vocabulary", 0)) is not int:
         return False
     tied = base.get("tied", [])
@@ -300,3 +299,50 @@ def _indices(need: Need, name: str, tensors: Mapping[str, Tensor], entries: int)
         indices = narrow.to(torch.long, copy=True)
     need(not len(indices) or (int(indices[0]) >= 0 and int(indices[-1]) < entries), "an index lies outside the weight")
     return indices
+
+
+WIDTHS = (np.uint8, np.uint16)
+
+
+def to_gaps(indices: Tensor) -> Tensor:
+    """(k,) ascending, unique, not negative -> uint8 or uint16, whichever takes fewer bytes; at least k elements."""
+    gaps = np.diff(indices.numpy(), prepend=0)
+    # Counted before it is written: a wide gap takes many skips of one byte.
+    return torch.from_numpy(_encoded(gaps, min(WIDTHS, key=lambda width: _bytes(gaps, width))))
+
+
+def from_gaps(gaps: Tensor) -> Tensor:
+    """The indices, (k,) int64. Whether they make sense is for the caller to check."""
+    array = gaps.numpy()
+    skip = np.iinfo(array.dtype).max
+    return torch.from_numpy(np.cumsum(array, dtype=np.int64)[array != skip])
+
+
+def ascending_gaps(gaps: Tensor) -> bool:
+    """Whether every gap but the first is above 0, as it is between different indices; little memory, whatever the size.
+
+    A rest of 0 behind a skip is a gap of just that number.
+    """
+    skip = int(torch.iinfo(gaps.dtype).max)
+    for at in range(0, len(gaps), SLICE):
+        part = gaps[at : at + SLICE + 1].numpy()
+        if bool(((part[1:] == 0) & (part[:-1] != skip)).any()):
+            return False
+    return True
+
+
+def most_gaps(count: int, entries: int, stored: str) -> int:
+    """The most elements that `count` indices below `entries` can take; stored: U8 or U16."""
+    return count + entries // {"U8": 255, "U16": 65535}[stored]
+
+
+def _bytes(gaps: np.ndarray, width: type) -> int:
+    return (len(gaps) + int((gaps // np.iinfo(width).max).sum())) * np.dtype(width).itemsize
+
+
+def _encoded(gaps: np.ndarray, width: type) -> np.ndarray:
+    skip = np.iinfo(width).max
+    skips, rest = np.divmod(gaps, skip)
+    encoded: np.ndarray = np.full(len(gaps) + int(skips.sum()), skip, dtype=width)
+    encoded[np.cumsum(skips + 1) - 1] = rest
+    return encoded

@@ -1,8 +1,11 @@
-"""Adapters on the Hugging Face hub: fetching by id, sending a folder."""
+"""Adapters on the Hugging Face hub: fetching by id, sending a folder, and the model card, which its README is."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from finepoint.adapters.change import Contents
 from finepoint.errors import FinepointError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -51,3 +54,68 @@ def push(folder: Path, repo_id: str, *, private: bool | None, message: str, toke
         reason = " ".join(str(error).split())[:300]
         raise FinepointError(f"the hub did not take {repo_id}: {reason}") from error
     return str(done.commit_url)
+
+
+TASK = "text-generation"
+
+
+def card(adapter: Contents) -> str:
+    """The model card: what was trained on what, by which rule, with what results, and how to load it.
+
+    The base is named in the header where it is a hub id, which is what the hub can link; elsewhere a folder's name is
+    all that is told of where it lay. `info["results"]` is a mapping from data to metric to value.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    info = adapter.info
+    base = str(info.get("base_model") or "")
+    known = HUB_ID.fullmatch(base) is not None
+    shown = base if known else Path(base).name
+    results = [
+        EvalResult(task_type=TASK, dataset_type=Path(data).stem, dataset_name=data, metric_type=metric,
+                   metric_value=value)
+        for data, metrics in results_of(info).items() for metric, value in metrics.items()
+    ]  # fmt: skip
+    header = ModelCardData(
+        base_model=base if known else None,
+        library_name="finepoint",
+        tags=["finepoint", "sparse-fine-tuning"],
+        model_name=f"finepoint adapter of {shown or 'a model'}" if results else None,
+        eval_results=results or None,
+        ignore_metadata_errors=True,
+        base_model_relation="adapter",
+    )
+    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n{_body(adapter, shown)}"))
+
+
+def results_of(info: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The results that an adapter's `info` holds, where they are of the form data -> metric -> value."""
+    found = info.get("results")
+    if not isinstance(found, dict):
+        return {}
+    return {str(data): dict(metrics) for data, metrics in found.items() if isinstance(metrics, dict)}
+
+
+def _body(adapter: Contents, base: str) -> str:
+    """What the card says to people."""
+    left_out = ("base_model", "data")
+    facts = {key: value for key, value in adapter.info.items()
+             if isinstance(value, str | int | float) and key not in left_out}  # fmt: skip
+    data = adapter.info.get("data")
+    facts |= {"data": Path(data).name} if isinstance(data, str) else {}
+    rows = "".join(
+        f"| {key} | {f'{value:.6g}' if isinstance(value, float) else value} |\n" for key, value in facts.items()
+    )
+    measured = "".join(
+        f"| {data} | {metric} | {value:g} |\n"
+        for data, metrics in results_of(adapter.info).items() for metric, value in metrics.items()
+    )  # fmt: skip
+    results = f"\n## Results\n\n| data | metric | value |\n| --- | --- | --- |\n{measured}" if measured else ""
+    left = adapter.info.get("unfinished")
+    warning = f"**Unfinished**: its training was left at {left}.\n\n" if left else ""
+    return (
+        f"# A sparse adapter\n\n{warning}{adapter.count:,} trained entries in {len(adapter)} weights of "
+        f"`{base}`; the rest is the base's.\n\n| | |\n| --- | --- |\n{rows}{results}\n## Use\n\n"
+        "```python\nimport finepoint\n\n# model: the base, as transformers loads it, in the dtype that was trained\n"
+        "model = finepoint.load(model, 'this folder or hub id')\n```\n"
+    )

@@ -16,12 +16,11 @@ from finepoint.alignment.methods import METHODS, Alignment, Measured, beta_of, o
 from finepoint.alignment.settings import AlignConfig
 from finepoint.data.examples import some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, needing
 from finepoint.evaluation.generation import sampling_plainly
 from finepoint.huggingface.reference import Reference
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime import distributed
-from finepoint.runtime.extras import needing
 from finepoint.training.callbacks import LOG, Watch, read_log
 from finepoint.training.context import TrainingContext, training_context
 from finepoint.training.resolve import RunSpec, resolve_common

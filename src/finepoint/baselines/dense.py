@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.change import Change
-from finepoint.adapters.form import form_of
+from finepoint.adapters.fingerprint import form_of
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
-from finepoint.models.master import Master
+from finepoint.models.weights import Master
+from finepoint.runtime.devices import in_float64, norm_of
 from finepoint.runtime.files import writing
-from finepoint.runtime.precision import in_float64, norm_of
 from finepoint.tuner.interface import Tuner
 from finepoint.tuner.optimizer_hooks import follow_after_steps, stop_following
 from finepoint.tuner.tuner import CONTAINER

@@ -14,10 +14,9 @@ from finepoint.adapters.change import Change
 from finepoint.adapters.fingerprint import FINGERPRINT
 from finepoint.adapters.format import CONFIG
 from finepoint.adapters.peft import PEFT_TENSORS, transposed_layers, updates
-from finepoint.errors import FinepointError
-from finepoint.runtime.extras import needing
+from finepoint.errors import FinepointError, needing
+from finepoint.runtime.devices import in_float64, norm_of
 from finepoint.runtime.files import move_files, partial_folder, write_json, writing
-from finepoint.runtime.precision import in_float64, norm_of
 from finepoint.tuner.interface import Tuner
 from finepoint.tuner.tuner import CONTAINER, SparseTuner
 

@@ -11,7 +11,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import scatter_
 from finepoint.adapters.peft import SPARSE
 from finepoint.baselines.peft import PeftTuner
-from finepoint.runtime.precision import in_float64, norm_of
+from finepoint.runtime.devices import in_float64, norm_of
 from finepoint.tuner.interface import Tuner
 from finepoint.tuner.tuner import SparseTuner
 

@@ -185,8 +185,7 @@ KNOWN = {"whole": "", "sampled": " (of the rest of it a sample was compared)",
 
 def run_verify(config: VerifyConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
-    from finepoint.adapters.other_bases import rebased
-    from finepoint.adapters.verification import verify
+    from finepoint.adapters.bases import rebased, verify
 
     adapter = SparseAdapter.load(config.folder)
     model = _base_of(config.model, [adapter], config.dtype, labels=adapter.info.get("labels", ()),
@@ -208,8 +207,8 @@ def run_verify(config: VerifyConfig) -> None:
 
 def run_merge(config: MergeConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
+    from finepoint.adapters.bases import rebased
     from finepoint.adapters.combining import merge
-    from finepoint.adapters.other_bases import rebased
     from finepoint.data.leaks import Seen
 
     _check_merge(config)
@@ -313,7 +312,7 @@ def _report_interference(config: MergeConfig, adapters: "dict[str, SparseAdapter
 
 def run_scale(config: ScaleConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
-    from finepoint.adapters.other_bases import rebased
+    from finepoint.adapters.bases import rebased
     from finepoint.adapters.peft import is_peft, load_merged
     from finepoint.data.examples import read_examples, some
     from finepoint.data.leaks import Seen

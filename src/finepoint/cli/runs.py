@@ -9,10 +9,9 @@ from finepoint.alignment.settings import AlignConfig
 from finepoint.cli.output import print_json, print_table, signed
 from finepoint.errors import FinepointError
 from finepoint.evaluation.settings import DemoConfig, EvalConfig
-from finepoint.memory.settings import PlanConfig
 from finepoint.runtime import distributed
 from finepoint.selection.settings import SelectConfig
-from finepoint.training.settings import TrainConfig
+from finepoint.training.settings import PlanConfig, TrainConfig
 
 KL = "KL to the base"
 

@@ -3,8 +3,7 @@
 import logging
 
 from finepoint.cli.output import print_json, print_table, signed
-from finepoint.reporting.settings import ReportConfig
-from finepoint.studies.settings import CompareConfig, SequenceConfig
+from finepoint.studies.settings import CompareConfig, ReportConfig, SequenceConfig
 
 
 def run_compare(config: CompareConfig) -> int:

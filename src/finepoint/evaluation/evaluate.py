@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.other_bases import in_wider_dtype, rebased
+from finepoint.adapters.bases import in_wider_dtype, rebased
 from finepoint.adapters.peft import info_of, is_peft, load_merged
 from finepoint.adapters.scaling import wise_ft
 from finepoint.data.batches import context_length

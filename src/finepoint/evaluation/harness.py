@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from finepoint.data.tokens import asking
-from finepoint.errors import FinepointError
-from finepoint.runtime.extras import needing
+from finepoint.errors import FinepointError, needing
 from finepoint.runtime.settings import did_you_mean
 from finepoint.selection.passes import evaluating
 from finepoint.tuner.finite import refuse_not_numbers

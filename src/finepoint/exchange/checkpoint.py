@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint_of, one_in_for
-from finepoint.adapters.form import form_of
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint_of, form_of, one_in_for
 from finepoint.errors import FinepointError
 from finepoint.models.loading import model_folder, outline
 from finepoint.runtime.files import read_json

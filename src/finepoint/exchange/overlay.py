@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from finepoint.adapters.adapter import SparseAdapter, base_beneath
 from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, gather
-from finepoint.adapters.fingerprint import unlike
-from finepoint.adapters.form import differences
+from finepoint.adapters.fingerprint import differences, unlike
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.runtime.progress import tracked

@@ -6,7 +6,6 @@ by one number for all layers, r (in + out) or (1 - sparsity) in x out; where an 
 of 0 fill the rest.
 """
 
-import json
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
@@ -24,7 +23,7 @@ from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.overlay import Patch
 from finepoint.exchange.reading import change_of
-from finepoint.runtime.files import read_json
+from finepoint.runtime.files import read_json, write_json
 from finepoint.runtime.tensor_files import opened
 
 SUFFIXES = {
@@ -73,7 +72,7 @@ def _write(kind: str, patches: Mapping[str, Patch], checkpoint: Checkpoint, into
         "target_modules": sorted(name.removesuffix(".weight") for name in patches),
         "modules_to_save": None, "init_weights": True, "inference_mode": True, "task_type": "CAUSAL_LM",
     }  # fmt: skip
-    (into / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(into / PEFT_CONFIG, config)
     return {"entries": sum(counts.values()) - padding, "padding": padding, "inexact": inexact}
 
 

@@ -4,7 +4,6 @@
 where nothing changes; `config.json` is the base's, with the base's place under `sparta_pretrained_model`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.reading import change_of
-from finepoint.runtime.files import read_json
+from finepoint.runtime.files import read_json, write_json
 from finepoint.runtime.tensor_files import opened
 
 TENSORS = "sparse_deltas.safetensors"
@@ -51,7 +50,7 @@ def write_sparta(source: Source, into: Path) -> dict[str, Any]:
     is_folder = Path(checkpoint.name).exists() or checkpoint.name.count("/") != 1
     place = str(checkpoint.folder.resolve()) if is_folder else checkpoint.name
     config = read_json(checkpoint.folder / "config.json") | {"sparta_pretrained_model": place}
-    (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(into / "config.json", config)
     return {"entries": sum(len(patch.indices) for patch in patches.values()), "inexact": inexact}
 
 

@@ -5,7 +5,6 @@ in the tensor's dtype; `patch.json` lists the tensors with name, shape and dtype
 and holds the fingerprint of the base, by the names of the model's weights.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from finepoint.adapters.fingerprint import FINGERPRINT
 from finepoint.errors import FinepointError
 from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.overlay import narrowed
+from finepoint.runtime.files import write_json
 
 TENSORS = "patch.safetensors"
 LIST = "patch.json"
@@ -48,5 +48,5 @@ def write_patch(source: Source, into: Path) -> dict[str, Any]:
             found = found | {key: found[key] + lost[key] for key in lost}
     save_file(tensors, into / TENSORS)
     listed = {"base_model": checkpoint.name, "patches": rows, FINGERPRINT: checkpoint.fingerprint().as_json()}
-    (into / LIST).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    write_json(into / LIST, listed)
     return found

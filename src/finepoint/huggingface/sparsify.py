@@ -16,7 +16,7 @@ from finepoint.errors import FinepointError
 from finepoint.huggingface.scoring_data import scoring_batches
 from finepoint.huggingface.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
 from finepoint.models.loading import from_bitsandbytes_, head_of
-from finepoint.models.offloaded import in_memory
+from finepoint.models.weights import in_memory
 from finepoint.selection.passes import Batch, on_device
 from finepoint.selection.reach import name_unreached
 from finepoint.selection.rules import rule_named

@@ -26,11 +26,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from finepoint.data.batches import Collator, context_length
 from finepoint.data.tokens import IGNORED, Row
 from finepoint.errors import FinepointError
-from finepoint.memory.settings import PlanConfig
 from finepoint.memory.tracker import MemoryTracker
 from finepoint.models.loading import shape_of
 from finepoint.models.quantised import quantise_
-from finepoint.runtime.peak import resident_bytes
+from finepoint.runtime.devices import resident_bytes
 from finepoint.runtime.settings import Quantise
 from finepoint.selection.passes import on_device, undisturbed
 from finepoint.selection.rules import Rule, rule_named
@@ -39,6 +38,7 @@ from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.targets import target_weights
 from finepoint.selection.warmup import warm_up_
 from finepoint.training.run import CHECKPOINTING  # the process that trains has it in memory, and this one stands for it
+from finepoint.training.settings import PlanConfig
 from finepoint.tuner.tuner import SparseTuner
 
 PARTS = {

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from finepoint.errors import FinepointError
-from finepoint.runtime.extras import needing
+from finepoint.errors import FinepointError, needing
 
 aten = torch.ops.aten
 KEPT = {aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default}

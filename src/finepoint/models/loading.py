@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, needing
 from finepoint.models.bitsandbytes import Packed, replace_layers_
 from finepoint.models.packages import cache_folder, digest, fetch
 from finepoint.models.quantised import is_quantised, quantise_, quantised_layers
-from finepoint.runtime.extras import needing
 from finepoint.runtime.files import alone, partial_folder
 from finepoint.runtime.settings import DType, Quantise, did_you_mean
 

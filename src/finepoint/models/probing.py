@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
-from finepoint.runtime.precision import in_float64
+from finepoint.runtime.devices import in_float64
 
 REFUSED = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError)
 """what a model raises that cannot compute a batch as it is"""

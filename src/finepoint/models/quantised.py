@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, needing
 from finepoint.models.bitsandbytes import nf4
-from finepoint.runtime.extras import needing
 from finepoint.runtime.settings import Quantise
 
 GROUP = 32  # entries of a row that share a scale, in int4

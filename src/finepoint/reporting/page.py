@@ -8,11 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, needing
 from finepoint.reporting import tables
 from finepoint.reporting.tables import Table
 from finepoint.reporting.views import Row
-from finepoint.runtime.extras import needing
 from finepoint.runtime.files import write_text
 
 OURS = "finepoint report"

@@ -10,11 +10,11 @@ import yaml
 from finepoint.errors import FinepointError
 from finepoint.reporting import overlap, tables, views
 from finepoint.reporting.page import PAGE, Drawing, Page, Section, cleared, drawing_package, write_page
-from finepoint.reporting.settings import ReportConfig
 from finepoint.reporting.tables import between, change, fixed, general, size, table, text, whole
 from finepoint.reporting.text import DEFINITIONS, headline
 from finepoint.reporting.views import Row
 from finepoint.studies.results import SEQUENCE, Results, read_results
+from finepoint.studies.settings import ReportConfig
 
 
 def write_report(config: ReportConfig) -> dict[str, Any]:

@@ -4,11 +4,10 @@ The confounds that let one rule look better than another for free (tuning, budge
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import isfinite, log10
+from math import atan, cos, isfinite, log10, pi, sin, sqrt
 from statistics import fmean
 from typing import Any
 
-from finepoint.reporting.intervals import interval
 from finepoint.studies.results import Cell, Results, at_edge, best_lr, first_seed, tuned
 
 Row = dict[str, Any]
@@ -486,3 +485,44 @@ def _arms(rows: Sequence[Row], most: int = 4) -> str:
     """Which arms on which tasks, the first few by name."""
     names = list(dict.fromkeys(f"{row['arm']} on {row['task']}" for row in rows))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+CONFIDENCE = 0.95
+
+
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> dict[str, Any]:
+    """{"mean", "sd", "low", "high", "n"}: mean ± t sd / sqrt(n), sd with n - 1; a single value has no spread.
+
+    Args:
+        values: at least one, one a seed.
+    """
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return {"mean": mean, "sd": None, "low": None, "high": None, "n": n}
+    sd = sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    half = t_quantile(n - 1, confidence) * sd / sqrt(n)
+    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "n": n}
+
+
+def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """The t with P(|T| <= t) = confidence for Student's T with so many degrees of freedom."""
+    low, high = 0.0, 1.0
+    while t_within(high, freedom) < confidence:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_within(middle, freedom) < confidence else (low, middle)
+    return (low + high) / 2
+
+
+def t_within(t: float, freedom: int) -> float:
+    """P(|T| <= t), by the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = atan(t / sqrt(freedom))
+    odd = freedom % 2
+    term, total = (cos(angle) if odd else 1.0), 0.0
+    for i in range(1 + odd, freedom, 2):
+        total += term
+        term *= cos(angle) ** 2 * i / (i + 1)
+    series = sin(angle) * total
+    return 2 / pi * (angle + series) if odd else series

@@ -15,11 +15,13 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finepoint.runtime import distributed, interruption
-from finepoint.runtime.extras import quiet_libraries
 
 console = Console(stderr=True)
 logger = logging.getLogger(__name__)
 Step = TypeVar("Step")
+# transformers and PEFT import these where they are installed, needed or not, and they report the GPUs and the kernels
+# that they find no libraries for.
+CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 PAUSE = 30.0  # seconds between the lines that stand for a bar in a log file
 
 
@@ -68,3 +70,9 @@ def log_to_stderr(quiet: bool = False) -> None:
     log.setLevel(logging.ERROR if not distributed.is_first() else logging.WARNING if quiet else logging.INFO)
     log.propagate = False
     quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Keeps what some libraries say of themselves, whenever another imports them, from a user who did not ask."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
-from finepoint.runtime.precision import home_of_float64
+from finepoint.runtime.devices import home_of_float64
 from finepoint.runtime.progress import tracked
 from finepoint.selection.passes import Batch, on_device, split, undisturbed
 

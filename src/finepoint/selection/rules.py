@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from finepoint.errors import FinepointError
-from finepoint.runtime.precision import home_of_float64, in_float64
+from finepoint.runtime.devices import home_of_float64, in_float64
 from finepoint.runtime.settings import did_you_mean
 from finepoint.selection.formula import expression, is_expression
 from finepoint.selection.plugins import function_of, offered, package_of

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of
-from finepoint.models.offloaded import in_memory
 from finepoint.models.quantised import float_values
+from finepoint.models.weights import in_memory
 from finepoint.runtime import distributed
 from finepoint.runtime.settings import fits, spelled
 from finepoint.selection.passes import Batch, drawn

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finepoint.errors import FinepointError
-from finepoint.models.master import Master
 from finepoint.models.quantised import is_quantised
+from finepoint.models.weights import Master
 from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
 from finepoint.selection.passes import Batch, counts_every_label, label_count, loss_of, on_device, undisturbed

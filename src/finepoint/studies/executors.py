@@ -12,9 +12,8 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, needing
 from finepoint.runtime import interruption
-from finepoint.runtime.extras import needing
 from finepoint.runtime.progress import log_to_stderr
 from finepoint.studies.cells import Job, Outcome, WorkerState, work
 from finepoint.studies.study import Study

@@ -78,3 +78,15 @@ The same command goes on where it stopped."""
     dtype: DType = setting(
         "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto", "bits")
     json: bool = setting("print one JSON object on stdout", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write the page of a study, of a sequence, or of adapters side by side: figures, tables, and their data."""
+
+    folder: list[str] = setting(
+        "the --output of `finepoint compare`, finished or not, or of `finepoint sequence`; or several adapters",
+        positional=True)
+    output: str | None = setting(
+        "folder to write; DIR/report where not given; an earlier report there is replaced", None)
+    json: bool = setting("print one JSON object on stdout", False)

@@ -17,7 +17,7 @@ from finepoint.data.tokens import Row, learned
 from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
 from finepoint.models.quantised import is_quantised
-from finepoint.runtime.precision import in_float64
+from finepoint.runtime.devices import in_float64
 from finepoint.selection.passes import on_device
 from finepoint.training.loss import head_states, plain_head
 from finepoint.tuner.finite import refuse_not_numbers

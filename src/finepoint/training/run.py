@@ -27,8 +27,8 @@ from finepoint.data.leaks import TRAINED_ON, leaks, warn_of_leaks
 from finepoint.errors import FinepointError
 from finepoint.models.loading import new_head
 from finepoint.runtime import distributed, interruption
+from finepoint.runtime.devices import peak_bytes, reset_peak
 from finepoint.runtime.files import claim_folder, write_record
-from finepoint.runtime.peak import peak_bytes, reset_peak
 from finepoint.runtime.progress import progress
 from finepoint.selection.passes import Batch, on_device
 from finepoint.selection.rules import rule_named

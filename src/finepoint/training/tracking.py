@@ -18,8 +18,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from finepoint.errors import needing
 from finepoint.runtime import distributed
-from finepoint.runtime.extras import needing
 from finepoint.runtime.files import read_json, write_json
 from finepoint.training.settings import Training
 

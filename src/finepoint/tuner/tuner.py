@@ -33,16 +33,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finepoint.adapters.adapter import SparseAdapter, base_beneath, moved_by_adapters
-from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, unlike
-from finepoint.adapters.form import form_of
+from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, form_of, unlike
 from finepoint.adapters.format import TENSORS, write
 from finepoint.data.small_input import made_up
 from finepoint.errors import FinepointError
 from finepoint.models.bitsandbytes import check_weight
-from finepoint.models.offloaded import in_memory, is_outline
 from finepoint.models.quantised import is_quantised, replace_forwards
+from finepoint.models.weights import in_memory, is_outline
 from finepoint.runtime import distributed
-from finepoint.runtime.precision import norm_of
+from finepoint.runtime.devices import norm_of
 from finepoint.tuner.audit import AtFirst, Audit, Loss, audit, few, outcome
 from finepoint.tuner.autograd import WHOLE, attach, reaches_further, refuse_unfit
 from finepoint.tuner.deltas import Deltas, LeftOutOfDDP

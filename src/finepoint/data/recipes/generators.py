@@ -1,7 +1,7 @@
 """Reasoning tasks by generator: reasoning-gym (Stojanovski et al. 2025, Apache-2.0), offline and seeded.
 
 The package pins exact versions of libraries that these generators do not need and that clash with others, so it is not
-installed: another Python process runs the generators straight out of its wheel (`generator_process.py`).
+installed: another Python process runs the generators straight out of its wheel: this file as a program (see `main`).
 
 Left out: propositional_logic (has no answers), family_relationships (a wrong one was seen), syllogism (of 3,000 answers
 394 are `Yes` where the conclusion does not follow).
@@ -13,7 +13,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from finepoint.data.recipes.splits import split_by_group
@@ -23,7 +25,6 @@ from finepoint.runtime.files import claim_folder, write_json_lines
 
 PACKAGE = "reasoning-gym==0.1.25"
 SHA256 = "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435"
-PROGRAM = Path(__file__).with_name("generator_process.py")
 SEED = 1_000_003  # row i of a generator is drawn from seed + i: pools of different seeds must lie far apart
 
 
@@ -118,7 +119,7 @@ def generate(pools: Sequence[Pool]) -> list[list[dict[str, Any]]]:
     """
     wheel = fetch(PACKAGE, SHA256)
     asked = json.dumps([vars(pool) for pool in pools])
-    command = [sys.executable, "-P", str(PROGRAM), str(wheel)]
+    command = [sys.executable, "-P", __file__, str(wheel)]
     done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -163,3 +164,46 @@ def write_files(folder: Path, files: dict[str, list[dict[str, Any]]]) -> dict[st
     for name, rows in files.items():
         write_json_lines(folder / f"{name}.jsonl", rows)
     return {name: len(rows) for name, rows in files.items()}
+
+
+def main(wheel: str) -> None:
+    """`python generators.py WHEEL`: rows of the pools that stdin describes as JSON, on stdout.
+
+    A process of its own, because it puts empty packages in the place of those whose `__init__` imports every generator,
+    and with them libraries that nobody here needs.
+    """
+    pools = json.load(sys.stdin)
+    for pool in pools:
+        parent = f"reasoning_gym.{pool['module'].split('.')[0]}"
+        for name in ("reasoning_gym", parent):
+            if name not in sys.modules:
+                sys.modules[name] = package = ModuleType(name)
+                package.__path__ = [f"{wheel}/{name.replace('.', '/')}"]
+        import_module(f"reasoning_gym.{pool['module']}")
+    json.dump([rows(pool) for pool in pools], sys.stdout)
+
+
+def rows(pool: dict[str, Any]) -> list[dict[str, Any]]:
+    factory = sys.modules["reasoning_gym.factory"]
+    data = factory.create_dataset(pool["name"], seed=pool["seed"], size=pool["size"], **pool["options"])
+    templates = getattr(data, "task_indices", None)  # gsm_symbolic: which problem the numbers were put into
+    found = []
+    for i in range(pool["size"]):
+        row = data[i]
+        found.append({
+            "question": question(row),
+            "answer": row["answer"],
+            "score": data.score_answer(row["answer"], row),
+            "group": f"{pool['name']}-{templates[i]}" if templates else "",
+        })  # fmt: skip
+    return found
+
+
+def question(row: dict[str, Any]) -> str:
+    """The question, without the sentence around it where it is a sum."""
+    expression = row["metadata"].get("expression")
+    return f"{expression} =" if expression else row["question"].strip()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

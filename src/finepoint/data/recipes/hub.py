@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.data.recipes.splits import split_by_group
-from finepoint.errors import FinepointError
-from finepoint.runtime.extras import needing
+from finepoint.errors import FinepointError, needing
 from finepoint.runtime.files import claim_folder, write_json_lines
 
 logger = logging.getLogger(__name__)

