@@ -42,7 +42,7 @@ def steps(method, batches, optimizer=None):
     for batch in batches:
         method.tuner.model(**batch).loss.backward()
         if method.penalty:
-            method.penalty()
+            method.penalty.add_(0)
         optimizer.step()
         method.tuner.model.zero_grad()
 

@@ -1,5 +1,6 @@
 """What `--protect` keeps: the Fisher information at the chosen entries, and the pull that it gives."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,17 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy, kl_div
 
 import finepoint
-from conftest import interrupted_at, random_batches, tiny_llama, write_lines
+from conftest import assert_same_bits, interrupted_at, random_batches, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli import main
+from finepoint.data.batches import Collator, Row
 from finepoint.errors import FinepointError
 from finepoint.selection.passes import drawing, drawn
 from finepoint.selection.rules import RULES
-from finepoint.training.keep import fisher_at
-from finepoint.training.run import train
+from finepoint.training.context import TrainingContext
+from finepoint.training.keep import PROTECTIONS, Beside, Protected, _generator, fisher_at
+from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
 from finepoint.tuner.anchor import Anchor
 
@@ -34,17 +38,24 @@ def batches():
     return found
 
 
-def dense_fisher(model, batches, seed):
-    """The mean squared gradient a token, of whole weights, by autograd."""
-    draw, total, tokens = drawing(torch.Generator().manual_seed(seed)), {}, 0
-    for batch in batches:
+def dense_fisher(model, batches, seed, each=True):
+    """The mean squared gradient a token, of whole weights, by autograd; without a seed a text, of its own labels.
+
+    Args:
+        each: every batch has draws of its own.
+    """
+    total, tokens = {}, 0
+    one = drawing(torch.Generator().manual_seed(seed or 0))
+    for place, batch in enumerate(batches):
+        draw = drawing(_generator(seed, place)) if each else one
         wanted = batch["labels"][0, 1:] != -100
         logits = model(input_ids=batch["input_ids"]).logits[0, :-1][wanted]
+        drawn = batch["labels"][0, 1:][wanted] if seed is None else draw(logits.detach())
         model.zero_grad()
-        cross_entropy(logits, draw(logits.detach()), reduction="sum").backward()
+        cross_entropy(logits, drawn, reduction="sum").backward()
         for name, weight in model.named_parameters():
             total[name] = total.get(name, 0) + weight.grad.square()
-        tokens += len(logits)
+        tokens += 1 if seed is None else len(logits)
     return {name: found / tokens for name, found in total.items()}
 
 
@@ -99,7 +110,7 @@ def test_training_is_that_of_whole_weights_with_the_penalty(batches):
 
 def test_rules_are_given_the_information_of_whole_weights(batches, monkeypatch):
     model = tiny_llama(torch.float64).eval()
-    dense = dense_fisher(tiny_llama(torch.float64).eval(), batches, 5)
+    dense = dense_fisher(tiny_llama(torch.float64).eval(), batches, 5, each=False)
     seen = {}
 
     def look(weight, kept_squared_gradient, kept_mean, kept_input_norm):
@@ -162,6 +173,67 @@ def test_a_rule_may_weigh_what_is_learned_against_what_is_kept(batches):
         finepoint.select(model, rule="gain", density=0.05, kept=batches)
 
 
+TEXTS = [Row(ids, [-100, *ids[1:]]) for ids in ([5, 9, 12, 30, 7], [8, 8, 40, 3, 21, 33, 6], [50, 4, 4, 9])]
+
+
+def protected(model, tuner, strength, head=()):
+    place = TrainingContext(model, None, [], [], Collator.of_any(model, 0))
+    return Protected(place, tuner, head, TEXTS, strength, 2, seed=3)
+
+
+def dense_term(name, model, base, texts):
+    """What a protection adds to the loss, written plainly, without its strength."""
+    if name in ("anchor", "empirical", "l2"):
+        batches = [{"input_ids": torch.tensor([row.ids]), "labels": torch.tensor([row.labels])} for row in TEXTS]
+        fisher = dense_fisher(copy.deepcopy(base), batches, 3 if name == "anchor" else None)
+        pairs = [(weight - base.get_parameter(key), fisher[key]) for key, weight in model.named_parameters()]
+        return sum((change.square() * (1 if name == "l2" else f)).sum() for change, f in pairs) / 2
+    terms = []
+    for row in texts:
+        ids = torch.tensor([row.ids])
+        ours, theirs = (one(input_ids=ids).logits[0, :-1].log_softmax(-1) for one in (model, base))
+        terms.append(kl_div(ours, theirs.detach(), reduction="none", log_target=True).sum(-1) if name == "kl" else
+                     cross_entropy(ours, ids[0, 1:], reduction="none"))  # fmt: skip
+    return torch.cat(terms).mean()
+
+
+@pytest.mark.parametrize("targets", ["linear", "all"])  # all: the output layer is trained as well, and is tied
+@pytest.mark.parametrize("name", PROTECTIONS)
+def test_every_protection_is_its_term_beside_the_loss_of_whole_weights(name, targets, batches):
+    model, base = tiny_llama(torch.float64).eval(), tiny_llama(torch.float64).eval()
+    dense = copy.deepcopy(base)
+    indices = dict(finepoint.select(model, rule="random", density=0.2, targets=targets))
+    with finepoint.SparseTuner(model, indices, audit=False) as tuner:
+        penalty = PROTECTIONS[name].make(protected(model, tuner, 2.0))
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+        for step, batch in enumerate(batches):
+            model(**batch).loss.backward()
+            penalty.add_(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        tuner.follow_()
+        for step, batch in enumerate(batches):
+            dense.zero_grad()
+            texts = [TEXTS[place] for place in Beside(protected(model, tuner, 1.0), None).places(step)]
+            (dense(**batch).loss + 2.0 * dense_term(name, dense, base, texts)).backward()
+            with torch.no_grad():
+                for key, positions in indices.items():
+                    weight = dense.get_parameter(key)
+                    weight.view(-1)[positions] -= 0.1 * weight.grad.view(-1)[positions]
+        found = dict(model.named_parameters())
+        for key in indices:
+            torch.testing.assert_close(found[key], dense.get_parameter(key), rtol=1e-7, atol=1e-10)
+
+
+def test_all_texts_take_part_before_any_comes_again():
+    model = tiny_llama()
+    with finepoint.SparseTuner(model, {"lm_head.weight": torch.arange(3)}, audit=False) as tuner:
+        beside = Beside(protected(model, tuner, 1.0), None)
+    met = [place for step in range(6) for place in beside.places(step)]
+    assert all(sorted(met[at : at + 3]) == [0, 1, 2] for at in range(0, 12, 3))
+    assert met[:3] != met[3:6] or met[3:6] != met[6:9]
+
+
 @pytest.fixture
 def config(model_folder, choice_file, tmp_path):
     text = write_lines(tmp_path / "text.jsonl", [{"text": "hello you " * 3}, {"text": "abc abc"}])
@@ -190,12 +262,29 @@ def test_strength_0_is_no_protection_and_more_moves_less(config, tmp_path):
     assert found[1e3].info["protect_strength"] == 1e3
 
 
-def test_a_resumed_run_is_held_back_alike(config, tmp_path):
-    whole = trained(config, save_every=3, output=str(tmp_path / "whole"))
-    with interrupted_at(5):
-        trained(config, save_every=3)
-    resumed = trained(config, save_every=3, resume=True)
-    assert all(resumed.changes[name].equals(whole.changes[name]) for name in whole)
+@pytest.mark.parametrize("changes", [
+    *({"protect_by": name} for name in PROTECTIONS),
+    {"refresh": "every:2", "rule": "saft"},
+    {"refresh": "every:2", "dropped": "keep", "protect_by": "kl"},
+    {"baseline": "full", "density": None},
+    {"baseline": "lora", "density": None, "protect_by": "kl"},
+], ids=str)  # fmt: skip
+def test_a_resumed_run_is_held_back_alike(config, tmp_path, changes):
+    changes = changes | ({"protect": None} if changes.get("protect_by") == "l2" else {})
+    config = replace(config, save_every=3, **changes)
+    train(replace(config, output=str(tmp_path / "whole")))
+    with interrupted_at(6):
+        train(config)
+    train(replace(config, resume=True))
+    found, whole = ({file.name: load_file(file) for file in Path(folder).glob("*.safetensors")}
+                    for folder in (config.output, tmp_path / "whole"))  # fmt: skip
+    assert found.keys() == whole.keys()
+    for name in found:
+        assert_same_bits(found[name], whole[name])
+
+
+def test_a_run_goes_on_with_the_same_texts_alone(config, tmp_path):
+    trained(config, save_every=3)
     other = write_lines(tmp_path / "other.jsonl", [{"text": "quite another text"}])
     with pytest.raises(FinepointError, match="was trained with examples"):
         trained(config, steps=9, resume=True, protect=str(other))
@@ -203,11 +292,80 @@ def test_a_resumed_run_is_held_back_alike(config, tmp_path):
         trained(config, steps=9, resume=True, protect_strength=1.0)
 
 
+@pytest.mark.parametrize("changes", [
+    {"protect_by": "kl"}, {"protect_by": "replay"}, {"protect_by": "l2", "protect": None},
+    {"baseline": "lora", "density": None, "protect_by": "kl"}, {"baseline": "bitfit", "density": None},
+    {"baseline": "dora", "density": None, "protect_by": "replay"},
+    {"baseline": "mofo", "density": None, "protect_by": "empirical"},
+], ids=str)  # fmt: skip
+def test_every_method_can_be_protected(config, tmp_path, changes):
+    """Strength 0 adds nothing, to the bit; much of it moves the model less, or at least elsewhere."""
+    found = [differences(replace(config, output=str(tmp_path / f"s{strength}"), protect_strength=strength, **changes))
+             for strength in (0.0, 100.0)]  # fmt: skip
+    free = changes | {"protect": None, "protect_by": "anchor"}
+    assert all(torch.equal(found[0][name], other) for name, other in differences(replace(config, **free)).items())
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def differences(config):
+    """What training makes of every weight it changes."""
+    _, adapter = fit(config)
+    return {name: change.numbers for name, change in adapter.changes.items()}
+
+
+def test_full_training_with_the_texts_own_labels_is_ewc(config, tmp_path):
+    config, text = replace(config, density=None, dtype="float64", lr=1e-3), config.protect
+    ours = differences(replace(config, baseline="full", protect_by="empirical", protect_strength=50.0))
+    config = replace(config, protect=None, overwrite=True)
+    free = differences(replace(config, baseline="full"))
+    theirs = differences(replace(config, baseline="ewc", fisher_data=text, baseline_options={"strength": 50.0}))
+    for name, numbers in theirs.items():
+        torch.testing.assert_close(ours[name], numbers, rtol=1e-5, atol=1e-8)
+    assert any((free[name] - numbers).abs().max() > 1e-6 for name, numbers in theirs.items())
+
+
+def test_entries_chosen_on_the_way_are_held_back_by_what_the_base_says_of_them(batches):
+    model, base = tiny_llama(torch.float64).eval(), tiny_llama(torch.float64).eval()
+    first, then = (dict(finepoint.select(model, rule="random", density=0.2, seed=seed)) for seed in (0, 1))
+    rows = [{"input_ids": torch.tensor([row.ids]), "labels": torch.tensor([row.labels])} for row in TEXTS]
+    dense = dense_fisher(base, rows, 3)
+    with finepoint.SparseTuner(model, first, audit=False) as tuner:
+        anchor = PROTECTIONS["anchor"].make(replace(protected(model, tuner, 10.0), moving=True))
+        for indices in (first, then):
+            tuner.choose_(indices)
+            for delta in tuner.parameters():
+                delta.data.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(0))
+            model(**batches[0]).loss.backward()
+            before = {name: (delta.detach().clone(), delta.grad.clone()) for name, delta in tuner.trained().items()}
+            anchor.add_(0)
+            for name, delta in tuner.trained().items():
+                value, gradient = before[name]
+                pull = 10.0 * dense[name].reshape(-1)[indices[name]] * value
+                torch.testing.assert_close(delta.grad, gradient + pull, rtol=1e-9, atol=1e-15)
+                assert torch.equal(delta, value)
+            tuner.model.zero_grad()
+
+
+@pytest.mark.parametrize("loss", ["dft", "eaft"])
+def test_a_run_minimises_the_loss_it_is_told(config, tmp_path, loss):
+    ours = trained(config, protect=None, loss=loss)
+    usual = trained(config, protect=None, output=str(tmp_path / "usual"))
+    assert (ours.info["loss"], usual.info.get("loss")) == (loss, None)
+    assert any(not torch.equal(ours.changes[name].numbers, usual.changes[name].numbers) for name in usual)
+    with pytest.raises(FinepointError, match="the losses: nll, dft, eaft"):
+        trained(config, protect=None, loss="focal")
+
+
 def test_what_cannot_be_protected_is_refused(config, tmp_path):
     classes = write_lines(tmp_path / "c.jsonl", [{"text": "ab", "label": "x"}, {"text": "ba", "label": "y"}])
     for changes, message in (
-        ({"baseline": "lora", "density": None}, "ewc holds back whole weights"),
-        ({"refresh": "every:2"}, "leave out --protect or --refresh"),
+        ({"baseline": "lora", "density": None}, "trains factors of them; give --protect-by kl or replay"),
+        ({"baseline": "rosa", "protect_by": "l2", "protect": None}, "trains factors of them"),
+        ({"baseline": "ewc", "density": None, "fisher_data": config.protect}, "has its own pull"),
+        ({"protect": None, "protect_by": "kl"}, "give --protect FILE"),
+        ({"protect": None, "protect_strength": 1.0}, "give --protect FILE"),
+        ({"protect_by": "l2"}, "reads no text"),
+        ({"protect_by": "ancor"}, "did you mean anchor"),
         ({"protect": str(classes)}, "classifiers write nothing"),
         ({"data": str(classes)}, "classifiers write nothing"),
         ({"protect_strength": -1.0}, "at least 0"),

@@ -6,7 +6,7 @@ from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma3ForCausalLM, G
 
 from conftest import VOCABULARY, assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.training import loss as module
-from finepoint.training.loss import completion_loss, log_likelihoods, plain_head
+from finepoint.training.loss import LOSSES, completion_loss, log_likelihoods, plain_head
 from finepoint.tuner.tuner import SparseTuner
 
 MODELS = {"llama": tiny_llama, "llama-untied": lambda dtype: tiny_llama(dtype, tied=False), "gemma": tiny_gemma}
@@ -161,6 +161,33 @@ def test_log_likelihoods_of_plain_models_are_those_of_all_logits(model, chunk):
         expected = model(input_ids=ids).logits.log_softmax(-1)[rows, columns, tokens]
     found = log_likelihoods(model, {"input_ids": ids}, rows, columns, tokens)
     torch.testing.assert_close(found, expected)
+
+
+def dense_weights(name, logits, labels):
+    """What each label's cross-entropy is multiplied with, by the papers' formulas on whole distributions."""
+    p = logits.softmax(-1)
+    if name == "dft":
+        return p[torch.arange(len(labels)), labels]
+    kept = p.sort(-1, descending=True).values[:, :20]
+    kept = kept / kept.sum(-1, keepdim=True)
+    return -(kept * kept.log()).sum(-1) / 3
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "nll"])
+@pytest.mark.parametrize("make", [tiny_llama, softcapped, scaled])
+def test_losses_that_weigh_tokens_are_those_of_the_papers(name, make, chunk):
+    model, batch = make().double(), random_batches()[0]
+    logits, labels = model(input_ids=batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
+    logits, labels = logits[labels != -100], labels[labels != -100]
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    weights = dense_weights(name, logits.detach(), labels)
+    expected = (weights * losses).mean()
+    found = completion_loss(model, batch, measure=LOSSES[name].measure)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    assert not torch.isclose(found, losses.mean(), rtol=1e-3)  # negative control
+    parameters = list(model.parameters())
+    for one, other in zip(gradients(found, parameters), gradients(expected, parameters), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
 
 
 def test_looking_at_a_model_leaves_it_as_it_was():

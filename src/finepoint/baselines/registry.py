@@ -214,7 +214,7 @@ def ewc(context: BaselineContext) -> Method:
     fisher = {name: found.squared_gradient for name, found in statistics if found.squared_gradient is not None}
     tuner = DenseTuner(context.model, _all(context.model))
     start = {name: value.detach().clone() for name, value in tuner.trained().items() if name in fisher}
-    return Method(tuner, penalty=Anchor(tuner.trained, fisher, context.options["strength"], start).add_)
+    return Method(tuner, penalty=Anchor(tuner.trained, fisher, context.options["strength"], start))
 
 
 @baseline("every weight; a step moves the largest |momentum| of each tensor", "MoFO, arXiv:2407.20999", 1e-5,

@@ -4,13 +4,14 @@ What is kept is not the base's logits, which outweigh everything else, but the s
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from finepoint.data.batches import IGNORED, Collator
 from finepoint.data.tokens import Row, learned
@@ -19,7 +20,7 @@ from finepoint.models.probing import evaluating
 from finepoint.models.quantised import is_quantised
 from finepoint.runtime.devices import in_float64
 from finepoint.selection.passes import on_device
-from finepoint.training.loss import head_states, plain_head
+from finepoint.training.loss import leaves_of, plain_head, states_of, summed_loss
 from finepoint.tuner.finite import refuse_not_numbers
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class BasePredictions:
         batches = [collator([rows[at] for at in places])
                    for places in collator.by_length([len(row.ids) for row in rows], TOKENS)]  # fmt: skip
         with evaluating(model):
-            states = [_states(model, head, batch).cpu() for batch in batches]
+            states = [states_at_labels(model, head, batch).cpu() for batch in batches]
         weights = {name: weight.detach().clone() for name, weight in moved.items()}
         return BasePredictions(batches, states, head, weights, len(rows), sum(map(len, states)))
 
@@ -74,7 +75,7 @@ class BasePredictions:
         total, device = 0.0, next(model.parameters()).device
         with evaluating(model):
             for batch, before in zip(self.batches, self.states, strict=True):
-                after = _states(model, self.head, batch)
+                after = states_at_labels(model, self.head, batch)
                 for was, now in zip(before.split(CHUNK), after.split(CHUNK), strict=True):
                     total += summed(self._logits(was.to(device), self.weights), self._logits(now, {}))
         return total / self.tokens
@@ -86,13 +87,49 @@ class BasePredictions:
         return logits
 
 
-def _states(model: Any, head: nn.Module | None, batch: Mapping[str, Any]) -> Tensor:
+def states_at_labels(model: Any, head: nn.Module | None, batch: Mapping[str, Any]) -> Tensor:
     """What the head is given where a label is predicted, (labels, width); without a head the logits there."""
     batch = on_device(batch, next(model.parameters()).device)
-    labels = batch.pop("labels")
-    states = model(**batch).logits if head is None else head_states(model, head, batch)
-    chosen: Tensor = states[:, -labels.shape[1] : -1][labels[:, 1:] != IGNORED]
-    return chosen
+    return states_of(model, head, batch)[batch["labels"][:, 1:] != IGNORED]
+
+
+def head_as_it_is(head: nn.Module, states: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes logits of states also when the head has been trained: itself, or a copy where it is to be trained.
+
+    Args:
+        states: any that the head takes, (positions, width).
+
+    Raises:
+        FinepointError: it is to be trained, and is more than a matrix or quantised.
+    """
+    if not leaves_of(head, states[None]):
+        return head
+    layer: Any = getattr(head, "base_layer", head)  # PEFT's wrap
+    if not isinstance(layer, nn.Linear) or is_quantised(layer.weight):
+        raise FinepointError(f"the output layer is trained, and {type(layer).__name__} cannot be kept as it is now; "
+                             "leave it out of --targets, or give --protect-by replay")  # fmt: skip
+    weight, bias = (part if part is None else part.detach().clone() for part in (layer.weight, layer.bias))
+    return lambda states: linear(states, weight, bias)
+
+
+def divergence(
+    model: Any, batch: Mapping[str, Any], before: Tensor, head: Callable[[Tensor], Tensor], items: int
+) -> Tensor:
+    """KL(base || model), in nats, summed over the labels of a batch and divided by `items`; it has a gradient.
+
+    Args:
+        before: from `states_at_labels` of the base, for the same batch.
+        head: from `head_as_it_is`, of the base.
+    """
+    now = plain_head(model)
+    states, wanted = states_of(model, now, batch), batch["labels"][:, 1:] != IGNORED
+
+    def measure(logits: Tensor, before: Tensor) -> Tensor:
+        with torch.no_grad():
+            base = head(before)
+        return divergences(base, logits)
+
+    return summed_loss(now, states, wanted, before, measure) / items
 
 
 def _affordable(model: Any, rows: Sequence[Row]) -> Sequence[Row]:
@@ -124,10 +161,9 @@ def summed(base: Tensor, adapted: Tensor) -> float:
 
 
 def divergences(base: Tensor, adapted: Tensor) -> Tensor:
-    """KL between the distributions of two sets of logits, (positions, vocabulary) each: (positions,) float32.
+    """KL between the distributions of two sets of logits, (positions, vocabulary) each: (positions,), at least float32.
 
     A token of probability 0, whose logit is -inf, adds nothing; one that only the base allows makes it infinite.
     """
-    p, q = base.float().log_softmax(-1), adapted.float().log_softmax(-1)
-    terms = p.exp() * (p - q)
-    return terms.masked_fill_(p.isneginf(), 0.0).sum(-1)
+    p, q = (logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1) for logits in (base, adapted))
+    return (p.exp() * (p - q)).masked_fill(p.isneginf(), 0.0).sum(-1)

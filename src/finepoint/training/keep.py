@@ -1,59 +1,281 @@
-"""What is to be kept: how much the model's predictions on other text depend on each chosen entry.
+"""What holds a model to its base while it learns: protections, one decorated function each.
 
-For k entries the Fisher information has k numbers: EWC (arXiv:1612.00796), which holds back what other text needs,
-costs 4 bytes an entry here, and nothing in a step.
+`anchor` is EWC at whatever is trained. For k entries the Fisher information has k numbers: holding back what other text
+needs costs 4 bytes an entry here, and nothing in a step.
 """
 
 import logging
+import random
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finepoint.baselines.registry import Baseline
 from finepoint.data.batches import Row
+from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
+from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
-from finepoint.selection.passes import drawing, on_device
+from finepoint.runtime.settings import close
+from finepoint.selection.passes import drawing, label_count, on_device
 from finepoint.training.context import TrainingContext
-from finepoint.training.loss import drawn_loss
+from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
+from finepoint.training.loss import completion_loss, drawn_loss, plain_head
 from finepoint.training.settings import TrainConfig
 from finepoint.tuner.anchor import Anchor
+from finepoint.tuner.interface import Penalty, Tuner
 from finepoint.tuner.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
 
 
-def anchor_for(config: TrainConfig, place: TrainingContext, tuner: SparseTuner, rows: list[Row]) -> Anchor:
-    """What pulls the deltas of a tuner that has not moved yet back to 0, by what these rows need of the base."""
-    started = time.perf_counter()
-    fisher = fisher_at(tuner, place.model, [place.collator.batches([row], 1)[0] for row in rows], config.seed)
-    mean = sum(float(part.sum()) for part in fisher.values()) / tuner.count
-    logger.info("%d texts are to be kept: mean Fisher information %.2g, in %.1f s", len(rows), mean,
-                time.perf_counter() - started)  # fmt: skip
-    return Anchor(tuner.trained, fisher, config.protect_strength)
+@dataclass(frozen=True)
+class Protected:
+    """What a protection is made of; the tuner has not moved yet."""
+
+    place: TrainingContext
+    tuner: Tuner
+    head: Sequence[str]
+    """weights of a new classification head, which has no base"""
+    rows: Sequence[Row]
+    """the texts to keep"""
+    strength: float
+    a_step: int
+    """texts that take part in a step, of those that do so"""
+    seed: int
+    moving: bool = False
+    """whether other entries may be chosen on the way"""
+
+    def batches(self, rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
+        """Rows as batches, on the model's device."""
+        device = next(self.place.model.parameters()).device
+        return [on_device(batch, device) for batch in self.place.collator.batches(rows, size)]
 
 
-def fisher_at(tuner: SparseTuner, model: Any, batches: list[dict[str, Any]], seed: int) -> dict[str, Tensor]:
-    """The Fisher information of the trained entries, a token: the mean squared gradient of what the model itself says.
+Make = Callable[[Protected], Penalty]
+
+
+@dataclass(frozen=True)
+class Protection:
+    """A protection, by name, with its formula and where it comes from."""
+
+    name: str
+    make: Make
+    formula: str
+    source: str
+    strength: float
+    """where none is given"""
+    reads: bool = True
+    """whether it needs text"""
+    weights: bool = False
+    """whether it is of the weights' own numbers, which low-rank factors are not"""
+
+
+PROTECTIONS: dict[str, Protection] = {}
+
+
+def protection(formula: str, source: str, strength: float, **more: Any) -> Callable[[Make], Make]:
+    """Makes a function what `--protect-by` knows by its name; see `Protection`."""
+
+    def register(make: Make) -> Make:
+        PROTECTIONS[make.__name__] = Protection(make.__name__, make, formula, source, strength, **more)
+        return make
+
+    return register
+
+
+@protection("(strength/2) sum F (w - w0)^2, F a token, of labels that the model draws", "EWC, arXiv:1612.00796", 1000.0,
+            weights=True)  # fmt: skip
+def anchor(given: Protected) -> Penalty:
+    return _anchored(given, given.seed)
+
+
+@protection("(strength/2) sum F (w - w0)^2, F a text, of its own labels, as baseline ewc", "EWC, arXiv:1612.00796",
+            1000.0, weights=True)  # fmt: skip
+def empirical(given: Protected) -> Penalty:
+    return _anchored(given, None)
+
+
+def _anchored(given: Protected, seed: int | None) -> Anchor:
+    tuner, place = given.tuner, given.place
+
+    def measure() -> dict[str, Tensor]:
+        with at_base(tuner):
+            fisher = fisher_at(tuner, place.model, place.collator.batches(given.rows, 1), seed)
+        return {name: found for name, found in fisher.items() if name not in given.head}
+
+    return Anchor(tuner.trained, {} if given.moving else measure(), given.strength, _start(tuner), measure)
+
+
+@protection("(strength/2) sum (w - w0)^2", "L2-SP, arXiv:1802.01483", 0.03, reads=False, weights=True)
+def l2(given: Protected) -> Penalty:
+    alike = {name: torch.ones((), device=value.device) for name, value in given.tuner.trained().items()
+             if name not in given.head}  # fmt: skip
+    return Anchor(given.tuner.trained, alike, given.strength, _start(given.tuner))
+
+
+@protection("strength x KL(base || model) on some of the texts at each step", "distillation, arXiv:1606.09282", 1.0)
+def kl(given: Protected) -> Penalty:
+    model = given.place.model
+    if (head := plain_head(model)) is None:
+        raise FinepointError(f"{type(model).__name__} changes its head's logits, which would have to be kept for every "
+                             "token; give --protect-by anchor or replay")  # fmt: skip
+    with evaluating(model), torch.no_grad():
+        known = [states_at_labels(model, head, batch) for batch in given.batches(given.rows, 1)]
+    before = head_as_it_is(head, known[0])
+
+    def loss(batch: dict[str, Any], places: Sequence[int], labels: int) -> Tensor:
+        return divergence(model, batch, torch.cat([known[place] for place in places]), before, labels)
+
+    return Beside(given, loss)
+
+
+@protection("strength x the loss of some of the texts at each step", "experience replay, arXiv:1811.11682", 1.0)
+def replay(given: Protected) -> Penalty:
+    return Beside(given, lambda batch, places, labels: completion_loss(given.place.model, batch, labels))
+
+
+def protection_named(name: str) -> Protection:
+    """The protection called `name`.
+
+    Raises:
+        FinepointError: there is none; the known ones are listed.
+    """
+    if name not in PROTECTIONS:
+        raise FinepointError(f"no protection {name!r}{close(name, PROTECTIONS)}; the protections: "
+                             f"{', '.join(PROTECTIONS)}")  # fmt: skip
+    return PROTECTIONS[name]
+
+
+def protection_of(config: TrainConfig, baseline: Baseline | None) -> Protection | None:
+    """What a run is told to be held to its base by, if by anything.
+
+    Raises:
+        FinepointError: it lacks text, has text that it does not read, or does not go with the baseline.
+    """
+    found = protection_named(config.protect_by)
+    if config.protect is None and found.reads:
+        if config.protect_by != "anchor" or config.protect_strength is not None:
+            raise FinepointError(f"--protect-by {found.name} reads what is to be kept; give --protect FILE")
+        return None
+    if config.protect is not None and not found.reads:
+        raise FinepointError(f"--protect-by {found.name} reads no text; leave out --protect, or take anchor")
+    if baseline and baseline.fisher:
+        raise FinepointError(f"{baseline.name} has its own pull to the base; give --baseline full with --protect")
+    if baseline and baseline.low_rank and found.weights:
+        others = " or ".join(each.name for each in PROTECTIONS.values() if not each.weights)
+        raise FinepointError(f"--protect-by {found.name} holds weights, and baseline {baseline.name} trains factors of "
+                             f"them; give --protect-by {others}")  # fmt: skip
+    return found
+
+
+def texts_a_step(config: TrainConfig) -> int:
+    return max(1, round(config.protect_share * config.batch_size * config.accumulation))
+
+
+def fisher_at(tuner: Tuner, model: Any, batches: Sequence[Mapping[str, Any]], seed: int | None) -> dict[str, Tensor]:
+    """The Fisher information of what is trained, a token: the mean squared gradient of what the model itself says.
 
     Labels are drawn from the model's predictions, so that it is the true one and not the empirical. The gradients of
     different tokens are independent then, with mean 0: the square of their sum has the sum of their squares as its
-    expectation, and one backward pass a batch will do.
+    expectation, and one backward pass a batch will do. Several processes share the batches; all get the same.
+
+    Args:
+        seed: of the draws; None for the labels that are there: the empirical Fisher information, a batch.
 
     Returns:
-        By the names of `tuner.trained()`, (k,) each, in the deltas' dtype.
+        By the names of `tuner.trained()`, of their shapes and dtypes.
     """
-    found = {name: torch.zeros_like(delta) for name, delta in tuner.trained().items()}
-    draw, tokens = drawing(torch.Generator().manual_seed(seed)), 0
-    with evaluating(model):
-        for batch in tracked("reading what is to be kept", batches):
-            batch = on_device(batch, next(model.parameters()).device)
-            loss, count = drawn_loss(model, batch, draw)
+    started = time.perf_counter()
+    trained = tuner.trained()
+    found = {name: torch.zeros_like(value) for name, value in trained.items()}
+    parts = torch.zeros(1, dtype=torch.float64, device=distributed.device())
+    count, rank = distributed.count(), distributed.rank()
+    with evaluating(model), torch.enable_grad():
+        # All run equally often, as sharded weights need: a process that has no batch left does the last one again.
+        for at in tracked("reading what is to be kept", range(0, len(batches), count)):
+            mine = min(at + rank, len(batches) - 1)
+            batch = on_device(batches[mine], next(model.parameters()).device)
+            if seed is None:
+                loss, here = completion_loss(model, batch, 1), 1
+            else:
+                loss, here = drawn_loss(model, batch, drawing(_generator(seed, mine)))
             loss.backward()
-            for name, delta in tuner.trained().items():
-                if delta.grad is not None:
-                    found[name].add_(delta.grad.square())
-                    delta.grad = None
-            tokens += count
-    return {name: total / tokens for name, total in found.items()}
+            for name, value in trained.items():
+                if value.grad is not None and mine == at + rank:
+                    found[name].add_(value.grad.square())
+                value.grad = None
+            parts += here if mine == at + rank else 0
+    for total in (parts, *found.values()):
+        distributed.add_up_(total)
+    found = {name: total / float(parts) for name, total in found.items()}
+    mean = sum(float(part.sum()) for part in found.values()) / tuner.count
+    logger.info("%d texts are to be kept: mean Fisher information %.2g, in %.1f s", len(batches), mean,
+                time.perf_counter() - started)  # fmt: skip
+    return found
+
+
+def _generator(seed: int, place: int) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(f"{seed}:{place}").getrandbits(31))
+
+
+@contextmanager
+def at_base(tuner: Tuner) -> Iterator[None]:
+    """Inside, chosen entries hold the base's values and no gradients; those that have settled stay as they are."""
+    if not isinstance(tuner, SparseTuner):  # whose entries stay the same: it has not moved yet
+        yield
+        return
+    trained = tuner.trained()
+    with torch.no_grad():
+        held = {name: (delta.detach().clone(), delta.grad) for name, delta in trained.items()}
+        for delta in trained.values():
+            delta.zero_()
+            delta.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, delta in trained.items():
+                delta.copy_(held[name][0])
+                delta.grad = held[name][1]
+        tuner.follow_()
+
+
+def _start(tuner: Tuner) -> dict[str, Tensor]:
+    """Where what is trained begins; nowhere where it is deltas, which begin at 0."""
+    if isinstance(tuner, SparseTuner):
+        return {}
+    return {name: value.detach().clone() for name, value in tuner.trained().items()}
+
+
+class Beside:
+    """`strength` x the mean loss over the labels of some of the texts: at each step of others, until all have come.
+
+    Args:
+        loss: of a batch of the texts at these places, over so many labels in all.
+    """
+
+    def __init__(self, given: Protected, loss: Callable[[dict[str, Any], Sequence[int], int], Tensor]) -> None:
+        self.given, self.loss, self.strength = given, loss, given.strength
+
+    def places(self, step: int) -> list[int]:
+        """Which texts take part in the step after so many: a resumed run meets those that it would have met."""
+        texts, found = len(self.given.rows), []
+        for place in range(step * self.given.a_step, (step + 1) * self.given.a_step):
+            order = random.Random(f"{self.given.seed}:{place // texts}").sample(range(texts), texts)
+            found.append(order[place % texts])
+        return found
+
+    def add_(self, step: int) -> None:
+        model, places = self.given.place.model, self.places(step)
+        batches = self.given.batches([self.given.rows[place] for place in places], len(places))
+        labels = sum(map(label_count, batches))
+        size = len(places) // len(batches)  # all at once, or one by one
+        with evaluating(model), torch.enable_grad():
+            for at, batch in enumerate(batches):
+                (self.loss(batch, places[at * size : (at + 1) * size], labels) * self.strength).backward()

@@ -5,7 +5,8 @@ they outweigh everything else in memory. Here those of at most `CHUNK` positions
 as soon as its loss is known, within the forward pass, so that nothing is computed twice.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,16 +16,77 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from finepoint.data.batches import IGNORED, accepted
+from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
+from finepoint.runtime.settings import close
 from finepoint.selection.passes import label_count, undisturbed
 
 CHUNK = 256  # positions whose logits are alive at a time: fewer cost time, more only memory
+LIKELY = 20  # tokens, the likeliest, whose entropy EAFT takes for all
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""From logits, (n, vocabulary), at least float32, and what is wanted there, (n, ..), to losses, (n,)."""
 # What makes logits more than their head's output, by the names it has in configurations.
 CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_scale", "lm_head_multiplier")
 
 
-def completion_loss(model: Any, batch: Mapping[str, Any], items: Tensor | int | None = None) -> Tensor:
-    """The mean cross-entropy over the labels of a batch: the model's own loss in less memory.
+@dataclass(frozen=True)
+class TokenLoss:
+    """What `--loss` names, with its formula and where it comes from."""
+
+    name: str
+    measure: Measure
+    formula: str
+    source: str
+
+
+LOSSES: dict[str, TokenLoss] = {}
+
+
+def token_loss(formula: str, source: str) -> Callable[[Measure], Measure]:
+    """Makes a function what training minimises, by its name: from logits and labels, (n,), to losses, (n,)."""
+
+    def register(measure: Measure) -> Measure:
+        LOSSES[measure.__name__] = TokenLoss(measure.__name__, measure, formula, source)
+        return measure
+
+    return register
+
+
+@token_loss("-log p(y)", "cross-entropy")
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, reduction="none")
+
+
+@token_loss("-p(y) log p(y), p(y) a constant to the gradient", "DFT, arXiv:2508.05629")
+def dft(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = nll(logits, labels)
+    return losses * (-losses.detach()).exp()
+
+
+@token_loss("-H log p(y), H the entropy of the 20 likeliest tokens among themselves / 3, a constant to the gradient",
+            "EAFT, arXiv:2601.02151")  # fmt: skip
+def eaft(logits: Tensor, labels: Tensor) -> Tensor:
+    likeliest = logits.detach().topk(min(LIKELY, logits.shape[-1])).values
+    told = likeliest.log_softmax(-1)
+    # The authors' code divides by 3, about log 20.
+    return nll(logits, labels) * (-(told.exp() * told).sum(-1) / 3)
+
+
+def loss_named(name: str) -> TokenLoss:
+    """The loss called `name`.
+
+    Raises:
+        FinepointError: there is none; the known ones are listed.
+    """
+    if name not in LOSSES:
+        raise FinepointError(f"no loss {name!r}{close(name, LOSSES)}; the losses: {', '.join(LOSSES)}")
+    return LOSSES[name]
+
+
+def completion_loss(
+    model: Any, batch: Mapping[str, Any], items: Tensor | int | None = None, measure: Measure = nll
+) -> Tensor:
+    """The mean loss over the labels of a batch: where it is the cross-entropy, the model's own in less memory.
 
     Works on any causal model whose logits are its head's output, wrapped by PEFT or not; for all others (soft-capped or
     scaled logits, classifiers) it is the model's own loss, and for sharded ones, whose head is whole
@@ -33,17 +95,33 @@ def completion_loss(model: Any, batch: Mapping[str, Any], items: Tensor | int | 
     Args:
         batch: what the model's forward takes; `labels` may be those of the last positions only.
         items: labels to divide by, where a step has several batches; those of this batch if None.
+        measure: one of `LOSSES`; for others than the cross-entropy see `refuse_unweighable`.
     """
     head = plain_head(model)
     labels = batch["labels"]
-    if head is None or labels.ndim != 2:
+    if measure is nll and (head is None or labels.ndim != 2):
         # Some models divide by the labels of a step when told how many, others do not listen: none is asked to.
         loss = model(**batch).loss
         return loss if items is None else loss * (label_count(batch) / items)
-    states = head_states(model, head, batch)[:, -labels.shape[1] : -1]
+    states = states_of(model, head, batch)
     wanted = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][wanted]
-    return _summed(head, states, wanted, targets) / (len(targets) if items is None else items)
+    return summed_loss(head, states, wanted, targets, measure) / (len(targets) if items is None else items)
+
+
+def refuse_unweighable(model: Any, loss: str, labels: Sequence[str]) -> None:
+    """Refuses to weigh the tokens of a model whose own loss is more than that of its tokens.
+
+    Raises:
+        FinepointError: it is, or there are no tokens: these are classes.
+    """
+    if loss_named(loss).measure is nll:
+        return
+    if labels or model.config.is_encoder_decoder:
+        raise FinepointError(f"--loss {loss} weighs the tokens of a causal model's answers; leave it out")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise FinepointError(f"{type(model).__name__}'s own loss has another term, for its experts, that --loss {loss} "
+                             "would lose; leave it out, or set output_router_logits to false")  # fmt: skip
 
 
 def drawn_loss(model: Any, batch: Mapping[str, Any], draw: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
@@ -57,27 +135,31 @@ def drawn_loss(model: Any, batch: Mapping[str, Any], draw: Callable[[Tensor], Te
         The loss, and how many labels were drawn.
     """
     head = plain_head(model)
-    labels = batch["labels"]
-    wanted = labels[:, 1:] != IGNORED
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    found = model(**inputs).logits if head is None else head_states(model, head, inputs)
-    states = found[:, -labels.shape[1] : -1]
+    wanted = batch["labels"][:, 1:] != IGNORED
+    states = states_of(model, head, batch)
     with torch.no_grad():
         parts = states.detach()[wanted].split(CHUNK)
         targets = torch.cat([draw((head or nn.Identity())(part)) for part in parts])
-    if head is None:
-        return _losses(nn.Identity(), states[wanted], targets).sum(), len(targets)
-    return _summed(head, states, wanted, targets), len(targets)
+    return summed_loss(head, states, wanted, targets), len(targets)
 
 
-def _summed(head: nn.Module, states: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy at the wanted positions, summed."""
-    if len(targets) <= CHUNK:
-        return _losses(head, states[wanted], targets).sum()
+def states_of(model: Any, head: nn.Module | None, batch: Mapping[str, Any]) -> Tensor:
+    """What the head is given, or without a plain one the logits, before each label: (rows, labels - 1, width)."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    found: Tensor = model(**inputs).logits if head is None else head_states(model, head, inputs)
+    return found[:, -batch["labels"].shape[1] : -1]
+
+
+def summed_loss(
+    head: nn.Module | None, states: Tensor, wanted: Tensor, targets: Tensor, measure: Measure = nll
+) -> Tensor:
+    """The loss at the wanted positions, summed; without a head the states are logits, which are there anyway."""
+    if head is None or len(targets) <= CHUNK:
+        return _losses(head or nn.Identity(), states[wanted], targets, measure).sum()
     if torch.is_grad_enabled():
-        total: Tensor = _ChunkedLoss.apply(head, targets, states[wanted], *_leaves(head, states))
+        total: Tensor = _ChunkedLoss.apply(head, targets, measure, states[wanted], *leaves_of(head, states))
         return total
-    return torch.stack([_losses(head, *part).sum() for part in _chunks(states[wanted], targets)]).sum()
+    return torch.stack([_losses(head, *part, measure).sum() for part in _chunks(states[wanted], targets)]).sum()
 
 
 @torch.no_grad()
@@ -150,26 +232,27 @@ def _chunks(states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
 
 
-def _losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy at every position, (n,), at least float32."""
+def _losses(head: nn.Module, states: Tensor, targets: Tensor, measure: Measure = nll) -> Tensor:
+    """The loss at every position, (n,), at least float32."""
     logits = head(states)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return cross_entropy(logits.to(wide), targets, reduction="none")
+    return measure(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """The summed loss of all chunks; the gradients are made in the forward, a chunk at a time."""
 
     @staticmethod
-    def forward(ctx: Any, head: nn.Module, targets: Tensor, states: Tensor, *leaves: Tensor) -> Tensor:
-        ctx.states = torch.empty_like(states) if ctx.needs_input_grad[2] else None
+    def forward(
+        ctx: Any, head: nn.Module, targets: Tensor, measure: Measure, states: Tensor, *leaves: Tensor
+    ) -> Tensor:
+        ctx.states = torch.empty_like(states) if ctx.needs_input_grad[3] else None
         gradients: list[Tensor] = []
         sums = []
         start = 0
         for part, wanted in _chunks(states.detach(), targets):
             with torch.enable_grad():
                 part = part.requires_grad_() if ctx.states is not None else part
-                loss = _losses(head, part, wanted).sum()
+                loss = _losses(head, part, wanted, measure).sum()
             sources = [*leaves, *([part] if ctx.states is not None else [])]
             if sources:
                 found = list(torch.autograd.grad(loss, sources))
@@ -185,10 +268,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         states = None if ctx.states is None else ctx.states * scale.to(ctx.states.dtype)
-        return None, None, states, *(gradient * scale.to(gradient.dtype) for gradient in ctx.leaves)
+        return None, None, None, states, *(gradient * scale.to(gradient.dtype) for gradient in ctx.leaves)
 
 
-def _leaves(head: nn.Module, states: Tensor) -> list[Tensor]:
+def leaves_of(head: nn.Module, states: Tensor) -> list[Tensor]:
     """The trainable tensors that the head's output depends on, found in the graph of a call on no position.
 
     They need not be the head's parameters: a tuner's deltas are tied to its output by a hook, LoRA wraps it.

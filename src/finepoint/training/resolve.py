@@ -1,6 +1,6 @@
 """What a run is told: refused where it cannot be done, and spelled out where it is left open."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +12,8 @@ from finepoint.runtime import distributed
 from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
 from finepoint.selection.rules import rule_named
 from finepoint.selection.structure import check_structure
+from finepoint.training.keep import Protection, protection_of
+from finepoint.training.loss import loss_named
 from finepoint.training.refresh import schedule_of
 from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.tracking import require
@@ -29,6 +31,9 @@ class RunSpec(Generic[Told]):
     baseline: Baseline | None
     options: dict[str, float]
     """the baseline's"""
+    protection: Protection | None = None
+    strength: float = 0.0
+    """the protection's"""
 
 
 def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
@@ -52,13 +57,14 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
         _check_refresh(config)
     elif config.dropped != "revert":
         raise FinepointError("dropped says what becomes of entries that are trained no more; give --refresh with it")
-    if config.protect and (config.baseline or config.refresh):
-        other = "--baseline (ewc holds back whole weights)" if config.baseline else "--refresh"
-        raise FinepointError(f"--protect holds back entries that are chosen once; leave out --protect or {other}")
+    loss_named(config.loss)
     if bool(spec.baseline and spec.baseline.fisher) != (config.fisher_data is not None):
         raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
                              "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
-    return spec
+    if not (protection := protection_of(config, spec.baseline)):
+        return spec
+    strength = protection.strength if config.protect_strength is None else config.protect_strength
+    return replace(spec, protection=protection, strength=strength)
 
 
 def resolve_common(config: Told) -> RunSpec[Told]:
@@ -134,8 +140,10 @@ def check_processes(config: Training) -> None:
     if distributed.count() > 1 and config.baseline:
         raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
                              "without a launcher")  # fmt: skip
-    if distributed.count() > 1 and getattr(config, "protect", None):
-        raise FinepointError("what --protect keeps is read in one process; leave it out, or start without a launcher")
+    by = getattr(config, "protect_by", "anchor")
+    if distributed.count() > 1 and config.protect and by in ("kl", "replay"):
+        raise FinepointError(f"--protect-by {by} reads its texts in one process; start it without a launcher, or give "
+                             "--protect-by anchor")  # fmt: skip
     if distributed.count() > 1 and config.resume and not resumes_together():
         least = ".".join(map(str, RESUMES_TOGETHER))
         raise FinepointError(f"several processes on CPUs go on from a checkpoint with transformers {least} or newer, "

@@ -55,8 +55,8 @@ from finepoint.training.context import (
     scoring_rows,
     select_for,
 )
-from finepoint.training.keep import anchor_for
-from finepoint.training.loss import completion_loss
+from finepoint.training.keep import Protected, texts_a_step
+from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
 from finepoint.training.resolve import RunSpec, Told, check_processes, resolve, steps_of
 from finepoint.training.settings import TrainConfig, Training
@@ -267,7 +267,7 @@ def begun(
     what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
     logger.info("%d %s in %.1f s", method.tuner.count, what, prepared)
     try:
-        facts = described(config, place, chosen) | {"lr": spec.lr} | facts
+        facts = described(config, place, chosen) | {"lr": spec.lr} | _held(spec) | facts
         run = Run(spec, place, folder, method, head, base, steps, facts, chosen, settings, checkpoint, keeps, began,
                   prepared)  # fmt: skip
         if not saved:
@@ -337,7 +337,7 @@ def _train_by_loss(
         set_seed(config.seed)
         trainer = SparseTrainer(
             run.method, packer, run.settings, args=arguments, train_dataset=rows, eval_dataset=validation,
-            data_collator=place.collator, callbacks=followers,
+            data_collator=place.collator, callbacks=followers, measure=loss_named(config.loss).measure,
         )  # fmt: skip
         results = carry_out_(run, trainer, "training", best, config.patience)
     if best:
@@ -407,6 +407,7 @@ def _method(
 ) -> tuple[Method, dict[str, Any]]:  # fmt: skip
     """What trains, as the configuration says, and how its entries were chosen."""
     config = spec.config
+    refuse_unweighable(place.model, config.loss, place.labels)
     if spec.baseline:
         rows = rows_of(config, place, config.fisher_data, "Fisher example")
         fisher = batches_of(config, place, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
@@ -419,11 +420,15 @@ def _method(
         indices = dict(indices) | {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
         tuner = SparseTuner(place.model, indices, ready, audit=False, base=base)
         audit_(config, place, tuner, partial(completion_loss, place.model))
-        method = Method(tuner, anchor_for(config, place, tuner, kept).add_ if kept else None)
+        method = Method(tuner)
         if config.refresh:
             optimizer = PerEntryAdamW(tuner.parameters(), spec.lr, weight_decay=config.weight_decay)
             refresh = Refresh(config, place, tuner, head, steps).choose_
             method = replace(method, optimizer=optimizer, refresh=refresh)
+    if spec.protection:
+        given = Protected(place, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
+                          moving=bool(config.refresh))  # fmt: skip
+        method = replace(method, penalty=spec.protection.make(given))
     if config.round_to:
         method = replace(method, after_step=partial(method.tuner.round_, getattr(torch, config.round_to)))
     return method, chosen
@@ -520,6 +525,13 @@ def told_of(selection: Selection, config: SelectConfig) -> dict[str, Any]:
     }
 
 
+def _held(spec: RunSpec[Any]) -> dict[str, Any]:
+    """What an adapter says of what held the model to its base."""
+    if not spec.protection:
+        return {}
+    return {"protect": spec.config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
+
+
 def described(config: SelectConfig, place: TrainingContext, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """What an adapter says of itself.
 
@@ -543,6 +555,6 @@ def described(config: SelectConfig, place: TrainingContext, chosen: Mapping[str,
         facts |= {"steps": config.steps, "batch_size": config.batch_size}
         facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options} if config.baseline else {}
     if isinstance(config, TrainConfig):
-        facts |= {"protect": config.protect, "protect_strength": config.protect_strength} if config.protect else {}
+        facts |= {"loss": config.loss} if config.loss != "nll" else {}
         facts |= {"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {}
     return facts

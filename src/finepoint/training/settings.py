@@ -75,7 +75,16 @@ class TrainConfig(Training):
         None, "selection", "which entries")
     fisher_data: str | None = setting(
         "for ewc: examples of what is not to be forgotten, a JSON Lines file", None, "bits", "files", file=True)
-    protect_strength: float = setting("how strongly they are held back", 1000.0, "bits", "what is kept", least=0)
+    protect_by: str = setting(
+        "how: anchor (entries that matter to the text are held back: EWC), empirical (the same, as baseline ewc has "
+        "it), l2 (all are; needs no text), kl (the text's predictions stay near the base's), replay (it is trained "
+        "along)",
+        "anchor", "bits", "what is kept")
+    protect_strength: float | None = setting(
+        "how strongly; anchor 1000, l2 0.03, kl and replay 1 where not given", None, "bits", "what is kept", least=0)
+    protect_share: float = setting(
+        "for kl and replay: so many of these texts take part in a step, for each training example in it",
+        0.25, "bits", "what is kept", above=0)
     refresh: str | list[str] | None = setting(
         "choose anew while training: every:N [until:M], or drop-grow:FRACTION [every:N] [until:M] as SpIEL does",
         None, "bits", "which entries")
@@ -91,6 +100,9 @@ class TrainConfig(Training):
         "a control: round what is trained to this dtype after every step, as if no wider copy were kept",
         None, "bits", "training")
     epochs: float = setting("passes over the data, where steps is not given", 1.0, "length", "training", above=0)
+    loss: str = setting(
+        "what is minimised: nll, or one that weighs tokens by what the model says of them: dft, eaft",
+        "nll", "bits", "training")
     packing: bool = setting(
         "several examples in a row, each as if it were alone: the same batches with less padding",
         False, "bits", "training")

@@ -26,7 +26,7 @@ from finepoint.selection.passes import evaluating, label_count
 from finepoint.training.callbacks import Tokens, validation_losses
 from finepoint.training.callbacks import Watch as Watch  # its former place
 from finepoint.training.checkpoints import CHECKPOINTS, seal
-from finepoint.training.loss import completion_loss
+from finepoint.training.loss import Measure, completion_loss, nll
 from finepoint.training.resolve import RunSpec, warmup_of
 from finepoint.tuner.finite import NotFiniteError
 from finepoint.tuner.interface import Method
@@ -183,14 +183,17 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         packer: makes the training batches, of several examples in a row; validation batches are never packed, so that
             their loss can be compared.
         settings: what decides the bits of the run, kept with its checkpoints.
+        measure: the loss; that of validation is always the cross-entropy, so that it can be compared.
     """
 
     def __init__(
-        self, method: Method, packer: Packer | None = None, settings: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+        self, method: Method, packer: Packer | None = None, settings: Mapping[str, Any] | None = None,
+        measure: Measure = nll, **kwargs: Any,
+    ) -> None:  # fmt: skip
         self.method = method
         self.settings = settings or {}
         self.packer = packer
+        self.measure = measure
         super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
         # Every batch is divided by the labels of its whole step, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
@@ -221,7 +224,7 @@ class SparseTrainer(SparseCheckpoints, Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = completion_loss(model, inputs, num_items_in_batch)
+        loss = completion_loss(model, inputs, num_items_in_batch, self.measure)
         if num_items_in_batch is not None and distributed.count() > 1:
             loss = loss * distributed.count()  # divided by all processes' labels, and the gradients are averaged
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -235,7 +238,7 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         if self.accelerator.sync_gradients and distributed.count() > 1:
             self.method.tuner.average_()
         if self.method.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
-            self.method.penalty()
+            self.method.penalty.add_(self.state.global_step)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""EWC's pull towards the base (arXiv:1612.00796), at whatever is trained: whole weights, or chosen entries alone."""
+"""A pull towards the base at whatever is trained, whole weights or chosen entries alone: EWC's, or L2-SP's."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,22 +9,29 @@ from torch import Tensor, nn
 class Anchor:
     """The penalty (strength / 2) x the sum of F (w - w0)^2, as the gradient it adds, strength x F (w - w0).
 
+    With F the Fisher information it is EWC (arXiv:1612.00796), with 1 everywhere L2-SP (arXiv:1802.01483).
+
     Args:
         trained: gives what is trained, by name; asked anew at every step.
-        fisher: F by these names, of the same shapes; what has none is not held back.
+        fisher: F by these names, of the same shapes or one number; what has none is not held back.
         start: w0 by these names; none where it is deltas that are trained, which start from 0.
+        anew: measures F where other entries than before are trained; for the first ones too, if `fisher` is empty.
     """
 
     def __init__(
         self, trained: Callable[[], Mapping[str, nn.Parameter]], fisher: Mapping[str, Tensor], strength: float,
-        start: Mapping[str, Tensor] | None = None,
+        start: Mapping[str, Tensor] | None = None, anew: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
-        self.trained, self.fisher, self.strength, self.start = trained, fisher, strength, start
+        self.trained, self.fisher, self.strength, self.start, self.anew = trained, fisher, strength, start, anew
+        self._measured = trained() if fisher else {}
 
     @torch.no_grad()
-    def add_(self) -> None:
+    def add_(self, step: int = 0) -> None:
         """Adds the penalty's gradient to the gradients of what is trained."""
-        for name, value in self.trained().items():
+        trained = self.trained()
+        if self.anew and any(value is not self._measured.get(name) for name, value in trained.items()):
+            self.fisher, self._measured = self.anew(), trained
+        for name, value in trained.items():
             if name in self.fisher:
                 fisher = self.fisher[name]
                 pull = (value - self.start[name]).mul_(fisher) if self.start else value * fisher

@@ -92,13 +92,22 @@ class Tuner(Protocol):
         return FinepointError(f"{type(self).__name__} cannot {what}; train chosen entries instead")
 
 
+class Penalty(Protocol):
+    """A term beside the loss: `strength` times something."""
+
+    strength: float
+    """may change from step to step"""
+
+    def add_(self, step: int) -> None:
+        """Adds its gradient to those of what is trained: once for each step, the one after so many."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A tuner, and what else its method brings to a run."""
 
     tuner: Tuner
-    penalty: Callable[[], None] | None = None
-    """adds the gradient of a term beside the loss to the trained parameters' gradients, once for each step"""
+    penalty: Penalty | None = None
     optimizer: Optimizer | None = None
     """steps the trained parameters; AdamW where None"""
     after_step: Callable[[], None] | None = None
