@@ -365,7 +365,7 @@ def test_what_cannot_be_protected_is_refused(config, tmp_path):
         ({"protect": None, "protect_by": "kl"}, "give --protect FILE"),
         ({"protect": None, "protect_strength": 1.0}, "give --protect FILE"),
         ({"protect_by": "l2"}, "reads no text"),
-        ({"protect_by": "ancor"}, "did you mean anchor"),
+        ({"protect_by": "ancor"}, "did you mean 'anchor'"),
         ({"protect": str(classes)}, "classifiers write nothing"),
         ({"data": str(classes)}, "classifiers write nothing"),
         ({"protect_strength": -1.0}, "at least 0"),

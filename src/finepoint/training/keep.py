@@ -21,7 +21,7 @@ from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
 from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
-from finepoint.runtime.settings import close
+from finepoint.runtime.settings import did_you_mean
 from finepoint.selection.passes import drawing, label_count, on_device
 from finepoint.training.context import TrainingContext
 from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
@@ -147,8 +147,8 @@ def protection_named(name: str) -> Protection:
         FinepointError: there is none; the known ones are listed.
     """
     if name not in PROTECTIONS:
-        raise FinepointError(f"no protection {name!r}{close(name, PROTECTIONS)}; the protections: "
-                             f"{', '.join(PROTECTIONS)}")  # fmt: skip
+        told = did_you_mean(name, PROTECTIONS, f"the protections: {', '.join(PROTECTIONS)}")
+        raise FinepointError(f"no protection {name!r}{told}")
     return PROTECTIONS[name]
 
 

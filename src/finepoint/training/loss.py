@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from finepoint.data.batches import IGNORED, accepted
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
-from finepoint.runtime.settings import close
+from finepoint.runtime.settings import did_you_mean
 from finepoint.selection.passes import label_count, undisturbed
 
 CHUNK = 256  # positions whose logits are alive at a time: fewer cost time, more only memory
@@ -79,7 +79,7 @@ def loss_named(name: str) -> TokenLoss:
         FinepointError: there is none; the known ones are listed.
     """
     if name not in LOSSES:
-        raise FinepointError(f"no loss {name!r}{close(name, LOSSES)}; the losses: {', '.join(LOSSES)}")
+        raise FinepointError(f"no loss {name!r}{did_you_mean(name, LOSSES, 'the losses: ' + ', '.join(LOSSES))}")
     return LOSSES[name]
 
 
