@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.change import Change
 from finepoint.adapters.fingerprint import form_of
-from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
 from finepoint.models.weights import Master
 from finepoint.runtime.devices import in_float64, norm_of
@@ -59,11 +58,6 @@ class DenseTuner(Tuner):
         follow_after_steps(self.masters)
         self._open = True
 
-    @property
-    def count(self) -> int:
-        """Trained entries in all."""
-        return sum(weight.numel() for weight in self.weights.values())
-
     def trained(self) -> dict[str, nn.Parameter]:
         """The weights themselves, or their masters, by weight name."""
         return dict(self._trained)
@@ -99,11 +93,6 @@ class DenseTuner(Tuner):
         self.follow_()
         changes = {name: Change.whole(weight.detach().cpu().clone()) for name, weight in self.weights.items()}
         return SparseAdapter(changes, dict(info or {}), form_of(self.model))
-
-    def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> list[Path]:
-        """Writes an adapter of this tuner over whatever is in the folder; returns the file with the tensors."""
-        write(adapter, folder, compact)
-        return [folder / TENSORS]
 
     def round_(self, dtype: torch.dtype) -> None:
         """Rounds all that is trained to a narrower dtype, as if nothing wider were kept: the control to masters."""

@@ -67,18 +67,10 @@ class PeftTuner(Tuner):
         self._open = True
         self._start = {name: parameter.detach().clone() for name, parameter in self.trained().items()}
 
-    @property
-    def count(self) -> int:
-        """Trained numbers in all: those of the factors, magnitudes and a new head."""
-        return sum(parameter.numel() for parameter in self._start.values())
-
     def trained(self) -> dict[str, nn.Parameter]:
         """The factors, magnitudes and a new head's weights, by PEFT's names in the model."""
         return {name: parameter for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad and not name.startswith(f"{CONTAINER}.")}  # fmt: skip
-
-    def follow_(self) -> None:
-        """Nothing to do: the layers compute with the factors themselves."""
 
     def merged(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """The name, base, wide new value and stored new value of each adapted weight, one at a time."""

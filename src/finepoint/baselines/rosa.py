@@ -29,11 +29,6 @@ class HybridTuner(Tuner):
         self.low_rank = low_rank
         self.head = head
 
-    @property
-    def count(self) -> int:
-        """Trained numbers in all: entries and factors."""
-        return self.sparse.count + self.low_rank.count
-
     def trained(self) -> dict[str, nn.Parameter]:
         """The deltas by weight name, the factors by PEFT's names in the model."""
         return self.sparse.trained() | self.low_rank.trained()

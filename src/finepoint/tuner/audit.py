@@ -260,7 +260,7 @@ def look_(seen: Seen, module: nn.Module, args: Any) -> None:
 
 def _chunks(members: Mapping[str, SparseWeight], names: Iterable[str]) -> Iterator[list[str]]:
     """All weights at once, but of quantised ones, which must become floats, a share at a time."""
-    quantised = [name for name in names if isinstance(members[name], QuantisedSparseWeight)]
+    quantised = [name for name in names if members[name].quantised]
     if plain := [name for name in names if name not in set(quantised)]:
         yield plain
     room = QUANTISED_SHARE * sum(members[name].weight.numel() for name in quantised)

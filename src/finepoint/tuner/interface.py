@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
 
 
 class Tuner(Protocol):
     """Holds a model in training: what is trained, what has changed, and the way back to the base's exact bits.
 
-    What stands last, with a body, not every method can do: one that cannot refuses in one line.
+    What stands last not every method can do: one that cannot refuses in one line.
     """
 
     model: nn.Module
@@ -27,7 +28,7 @@ class Tuner(Protocol):
     @property
     def count(self) -> int:
         """Trained numbers in all."""
-        ...
+        return sum(parameter.numel() for parameter in self.trained().values())
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimizer steps and a checkpoint keeps, by name: deltas, whole weights, low-rank factors."""
@@ -35,6 +36,7 @@ class Tuner(Protocol):
 
     def follow_(self) -> None:
         """Has the model's weights follow the trained parameters. Only needed after changing those by hand."""
+        return  # where the model computes with these themselves
 
     def changed(self) -> int:
         """How many entries of the model's weights hold (for LoRA: would hold) another stored value than the base's."""
@@ -52,7 +54,8 @@ class Tuner(Protocol):
 
     def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> list[Path]:
         """Writes the change, which is also `adapter`, in the method's own form; returns the files with the tensors."""
-        ...
+        write(adapter, folder, compact)
+        return [folder / TENSORS]
 
     def revert_(self) -> None:
         """Takes the training back: the model computes what the base computes, and holds its exact bits."""

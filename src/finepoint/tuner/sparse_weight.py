@@ -37,6 +37,7 @@ class Moved(NamedTuple):
 class SparseWeight(nn.Module):
     """The chosen entries of one weight: where they are, what they were, how far they have moved."""
 
+    quantised = False
     delta: nn.Parameter
     indices: Tensor
     base: Tensor
@@ -347,6 +348,8 @@ class SparseWeight(nn.Module):
 
 class QuantisedSparseWeight(SparseWeight):
     """The chosen entries of a quantised weight, which stays as it is: its layer's forward adds the deltas."""
+
+    quantised = True
 
     def alter_(self, weight: Tensor) -> None:
         """weight[indices] = base + delta in the dequantised weight, which is a copy; or what it is to show instead."""

@@ -19,7 +19,7 @@ from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
 from finepoint.selection.rules import wide
 from finepoint.tuner.audit import Seen, collect_, epsilon_of, look_
-from finepoint.tuner.sparse_weight import QuantisedSparseWeight, SparseWeight
+from finepoint.tuner.sparse_weight import SparseWeight
 
 LONGER = 1.25  # times the longest input looked at so far
 
@@ -111,11 +111,7 @@ class SpotChecks:
 
     def _can_be_told(self, entries: SparseWeight) -> bool:
         weight, delta = entries.weight, entries.delta
-        plain = not (
-            isinstance(entries, QuantisedSparseWeight)
-            or distributed.is_sharded(weight)
-            or distributed.is_sharded(delta)
-        )
+        plain = not (entries.quantised or distributed.is_sharded(weight) or distributed.is_sharded(delta))
         frozen = weight.is_leaf and not weight.requires_grad and not weight.is_inference()
         return plain and frozen and delta.is_leaf and delta.requires_grad and len(entries.indices) > 0
 

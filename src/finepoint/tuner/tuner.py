@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +33,6 @@ from torch.optim import Optimizer
 
 from finepoint.adapters.adapter import SparseAdapter, base_beneath, moved_by_adapters
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint, form_of, unlike
-from finepoint.adapters.format import TENSORS, write
 from finepoint.data.small_input import made_up
 from finepoint.errors import FinepointError
 from finepoint.models.bitsandbytes import check_weight
@@ -209,7 +207,7 @@ class SparseTuner(Tuner):
     def _widen(self, name: str, reach: int) -> bool:
         """Has a weight stand in for itself so far around its module; False if that is no further than before."""
         entries = self.entries[name]
-        if isinstance(entries, QuantisedSparseWeight) or not reaches_further(self.model, entries, reach):
+        if entries.quantised or not reaches_further(self.model, entries, reach):
             return False
         for handle in self._hooks[name]:
             handle.remove()
@@ -362,11 +360,6 @@ class SparseTuner(Tuner):
                                      f"adapter holds weights alone; {AS_THEY_ARE}")  # fmt: skip
             raise FinepointError(f"{name} was changed since the training began, beside the entries that are trained, "
                                  "and an adapter holds nothing else; load the base anew")  # fmt: skip
-
-    def save(self, folder: Path, adapter: SparseAdapter, compact: bool = False) -> list[Path]:
-        """Writes an adapter of this tuner over whatever is in the folder; returns the file with the tensors."""
-        write(adapter, folder, compact)
-        return [folder / TENSORS]
 
     def close(self) -> None:
         """Gives back the plain model with the trained values in its weights; closing twice is harmless.
