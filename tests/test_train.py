@@ -1,11 +1,15 @@
 import json
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import assert_same_bits, interrupted_at, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.cli import main
 from finepoint.data.examples import Chat, Completion, Text, read_examples
 from finepoint.errors import FinepointError
 from finepoint.evaluation.evaluate import evaluate_config
@@ -363,3 +367,29 @@ def test_rounding_loses_steps_that_deltas_keep(config):
         train(replace(small, round_to="bfloat16"), place)
     with pytest.raises(FinepointError, match="trained in place"):
         train(replace(config, rule="random", density=None, baseline="lora", round_to="bfloat16", overwrite=True))
+
+
+def test_from_the_command_to_the_formula_are_four_files_and_eight_calls(model_folder, choice_file, tmp_path):
+    """The way that a reader takes: docs/design.md says it."""
+    from finepoint.tuner import autograd, tuner
+
+    met = []
+
+    def attach(*given):
+        frame = sys._getframe(1)
+        while frame:
+            met.append((frame.f_code.co_filename, frame.f_code.co_qualname))
+            frame = frame.f_back
+        return autograd.attach(*given)
+
+    words = ["train", "--model", str(model_folder), "--data", choice_file, "--output", str(tmp_path / "run"),
+             "--rule", "magnitude-low", "--density", "0.05", "--steps", "1", "--no-audit"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "attach", attach)
+        assert main(words) == 0
+    ours = [(Path(file), name) for file, name in met if f"{os.sep}finepoint{os.sep}" in file and "<" not in name]
+    ours = list(dict.fromkeys(ours))[: [name for _, name in dict.fromkeys(ours)].index("train") + 1]
+    hooks = [(Path(autograd.__file__), name) for name in ("attach", "_Output.of_linear", "_SampledLinear.backward")]
+    assert [name for _, name in ours] == ["SparseTuner.__init__", "_method", "begun", "_fit", "train"]
+    assert len(ours) + len(hooks) == 8
+    assert len({file for file, _ in ours + hooks}) + 1 == 4  # and the command's own

@@ -85,15 +85,15 @@ class SparseTuner(Tuner):
         self._handles: list[Any] = []  # whatever `remove` takes off the model
         self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._deltas = Deltas({name.replace(".", "/"): entries for name, entries in self.entries.items()}, self.base)
-        self._hooks: dict[str, list[Any]] = {}
-        self._attach()
+        self._freeze_()
+        self._hooks = {name: attach(model, entries) for name, entries in self.entries.items()}
         self.audited: Audit | None = None
         if audit:
             self._audit()
             self.check_steps()
 
-    def _attach(self) -> None:
-        """Freezes the model, hangs the deltas on it, and hooks on what keeps weights and gradients right."""
+    def _freeze_(self) -> None:
+        """Freezes the model, hangs the deltas on it, and has its weights follow them."""
         model, deltas = self.model, self._deltas
         quantised = [entries for entries in self.entries.values() if isinstance(entries, QuantisedSparseWeight)]
         self._handles += replace_forwards(model, {entries.name: entries.alter_ for entries in quantised})
@@ -105,7 +105,6 @@ class SparseTuner(Tuner):
             self._handles.append(module.register_forward_pre_hook(deltas.look, with_kwargs=True))
             self._handles.append(module.register_forward_hook(deltas.leave, always_call=True))
         self._handles.append(model.register_load_state_dict_pre_hook(deltas.refuse_other_base))
-        self._hooks = {name: attach(model, entries) for name, entries in self.entries.items()}
         self._handles.append(LeftOutOfDDP(model))
 
     def __enter__(self) -> "SparseTuner":
