@@ -132,23 +132,20 @@ class Run(Generic[Told]):
             self.place.seen.save(place)
         return sum(file.stat().st_size for file in written)
 
-    def outcome(self, why: str) -> dict[str, Any]:
+    def outcome(self, why: str = "") -> dict[str, Any]:
         """What the training has come to, for the record.
 
         Raises:
-            TrainingFailedError: nothing has changed, for this reason.
+            TrainingFailedError: nothing has changed, for lack of precision, or `why` else.
         """
         tuner = self.method.tuner
-        found: dict[str, Any] = {
-            "trained": tuner.count,
-            "peak_bytes": peak_bytes(),
-            "changed": tuner.changed(),
-        }  # in this order
-        found |= {"update_norm": tuner.norm(exclude=self.head), **tuner.facts()}
-        if not found["changed"]:
-            raise TrainingFailedError(f"training changed none of the {tuner.count} chosen weights: {why}; give a "
-                                      f"larger --lr than {self.spec.lr}")  # fmt: skip
-        return found
+        peak = peak_bytes()  # of training: what follows makes copies
+        changed, norm = tuner.changed(), tuner.norm(exclude=self.head)
+        if not changed:
+            raise TrainingFailedError(f"training changed none of the {tuner.count} chosen weights: every update was "
+                                      f"lost to rounding in {self.place.model.dtype}{why}; give a larger --lr than "
+                                      f"{self.spec.lr}")  # fmt: skip
+        return {"trained": tuner.count, "peak_bytes": peak, "changed": changed, "update_norm": norm, **tuner.facts()}
 
     def write_record(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """Writes, last of all, what the run was told and has found."""
@@ -211,7 +208,7 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         make = partial(_method, spec, place, steps, kept)
         with begun(spec, place, folder, saved, make, rows + kept, steps, keeps) as run:
             results = _train_by_loss(run, rows, validation, packer)
-            results |= run.outcome(f"every update was lost to rounding in {place.model.dtype}")
+            results |= run.outcome()
             adapter, size = run.save()
         settled = {"settled": adapter.count - results["trained"]} if config.refresh else {}
         record = run.write_record({"adapter_bytes": size, **results, **settled, "leaks": leaked})
