@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import write_lines
+from finepoint.data import examples as module
 from finepoint.data.examples import (
     Chat,
     Choices,
@@ -69,6 +70,32 @@ def test_a_malformed_line_is_named(tmp_path, bad):
     path.write_text(json.dumps(ROWS[Completion]) + "\n" + line + "\n")
     with pytest.raises(FinepointError, match=message):
         read_examples(path)
+
+
+def test_a_form_and_a_type_of_file_are_one_function_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FORMS", dict(module.FORMS))
+    monkeypatch.setattr(module, "SOURCES", dict(module.SOURCES))
+    (tmp_path / "d.tsv").write_text("q\ta\n2+2=\t4\nsky is\t\n")
+    with pytest.raises(FinepointError, match="line 1: not JSON"):
+        read_examples(tmp_path / "d.tsv")  # an unknown type is taken for JSON Lines
+
+    @module.source(".tsv")
+    def table(path):
+        header, *lines = (line.split("\t") for line in path.read_text().splitlines())
+        yield from ((f"{path}, line {i}", dict(zip(header, line, strict=True))) for i, line in enumerate(lines, 2))
+
+    with pytest.raises(FinepointError, match=r"line 2: an object with the keys \['a', 'q'\]; expected \{\"prompt"):
+        read_examples(tmp_path / "d.tsv")
+
+    @module.form("q", "a")
+    def question(where, row):
+        return Completion(module.string(where, row, "q"), module.string(where, row, "a"), where=where)
+
+    with pytest.raises(FinepointError, match="d.tsv, line 3: 'a' must be a string that is not empty"):
+        read_examples(tmp_path / "d.tsv")
+    assert module.as_examples([{"q": "2+2=", "a": "4", "id": 7}]) == [Completion("2+2=", "4")]
+    with pytest.raises(FinepointError, match=r'\{"text"\} or \{"q", "a"\}, with "id"'):
+        module.as_examples([{"x": 1}])
 
 
 def test_missing_and_empty_files_are_named(tmp_path):

@@ -107,7 +107,10 @@ def test_completion_shows_what_is_public_and_old_names_still_work(caplog):
 FORMER = """
 import sys
 from finepoint import ranks
+from finepoint.adapters.verification import verify
 from finepoint.batches import Collator, encode_all
+from finepoint.cli.import_ import CONFIG, ImportConfig
+from finepoint.cli.train import print_search, run
 from finepoint.choosing.rules import RULES
 from finepoint.config import CompareConfig, EvalConfig, TrainConfig
 from finepoint.data import as_examples, read_examples
@@ -116,6 +119,9 @@ from finepoint.models import load_model, load_tokenizer
 from finepoint.recipes.table import recipe
 from finepoint.training import kernels
 from finepoint.training.kernels import plain
+from finepoint.reporting.intervals import interval
+from finepoint.runtime.extras import needing
+from finepoint.runtime.peak import peak_bytes
 from finepoint.training.run import fit
 from finepoint.training.tuner import SparseTuner
 from finepoint.training.workplace import prepare
@@ -123,6 +129,7 @@ import finepoint.selection.rules, finepoint.tuner.kernels.plain, finepoint.tuner
 assert finepoint.selection.rules.RULES is RULES and finepoint.tuner.kernels.plain is plain
 assert finepoint.tuner.tuner.SparseTuner is SparseTuner is finepoint.SparseTuner
 assert plain.__spec__.name == "finepoint.tuner.kernels.plain"
+assert CONFIG is ImportConfig and run.__name__ == "run_train"
 print("done")
 """
 

@@ -1,8 +1,11 @@
-"""Files to examples: JSON Lines, one object a line, in one of five forms."""
+"""Files to examples: the rows of a file, each in one of the forms that are known.
+
+A type of file is a function decorated by `source`, a form of its rows one decorated by `form`.
+"""
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,10 +76,15 @@ class Pair(Placed):
 
 Example = Completion | Choices | Chat | Text | Labelled
 
-FORMS = (
-    '{"prompt", "completion"}, {"prompt", "choices", "answer"}, {"messages"}, {"text", "label"} or {"text"}, '
-    'with "id" and "group" as optional extras'
-)
+Row = dict[str, Any]
+Form = Callable[[str, Row], Any]
+Source = Callable[[Path], Iterator[tuple[str, Any]]]
+FORMS: dict[tuple[str, ...], Form] = {}
+"""of examples, by a row's keys"""
+PAIRS: dict[tuple[str, ...], Form] = {}
+"""of pairs for alignment"""
+SOURCES: dict[str, Source] = {}
+"""by the end of a file's name"""
 EXTRAS = {"id", "group"}
 # Keys of other tools' files, and what they are here.
 ELSEWHERE = {
@@ -87,35 +95,44 @@ ELSEWHERE = {
 }
 
 
+def form(*keys: str, pairs: bool = False) -> Callable[[Form], Form]:
+    """Makes a function the reader of rows that have these keys: from where a row stands, and the row, to an example."""
+
+    def register(make: Form) -> Form:
+        (PAIRS if pairs else FORMS)[keys] = make
+        return make
+
+    return register
+
+
+def source(ending: str) -> Callable[[Source], Source]:
+    """Makes a function the reader of files whose names end so: from a path to rows, each with where it stands."""
+
+    def register(read: Source) -> Source:
+        SOURCES[ending] = read
+        return read
+
+    return register
+
+
 def read_examples(path: str | Path) -> list[Example]:
-    """The examples of a JSON Lines file, all of one form; empty lines are skipped.
+    """The examples of a file, all of one form; empty lines are skipped.
 
     Raises:
-        FinepointError: the file is missing, empty or mixed, or a line is malformed; file and line are named.
+        FinepointError: the file is missing, empty or mixed, or a row is malformed; file and line are named.
     """
-    rows = [(f"{path}, line {number}", _parsed(f"{path}, line {number}", line)) for number, line in _lines(Path(path))]
-    return _alike(str(path), [(where, _example(where, row)) for where, row in rows])
+    return _alike(str(path), [(where, _example(where, row, FORMS)) for where, row in _rows(Path(path))])
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """The preference pairs of a JSON Lines file; empty lines are skipped.
+    """The preference pairs of a file; empty lines are skipped.
 
     Raises:
-        FinepointError: the file is missing or empty, or a line is malformed; file and line are named.
+        FinepointError: the file is missing or empty, or a row is malformed; file and line are named.
     """
-    found = []
-    for number, line in _lines(Path(path)):
-        where = f"{path}, line {number}"
-        row = _parsed(where, line)
-        if not isinstance(row, dict) or set(row) - EXTRAS != {"prompt", "chosen", "rejected"}:
-            keys = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise FinepointError(f'{where}: {keys}; expected {{"prompt", "chosen", "rejected"}}')
-        pair = Pair(*(_string(where, row, key) for key in ("prompt", "chosen", "rejected")), where=where)
-        if pair.chosen == pair.rejected:
-            raise FinepointError(f"{where}: 'chosen' and 'rejected' are the same text")
-        found.append(pair)
+    found = [_example(where, row, PAIRS) for where, row in _rows(Path(path))]
     if not found:
-        raise FinepointError(f'{path} holds no pair; expected one {{"prompt", "chosen", "rejected"}} a line')
+        raise FinepointError(f"{path} holds no pair; expected one {_spelled(PAIRS)} a line")
     return found
 
 
@@ -126,21 +143,131 @@ def as_examples(rows: Iterable[Any]) -> list[Example]:
         FinepointError: there is none, they are mixed, or one is malformed; its number is named.
     """
     numbered = [(f"data, row {number}", row) for number, row in enumerate(rows)]
-    return _alike("data", [(at, row if isinstance(row, Example) else _example(at, row)) for at, row in numbered])
+    return _alike("data", [(at, row if isinstance(row, Example) else _example(at, row, FORMS)) for at, row in numbered])
 
 
-def _alike(source: str, found: list[tuple[str, Example]]) -> list[Example]:
+def _alike(origin: str, found: list[tuple[str, Example]]) -> list[Example]:
     """The examples, which must be of one form."""
     if not found:
-        raise FinepointError(f"{source} holds no example; expected one JSON object a line: {FORMS}")
-    form = type(found[0][1])
+        raise FinepointError(f"{origin} holds no example; expected one JSON object a line: {_spelled(FORMS)}")
+    kind = type(found[0][1])
     for where, example in found:
-        if type(example) is not form:
+        if type(example) is not kind:
             raise FinepointError(
                 f"{where}: a {type(example).__name__.lower()} example in a file that began with "
-                f"{form.__name__.lower()} examples; give each form its own file"
+                f"{kind.__name__.lower()} examples; give each form its own file"
             )
     return [example for _, example in found]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """A file's rows by its type; one whose name tells none is taken for JSON Lines."""
+    return SOURCES.get(path.suffix.lower(), json_lines)(path)
+
+
+def _example(where: str, row: Any, forms: Mapping[tuple[str, ...], Form]) -> Any:
+    keys = set(row) - EXTRAS if isinstance(row, dict) else set()
+    for wanted, make in forms.items():
+        if keys == set(wanted):
+            return make(where, row)
+    found = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    hint = next((f"; write {old} as {new}" for old, new in ELSEWHERE.items() if old in keys), "")
+    raise FinepointError(f"{where}: {found}; expected {_spelled(forms)}{hint}")
+
+
+def _spelled(forms: Iterable[tuple[str, ...]]) -> str:
+    """The forms, as messages name them."""
+    *most, last = ("{" + ", ".join(f'"{key}"' for key in keys) + "}" for keys in forms)
+    return f'{", ".join(most)}{" or " if most else ""}{last}, with "id" and "group" as optional extras'
+
+
+@source(".jsonl")
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """One JSON object a line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FinepointError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FinepointError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold U+2028 unescaped
+        where = f"{path}, line {number}"
+        if line.strip():
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise FinepointError(f"{where}: not JSON ({error}); expected {_spelled(FORMS)}") from error
+
+
+def string(where: str, row: Row, key: str) -> str:
+    """A row's text, which must not be empty."""
+    if not isinstance(row[key], str) or not row[key]:
+        raise FinepointError(f"{where}: {key!r} must be a string that is not empty, got {row[key]!r}")
+    return readable(where, key, row[key])
+
+
+def readable(where: str, key: str, text: str) -> str:
+    """A text that a tokenizer can take: JSON may spell half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FinepointError(f"{where}: {key!r} holds half a character, {text[error.start]!a}; write it whole, "
+                             "or as \\ufffd") from error  # fmt: skip
+    return text
+
+
+@form("prompt", "completion")
+def completion(where: str, row: Row) -> Completion:
+    return Completion(string(where, row, "prompt"), string(where, row, "completion"), where=where)
+
+
+@form("prompt", "choices", "answer")
+def choices(where: str, row: Row) -> Choices:
+    given, answer = row["choices"], row["answer"]
+    valid = isinstance(given, list) and len(given) >= 2 and all(isinstance(c, str) and c for c in given)
+    if not valid or len(set(given)) < len(given):
+        raise FinepointError(f"{where}: 'choices' must be two or more different strings, got {given!r}")
+    if type(answer) is not int or not 0 <= answer < len(given):
+        raise FinepointError(f"{where}: 'answer' must be the index of a choice, 0 to {len(given) - 1}, got {answer!r}")
+    texts = tuple(readable(where, "choices", choice) for choice in given)
+    return Choices(string(where, row, "prompt"), texts, answer, where=where)
+
+
+@form("messages")
+def chat(where: str, row: Row) -> Chat:
+    messages = row["messages"]
+    expected = 'expected [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}, ..]'
+    if not isinstance(messages, list) or not messages:
+        raise FinepointError(f"{where}: 'messages' is no list of turns; {expected}")
+    turns = []
+    for turn in messages:
+        if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+            raise FinepointError(f"{where}: a turn is {turn!r}; {expected}")
+        turns.append((string(where, turn, "role"), string(where, turn, "content")))
+    if turns[0][0] == "assistant" or turns[-1][0] != "assistant":
+        raise FinepointError(f"{where}: a conversation must begin with another role and end with the assistant")
+    return Chat(tuple(turns), where=where)
+
+
+@form("text", "label")
+def labelled(where: str, row: Row) -> Labelled:
+    label = row["label"]
+    if type(label) not in (str, int) or label == "":
+        raise FinepointError(f"{where}: 'label' must be a string or an integer, got {label!r}")
+    return Labelled(string(where, row, "text"), readable(where, "label", str(label)), where=where)
+
+
+@form("text")
+def text(where: str, row: Row) -> Text:
+    return Text(string(where, row, "text"), where=where)
+
+
+@form("prompt", "chosen", "rejected", pairs=True)
+def pair(where: str, row: Row) -> Pair:
+    prompt, chosen, rejected = (string(where, row, key) for key in ("prompt", "chosen", "rejected"))
+    if chosen == rejected:
+        raise FinepointError(f"{where}: 'chosen' and 'rejected' are the same text")
+    return Pair(prompt, chosen, rejected, where=where)
 
 
 def refuse_other_task(file: str, examples: Sequence[Example], labels: Sequence[str]) -> None:
@@ -155,103 +282,6 @@ def some(examples: list[Example], limit: int | None) -> list[Example]:
     if limit is None or limit >= len(examples):
         return examples
     return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise FinepointError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FinepointError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    # Not splitlines: JSON strings may hold U+2028 and other separators unescaped.
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _parsed(where: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FinepointError(f"{where}: not JSON ({error}); expected {FORMS}") from error
-
-
-def _example(where: str, row: Any) -> Example:
-    keys = set(row) - EXTRAS if isinstance(row, dict) else set()
-    for wanted, make in _MAKERS:
-        if keys == wanted:
-            return make(where, row)
-    found = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-    hint = next((f"; write {old} as {new}" for old, new in ELSEWHERE.items() if old in keys), "")
-    raise FinepointError(f"{where}: {found}; expected {FORMS}{hint}")
-
-
-def _string(where: str, row: dict[str, Any], key: str) -> str:
-    if not isinstance(row[key], str) or not row[key]:
-        raise FinepointError(f"{where}: {key!r} must be a string that is not empty, got {row[key]!r}")
-    return _readable(where, key, row[key])
-
-
-def _readable(where: str, key: str, text: str) -> str:
-    """A text that a tokenizer can take: JSON may spell half of a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise FinepointError(f"{where}: {key!r} holds half a character, {text[error.start]!a}; write it whole, "
-                             "or as \\ufffd") from error  # fmt: skip
-    return text
-
-
-def _completion(where: str, row: dict[str, Any]) -> Completion:
-    return Completion(_string(where, row, "prompt"), _string(where, row, "completion"), where=where)
-
-
-def _choices(where: str, row: dict[str, Any]) -> Choices:
-    choices, answer = row["choices"], row["answer"]
-    valid = isinstance(choices, list) and len(choices) >= 2 and all(isinstance(c, str) and c for c in choices)
-    if not valid or len(set(choices)) < len(choices):
-        raise FinepointError(f"{where}: 'choices' must be two or more different strings, got {choices!r}")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise FinepointError(
-            f"{where}: 'answer' must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}"
-        )
-    for choice in choices:
-        _readable(where, "choices", choice)
-    return Choices(_string(where, row, "prompt"), tuple(choices), answer, where=where)
-
-
-def _chat(where: str, row: dict[str, Any]) -> Chat:
-    messages = row["messages"]
-    expected = 'expected [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}, ..]'
-    if not isinstance(messages, list) or not messages:
-        raise FinepointError(f"{where}: 'messages' is no list of turns; {expected}")
-    turns = []
-    for turn in messages:
-        if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
-            raise FinepointError(f"{where}: a turn is {turn!r}; {expected}")
-        turns.append((_string(where, turn, "role"), _string(where, turn, "content")))
-    if turns[0][0] == "assistant" or turns[-1][0] != "assistant":
-        raise FinepointError(f"{where}: a conversation must begin with another role and end with the assistant")
-    return Chat(tuple(turns), where=where)
-
-
-def _text(where: str, row: dict[str, Any]) -> Text:
-    return Text(_string(where, row, "text"), where=where)
-
-
-def _labelled(where: str, row: dict[str, Any]) -> Labelled:
-    label = row["label"]
-    if type(label) not in (str, int) or label == "":
-        raise FinepointError(f"{where}: 'label' must be a string or an integer, got {label!r}")
-    return Labelled(_string(where, row, "text"), _readable(where, "label", str(label)), where=where)
-
-
-_MAKERS = (
-    ({"prompt", "completion"}, _completion),
-    ({"prompt", "choices", "answer"}, _choices),
-    ({"messages"}, _chat),
-    ({"text"}, _text),
-    ({"text", "label"}, _labelled),
-)
 
 
 def label_names(examples: Sequence[Example]) -> list[str]:
