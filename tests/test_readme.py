@@ -32,7 +32,7 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, given):
 
 
 def test_the_readme_is_short_and_says_its_limits_first():
-    assert len(README.split()) < 800
+    assert len(README.split()) < 650
     assert README.index("**Limits.**") < README.index("\n## ")
 
 
