@@ -22,9 +22,9 @@ from finepoint.huggingface.reference import Reference
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime import distributed
 from finepoint.training.callbacks import LOG, Watch, read_log
-from finepoint.training.context import TrainingContext, training_context
+from finepoint.training.context import TrainingContext, entries_for, training_context
 from finepoint.training.resolve import RunSpec, resolve_common
-from finepoint.training.run import Run, audit_, begun, carry_out_, claimed, entries_for, saved_by, yardstick
+from finepoint.training.run import Run, audit_, begun, carry_out_, claimed, saved_by, yardstick
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import shared_arguments
 from finepoint.tuner.audit import outcome

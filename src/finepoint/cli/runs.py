@@ -121,7 +121,7 @@ def run_align(config: AlignConfig) -> None:
 
 
 def run_select(config: SelectConfig) -> None:
-    from finepoint.training.run import choose
+    from finepoint.training.context import choose
 
     selection = choose(config)
     if not distributed.is_first():

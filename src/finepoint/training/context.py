@@ -1,11 +1,13 @@
-"""What a run works on: a model, its tokenizer and examples in tokens; and the choosing of entries there."""
+"""What a run works on: a model, its tokenizer, examples in tokens, and the entries that are chosen there, or given."""
 
 import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter import ANY_BASE, SparseAdapter
 from finepoint.adapters.fingerprint import contents_of, fingerprint
+from finepoint.adapters.format import write
 from finepoint.data.batches import Collator, Packer, context_length
 from finepoint.data.examples import Example, Labelled, label_names, read_examples, refuse_other_task, some
 from finepoint.data.leaks import Seen
@@ -24,11 +27,14 @@ from finepoint.models.loading import block_of, class_order, load_config, load_mo
 from finepoint.models.probing import PACKABLE, counts_from_zero, keeps_apart
 from finepoint.models.quantised import quantised_layers
 from finepoint.runtime import distributed
+from finepoint.runtime.files import claim_folder, write_record
 from finepoint.selection.rules import rule_named
-from finepoint.selection.select import Budget, Selection, select
+from finepoint.selection.select import Budget, Selection, refuse_excluded, select
 from finepoint.selection.settings import SelectConfig
 from finepoint.selection.statistics import stream_statistics
-from finepoint.training.settings import TrainConfig
+from finepoint.training.settings import TrainConfig, Training
+from finepoint.tuner.tuner import SparseTuner
+from finepoint.version import __version__
 
 KEPT = 256  # tokens of an example: what is kept is how text goes on, not how far
 CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
@@ -190,6 +196,81 @@ def rows_to_keep(
     if not (found := [row for row in rows if learned(row) > 0]):
         raise FinepointError(f"{source} has no token to keep the prediction of")
     return found
+
+
+def entries_for(
+    config: Training, place: TrainingContext, resumed: Path | None
+) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """The entries to train: of the resumed run, as given by --indices, or chosen; and how they were chosen.
+
+    Raises:
+        FinepointError: those given are of another model, or are to be excluded.
+    """
+    source = resumed or (Path(config.indices) if config.indices else None)
+    if source is None:
+        selection = select_for(config, place)
+        return selection, told_of(selection, config)
+    adapter = SparseAdapter.load(source) if resumed is None else SparseAdapter.read(source)
+    if problems := adapter.problems(place.model):
+        reason = problems[0].removesuffix(f"; {ANY_BASE}")  # which is of no use to training
+        raise FinepointError(f"the indices in {source} do not fit this model: {reason}")
+    if resumed is None:
+        refuse_excluded(adapter, [excluded(folder, place.model) for folder in config.exclude], place.model)
+    told = {key: value for key, value in adapter.info.items() if key in ("rule", "density", "scope", "selection")}
+    return {name: adapter[name] for name in adapter}, told
+
+
+def told_of(selection: Selection, config: SelectConfig) -> dict[str, Any]:
+    """How a selection was made, as an adapter says it."""
+    found = selection.statistics
+    return {"rule": selection.rule, "density": found.get("density"), "scope": config.scope, "selection": found}
+
+
+def described(config: SelectConfig, place: TrainingContext, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter says of itself.
+
+    Args:
+        chosen: how its entries were; nothing where none are.
+    """
+    return {
+        "base_model": config.model,
+        "task": "classification" if place.labels else "causal",
+        "labels": place.labels,
+        "targets": config.targets,
+        "seed": config.seed,
+        "data": config.data,
+        "finepoint_version": __version__,
+        **({"quantise": config.quantise} if config.quantise else {}),
+        **chosen,
+        "selection": {key: value for key, value in chosen.get("selection", {}).items() if key != "weights"},
+    }
+
+
+def choose(config: SelectConfig) -> Selection:
+    """Runs the whole of `finepoint select`: the output is an adapter whose deltas are zero.
+
+    Raises:
+        FinepointError: whatever the user can mend.
+    """
+    rule = rule_named(config.rule)
+    if config.protect and not rule.needs_kept:
+        raise FinepointError(f"rule {rule.name!r} looks at no text that is to be kept; leave out --protect, or give "
+                             "another rule, e.g. gain")  # fmt: skip
+    distributed.join()
+    with ExitStack() as claims:
+        folder = distributed.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))
+        place = prepare(config)
+        selection = select_for(config, place)
+        with SparseTuner(place.model, selection, audit=False) as tuner:
+            head = new_head(place.model) if place.labels else []
+            adapter = tuner.adapter(full=head, info=described(config, place, told_of(selection, config)))
+        distributed.on_first(partial(_write_selection, folder, adapter, config, selection))
+    return selection
+
+
+def _write_selection(folder: Path, adapter: SparseAdapter, config: SelectConfig, selection: Selection) -> None:
+    write(adapter, folder)
+    write_record(folder / "selection.json", {"statistics": selection.statistics, "config": asdict(config)})
 
 
 def excluded(folder: str, model: Any) -> SparseAdapter:

@@ -1,4 +1,4 @@
-"""A run: what is trained, the loop it is trained in, what it leaves; `train` and `select`. `align` has its own room."""
+"""A run: what is trained, the loop it is trained in, what it leaves; and `train` itself. `align` has its own room."""
 
 import logging
 import shutil
@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from finepoint.adapters.adapter import ANY_BASE, SparseAdapter, base_beneath
+from finepoint.adapters.adapter import SparseAdapter, base_beneath
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint
-from finepoint.adapters.format import write
 from finepoint.adapters.peft import forget_others
 from finepoint.baselines.registry import BaselineContext
 from finepoint.data.batches import Packer, Row, learned
@@ -31,9 +30,6 @@ from finepoint.runtime.devices import peak_bytes, reset_peak
 from finepoint.runtime.files import claim_folder, write_record
 from finepoint.runtime.progress import progress
 from finepoint.selection.passes import Batch, on_device
-from finepoint.selection.rules import rule_named
-from finepoint.selection.select import Selection, refuse_excluded
-from finepoint.selection.settings import SelectConfig
 from finepoint.training.callbacks import LOG, LastStep, Watch, left_by, marked, refreshes, validation_losses
 from finepoint.training.checkpoints import (
     CHECKPOINTS,
@@ -47,14 +43,15 @@ from finepoint.training.checkpoints import (
 from finepoint.training.context import (
     TrainingContext,
     batches_of,
-    excluded,
+    described,
+    entries_for,
     kept_rows,
     packer_for,
     prepare,
     rows_of,
     scoring_rows,
-    select_for,
 )
+from finepoint.training.context import choose as choose  # its former place
 from finepoint.training.keep import Protected, texts_a_step
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
@@ -205,8 +202,8 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         packer = packer_for(place) if config.packing else None
         rows, kept = [row for row in place.rows if learned(row)], kept_rows(config, place)
         steps = steps_of(config, len(rows))
-        make = partial(_method, spec, place, steps, kept)
-        with begun(spec, place, folder, saved, make, rows + kept, steps, keeps) as run:
+        make, facts = partial(_method, spec, place, steps, kept), _particulars(spec)
+        with begun(spec, place, folder, saved, make, rows + kept, steps, keeps, **facts) as run:
             results = _train_by_loss(run, rows, validation, packer)
             results |= run.outcome()
             adapter, size = run.save()
@@ -215,6 +212,15 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         # Not before a killed run has no more use for it.
         distributed.on_first(partial((folder / BEST).unlink, missing_ok=True))
         return record, adapter
+
+
+def _particulars(spec: RunSpec[TrainConfig]) -> dict[str, Any]:
+    """What an adapter says of a training by a loss that was out of the ordinary."""
+    config = spec.config
+    facts: dict[str, Any] = {"loss": config.loss} if config.loss != "nll" else {}
+    if spec.protection:
+        facts |= {"protect": config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
+    return facts | ({"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {})
 
 
 @contextmanager
@@ -264,7 +270,9 @@ def begun(
     what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
     logger.info("%d %s in %.1f s", method.tuner.count, what, prepared)
     try:
-        facts = described(config, place, chosen) | {"lr": spec.lr} | _held(spec) | facts
+        facts |= {"lr": spec.lr, "steps": config.steps, "batch_size": config.batch_size}
+        facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options} if config.baseline else {}
+        facts |= described(config, place, chosen)
         run = Run(spec, place, folder, method, head, base, steps, facts, chosen, settings, checkpoint, keeps, began,
                   prepared)  # fmt: skip
         if not saved:
@@ -365,33 +373,6 @@ def _leaks(config: TrainConfig, place: TrainingContext, alone: bool) -> dict[str
     return found
 
 
-def choose(config: SelectConfig) -> Selection:
-    """Runs the whole of `finepoint select`: the output is an adapter whose deltas are zero.
-
-    Raises:
-        FinepointError: whatever the user can mend.
-    """
-    rule = rule_named(config.rule)
-    if config.protect and not rule.needs_kept:
-        raise FinepointError(f"rule {rule.name!r} looks at no text that is to be kept; leave out --protect, or give "
-                             "another rule, e.g. gain")  # fmt: skip
-    distributed.join()
-    with ExitStack() as claims:
-        folder = distributed.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))
-        place = prepare(config)
-        selection = select_for(config, place)
-        with SparseTuner(place.model, selection, audit=False) as tuner:
-            head = new_head(place.model) if place.labels else []
-            adapter = tuner.adapter(full=head, info=described(config, place, told_of(selection, config)))
-        distributed.on_first(partial(_write_selection, folder, adapter, config, selection))
-    return selection
-
-
-def _write_selection(folder: Path, adapter: SparseAdapter, config: SelectConfig, selection: Selection) -> None:
-    write(adapter, folder)
-    write_record(folder / "selection.json", {"statistics": selection.statistics, "config": asdict(config)})
-
-
 def versions() -> dict[str, str]:
     """What a result was made with."""
     packages = ("torch", "transformers", "accelerate", "safetensors", "numpy")
@@ -445,28 +426,6 @@ def yardstick(
     return baseline.make(context), chosen
 
 
-def entries_for(
-    config: Training, place: TrainingContext, resumed: Path | None
-) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """The entries to train: of the resumed run, as given by --indices, or chosen; and how they were chosen.
-
-    Raises:
-        FinepointError: those given are of another model, or are to be excluded.
-    """
-    source = resumed or (Path(config.indices) if config.indices else None)
-    if source is None:
-        selection = select_for(config, place)
-        return selection, told_of(selection, config)
-    adapter = SparseAdapter.load(source) if resumed is None else SparseAdapter.read(source)
-    if problems := adapter.problems(place.model):
-        reason = problems[0].removesuffix(f"; {ANY_BASE}")  # which is of no use to training
-        raise FinepointError(f"the indices in {source} do not fit this model: {reason}")
-    if resumed is None:
-        refuse_excluded(adapter, [excluded(folder, place.model) for folder in config.exclude], place.model)
-    told = {key: value for key, value in adapter.info.items() if key in ("rule", "density", "scope", "selection")}
-    return {name: adapter[name] for name in adapter}, told
-
-
 def audit_(config: Training, place: TrainingContext, tuner: SparseTuner, loss: Callable[[Any], Tensor | None]) -> None:
     """Tries the gradients of the chosen entries on the longest example and others, unless told not to.
 
@@ -509,49 +468,3 @@ def _arguments(run: Run[TrainConfig], tracking: Mapping[str, Any]) -> TrainingAr
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
-
-
-def told_of(selection: Selection, config: SelectConfig) -> dict[str, Any]:
-    """How a selection was made, as an adapter says it."""
-    statistics = selection.statistics
-    return {
-        "rule": selection.rule,
-        "density": statistics.get("density"),
-        "scope": config.scope,
-        "selection": statistics,
-    }
-
-
-def _held(spec: RunSpec[Any]) -> dict[str, Any]:
-    """What an adapter says of what held the model to its base."""
-    if not spec.protection:
-        return {}
-    return {"protect": spec.config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
-
-
-def described(config: SelectConfig, place: TrainingContext, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter says of itself.
-
-    Args:
-        chosen: how its entries were; nothing where none are.
-    """
-    facts: dict[str, Any] = {
-        "base_model": config.model,
-        "task": "classification" if place.labels else "causal",
-        "labels": place.labels,
-        "targets": config.targets,
-        "seed": config.seed,
-        "data": config.data,
-        "finepoint_version": __version__,
-        **chosen,
-        "selection": {key: value for key, value in chosen.get("selection", {}).items() if key != "weights"},
-    }
-    if config.quantise:
-        facts["quantise"] = config.quantise
-    if isinstance(config, Training):
-        facts |= {"steps": config.steps, "batch_size": config.batch_size}
-        facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options} if config.baseline else {}
-    if isinstance(config, TrainConfig):
-        facts |= {"loss": config.loss} if config.loss != "nll" else {}
-        facts |= {"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {}
-    return facts
