@@ -24,6 +24,11 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def reason_of(error: BaseException) -> str:
+    """What other people's code says of its failure, in a line of some length."""
+    return " ".join(str(error).split())[:300]
+
+
 @contextmanager
 def needing(what: str, extra: str) -> Iterator[None]:
     """Inside, a package that is not installed is the user's to install: `what` needs it, `finepoint[extra]` brings it.

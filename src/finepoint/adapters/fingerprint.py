@@ -292,7 +292,10 @@ def _signed(number: int) -> int:
 
 
 def form_of(model: nn.Module) -> dict[str, Any]:
-    """The names of weights that are tied to each other, and how many token embeddings there are; JSON-ready."""
+    """The names of weights that are tied to each other, and how many token embeddings there are; JSON-ready.
+
+    A tied weight and an untied one may hold the same values, yet a change of one is, or is not, a change of the other.
+    """
     groups: dict[int, list[str]] = defaultdict(list)
     for name, weight in model.named_parameters(remove_duplicate=False):
         groups[id(weight)].append(name)

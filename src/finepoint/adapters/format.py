@@ -301,6 +301,8 @@ def _indices(need: Need, name: str, tensors: Mapping[str, Tensor], entries: int)
     return indices
 
 
+# Ascending indices as the gaps between them, in one or two bytes each. A gap of the largest number that the width
+# holds, or more, is written as so many skips of that number and the rest: every element but a skip ends one index.
 WIDTHS = (np.uint8, np.uint16)
 
 

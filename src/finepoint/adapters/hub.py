@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finepoint.adapters.change import Contents
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, reason_of
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ("finepoint.safetensors", "finepoint_config.json", "README.md")
@@ -29,9 +29,8 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise FinepointError(
-            f"there is no folder {repo_id}, and it cannot be fetched from the hub: {reason}"
+            f"there is no folder {repo_id}, and it cannot be fetched from the hub: {reason_of(error)}"
         ) from error
 
 
@@ -51,8 +50,7 @@ def push(folder: Path, repo_id: str, *, private: bool | None, message: str, toke
             repo_id=repo_id, folder_path=folder, commit_message=message, allow_patterns=list(FILES)
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FinepointError(f"the hub did not take {repo_id}: {reason}") from error
+        raise FinepointError(f"the hub did not take {repo_id}: {reason_of(error)}") from error
     return str(done.commit_url)
 
 

@@ -105,13 +105,14 @@ def _row(tally: Tally, known: bool) -> dict[str, Any]:
         "by_chance": tally.by_chance,
         "jaccard_by_chance": tally.by_chance / (entries - tally.by_chance),
     }
-    return row | {
-        "sign_conflicts": tally.conflicts if known else None,
-        "conflict_share": _ratio(tally.conflicts, tally.shared) if known else None,
-        "cosine": _ratio(tally.dot, sqrt(tally.energy_a) * sqrt(tally.energy_b)) if known else None,
-        "energy_a": _ratio(tally.shared_energy_a, tally.energy_a) if known else None,
-        "energy_b": _ratio(tally.shared_energy_b, tally.energy_b) if known else None,
+    deltas = {
+        "sign_conflicts": tally.conflicts,
+        "conflict_share": _ratio(tally.conflicts, tally.shared),
+        "cosine": _ratio(tally.dot, sqrt(tally.energy_a) * sqrt(tally.energy_b)),
+        "energy_a": _ratio(tally.shared_energy_a, tally.energy_a),
+        "energy_b": _ratio(tally.shared_energy_b, tally.energy_b),
     }
+    return row | (deltas if known else dict.fromkeys(deltas))
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -232,13 +232,8 @@ def _apart(update: Update, whole: Collection[str]) -> str | None:
 
 
 def _same(one: Update, other: Update) -> bool:
-    return (
-        one.a is None
-        and other.a is None
-        and one.whole is not None
-        and other.whole is not None
-        and torch.equal(one.whole, other.whole)
-    )
+    factors = one.a is not None or other.a is not None
+    return not factors and one.whole is not None and other.whole is not None and torch.equal(one.whole, other.whole)
 
 
 def _check_factors(path: Path, known: Mapping[str, Form]) -> None:

@@ -19,7 +19,7 @@ from itertools import chain, groupby, pairwise
 from typing import Any
 
 from finepoint.data.examples import Chat, Choices, Completion, Example, Labelled, Pair, Placed, Text
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, reason_of
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
@@ -447,7 +447,7 @@ def chat_text(tokenizer: Any, messages: Sequence[tuple[str, str]], prompting: bo
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompting)
     except Exception as error:  # the template is other people's program
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = reason_of(error) or type(error).__name__
         place = f"{where}: " if where else ""
         raise FinepointError(f"{place}the model's chat template refuses this conversation: {reason}") from error
 

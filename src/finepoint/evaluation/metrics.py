@@ -41,15 +41,11 @@ def changes(base: Scores, adapted: Scores) -> dict[str, Any]:
     """Signed changes for every set; forget ratios of the OOD sets, their means, and which of them collapsed."""
     ood = {name: (base["ood"][name]["accuracy"], adapted["ood"][name]["accuracy"]) for name in adapted["ood"]}
     found: dict[str, Any] = {
-        "id_change": {
-            name: adapted["id"][name]["accuracy"] - base["id"][name]["accuracy"] for name in adapted["id"]
-        },
-        "ood_change": {name: after - before for name, (before, after) in ood.items()},
+        "id_change": _moved(base, adapted, "id", "accuracy"),
+        "ood_change": _moved(base, adapted, "ood", "accuracy"),
         "forget_ratio": {name: forget_ratio(before, after) for name, (before, after) in ood.items()},
-        "probe_change": {
-            name: adapted["probe"][name]["nll"] - base["probe"][name]["nll"] for name in adapted["probe"]
-        },
-    }  # fmt: skip
+        "probe_change": _moved(base, adapted, "probe", "nll"),
+    }
     if "tasks" in adapted:
         found["tasks_change"] = task_changes(base["tasks"], adapted["tasks"])
     if ood:
@@ -60,6 +56,10 @@ def changes(base: Scores, adapted: Scores) -> dict[str, Any]:
         found["collapse"] = collapse({name: accuracy for name, (_, accuracy) in ood.items()},
                                      {name: base["ood"][name].get("chance") for name in ood})  # fmt: skip
     return found
+
+
+def _moved(base: Scores, adapted: Scores, kind: str, measure: str) -> dict[str, float]:
+    return {name: scores[measure] - base[kind][name][measure] for name, scores in adapted[kind].items()}
 
 
 def task_changes(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> dict[str, dict[str, float]]:

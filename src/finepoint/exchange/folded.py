@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.entries import scatter_
 from finepoint.adapters.peft import Update, base_of, info_of, is_peft, read_peft, sparse_beside
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, reason_of
 from finepoint.exchange.checkpoint import INDEX, WHOLE, Checkpoint, OtherLayoutError
 from finepoint.exchange.layouts import Source, layout
 from finepoint.exchange.overlay import (
@@ -228,8 +228,7 @@ def _write_in_memory(source: Source, into: Path) -> dict[str, Any]:
     try:
         model.save_pretrained(into, max_shard_size=SHARD)
     except (ValueError, NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FinepointError(f"transformers cannot save {checkpoint.name}: {reason}") from error
+        raise FinepointError(f"transformers cannot save {checkpoint.name}: {reason_of(error)}") from error
     del model
     _copy_companions(checkpoint, into, but=(INDEX, "config.json"))  # the configuration is the saved model's
     saved = load_as_saved(into)

@@ -57,13 +57,8 @@ def export(
         found = chosen.write(source, into)
     size = sum(file.stat().st_size for file in Path(output).iterdir() if file.is_file())
     idle = not is_peft(adapter) and source.sparse.changes_nothing()
-    return {
-        "format": layout,
-        "output": output,
-        "bytes": size,
-        **found,
-        **({"idle": source.sparse.count} if idle else {}),
-    }
+    found = {"format": layout, "output": output, "bytes": size} | found
+    return found | ({"idle": source.sparse.count} if idle else {})
 
 
 def import_adapter(folder: str, model: str, layout: ImportFormat = "auto", dtype: DType = "auto") -> SparseAdapter:

@@ -112,14 +112,8 @@ def read_peft_sparse(
         if len(checkpoint.ties.get(name, ())) > 1:
             raise FinepointError(f"{name} is tied to {checkpoint.ties[name][0]}; PEFT changes one of the two, "
                                  "finepoint both, so this adapter cannot be imported")  # fmt: skip
-        found = change_of(
-            name,
-            indices if layout == "shira" else indices[None],
-            numbers,
-            checkpoint,
-            dtype,
-            round_first=layout == "supertuning",
-        )
+        places = indices if layout == "shira" else indices[None]
+        found = change_of(name, places, numbers, checkpoint, dtype, round_first=layout == "supertuning")
         if len(found):
             changes[name] = found
     if tensors:

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from finepoint.data.batches import Collator, context_length
 from finepoint.data.tokens import IGNORED, Row
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, reason_of
 from finepoint.memory.tracker import MemoryTracker
 from finepoint.models.loading import shape_of
 from finepoint.models.quantised import quantise_
@@ -96,9 +96,8 @@ def plan(config: PlanConfig) -> Plan:
             selection = {"process": scoring} | _selection(config, rule, model, weights, counts, device)
         training = {"process": stepping} | _training(config, model, counts, device)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise FinepointError(f"the memory of {config.model!r} cannot be planned: its code ({type(model).__name__}) "
-                             f"does not run on shapes alone ({reason})") from error  # fmt: skip
+                             f"does not run on shapes alone ({reason_of(error)})") from error  # fmt: skip
     return Plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         entries=sum(sizes.values()),

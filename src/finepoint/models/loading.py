@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from finepoint.errors import FinepointError, needing
+from finepoint.errors import FinepointError, needing, reason_of
 from finepoint.models.bitsandbytes import Packed, replace_layers_
 from finepoint.models.packages import cache_folder, digest, fetch
 from finepoint.models.quantised import is_quantised, quantise_, quantised_layers
@@ -231,8 +231,7 @@ def shape_of(name: str, dtype: DType = "auto", device: str = "cpu", quantise: Qu
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=kept).eval()
         except ValueError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise FinepointError(f"{name!r} is no causal language model: {reason}") from error
+            raise FinepointError(f"{name!r} is no causal language model: {reason_of(error)}") from error
     if quantise:
         _quantise_blocks_(model, quantise)
     return model
@@ -253,8 +252,7 @@ def outline(folder: Path) -> Any:
                     return saved_as._from_config(config)
                 return transformers.AutoModelForCausalLM.from_config(config)
         except ValueError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise FinepointError(f"{folder} is no model that transformers knows: {reason}") from error
+            raise FinepointError(f"{folder} is no model that transformers knows: {reason_of(error)}") from error
 
 
 def load_as_saved(folder: Path, labels: Sequence[str] = ()) -> Any:
@@ -290,8 +288,7 @@ def model_folder(name: str) -> Path:
         others = ["*/*", "consolidated*"]
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", *COMPANIONS], ignore_patterns=others))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FinepointError(f"cannot fetch model {name!r}: {reason}") from error
+        raise FinepointError(f"cannot fetch model {name!r}: {reason_of(error)}") from error
 
 
 def load_config(name: str) -> Any:
@@ -364,9 +361,8 @@ def _loaded(factory: Any, name: str, **kwargs: Any) -> Any:
     except (ImportError, OSError, ValueError) as error:
         if isinstance(error, ImportError):
             _tell_what_quantised(name, place)
-        reason = " ".join(str(error).split())[:300]
         here = "" if Path(place).is_dir() else "there is no such folder, and the hub does not give it: "
-        hint = did_you_mean(name, {"smollm2", "gemma3-270m", *SHAPES} - {name}, f"{here}{reason}")
+        hint = did_you_mean(name, {"smollm2", "gemma3-270m", *SHAPES} - {name}, f"{here}{reason_of(error)}")
         raise FinepointError(f"cannot load model {name!r}{hint}") from error
 
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, reason_of
 from finepoint.runtime import distributed
 from finepoint.runtime.devices import in_float64
 
@@ -192,8 +192,7 @@ def _tried(model: Any, padding: int, pair: tuple[list[int], list[int]], usual: L
     try:
         alone = torch.cat([_outputs(model, laid_out([row], padding, one), [row], "none") for row in pair])
     except REFUSED as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FinepointError(f"{type(model).__name__} cannot compute rows of tokens: {reason}") from error
+        raise FinepointError(f"{type(model).__name__} cannot compute rows of tokens: {reason_of(error)}") from error
     if not bool(alone.isfinite().all()):
         return None  # a damaged model, of which nothing can be told; whoever measures or trains it will say so
     causal = len(alone) == len(pair) or _is_causal(model, padding, pair[1], alone[len(pair[0]) :], one)

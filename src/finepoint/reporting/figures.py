@@ -9,6 +9,8 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 from matplotlib import rc_context
@@ -132,6 +134,10 @@ def short(name: str, most: int = 26) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
+def _trained_on(task: str) -> str:
+    return task if task == ALL_TASKS else f"trained on {task}"
+
+
 def _of(rows: Sequence[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
@@ -167,21 +173,17 @@ def id_ood(results: Results) -> list[Panel]:
     )
     fronts = {(row["task"], row["arm"]) for row in views.pareto(results) if row["front"]}
 
-    def draw(task: str) -> Draw:
-        def on(axes: Any) -> None:
-            _grid(axes)
-            for row in _of(rows, task=task):
-                _point(axes, style[row["arm"]], row["id"], row["ood"], row["id_sd"], row["ood_sd"])
-            front = sorted((row["id"], row["ood"]) for row in _of(rows, task=task) if (task, row["arm"]) in fronts)
-            axes.plot(*zip(*front, strict=True), "--", color=INK, linewidth=0.8, drawstyle="steps-pre", zorder=1)
-            _start(axes, views.base_point(results, task))
-            axes.locator_params(nbins=7)
-            axes.set_xlabel("accuracy in distribution")
-            axes.set_ylabel("mean accuracy out of distribution")
+    def draw(task: str, axes: Any) -> None:
+        _grid(axes)
+        for row in _of(rows, task=task):
+            _point(axes, style[row["arm"]], row["id"], row["ood"], row["id_sd"], row["ood_sd"])
+        front = sorted((row["id"], row["ood"]) for row in _of(rows, task=task) if (task, row["arm"]) in fronts)
+        axes.plot(*zip(*front, strict=True), "--", color=INK, linewidth=0.8, drawstyle="steps-pre", zorder=1)
+        _start(axes, views.base_point(results, task))
+        axes.locator_params(nbins=7)
+        axes.set(xlabel="accuracy in distribution", ylabel="mean accuracy out of distribution")
 
-        return on
-
-    return [panel(f"trained on {task}" if task != ALL_TASKS else task, draw(task)) for task in _values(rows, "task")]
+    return [panel(_trained_on(task), partial(draw, task)) for task in _values(rows, "task")]
 
 
 def _start(axes: Any, base: tuple[float, float] | None) -> None:
@@ -204,29 +206,25 @@ def density(results: Results) -> list[Panel]:
         return []
     flat = [row for row in views.summary(results) if row["density"] is None]
 
-    def draw(task: str, key: str, label: str) -> Draw:
-        def on(axes: Any) -> None:
-            _grid(axes)
-            for name in _values(_of(rows, task=task), "family"):
-                line = [row for row in _of(rows, task=task, family=name) if row[key] is not None]
-                look = style[line[0]["arm"]] if line else None
-                if look is None:
-                    continue
-                axes.plot([row["density"] for row in line], [row[key] for row in line], color=look.colour, linewidth=1)
-                for row in line:
-                    _point(axes, style[row["arm"]], row["density"], row[key], None, row[f"{key}_sd"])
-            _levels(axes, [(row[key], row["arm"], style[row["arm"]].colour) for row in _of(flat, task=task)
-                           if row[key] is not None])  # fmt: skip
-            _logarithmic(axes.xaxis)
-            axes.set_xlabel("density (share of target entries)")
-            axes.set_ylabel(label)
-
-        return on
+    def draw(task: str, key: str, label: str, axes: Any) -> None:
+        _grid(axes)
+        for name in _values(_of(rows, task=task), "family"):
+            line = [row for row in _of(rows, task=task, family=name) if row[key] is not None]
+            look = style[line[0]["arm"]] if line else None
+            if look is None:
+                continue
+            axes.plot([row["density"] for row in line], [row[key] for row in line], color=look.colour, linewidth=1)
+            for row in line:
+                _point(axes, style[row["arm"]], row["density"], row[key], None, row[f"{key}_sd"])
+        _levels(axes, [(row[key], row["arm"], style[row["arm"]].colour) for row in _of(flat, task=task)
+                       if row[key] is not None])  # fmt: skip
+        _logarithmic(axes.xaxis)
+        axes.set(xlabel="density (share of target entries)", ylabel=label)
 
     kinds = (("id", "accuracy in distribution"), ("ood", "mean accuracy out of distribution"))
     tasks = [task for task in (ALL_TASKS, *results.tasks) if _of(rows, task=task)]
     return [
-        panel(task if task == ALL_TASKS else f"trained on {task}", draw(task, key, label))
+        panel(_trained_on(task), partial(draw, task, key, label))
         for task in tasks for key, label in kinds
         if any(row[key] is not None for row in _of(rows, task=task))
     ]  # fmt: skip
@@ -254,30 +252,27 @@ def ood_change(results: Results) -> list[Panel]:
     pairs = list(dict.fromkeys((row["task"], row["test"]) for row in rows))
     apart = len(pairs) <= MOST_PANELS
 
-    def draw(found: list[Row]) -> Draw:
-        def on(axes: Any) -> None:
-            names = _values(found, "arm")
-            axes.axvline(0, color=INK, linewidth=0.8)
-            for row in found:
-                y, look = names.index(row["arm"]), style[row["arm"]]
-                if row["low"] is not None and apart:
-                    axes.plot([row["low"], row["high"]], [y, y], color=look.colour, linewidth=1.2)
-                axes.plot([row["mean"]], [y], look.marker, color=look.colour, markersize=6, markeredgewidth=0)
-            axes.set_yticks(range(len(names)), [short(name) for name in names])
-            axes.set_ylim(len(names) - 0.4, -0.6)
-            axes.tick_params(axis="y", length=0)
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            _grid(axes, "x")
-            axes.set_xlabel("change of accuracy against the base")
-
-        return on
+    def draw(found: list[Row], axes: Any) -> None:
+        names = _values(found, "arm")
+        axes.axvline(0, color=INK, linewidth=0.8)
+        for row in found:
+            y, look = names.index(row["arm"]), style[row["arm"]]
+            if row["low"] is not None and apart:
+                axes.plot([row["low"], row["high"]], [y, y], color=look.colour, linewidth=1.2)
+            axes.plot([row["mean"]], [y], look.marker, color=look.colour, markersize=6, markeredgewidth=0)
+        axes.set_yticks(range(len(names)), [short(name) for name in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        _grid(axes, "x")
+        axes.set_xlabel("change of accuracy against the base")
 
     groups = (
         [(f"{task} → {test}", _of(rows, task=task, test=test)) for task, test in pairs] if apart
         else [(f"{task} → {len(_values(_of(rows, task=task), 'test'))} tests", _of(rows, task=task))
               for task in _values(rows, "task")]
     )  # fmt: skip
-    return [panel(title, draw(found), tall(_values(found, "arm"))) for title, found in groups]
+    return [panel(title, partial(draw, found), tall(_values(found, "arm"))) for title, found in groups]
 
 
 def tall(names: Sequence[Any], line: float = 0.22) -> tuple[float, float]:
@@ -290,24 +285,20 @@ def forgetting(results: Results) -> list[Panel]:
     rows = [row for row in views.paths(results) if row["nll_change"] is not None and row["id_change"] is not None]
     style = styles(results)
 
-    def draw(task: str) -> Draw:
-        def on(axes: Any) -> None:
-            _grid(axes)
-            for arm in _values(_of(rows, task=task), "arm"):
-                path, look = _of(rows, task=task, arm=arm), style[arm]
-                points = [(0.0, 0.0), *((row["id_change"], row["nll_change"]) for row in path)]
-                axes.plot(*zip(*points, strict=True), "-", color=look.colour, linewidth=0.9, alpha=0.75)
-                for row in path:
-                    size = look.size if row["tuned"] else 2.5
-                    axes.plot([row["id_change"]], [row["nll_change"]], look.marker, color=look.colour, markersize=size,
-                              markeredgewidth=0)  # fmt: skip
-            axes.plot([0], [0], "+", color=INK, markersize=9)
-            axes.set_xlabel("change of accuracy in distribution")
-            axes.set_ylabel("change of probe NLL (nats a token)")
+    def draw(task: str, axes: Any) -> None:
+        _grid(axes)
+        for arm in _values(_of(rows, task=task), "arm"):
+            path, look = _of(rows, task=task, arm=arm), style[arm]
+            points = [(0.0, 0.0), *((row["id_change"], row["nll_change"]) for row in path)]
+            axes.plot(*zip(*points, strict=True), "-", color=look.colour, linewidth=0.9, alpha=0.75)
+            for row in path:
+                size = look.size if row["tuned"] else 2.5
+                axes.plot([row["id_change"]], [row["nll_change"]], look.marker, color=look.colour, markersize=size,
+                          markeredgewidth=0)  # fmt: skip
+        axes.plot([0], [0], "+", color=INK, markersize=9)
+        axes.set(xlabel="change of accuracy in distribution", ylabel="change of probe NLL (nats a token)")
 
-        return on
-
-    return [panel(f"trained on {task}", draw(task)) for task in _values(rows, "task")]
+    return [panel(f"trained on {task}", partial(draw, task)) for task in _values(rows, "task")]
 
 
 def places(rows: Sequence[Row], results: Results) -> list[Panel]:
@@ -331,30 +322,32 @@ def heat_map(title: str, rows: Sequence[Row], top: float) -> Panel:
         rows: of one selection, as `reporting.overlap.spread` gives them.
     """
     size = PANEL[0] * 0.75, 1.2 + 0.13 * max(6, len(_values(rows, "layer")))
-    return panel(title, _heat(rows, top), size)
+    return panel(title, partial(_heat, rows, top), size)
 
 
-def _heat(rows: Sequence[Row], top: float) -> Draw:
+def _heat(rows: Sequence[Row], top: float, axes: Any) -> None:
     layers, modules = _values(rows, "layer"), _values(rows, "module")
+    for row in rows:
+        # By the square root: shares differ by orders of magnitude, and the small ones should be told apart too.
+        shade = (row["share"] / top) ** 0.5 if top else 0.0
+        _square(axes, modules.index(row["module"]), layers.index(row["layer"]), shade)
+    _lattice(axes, modules, layers, 12, every=max(1, len(layers) // 10))
+    axes.set(xlabel=f"largest share: {max(row['share'] for row in rows):.3g}", ylabel="layer")
 
-    def on(axes: Any) -> None:
-        for row in rows:
-            corner = modules.index(row["module"]) - 0.5, layers.index(row["layer"]) - 0.5
-            # By the square root: shares differ by orders of magnitude, and the small ones should be told apart too.
-            shade = (row["share"] / top) ** 0.5 if top else 0.0
-            axes.add_patch(
-                Rectangle(corner, 1, 1, facecolor=ARM_COLOURS[0], alpha=shade, linewidth=0, antialiased=False)
-            )
-        axes.set_xlim(-0.5, len(modules) - 0.5)
-        axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.set_xticks(range(len(modules)), [short(module, 12) for module in modules], rotation=35, ha="right")
-        every = max(1, len(layers) // 10)
-        axes.set_yticks(range(0, len(layers), every), [short(layer, 12) for layer in layers[::every]])
-        axes.tick_params(length=0)
-        axes.set_ylabel("layer")
-        axes.set_xlabel(f"largest share: {max(row['share'] for row in rows):.3g}")
 
-    return on
+def _square(axes: Any, x: int, y: int, shade: float, words: str = "", colour: str = ARM_COLOURS[0]) -> None:
+    """A square of a lattice, at most as dark as its colour."""
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, alpha=shade, linewidth=0, antialiased=False))
+    if words:
+        axes.text(x, y, words, ha="center", va="center", fontsize=7.5)
+
+
+def _lattice(axes: Any, columns: Sequence[Any], lines: Sequence[Any], most: int, every: int = 1) -> None:
+    """Names for columns and lines of squares."""
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(lines) - 0.5, -0.5))
+    axes.set_xticks(range(len(columns)), [short(name, most) for name in columns], rotation=35, ha="right")
+    axes.set_yticks(range(0, len(lines), every), [short(name, most) for name in lines[::every]])
+    axes.tick_params(length=0)
 
 
 def overlap(rows: Sequence[Row]) -> list[Panel]:
@@ -364,61 +357,38 @@ def overlap(rows: Sequence[Row]) -> list[Panel]:
     for task, value in dict.fromkeys((row["task"], row["density"]) for row in found):
         part = _of(found, task=task, density=value)
         names = list(dict.fromkeys([row["arm"] for row in part] + [row["other_arm"] for row in part]))
-        title = f"{task}, density {value:g}" if value is not None else task
-        side = 1.6 + 0.42 * len(names)
-        panels.append(panel(title, _matrix(part, names), (max(PANEL[0], side + 0.6), side)))
+        panels.append(_matrix(f"{task}, density {value:g}" if value is not None else task, part, names))
     return panels
 
 
 def pair_matrix(title: str, rows: Sequence[Row], names: Sequence[str]) -> Panel:
     """Every two adapters' Jaccard overlap below the diagonal, that by chance above."""
     same = {"arm": "a", "other_arm": "b", "jaccard": "jaccard", "expected_by_weight": "jaccard_by_chance"}
-    part = [{ours: row[theirs] for ours, theirs in same.items()} for row in rows]
-    side = 1.6 + 0.42 * len(names)
-    return panel(title, _matrix(part, list(names)), (max(PANEL[0], side + 0.6), side))
+    return _matrix(title, [{ours: row[theirs] for ours, theirs in same.items()} for row in rows], list(names))
 
 
-def _matrix(rows: Sequence[Row], names: list[str]) -> Draw:
-    def square(axes: Any, x: int, y: int, value: float | None, colour: str) -> None:
-        if value is None:
-            return
-        axes.add_patch(
-            Rectangle(
-                (x - 0.5, y - 0.5), 1, 1, facecolor=colour, alpha=0.75 * value**0.5, linewidth=0, antialiased=False
-            )
-        )
-        axes.text(x, y, f"{100 * value:.3g}", ha="center", va="center", fontsize=7.5)
-
+def _matrix(title: str, rows: Sequence[Row], names: list[str]) -> Panel:
     def on(axes: Any) -> None:
         for row in rows:
             one, other = sorted((names.index(row["arm"]), names.index(row["other_arm"])))
-            square(axes, one, other, row["jaccard"], ARM_COLOURS[0])
-            square(axes, other, one, row["expected_by_weight"], ARM_COLOURS[6])
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xticks(range(len(names)), [short(name, 18) for name in names], rotation=35, ha="right")
-        axes.set_yticks(range(len(names)), [short(name, 18) for name in names])
-        axes.tick_params(length=0)
+            for x, y, value, colour in ((one, other, row["jaccard"], ARM_COLOURS[0]),
+                                        (other, one, row["expected_by_weight"], ARM_COLOURS[6])):  # fmt: skip
+                if value is not None:
+                    _square(axes, x, y, 0.75 * value**0.5, f"{100 * value:.3g}", colour)
+        _lattice(axes, names, names, 18)
         axes.set_aspect("equal")
 
-    return on
+    side = 1.6 + 0.42 * len(names)
+    return panel(title, on, (max(PANEL[0], side + 0.6), side))
 
 
 def grid(title: str, lines: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]) -> Panel:
     """Shares in [0, 1] as a grid of numbers, the stronger the higher."""
 
     def on(axes: Any) -> None:
-        for y, line in enumerate(lines):
-            for x, column in enumerate(columns):
-                value = values[line, column]
-                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=ARM_COLOURS[0], alpha=0.7 * value,
-                                         linewidth=0, antialiased=False))  # fmt: skip
-                axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8.5)
-        axes.set_xlim(-0.5, len(columns) - 0.5)
-        axes.set_ylim(len(lines) - 0.5, -0.5)
-        axes.set_xticks(range(len(columns)), [short(name, 14) for name in columns], rotation=35, ha="right")
-        axes.set_yticks(range(len(lines)), [short(name, 18) for name in lines])
-        axes.tick_params(length=0)
+        for (y, line), (x, column) in product(enumerate(lines), enumerate(columns)):
+            _square(axes, x, y, 0.7 * values[line, column], f"{values[line, column]:.3f}")
+        _lattice(axes, columns, lines, 18)
 
     return panel(title, on, (1.4 + 0.75 * len(columns), 1.3 + 0.42 * len(lines)))
 
@@ -426,22 +396,18 @@ def grid(title: str, lines: Sequence[str], columns: Sequence[str], values: Mappi
 def by_layer(rows: Sequence[Row]) -> list[Panel]:
     """For every two adapters, their Jaccard overlap over the layers, with that by chance."""
 
-    def draw(found: list[Row]) -> Draw:
-        def on(axes: Any) -> None:
-            _grid(axes)
-            at = range(len(found))
-            axes.plot(at, [100 * row["jaccard"] for row in found], "-o", color=ARM_COLOURS[0], markersize=3)
-            axes.plot(at, [100 * row["jaccard_by_chance"] for row in found], ":", color=ARM_COLOURS[6])
-            every = max(1, len(found) // 8)
-            axes.set_xticks(at[::every], [row["scope"].removeprefix("layer ") for row in found[::every]])
-            axes.set_ylim(bottom=0)
-            axes.set_xlabel("layer")
-            axes.set_ylabel("common entries (%)")
-
-        return on
+    def draw(found: list[Row], axes: Any) -> None:
+        _grid(axes)
+        at = range(len(found))
+        axes.plot(at, [100 * row["jaccard"] for row in found], "-o", color=ARM_COLOURS[0], markersize=3)
+        axes.plot(at, [100 * row["jaccard_by_chance"] for row in found], ":", color=ARM_COLOURS[6])
+        every = max(1, len(found) // 8)
+        axes.set_xticks(at[::every], [row["scope"].removeprefix("layer ") for row in found[::every]])
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="layer", ylabel="common entries (%)")
 
     pairs = list(dict.fromkeys((row["a"], row["b"]) for row in rows))[:MOST_PANELS]
-    return [panel(f"{a}, {b}", draw(_of(rows, a=a, b=b)), (3.6, 2.5)) for a, b in pairs]
+    return [panel(f"{a}, {b}", partial(draw, _of(rows, a=a, b=b)), (3.6, 2.5)) for a, b in pairs]
 
 
 def cost(results: Results) -> list[Panel]:
@@ -453,23 +419,19 @@ def cost(results: Results) -> list[Panel]:
         "peak memory (GB)": lambda row: None if row["peak_bytes"] is None else row["peak_bytes"] / 1e9,
     }  # fmt: skip
 
-    def draw(found: list[tuple[Row, float]], label: str) -> Draw:
-        def on(axes: Any) -> None:
-            _grid(axes)
-            for row, x in found:
-                _point(axes, style[row["arm"]], x, row["id"], None, row["id_sd"])
-            axes.set_xlim(0, 1.1 * max(x for _, x in found))
-            axes.set_xlabel(label)
-            axes.set_ylabel("accuracy in distribution")
-
-        return on
+    def draw(found: list[tuple[Row, float]], label: str, axes: Any) -> None:
+        _grid(axes)
+        for row, x in found:
+            _point(axes, style[row["arm"]], x, row["id"], None, row["id_sd"])
+        axes.set_xlim(0, 1.1 * max(x for _, x in found))
+        axes.set(xlabel=label, ylabel="accuracy in distribution")
 
     panels = []
     for task in _values(rows, "task"):
         for label, of in kinds.items():
             found = [(row, value) for row in _of(rows, task=task) if (value := of(row))]
             if found and task != ALL_TASKS:
-                panels.append(panel(f"trained on {task}", draw(found, label)))
+                panels.append(panel(f"trained on {task}", partial(draw, found, label)))
     return panels
 
 
@@ -477,27 +439,23 @@ def losses(results: Results) -> list[Panel]:
     """Training loss, as a moving average over a tenth of the run, and validation loss of the tuned runs."""
     rows, style = views.curves(results), styles(results)
 
-    def draw(task: str, key: str, label: str) -> Draw:
-        def on(axes: Any) -> None:
-            _grid(axes)
-            for arm in _values(_of(rows, task=task), "arm"):
-                points = [(row["step"], row[key]) for row in _of(rows, task=task, arm=arm) if row[key] is not None]
-                if not points:
-                    continue
-                steps, values = zip(*points, strict=True)
-                look = style[arm]
-                if key == "loss":
-                    axes.plot(steps, smooth(values), color=look.colour, linewidth=1)
-                else:
-                    axes.plot(steps, values, f"-{look.marker}", color=look.colour, markersize=4, linewidth=0.9)
-            axes.set_xlabel("step")
-            axes.set_ylabel(label)
-
-        return on
+    def draw(task: str, key: str, label: str, axes: Any) -> None:
+        _grid(axes)
+        for arm in _values(_of(rows, task=task), "arm"):
+            points = [(row["step"], row[key]) for row in _of(rows, task=task, arm=arm) if row[key] is not None]
+            if not points:
+                continue
+            steps, values = zip(*points, strict=True)
+            look = style[arm]
+            if key == "loss":
+                axes.plot(steps, smooth(values), color=look.colour, linewidth=1)
+            else:
+                axes.plot(steps, values, f"-{look.marker}", color=look.colour, markersize=4, linewidth=0.9)
+        axes.set(xlabel="step", ylabel=label)
 
     kinds = (("loss", "training loss"), ("validation_loss", "validation loss"))
     return [
-        panel(f"trained on {task}", draw(task, key, label))
+        panel(f"trained on {task}", partial(draw, task, key, label))
         for task in _values(rows, "task") for key, label in kinds
         if any(row[key] is not None for row in _of(rows, task=task))
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 The confounds that let one rule look better than another for free (tuning, budget, movement) have a view each.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import atan, cos, isfinite, log10, pi, sin, sqrt
 from statistics import fmean
 from typing import Any
@@ -66,12 +66,19 @@ def at_once(scores: Row, changes: Row, task: str) -> Row:
     }
 
 
+def _arms_of(results: Results) -> Iterator[tuple[str, str, list[Cell]]]:
+    """Every task with every arm, and the arm's tuned runs on it."""
+    for task in results.tasks:
+        for arm in results.arms:
+            yield task, arm, tuned(results, task, arm)
+
+
 def summary(results: Results) -> list[Row]:
     """A row for each task and arm at its tuned learning rate: mean and spread over the seeds; all tasks first."""
     rows = [
         {"task": task, **_named(results, arm), "lr": cells[0]["lr"], "lr_at_edge": at_edge(results, task, arm),
          **_spread([measures(cell) for cell in cells])}
-        for task in results.tasks for arm in results.arms if (cells := tuned(results, task, arm))
+        for task, arm, cells in _arms_of(results) if cells
     ]  # fmt: skip
     return _over_tasks(results) + rows
 
@@ -140,14 +147,13 @@ def base_point(results: Results, task: str) -> tuple[float, float] | None:
 def ood_changes(results: Results) -> list[Row]:
     """The signed change of accuracy on every other task, for each task and arm: the mean hides trades between them."""
     rows = []
-    for task in results.tasks:
-        for arm in results.arms:
-            found: dict[str, list[float]] = {}
-            for cell in tuned(results, task, arm):
-                for test, change in ((cell.get("changes") or {}).get("ood_change") or {}).items():
-                    found.setdefault(test, []).append(change)
-            for test, changes in found.items():
-                rows.append({"task": task, "arm": arm, "test": test, **interval(changes)})
+    for task, arm, cells in _arms_of(results):
+        found: dict[str, list[float]] = {}
+        for cell in cells:
+            for test, change in ((cell.get("changes") or {}).get("ood_change") or {}).items():
+                found.setdefault(test, []).append(change)
+        for test, changes in found.items():
+            rows.append({"task": task, "arm": arm, "test": test, **interval(changes)})
     return rows
 
 
@@ -157,21 +163,20 @@ def paired(results: Results, method: str) -> list[Row]:
     The reference of a rule is the method's arm at the same density, if the method has densities.
     """
     rows = []
-    for task in results.tasks:
-        for arm in results.arms:
-            reference = reference_of(results, arm, method)
-            if reference is None:
-                continue
-            ours = {cell["seed"]: measures(cell) for cell in tuned(results, task, arm)}
-            theirs = {cell["seed"]: measures(cell) for cell in tuned(results, task, reference)}
-            seeds = [seed for seed in ours if seed in theirs]
-            row: Row = {"task": task, "arm": arm, "reference": reference, "pairs": len(seeds)}
-            for measure in ("id", "ood", "nll_change"):
-                pairs = [(ours[seed][measure], theirs[seed][measure]) for seed in seeds]
-                differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
-                row |= _with_spread(measure, differences)
-            if seeds:
-                rows.append(row)
+    for task, arm, cells in _arms_of(results):
+        reference = reference_of(results, arm, method)
+        if reference is None:
+            continue
+        ours = {cell["seed"]: measures(cell) for cell in cells}
+        theirs = {cell["seed"]: measures(cell) for cell in tuned(results, task, reference)}
+        seeds = [seed for seed in ours if seed in theirs]
+        row: Row = {"task": task, "arm": arm, "reference": reference, "pairs": len(seeds)}
+        for measure in ("id", "ood", "nll_change"):
+            pairs = [(ours[seed][measure], theirs[seed][measure]) for seed in seeds]
+            differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
+            row |= _with_spread(measure, differences)
+        if seeds:
+            rows.append(row)
     return rows
 
 
@@ -345,21 +350,20 @@ def _between(one: float | None, other: float | None, share: float) -> float | No
 def overfitting(results: Results) -> list[Row]:
     """Whether the kept step is the last one, and how far training and validation loss have come apart."""
     rows = []
-    for task in results.tasks:
-        for arm in results.arms:
-            for cell in tuned(results, task, arm):
-                curve = cell.get("curve") or []
-                losses = [point["loss"] for point in curve if number(point.get("loss")) is not None]
-                checks = {
-                    point["step"]: point["eval_loss"] for point in curve if number(point.get("eval_loss")) is not None
-                }
-                last = max(checks, default=None)
-                end = losses[-max(1, len(losses) // 10) :]  # single steps are noisy
-                row = {"task": task, "arm": arm, "lr": cell["lr"], "seed": cell["seed"],
-                       "best_step": cell.get("best_step"), "last_step": max((p["step"] for p in curve), default=None),
-                       "train_loss_end": mean(end), "validation_loss_best": min(checks.values(), default=None),
-                       "validation_loss_end": checks[last] if last is not None else None}  # fmt: skip
-                rows.append(row | {"gap": _minus(row["validation_loss_end"], row["train_loss_end"])})
+    for task, arm, cells in _arms_of(results):
+        for cell in cells:
+            curve = cell.get("curve") or []
+            losses = [point["loss"] for point in curve if number(point.get("loss")) is not None]
+            checks = {
+                point["step"]: point["eval_loss"] for point in curve if number(point.get("eval_loss")) is not None
+            }
+            last = max(checks, default=None)
+            end = losses[-max(1, len(losses) // 10) :]  # single steps are noisy
+            row = {"task": task, "arm": arm, "lr": cell["lr"], "seed": cell["seed"],
+                   "best_step": cell.get("best_step"), "last_step": max((p["step"] for p in curve), default=None),
+                   "train_loss_end": mean(end), "validation_loss_best": min(checks.values(), default=None),
+                   "validation_loss_end": checks[last] if last is not None else None}  # fmt: skip
+            rows.append(row | {"gap": _minus(row["validation_loss_end"], row["train_loss_end"])})
     return rows
 
 
@@ -370,27 +374,24 @@ def _minus(one: float | None, other: float | None) -> float | None:
 def antidotes(results: Results) -> list[Row]:
     """Changes scaled back after training: each remedy and strength next to the tuned run itself (alpha 1)."""
     rows = []
-    for task in results.tasks:
-        for arm in results.arms:
-            cells = tuned(results, task, arm)
-            found: dict[tuple[str, float], list[Row]] = {}
-            for cell in cells:
-                for one in cell.get("antidotes") or []:
-                    row = at_once(one["scores"], one.get("changes") or {}, task)
-                    row["validation"] = number((one.get("validation") or {}).get("accuracy"))
-                    row["update_norm"] = number(one.get("update_norm"))
-                    found.setdefault((one["how"], one["alpha"]), []).append(row)
-            if not found:
-                continue
-            whole = [
-                measures(cell) | {"validation": number((cell.get("validation") or {}).get("accuracy"))}
-                for cell in cells
-            ]
-            for (how, alpha), some in [(("none", 1.0), whole), *sorted(found.items())]:
-                keys = ("validation", "id", "ood", "ood_change", "nll_change", "kl", "kl_prompts", "kl_protected",
-                        "update_norm")  # fmt: skip
-                rows.append({"task": task, "arm": arm, "how": how, "alpha": alpha, "seeds": len(some),
-                             **{key: mean(row[key] for row in some) for key in keys}})  # fmt: skip
+    for task, arm, cells in _arms_of(results):
+        found: dict[tuple[str, float], list[Row]] = {}
+        for cell in cells:
+            for one in cell.get("antidotes") or []:
+                row = at_once(one["scores"], one.get("changes") or {}, task)
+                row["validation"] = number((one.get("validation") or {}).get("accuracy"))
+                row["update_norm"] = number(one.get("update_norm"))
+                found.setdefault((one["how"], one["alpha"]), []).append(row)
+        if not found:
+            continue
+        whole = [
+            measures(cell) | {"validation": number((cell.get("validation") or {}).get("accuracy"))} for cell in cells
+        ]
+        for (how, alpha), some in [(("none", 1.0), whole), *sorted(found.items())]:
+            keys = ("validation", "id", "ood", "ood_change", "nll_change", "kl", "kl_prompts", "kl_protected",
+                    "update_norm")  # fmt: skip
+            rows.append({"task": task, "arm": arm, "how": how, "alpha": alpha, "seeds": len(some),
+                         **{key: mean(row[key] for row in some) for key in keys}})  # fmt: skip
     return rows
 
 
@@ -400,15 +401,14 @@ def answers(results: Results) -> list[Row]:
     base = results.base.get("tests") or {}
     for test, score in base.items():
         rows.append({"task": "-", "arm": "base", "test": test, **_answers([score], score)})
-    for task in results.tasks:
-        for arm in results.arms:
-            found: dict[str, list[Row]] = {}
-            for cell in tuned(results, task, arm):
-                for kind in ("id", "ood"):
-                    for test, score in (cell["scores"].get(kind) or {}).items():
-                        found.setdefault(test, []).append(score)
-            for test, scores in found.items():
-                rows.append({"task": task, "arm": arm, "test": test, **_answers(scores, base.get(test) or {})})
+    for task, arm, cells in _arms_of(results):
+        found: dict[str, list[Row]] = {}
+        for cell in cells:
+            for kind in ("id", "ood"):
+                for test, score in (cell["scores"].get(kind) or {}).items():
+                    found.setdefault(test, []).append(score)
+        for test, scores in found.items():
+            rows.append({"task": task, "arm": arm, "test": test, **_answers(scores, base.get(test) or {})})
     return rows
 
 
@@ -426,7 +426,7 @@ def curves(results: Results) -> list[Row]:
     return [
         {"task": task, "arm": arm, "lr": cell["lr"], "step": point["step"], "loss": number(point.get("loss")),
          "validation_loss": number(point.get("eval_loss"))}
-        for task in results.tasks for arm in results.arms for cell in tuned(results, task, arm)
+        for task, arm, cells in _arms_of(results) for cell in cells
         if cell["seed"] == results.seeds[0] for point in cell.get("curve") or []
     ]  # fmt: skip
 
@@ -487,6 +487,7 @@ def _arms(rows: Sequence[Row], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+# Means with their uncertainty over few seeds: Student's t, exactly, without a statistics library.
 CONFIDENCE = 0.95
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, reason_of
 from finepoint.models.probing import evaluating, undisturbed
 from finepoint.runtime import distributed
 
@@ -112,8 +112,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     try:
         output = model(**batch)
     except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FinepointError(f"the model does not take a scoring batch of {held}: {reason}") from error
+        raise FinepointError(f"the model does not take a scoring batch of {held}: {reason_of(error)}") from error
     if isinstance(output, tuple):
         loss = output[0]
     else:

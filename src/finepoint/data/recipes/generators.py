@@ -18,10 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from finepoint.data.recipes.splits import split_by_group
+from finepoint.data.recipes.splits import split_by_group, write_files
 from finepoint.errors import FinepointError
 from finepoint.models.packages import fetch
-from finepoint.runtime.files import claim_folder, write_json_lines
+from finepoint.runtime.files import claim_folder
 
 PACKAGE = "reasoning-gym==0.1.25"
 SHA256 = "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435"
@@ -157,13 +157,6 @@ def as_row(found: dict[str, Any]) -> dict[str, Any]:
     """A completion example."""
     row = {"prompt": f"Question: {found['question']}\nAnswer:", "completion": f" {found['answer']}"}
     return row | ({"group": found["group"]} if found["group"] else {})
-
-
-def write_files(folder: Path, files: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
-    """Writes NAME.jsonl for each; rows by name."""
-    for name, rows in files.items():
-        write_json_lines(folder / f"{name}.jsonl", rows)
-    return {name: len(rows) for name, rows in files.items()}
 
 
 def main(wheel: str) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finepoint.data.recipes.splits import split_by_group
-from finepoint.errors import FinepointError, needing
-from finepoint.runtime.files import claim_folder, write_json_lines
+from finepoint.data.recipes.splits import split_by_group, write_files
+from finepoint.errors import FinepointError, needing, reason_of
+from finepoint.runtime.files import claim_folder
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,7 @@ def write_hub(name: str, output: str | Path, overwrite: bool = False) -> dict[st
         counts = {"dropped": given - sum(len(rows) for rows in parts.values())}
         if set(task.written) - set(parts):
             parts = drawn_validation(parts)
-        for part, rows in parts.items():
-            write_json_lines(folder / f"{name}-{part}.jsonl", rows)
-        return {f"{name}-{part}": len(rows) for part, rows in parts.items()} | counts
+        return write_files(folder, {f"{name}-{part}": rows for part, rows in parts.items()}) | counts
 
 
 def load(task: HubTask, split: str) -> list[Row]:
@@ -91,9 +89,8 @@ def load(task: HubTask, split: str) -> list[Row]:
     try:
         return list(load_dataset(task.hub, task.config, split=split))
     except Exception as error:  # of half a dozen libraries, whose classes have no common base
-        reason = " ".join(str(error).split())[:200]
         raise FinepointError(
-            f"cannot load {task.hub} ({split}) from the hub: {reason}; it must be reachable once "
+            f"cannot load {task.hub} ({split}) from the hub: {reason_of(error)}; it must be reachable once "
             "(HF_ENDPOINT names a mirror), later runs take it from the cache"
         ) from error
 

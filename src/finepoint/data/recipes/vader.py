@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finepoint.data.recipes.splits import split_by_group, without_near_duplicates
+from finepoint.data.recipes.splits import split_by_group, without_near_duplicates, write_files
 from finepoint.models.packages import fetch
-from finepoint.runtime.files import claim_folder, write_json_lines
+from finepoint.runtime.files import claim_folder
 
 PACKAGE = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -56,11 +56,8 @@ def write_vader(output: str | Path, overwrite: bool = False) -> dict[str, int]:
         train, validation, test = split_by_group(files.pop("movies"), lambda s: s.group, (TEST_SHARE, TEST_SHARE), SEED)
         kept = without_near_duplicates(train, [*validation, *test], lambda s: s.text)
         files = {"movies-train": kept, "movies-validation": validation, "movies-test": test, **files}
-        for name, rows in files.items():
-            write_json_lines(folder / f"{name}.jsonl", [as_row(snippet) for snippet in rows])
-        news = documents(snippets["nyt"])
-        write_json_lines(folder / "news.jsonl", news)
-        counts = {name: len(rows) for name, rows in files.items()} | {"news": len(news)}
+        written = {name: [as_row(snippet) for snippet in rows] for name, rows in files.items()}
+        counts = write_files(folder, written | {"news": documents(snippets["nyt"])})
         return counts | {"dropped-near-duplicates": len(train) - len(kept)}
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finepoint.data.recipes.splits import split_by_group, without_near_duplicates
+from finepoint.data.recipes.splits import split_by_group, without_near_duplicates, write_files
 from finepoint.models.packages import debian_file, fetch_debian
-from finepoint.runtime.files import claim_folder, write_json_lines, write_text
+from finepoint.runtime.files import claim_folder, write_text
 
 PACKAGE = "wordnet-base=1:3.0-37"
 SHA256 = "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752"
@@ -51,10 +51,8 @@ def write_wordnet(output: str | Path, overwrite: bool = False) -> dict[str, int]
         package = fetch_debian(PACKAGE, SHA256)
         items = questions(parse(debian_file(package, NOUNS).decode("latin-1")), SEED)
         parts = split(items, SEED)
-        for part, rows in parts.items():
-            write_json_lines(folder / f"wordnet-{part}.jsonl", rows)
         write_text(folder / "NOTICE.txt", debian_file(package, NOTICE).decode("utf-8"))
-        return {f"wordnet-{part}": len(rows) for part, rows in parts.items()}
+        return write_files(folder, {f"wordnet-{part}": rows for part, rows in parts.items()})
 
 
 def parse(text: str) -> list[Synset]:
