@@ -213,6 +213,9 @@ def test_rewards(answer, reference, expected):
         (["--method", "grpo", "--data", "SUMS", "--generations", "1"], "at least 2"),
         (["--method", "dpo", "--data", "PAIRS", "--baseline-options", "rank=1"], "without a baseline"),
         (["--method", "ppo", "--data", "PAIRS"], "ppo"),
+        (["--method", "dpo", "--data", "PAIRS", "--protect", "SUMS"], "rule 'random' looks at no text"),
+        (["--method", "dpo", "--data", "PAIRS", "--protect", "SUMS", "--baseline", "lora"], "lora look at no text"),
+        (["--method", "dpo", "--data", "PAIRS", "--patience", "2"], "--patience"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, model_folder, tmp_path, pairs, sums, capsys):

@@ -170,7 +170,8 @@ def _example(where: str, row: Any, forms: Mapping[tuple[str, ...], Form]) -> Any
     for wanted, make in forms.items():
         if keys == set(wanted):
             return make(where, row)
-    found = f"an object with the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    keyed = "the keys" if forms is PAIRS else "an object with the keys"
+    found = f"{keyed} {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
     hint = next((f"; write {old} as {new}" for old, new in ELSEWHERE.items() if old in keys), "")
     raise FinepointError(f"{where}: {found}; expected {_spelled(forms)}{hint}")
 

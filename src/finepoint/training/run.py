@@ -317,6 +317,11 @@ def carry_out_(
             raise (run.keeps and left_by(last, lambda: run.save(last.done), run.folder)) or error from None
         finally:
             interruption.let_go(feel=False)
+    return _told(trainer, output, watch)
+
+
+def _told(trainer: SparseCheckpoints, output: Any, watch: Watch) -> dict[str, Any]:
+    """What the record says of a training."""
     losses = [float(record["loss"]) for record in trainer.state.log_history if "loss" in record]
     return {
         "steps": output.global_step,
@@ -406,7 +411,11 @@ def _method(
     if spec.protection:
         given = Protected(place, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
                           moving=bool(config.refresh))  # fmt: skip
-        method = replace(method, penalty=spec.protection.make(given))
+        try:
+            method = replace(method, penalty=spec.protection.make(given))
+        except BaseException:  # it reads text for a while
+            method.tuner.close()
+            raise
     if config.round_to:
         method = replace(method, after_step=partial(method.tuner.round_, getattr(torch, config.round_to)))
     return method, chosen
