@@ -606,3 +606,28 @@ def test_dense_tuner_refuses_what_it_cannot_train():
     with pytest.raises(FinepointError, match="is being trained"):
         tuner.adapter().apply(model)
     tuner.close()
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_a_tuner_refuses_in_a_line_what_it_cannot_do(name):
+    """Who drives it asks no tuner for its class."""
+    baseline = BASELINES[name]
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    indices = {weight: torch.arange(5)} if baseline.chooses else {}
+    given = BaselineContext(tiny_llama(), [], options_of(baseline, {}), "linear", 0, 1e-3, 0.0, random_batches(1),
+                            indices=indices)  # fmt: skip
+    tuner = baseline.make(given).tuner
+    assert tuner.count == sum(parameter.numel() for parameter in tuner.trained().values())
+    for ask in (tuner.train_together, tuner.average_, tuner.places, lambda: tuner.place_({})):
+        with pytest.raises(FinepointError, match=f"{type(tuner).__name__} cannot .*; train chosen entries instead"):
+            ask()
+    for able, ask in (
+        (not baseline.low_rank, lambda: tuner.round_(torch.bfloat16)),
+        (name in ("lora", "dora"), tuner.as_it_is),
+    ):
+        if able:
+            ask()
+        else:
+            with pytest.raises(FinepointError, match="cannot"):
+                ask()
+    tuner.close()
