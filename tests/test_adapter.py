@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
-from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.bases import verify
 from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, moved
@@ -399,3 +399,32 @@ def test_damaged_gaps_are_refused(tmp_path):
         save_file(tensors | {f"{name}.gaps": damaged.contiguous()}, path, metadata)
         with pytest.raises(FinepointError, match=name):
             SparseAdapter.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["delta", "value", "full"])
+def test_an_adapter_goes_in_and_out_as_often_as_one_likes(kind):
+    model = tiny_llama(torch.bfloat16)
+    base = snapshot(model)
+    with finepoint.SparseTuner(model, finepoint.select(model, density=0.1), audit=False) as tuner:
+        for parameter in tuner.parameters():
+            parameter.data.normal_()
+        tuner.follow_()
+        whole = list(tuner.entries) if kind == "full" else []
+        adapter = tuner.adapter("auto" if kind == "full" else kind, full=whole)
+        trained = {name: values for name, values in snapshot(model).items() if name in base}
+        tuner.revert_()
+    with adapter.alternating(model) as switch:
+        for on in (False, True, True, False, False, True):
+            switch(on)
+            assert_same_bits(snapshot(model), trained if on else base)
+    assert_same_bits(base, snapshot(model))
+    with pytest.raises(ZeroDivisionError):
+        _break_off(adapter, model)
+    assert_same_bits(base, snapshot(model))
+    assert not applied_to(model)
+
+
+def _break_off(adapter, model):
+    with adapter.alternating(model) as switch:
+        switch(False)
+        raise ZeroDivisionError

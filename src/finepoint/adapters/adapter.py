@@ -1,6 +1,6 @@
 """How a trained change goes into a model and out again, exactly."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,10 @@ from finepoint.errors import FinepointError
 from finepoint.models.bitsandbytes import check_weight
 from finepoint.models.quantised import Replaced, is_quantised, replace_forwards
 from finepoint.models.weights import absent
+from finepoint.runtime import distributed
 
+Switch = Callable[[bool], None]
+"""Puts an adapter in (True), or takes it out (False)."""
 APPLIED = "_finepoint_applied"  # the attribute of a model that lists what is applied to it
 SETS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 """The `AdapterSet`s of a model; what they have switched on is in its weights too."""
@@ -248,6 +251,47 @@ class SparseAdapter(Contents):
             yield model
         finally:
             self.revert(model)
+
+    @contextmanager
+    def alternating(self, model: nn.Module) -> Iterator[Switch]:
+        """Inside, a function puts the adapter in (True) and takes it out (False), at the cost of its entries alone.
+
+        The model is looked at once, as it comes; nobody else may change it meanwhile. The adapter is out at the
+        beginning, and out afterwards, also after an exception.
+        """
+        if self.quantised_in(model):
+            attached: list[Attached] = []
+
+            def attach(on: bool) -> None:
+                while attached:
+                    attached.pop().remove()
+                if on:
+                    attached.append(self.attach(model))
+
+            try:
+                yield attach
+            finally:
+                attach(False)
+            return
+        with self.applied(model):
+            weights = dict(model.named_parameters(remove_duplicate=False))
+            before = dict(_applied(model)[-1][1])
+            after = {name: change.new_values(before[name]) for name, change in self.changes.items()}
+            whole = {name for name, change in self.changes.items() if change.kind == "full"}
+            places = {name: self[name].to(weights[name].device) for name in self if name not in whole}
+
+            def switch(on: bool) -> None:
+                for name, values in (after if on else before).items():
+                    if name in whole and not distributed.is_sharded(weights[name]):
+                        weights[name].detach().copy_(values.view(weights[name].shape))
+                    else:
+                        scatter_(weights[name], places.get(name, self[name]), values)
+
+            switch(False)
+            try:
+                yield switch
+            finally:
+                switch(True)
 
 
 @dataclass(frozen=True)

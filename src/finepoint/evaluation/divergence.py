@@ -1,13 +1,14 @@
 """How far an adapted model's predictions lie from the base model's, where nothing was to be learned."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter, Switch
 from finepoint.data.batches import Collator, padded, token_labels
 from finepoint.data.examples import Example, Labelled, some
 from finepoint.data.tokens import IGNORED, Row, encode_each, learned, refuse_beyond
@@ -24,7 +25,7 @@ def mean_kl(
     model: Any,
     tokenizer: Any,
     examples: Sequence[Example],
-    adapter: SparseAdapter,
+    adapter: SparseAdapter | Switch,
     *,
     window: int = 128,
     advance: Callable[[int], None] = lambda done: None,
@@ -35,6 +36,7 @@ def mean_kl(
 
     Args:
         model: the base model; the adapter goes in and out for every batch.
+        adapter: or what puts one in and takes it out (`SparseAdapter.alternating`), where that is at hand.
 
     Returns:
         `kl`, and `tokens`: how many positions it is a mean over.
@@ -64,7 +66,7 @@ def kl_of_protected(model: Any, tokenizer: Any, examples: Sequence[Example], ada
 
 
 def kl_of_prompts(
-    model: Any, tokenizer: Any, examples: Sequence[Example], adapter: SparseAdapter, window: int = 256
+    model: Any, tokenizer: Any, examples: Sequence[Example], adapter: SparseAdapter | Switch, window: int = 256
 ) -> float | None:
     """KL(base || adapted) over the prompts of up to `PROMPTS` examples, the last tokens of each with its answer.
 
@@ -84,7 +86,7 @@ def kl_of_prompts(
 
 @torch.no_grad()
 def learned_and_disturbed(
-    model: Any, collator: Collator, rows: Sequence[Row], adapter: SparseAdapter
+    model: Any, collator: Collator, rows: Sequence[Row], adapter: SparseAdapter | Switch
 ) -> tuple[Tensor, float | None]:
     """What an adapter does where a row is learned, and what it does to the rest of the row.
 
@@ -113,15 +115,18 @@ def learned_and_disturbed(
 
 
 def _logits(
-    model: Any, collator: Collator, rows: Sequence[list[int]], adapter: SparseAdapter
+    model: Any, collator: Collator, rows: Sequence[list[int]], adapter: SparseAdapter | Switch
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
     """Batch by batch: which rows, where their tokens are (rows, tokens), and the logits of base and adapted model."""
-    for places in collator.by_length([len(row) for row in rows], TOKENS):
-        own = [rows[place] for place in places]
-        batch = on_device(collator.inputs(own), model.device)
-        with evaluating(model):
-            base = model(**batch).logits
-            with adapter.applied(model):
-                adapted = model(**batch).logits
-        real = padded([[1] * len(row) for row in own], 0, collator.side).bool().to(base.device)
-        yield places, real, base, adapted
+    with adapter.alternating(model) if isinstance(adapter, SparseAdapter) else nullcontext(adapter) as switch:
+        for places in collator.by_length([len(row) for row in rows], TOKENS):
+            own = [rows[place] for place in places]
+            batch = on_device(collator.inputs(own), model.device)
+            found = []
+            with evaluating(model):
+                for on in (False, True):
+                    switch(on)
+                    found.append(model(**batch).logits)
+                switch(False)
+            real = padded([[1] * len(row) for row in own], 0, collator.side).bool().to(found[0].device)
+            yield places, real, *found

@@ -89,13 +89,14 @@ class Evaluation:
         """
         with adapter.applied(model):
             scores = self.scores(model, tokenizer, what)
-        for name, examples in self.probe.items():
-            with progress(f"{what}: KL {name}", len(examples)) as advance:
-                scores["probe"][name]["kl"] = mean_kl(model, tokenizer, examples, adapter, advance=advance)["kl"]
-        for kind in ("id", "ood"):
-            for name, examples in getattr(self, kind).items():
-                kl = kl_of_prompts(model, tokenizer, examples, adapter)
-                scores[kind][name] |= {} if kl is None else {"kl_prompts": kl}
+        with adapter.alternating(model) as switch:
+            for name, examples in self.probe.items():
+                with progress(f"{what}: KL {name}", len(examples)) as advance:
+                    scores["probe"][name]["kl"] = mean_kl(model, tokenizer, examples, switch, advance=advance)["kl"]
+            for kind in ("id", "ood"):
+                for name, examples in getattr(self, kind).items():
+                    kl = kl_of_prompts(model, tokenizer, examples, switch)
+                    scores[kind][name] |= {} if kl is None else {"kl_prompts": kl}
         if self.protect:
             scores["protected"] = kl_of_protected(model, tokenizer, self.protect, adapter)
         return scores | changes(base, scores)
