@@ -1,22 +1,28 @@
 """A budget of disturbance: KL beside the dense formula, and the largest scale that keeps it beside a fine grid."""
 
 import json
+import random
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 import finepoint
-from conftest import tiny_gemma, tiny_llama, write_lines
+from conftest import interrupted_at, tiny_gemma, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.change import Change
 from finepoint.adapters.scaling import scale_by_depth, wise_ft
 from finepoint.cli import main
 from finepoint.data.batches import Collator, encode_all
-from finepoint.data.examples import Completion, Text
+from finepoint.data.examples import Completion, Text, read_examples
 from finepoint.errors import FinepointError
-from finepoint.training import divergence
+from finepoint.training import budget, divergence, keep
 from finepoint.training.budget import search
 from finepoint.training.divergence import BasePredictions
+from finepoint.training.run import train
+from finepoint.training.settings import TrainConfig
 from test_scaling import make_adapter
 
 TEXTS = [{"text": "hello you, abc abd"}, {"text": "abc " * 5}, {"text": "hgfedcba"}]
@@ -78,14 +84,14 @@ def test_the_scale_is_the_largest_that_keeps_the_budget(kind, by, scaled, dtype,
     model = tiny_llama(dtype, layers=4)
     adapter = make_adapter(model, kind)
     examples = [Text(text["text"]) for text in TEXTS]
-    budget = (0.5 if by == "depth" else 0.1) * dense_kl(model, tokenizer, adapter, examples)
-    found = finepoint.scale_to_budget(adapter, model, tokenizer, TEXTS, budget, by)
+    most = (0.5 if by == "depth" else 0.1) * dense_kl(model, tokenizer, adapter, examples)
+    found = finepoint.scale_to_budget(adapter, model, tokenizer, TEXTS, most, by)
     assert 0 < found.scale < 1
     close = 1e-3 if dtype == torch.float32 else 2e-2  # which is rounded otherwise in a batch
     assert found.kl == pytest.approx(dense_kl(model, tokenizer, found.adapter, examples), rel=close)
-    assert found.kl <= budget < found.kl_before
-    larger = scaled(adapter, model, min(1, found.scale * 1.03))
-    assert dense_kl(model, tokenizer, larger, examples) > budget
+    assert found.kl <= most < found.kl_before
+    larger = scaled(adapter, model, min(1, found.scale * 1.05))
+    assert dense_kl(model, tokenizer, larger, examples) > most
     assert found.adapter.equals(scaled(adapter, model, found.scale))
     assert found.adapter.info["scaled"]["scale"] == found.scale
     assert len(found.tries) < 12
@@ -102,9 +108,9 @@ def test_what_keeps_the_budget_keeps_its_bits(tokenizer, llama):
 
 def test_a_budget_that_is_none_or_cannot_be_met_is_refused(tokenizer, llama):
     adapter = make_adapter(llama, "delta")
-    for budget in (0, -1.0, 1e-7, float("nan"), float("inf")):
+    for most in (0, -1.0, 1e-7, float("nan"), float("inf")):
         with pytest.raises(FinepointError, match="at least 1e-06"):
-            finepoint.scale_to_budget(adapter, llama, tokenizer, TEXTS, budget)
+            finepoint.scale_to_budget(adapter, llama, tokenizer, TEXTS, most)
     half = tiny_llama(torch.bfloat16)
     next_up = {name: torch.nextafter(weight, torch.tensor(torch.inf, dtype=weight.dtype)).detach()
                for name, weight in half.named_parameters()}  # fmt: skip
@@ -123,11 +129,11 @@ def test_a_budget_that_is_none_or_cannot_be_met_is_refused(tokenizer, llama):
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("budget", [0.9, 0.1, 1e-3])
-def test_the_search_finds_where_a_growing_curve_crosses(power, budget):
-    tries = search(lambda scale: scale**power, budget)
-    scale = max(scale for scale, kl in tries if kl <= budget)
-    assert scale == pytest.approx(budget ** (1 / power), rel=0.03)
+@pytest.mark.parametrize("most", [0.9, 0.1, 1e-3])
+def test_the_search_finds_where_a_growing_curve_crosses(power, most):
+    tries = search(lambda scale: scale**power, most)
+    scale = max(scale for scale, kl in tries if kl <= most)
+    assert scale == pytest.approx(most ** (1 / power), rel=0.06)
     assert len(tries) < 30
 
 
@@ -150,3 +156,111 @@ def test_from_the_command_line(model_folder, choice_file, tmp_path, capsys):
     assert main([*common, "--disturb-at-most", "0", "--output", str(tmp_path / "x")]) == 2
     assert "give at least 1e-06" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+# While training
+
+
+@pytest.fixture
+def config(model_folder, choice_file, tmp_path):
+    rows = [{"text": text * count} for text in ("hello you ", "abc ab", "gfh, ", "bcd") for count in (2, 3)]
+    text = write_lines(tmp_path / "text.jsonl", rows)
+    return TrainConfig(model=str(model_folder), data=choice_file, output=str(tmp_path / "run"), density=0.2, lr=2e-2,
+                       steps=16, batch_size=8, protect=text, dtype="float32", disturb_at_most=1e-3,
+                       protect_strength=10.0)  # fmt: skip
+
+
+def held_out(config):
+    """The texts that a run measures on."""
+    examples = read_examples(config.protect)
+    chosen = random.Random(config.seed).sample(range(len(examples)), 2)
+    return [examples[at] for at in sorted(chosen)]
+
+
+def run(config, **changes):
+    config = replace(config, **changes)
+    return train(config), SparseAdapter.load(config.output)
+
+
+@pytest.mark.parametrize("most", [1e-2, 1e-3, 1e-5])
+def test_training_keeps_its_budget_and_uses_it(config, tokenizer, most):
+    record, adapter = run(config, disturb_at_most=most)
+    found = record["disturbed"]
+    kl = dense_kl(tiny_llama(), tokenizer, adapter, held_out(config))
+    assert found["kl"] == pytest.approx(kl, rel=1e-3, abs=5e-8)
+    assert most / 10 < kl <= most
+    assert adapter.info["disturb_at_most"] == most
+    assert adapter.info["disturbed"] == found["kl"]
+    assert found["texts"] == 2
+    log = [json.loads(line) for line in Path(config.output, "log.jsonl").read_text().splitlines()]
+    along = [line for line in log if "disturbed" in line]
+    assert [line["step"] for line in along] == [2, 4, 6, 8, 10, 12, 14]
+    strength = 10.0
+    for before, line in pairwise([None, *along]):
+        if line["step"] > 4:
+            shares = [1 - (1 - record["step"] / 16) ** 2 for record in (before, line)]
+            ahead = (line["disturbed"] / before["disturbed"]) ** ((1 - shares[1]) / (shares[1] - shares[0]))
+            end = line["disturbed"] * min(max(ahead, 1 / 4), 4)
+            strength *= min(max((end / most) ** 0.7, 1 / 3), 10)
+        assert line["protect_strength"] == pytest.approx(strength)
+    assert found["strength"] == pytest.approx(strength)
+
+
+def test_a_change_that_is_above_the_budget_at_the_end_is_scaled(config, monkeypatch, caplog):
+    monkeypatch.setattr(budget, "STEPWISE", (1.0, 1.0))  # the strength stays
+    record, adapter = run(config, output=config.output + "1")
+    assert record["disturbed"]["kl"] <= 1e-3 < record["disturbed"]["kl_before"]
+    assert 0 < record["disturbed"]["scale"] < 1
+    assert "the change is scaled by" in caplog.text
+    whole = run(config, output=config.output + "2", disturb_at_most=1e3)[1]
+    for name, change in adapter.changes.items():
+        torch.testing.assert_close(change.numbers, whole.changes[name].numbers * record["disturbed"]["scale"])
+
+
+@pytest.mark.parametrize("by", ["kl", "replay"])
+def test_the_strength_of_any_protection_is_adapted(config, by):
+    record, _ = run(config, protect_by=by, protect_strength=None, disturb_at_most=1e-2)
+    assert record["disturbed"]["kl"] <= 1e-2
+    assert record["disturbed"]["strength"] != 1
+
+
+def test_a_resumed_run_keeps_the_budget_alike(config):
+    whole = run(config, save_every=5, output=config.output + "-whole")
+    with interrupted_at(12):
+        run(config, save_every=5)
+    resumed = run(config, save_every=5, resume=True)
+    assert all(resumed[1].changes[name].equals(whole[1].changes[name]) for name in whole[1])
+    assert resumed[0]["disturbed"] == whole[0]["disturbed"]
+
+
+def test_a_head_that_is_trained_is_measured_too(config, tokenizer):
+    record, adapter = run(config, targets="all")
+    assert "model.embed_tokens.weight" in adapter
+    kl = dense_kl(tiny_llama(), tokenizer, adapter, held_out(config))
+    assert record["disturbed"]["kl"] == pytest.approx(kl, rel=1e-3)
+
+
+def test_what_is_measured_on_neither_holds_back_nor_chooses(config, monkeypatch):
+    seen, fisher_at = [], keep.fisher_at
+
+    def measure(tuner, model, batches, seed):
+        seen.extend(batches)
+        return fisher_at(tuner, model, batches, seed)
+
+    monkeypatch.setattr(keep, "fisher_at", measure)
+    run(config)
+    assert len(seen) == 6  # of eight
+    with pytest.raises(FinepointError, match="give at least two with --protect"):
+        run(config, protect_examples=1, overwrite=True)
+
+
+def test_budgets_that_nothing_could_keep_are_refused(config):
+    for changes, message in (
+        ({"protect": None}, "give --protect FILE"),
+        ({"disturb_at_most": 0.0}, "give at least 1e-06"),
+        ({"protect_strength": 0.0}, "give another --protect-strength"),
+        ({"baseline": "full", "density": None}, "leave it out, or --baseline"),
+        ({"refresh": "every:2"}, "leave it out, or --refresh"),
+    ):
+        with pytest.raises(FinepointError, match=message):
+            train(replace(config, **changes))

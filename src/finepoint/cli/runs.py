@@ -76,10 +76,19 @@ def run_train(config: TrainConfig) -> None:
     print(
         f"trained {record['trained']:,} {what} for {record['steps']} steps in {record['seconds']:.0f} s (selection "
         f"{record['selection_seconds']:.0f} s); loss {record['first_loss']:.3f} -> {record['last_loss']:.3f}; "
-        f"{record['changed']:,} stored weights changed{lost(record)}\n"
+        f"{record['changed']:,} stored weights changed{lost(record)}\n{kept(record)}"
         f"adapter: {config.output} ({record['adapter_bytes']:,} bytes); "
         f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB"
     )
+
+
+def kept(record: dict[str, Any]) -> str:
+    """How a budget of disturbance was kept, if there was one, in words."""
+    if not (found := record.get("disturbed")):
+        return ""
+    scaled = "" if found["scale"] == 1 else f", scaled by {found['scale']:.3g} from {found['kl_before']:.3g}"
+    told = f"KL to the base on {found['texts']} texts held out: {found['kl']:.3g} nats a token{scaled}; "
+    return f"{told}at most {record['config']['disturb_at_most']:g}; strength {found['strength']:.3g} at the end\n"
 
 
 def lost(record: dict[str, Any]) -> str:

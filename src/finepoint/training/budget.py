@@ -1,32 +1,43 @@
-"""A budget of disturbance: the largest scale of a trained change that keeps what the base predicts on other text.
+"""A budget of disturbance: how far a trained change may move what the base predicts on other text.
 
 The measure is KL(base || adapted) on that text, in nats a token. It is 0 where nothing of the change is left, and for
-small changes it grows with the square of their scale.
+small changes it grows with the square of their scale. A budget is kept by scaling a change (`scale_to_budget`), or
+while it is trained, by how strongly it is held back (`Holding`).
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import inf, sqrt
+from math import exp, inf, log, sqrt
 from typing import Any, Literal
+
+import torch
+from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from finepoint.adapters.adapter import SparseAdapter, check_base
 from finepoint.adapters.entries import gather, same_bits
 from finepoint.adapters.scaling import scale_by_depth, wise_ft
-from finepoint.data.batches import Collator
+from finepoint.data.batches import Collator, Row
 from finepoint.data.examples import as_examples
 from finepoint.errors import FinepointError
 from finepoint.training.context import rows_to_keep
 from finepoint.training.divergence import BasePredictions
+from finepoint.tuner.interface import Method
 
 logger = logging.getLogger(__name__)
 By = Literal["wise-ft", "depth"]
-NEAR = 0.98  # of the budget: what is used of it at least, where the search is not ended by
+NEAR = 0.95  # of the budget: what is used of it at least, where the search is not ended by
 WIDTH = 0.01  # of the scale: how far off the result is at most, if KL only ever grows with it
 SMALLEST = 1e-6  # a hundred times what float32 makes of no KL
 LEAST = 1e-4  # a smaller scale is none
 SCALED = "scaled"  # what an adapter's `info` calls it
+LOOKS, FEW = 8, 4  # measurements over a run, each on so many texts
+WATCHED = 2  # the first of them: what is moved early is often taken back, so that they tell little of the end
+AHEAD = 4.0  # by what factor the KL is expected to change until the end, at most
+GAIN = 0.7  # of the answer: what holds back acts some steps later
+STEPWISE = 1 / 3, 10.0  # by what a measurement multiplies the strength: at least, at most
+DISTURBED, STRENGTH = "disturbed", "protect_strength"  # in the log
 
 
 @dataclass(frozen=True)
@@ -173,3 +184,90 @@ def _cannot(budget: float, tries: Sequence[tuple[float, float]]) -> FinepointErr
                               f"{kl:.3g}; give --by wise-ft, or a larger --disturb-at-most")  # fmt: skip
     return FinepointError(f"no part of the change keeps KL at {budget:g}: at scale {scale:.2g} it is {kl:.3g}, and "
                           "what is smaller is the base itself; give a larger --disturb-at-most")  # fmt: skip
+
+
+class Holding(TrainerCallback):
+    """Keeps a budget while entries are trained: measures now and then, and holds them back more or less strongly.
+
+    From the last two measurements is told what the KL comes to at the end, and the strength is multiplied by a power
+    of that over the budget. What is still above the budget then is taken back by scaling the change. A checkpoint
+    knows the strength, and what was measured, by the trainer's log.
+
+    Args:
+        method: of chosen entries, which have not moved yet, with a penalty, whose strength is changed.
+        rows: on which KL is measured, none of which the penalty knows.
+        falling: the learning rate falls over the run, so that most of the way is made early.
+    """
+
+    def __init__(
+        self, budget: float, method: Method, collator: Collator, rows: Sequence[Row], falling: bool = True
+    ) -> None:
+        assert method.penalty
+        tuner: Any = method.tuner
+        self.budget, self.tuner, self.penalty, self.falling = budget, tuner, method.penalty, falling
+        self.few, self.all = (BasePredictions.of(tuner.model, collator, part, changing=tuner.trained())
+                              for part in (rows[:FEW], rows))  # fmt: skip
+        self.log: Callable[[dict[str, float]], None] = lambda told: None  # the trainer gives its own
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        known = self._measured(state)
+        self.penalty.strength = known[-1][STRENGTH] if known else self.penalty.strength
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        step, steps = state.global_step, state.max_steps
+        if step * LOOKS // steps == (step - 1) * LOOKS // steps or step == steps:
+            return
+        kl = self.few.kl(self.tuner.model)
+        known = self._measured(state)
+        if len(known) >= WATCHED:
+            before = moved_by(known[-1]["step"] / steps, self.falling), known[-1][DISTURBED]
+            ratio = at_the_end(before, (moved_by(step / steps, self.falling), kl)) / self.budget
+            self.penalty.strength *= min(max(ratio**GAIN, STEPWISE[0]), STEPWISE[1])
+        logger.info("step %d: KL to the base %.4g, held back with strength %.4g", step, kl, self.penalty.strength)
+        self.log({DISTURBED: kl, STRENGTH: self.penalty.strength})
+
+    def _measured(self, state: TrainerState) -> list[dict[str, float]]:
+        return [record for record in state.log_history if STRENGTH in record]
+
+    @torch.no_grad()
+    def settle_(self) -> dict[str, Any]:
+        """Scales the change down to the budget, if it is above it; what a record says of it.
+
+        Raises:
+            FinepointError: no part of the change keeps the budget.
+        """
+        trained = {name: delta.detach().clone() for name, delta in self.tuner.trained().items()}
+
+        def scaled(scale: float) -> None:
+            for name, delta in self.tuner.trained().items():
+                delta.copy_(trained[name] if scale == 1 else trained[name] * scale)
+            self.tuner.follow_()
+
+        def measure(scale: float) -> float:
+            scaled(scale)
+            return self.all.kl(self.tuner.model)
+
+        tries = search(measure, self.budget)
+        scale, kl = best(tries, self.budget)
+        scaled(scale)
+        if scale < 1:
+            logger.warning("the change is scaled by %.4g: KL to the base on texts held out was %.4g, and is %.4g now",
+                           scale, tries[0][1], kl)  # fmt: skip
+        return {"kl": kl, "kl_before": tries[0][1], "scale": scale, "texts": self.all.texts, "tokens": self.all.tokens,
+                "strength": self.penalty.strength}  # fmt: skip
+
+
+def at_the_end(before: tuple[float, float], now: tuple[float, float]) -> float:
+    """What the KL comes to at the end of a run if it goes on as between two measurements, in the logarithm.
+
+    Args:
+        before, now: the share of the way made, see `moved_by`, and the KL there.
+    """
+    (earlier, then), (later, kl) = ((share, max(found, SMALLEST)) for share, found in (before, now))
+    ahead = log(kl / then) * (1 - later) / (later - earlier)
+    return kl * exp(min(max(ahead, -log(AHEAD)), log(AHEAD)))
+
+
+def moved_by(progress: float, falling: bool) -> float:
+    """The share of a run's learning rates that a share of its steps has, where they fall to 0 or stay."""
+    return 1 - (1 - progress) ** 2 if falling else progress

@@ -37,6 +37,7 @@ from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
 
 KEPT = 256  # tokens of an example: what is kept is how text goes on, not how far
+APART = 4  # one in so many of the protected texts is measured on, where there is a budget
 CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
 ALONE = "a quantised base trains in one process"
 
@@ -141,7 +142,7 @@ def select_for(
         if not place.rows:
             raise FinepointError(f"rule {rule.name!r} scores by examples and needs some; give --data FILE.jsonl")
         batches = batches_of(config, place, scoring_rows(place.rows, config.scoring_examples, config.seed))
-    kept = batches_of(config, place, kept_rows(config, place)) if rule.needs_kept else []
+    kept = batches_of(config, place, apart(config, kept_rows(config, place))[0]) if rule.needs_kept else []
     # What is trained whole, a new classification head, takes no part.
     head = new_head(place.model) if place.labels else []
     whole = {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
@@ -179,6 +180,21 @@ def kept_rows(config: SelectConfig, place: TrainingContext) -> list[Row]:
     if place.labels:
         raise FinepointError(CLASSIFIERS)
     return rows_to_keep(examples, place.model, place.tokenizer, config.protect, config.max_length)
+
+
+def apart(config: SelectConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Protected texts in two: those that choose and hold back, and those that a budget of disturbance is measured on.
+
+    Raises:
+        FinepointError: there are fewer than two, and there is a budget.
+    """
+    if getattr(config, "disturb_at_most", None) is None:
+        return rows, []
+    if len(rows) < 2:
+        raise FinepointError("--disturb-at-most measures on protected texts that hold nothing back; give at least two "
+                             "with --protect")  # fmt: skip
+    measured = set(random.Random(config.seed).sample(range(len(rows)), max(1, len(rows) // APART)))
+    return [row for at, row in enumerate(rows) if at not in measured], [rows[at] for at in sorted(measured)]
 
 
 def rows_to_keep(

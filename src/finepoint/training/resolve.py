@@ -61,10 +61,25 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
     if bool(spec.baseline and spec.baseline.fisher) != (config.fisher_data is not None):
         raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
                              "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
+    if config.disturb_at_most is not None:
+        _check_budget(config)
     if not (protection := protection_of(config, spec.baseline)):
         return spec
     strength = protection.strength if config.protect_strength is None else config.protect_strength
     return replace(spec, protection=protection, strength=strength)
+
+
+def _check_budget(config: TrainConfig) -> None:
+    """Refuses a budget of disturbance that there is nothing to measure by, or nothing to keep with."""
+    if config.protect is None:
+        raise FinepointError("--disturb-at-most measures on text whose predictions are to be kept; give --protect "
+                             "FILE.jsonl")  # fmt: skip
+    if config.baseline or config.refresh:
+        other = "--baseline" if config.baseline else "--refresh"
+        raise FinepointError(f"--disturb-at-most scales entries that are chosen once; leave it out, or {other}; "
+                             "`finepoint scale` keeps a budget afterwards")  # fmt: skip
+    if config.protect_strength == 0:
+        raise FinepointError("--disturb-at-most adapts a strength, and 0 stays 0; give another --protect-strength")
 
 
 def resolve_common(config: Told) -> RunSpec[Told]:
@@ -144,6 +159,8 @@ def check_processes(config: Training) -> None:
     if distributed.count() > 1 and config.protect and by in ("kl", "replay"):
         raise FinepointError(f"--protect-by {by} reads its texts in one process; start it without a launcher, or give "
                              "--protect-by anchor")  # fmt: skip
+    if distributed.count() > 1 and getattr(config, "disturb_at_most", None) is not None:
+        raise FinepointError("--disturb-at-most measures in one process; leave it out, or start without a launcher")
     if distributed.count() > 1 and config.resume and not resumes_together():
         least = ".".join(map(str, RESUMES_TOGETHER))
         raise FinepointError(f"several processes on CPUs go on from a checkpoint with transformers {least} or newer, "

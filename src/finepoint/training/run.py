@@ -30,6 +30,7 @@ from finepoint.runtime.devices import peak_bytes, reset_peak
 from finepoint.runtime.files import claim_folder, write_record
 from finepoint.runtime.progress import progress
 from finepoint.selection.passes import Batch, on_device
+from finepoint.training.budget import Holding
 from finepoint.training.callbacks import LOG, LastStep, Watch, left_by, marked, refreshes, validation_losses
 from finepoint.training.checkpoints import (
     CHECKPOINTS,
@@ -42,6 +43,7 @@ from finepoint.training.checkpoints import (
 )
 from finepoint.training.context import (
     TrainingContext,
+    apart,
     batches_of,
     described,
     entries_for,
@@ -205,6 +207,9 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         make, facts = partial(_method, spec, place, steps, kept), _particulars(spec)
         with begun(spec, place, folder, saved, make, rows + kept, steps, keeps, **facts) as run:
             results = _train_by_loss(run, rows, validation, packer)
+            if run.method.holding:
+                results["disturbed"] = run.method.holding.settle_()
+                run.facts["disturbed"] = results["disturbed"]["kl"]
             results |= run.outcome()
             adapter, size = run.save()
         settled = {"settled": adapter.count - results["trained"]} if config.refresh else {}
@@ -220,6 +225,8 @@ def _particulars(spec: RunSpec[TrainConfig]) -> dict[str, Any]:
     facts: dict[str, Any] = {"loss": config.loss} if config.loss != "nll" else {}
     if spec.protection:
         facts |= {"protect": config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
+    if config.disturb_at_most is not None:
+        facts["disturb_at_most"] = config.disturb_at_most
     return facts | ({"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {})
 
 
@@ -409,10 +416,14 @@ def _method(
             refresh = Refresh(config, place, tuner, head, steps).choose_
             method = replace(method, optimizer=optimizer, refresh=refresh)
     if spec.protection:
+        kept, measured = apart(config, kept)
         given = Protected(place, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
                           moving=bool(config.refresh))  # fmt: skip
         try:
             method = replace(method, penalty=spec.protection.make(given))
+            if (most := config.disturb_at_most) is not None:
+                holding = Holding(most, method, place.collator, measured, config.schedule != "constant")
+                method = replace(method, holding=holding)
         except BaseException:  # it reads text for a while
             method.tuner.close()
             raise

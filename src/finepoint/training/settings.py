@@ -85,6 +85,10 @@ class TrainConfig(Training):
     protect_share: float = setting(
         "for kl and replay: so many of these texts take part in a step, for each training example in it",
         0.25, "bits", "what is kept", above=0)
+    disturb_at_most: float | None = setting(
+        "a budget for the KL, in nats a token, of the base's predictions to the trained model's on a fourth of these "
+        "texts, which hold nothing back: the strength is adapted, from --protect-strength on, and a rest scaled away",
+        None, "bits", "what is kept", least=1e-6)
     refresh: str | list[str] | None = setting(
         "choose anew while training: every:N [until:M], or drop-grow:FRACTION [every:N] [until:M] as SpIEL does",
         None, "bits", "which entries")

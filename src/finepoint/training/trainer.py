@@ -195,6 +195,9 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         self.packer = packer
         self.measure = measure
         super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
+        if method.holding:
+            method.holding.log = self.log
+            self.add_callback(method.holding)
         # Every batch is divided by the labels of its whole step, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
         if distributed.count() > 1:

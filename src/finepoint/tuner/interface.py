@@ -118,3 +118,5 @@ class Method:
     refresh: Callable[[int, int, Optimizer], dict[str, float]] | None = None
     """before each step, of a tuner with `places`: (steps done, steps in all, optimizer) may choose entries anew, and
     says what that has changed; empty where it is not time"""
+    holding: Any = None
+    """keeps a budget of disturbance along the run; see `training.budget.Holding`"""
