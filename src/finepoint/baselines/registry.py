@@ -15,7 +15,7 @@ from finepoint.baselines.rosa import HybridTuner
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of
 from finepoint.models.quantised import quantised_layers
-from finepoint.runtime.settings import did_you_mean
+from finepoint.runtime.settings import named
 from finepoint.selection.passes import Batch
 from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.targets import Targets, target_weights
@@ -98,10 +98,7 @@ def baseline_named(name: str) -> Baseline:
     Raises:
         FinepointError: there is no such baseline; the known ones are listed.
     """
-    if name in BASELINES:
-        return BASELINES[name]
-    hint = did_you_mean(name, BASELINES, f"known baselines: {', '.join(BASELINES)}")
-    raise FinepointError(f"unknown baseline {name!r}{hint}")
+    return named(BASELINES, name, "unknown baseline", "known baselines")
 
 
 def options_of(baseline: Baseline, given: Mapping[str, float]) -> dict[str, float]:

@@ -10,10 +10,9 @@ from typing import Any
 
 from finepoint import exchange
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.overlay import Patch, lay_over
-from finepoint.runtime.settings import did_you_mean
+from finepoint.runtime.settings import named
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,4 @@ def layout_named(name: str) -> Layout:
     """
     for module in iter_modules(exchange.__path__):
         import_module(f"{exchange.__name__}.{module.name}")
-    if name not in LAYOUTS:
-        formats = f"the formats: {', '.join(sorted(LAYOUTS))}"
-        raise FinepointError(f"no format {name!r}{did_you_mean(name, LAYOUTS, formats)}")
-    return LAYOUTS[name]
+    return named(dict(sorted(LAYOUTS.items())), name, "no format", "the formats")

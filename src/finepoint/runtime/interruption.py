@@ -51,10 +51,8 @@ def noticed() -> Iterator[None]:
     if kill_too:
         signal.signal(signal.SIGTERM, _interrupt)
     try:
-        yield
-    except Exception:
-        check()
-        raise
+        with as_itself():
+            yield
     finally:
         signal.signal(signal.SIGINT, handled)
         if kill_too:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from finepoint.errors import FinepointError
 
@@ -21,6 +21,7 @@ JSON = "print one JSON object on stdout"
 OVERWRITE = "allow an output folder that holds something"
 COMPACT = "write positions as gaps, in one or two bytes each instead of four; as exact"
 ANY_BASE = "take a model that is another than the adapter's base beside the entries it changes"
+Known = TypeVar("Known")
 LARGEST_SEED = 2**32 - 1  # numpy's
 TargetsOption = str | list[str] | dict[str, float]
 
@@ -111,6 +112,20 @@ def did_you_mean(
     near = get_close_matches(given, list(known), most)
     hint = f"did you mean {' or '.join(map(spell, near))}? " if near else ""
     return f"; {hint}{then}".rstrip() if hint or then else ""
+
+
+def named(known: Mapping[str, Known], name: str, unknown: str, listed: str) -> Known:
+    """What is known by this name.
+
+    Args:
+        unknown, listed: how a message begins, and how its list of all names does.
+
+    Raises:
+        FinepointError: nothing is; what may be meant is said.
+    """
+    if name not in known:
+        raise FinepointError(f"{unknown} {name!r}{did_you_mean(name, known, f'{listed}: ' + ', '.join(known))}")
+    return known[name]
 
 
 def fits(value: Any, kind: Any) -> bool:

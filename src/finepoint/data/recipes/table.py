@@ -6,8 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from finepoint.data.recipes.hub import TASKS
-from finepoint.errors import FinepointError
-from finepoint.runtime.settings import did_you_mean
+from finepoint.runtime.settings import named
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,4 @@ def recipe(name: str) -> Recipe:
     Raises:
         FinepointError: there is none.
     """
-    if name in RECIPES:
-        return RECIPES[name]
-    hint = did_you_mean(name, RECIPES, f"recipes: {', '.join(RECIPES)}")
-    raise FinepointError(f"no recipe {name!r}{hint}")
+    return named(RECIPES, name, "no recipe", "recipes")
