@@ -11,15 +11,7 @@ from torch import Tensor
 
 from finepoint.data.batches import Collator, context_length
 from finepoint.data.examples import Chat, Choices, Completion, Example, Labelled, Text
-from finepoint.data.tokens import (
-    IGNORED,
-    around,
-    encode_each,
-    encode_pairs,
-    last_of,
-    refuse_beyond,
-    warn_of_truncation,
-)
+from finepoint.data.tokens import IGNORED, around, encode_each, encode_pairs, last_of, refuse_beyond, warn_of_truncation
 from finepoint.errors import FinepointError
 from finepoint.evaluation.generation import generation_hits
 from finepoint.evaluation.shared_prompts import branches_apart, by_request, shared_batch, shared_rows, spots
@@ -136,11 +128,7 @@ def summary(raw: Sequence[float], normalised: Sequence[float]) -> dict[str, Any]
 
 
 def token_log_likelihoods(
-    model: Any,
-    tokenizer: Any,
-    requests: Sequence[tuple[list[int], list[int]]],
-    limit: int,
-    advance: Advance = _ignore,
+    model: Any, tokenizer: Any, requests: Sequence[tuple[list[int], list[int]]], limit: int, advance: Advance = _ignore
 ) -> list[Tensor]:
     """Log-likelihood of every token of each continuation after its context: (tokens of the continuation,) float32.
 

@@ -5,7 +5,7 @@ Nothing heavy is imported here, so that help is instant.
 
 from dataclasses import dataclass
 
-from finepoint.runtime.settings import DType, Quantise, setting
+from finepoint.runtime.settings import ANY_BASE, JSON, MODEL, OVERWRITE, DType, Quantise, setting
 
 # fmt: off
 
@@ -14,7 +14,7 @@ from finepoint.runtime.settings import DType, Quantise, setting
 class EvalConfig:
     """Measure a model, and adapters on it: in distribution, out of distribution, and what was forgotten."""
 
-    model: str = setting("a folder, a hub id, a .gguf file, smollm2, or gemma3-270m")
+    model: str = setting(MODEL)
     adapter: list[str] = setting("adapter folders, each measured on its own against the base", [])
     id: list[str] = setting("in-distribution sets, each NAME=FILE", [])
     ood: list[str] = setting("out-of-distribution sets, each NAME=FILE", [])
@@ -37,12 +37,11 @@ class EvalConfig:
     dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
     any_dtype: bool = setting(
         "take adapters trained in a narrower dtype too, where the wider weights hold the same base values", False)
-    any_base: bool = setting(
-        "take a model that is another than the adapter's base beside the entries it changes", False)
+    any_base: bool = setting(ANY_BASE, False)
     quantise: Quantise | None = setting(
         "hold the linear layers in int8, int4 or nf4, as the adapters' training did", None)
     overwrite: bool = setting("replace the output file", False)
-    json: bool = setting("print one JSON object on stdout", False)
+    json: bool = setting(JSON, False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,5 +51,5 @@ class DemoConfig:
     output: str = setting("folder to write", "runs/demo")
     steps: int = setting("optimizer steps of each run", 40, least=1)
     limit: int = setting("at most so many examples of the ID set, three eighths as many of each OOD set", 200, least=1)
-    overwrite: bool = setting("allow an output folder that holds something", False)
-    json: bool = setting("print one JSON object on stdout", False)
+    overwrite: bool = setting(OVERWRITE, False)
+    json: bool = setting(JSON, False)

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import Literal
 
-from finepoint.runtime.settings import LARGEST_SEED, DType, Quantise, TargetsOption, setting
+from finepoint.runtime.settings import JSON, LARGEST_SEED, MODEL, OVERWRITE, DType, Quantise, TargetsOption, setting
 
 DEFAULT_RULE = "random"
 """What nothing measured so far beats at equal forgetting, and needs no pass over the data: docs/study.md."""
@@ -51,8 +51,7 @@ class Choice:
 class SelectConfig(Choice):
     """Choose which entries to train and write them as an adapter that changes nothing yet."""
 
-    model: str = setting(
-        "a folder, a hub id, a .gguf file, smollm2, or gemma3-270m", decides="statistics", section="files", file=True)
+    model: str = setting(MODEL, decides="statistics", section="files", file=True)
     output: str = setting("folder to write", section="files", file=True)
     data: str | None = setting(
         "training examples, a JSON Lines file; some rules need none", None, "statistics", "files", file=True)
@@ -74,5 +73,5 @@ class SelectConfig(Choice):
         "float",
         None, "statistics", "memory")
     seed: int = setting("of everything random", 0, "statistics", "everything else", least=0, most=LARGEST_SEED)
-    overwrite: bool = setting("allow an output folder that holds something", False, section="files")
-    json: bool = setting("print one JSON object on stdout", False, section="everything else")
+    overwrite: bool = setting(OVERWRITE, False, section="files")
+    json: bool = setting(JSON, False, section="everything else")

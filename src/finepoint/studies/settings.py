@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finepoint.runtime.settings import LARGEST_SEED, DType, Quantise, setting
+from finepoint.runtime.settings import JSON, LARGEST_SEED, DType, Quantise, setting
 from finepoint.selection.settings import DEFAULT_RULE
 
 # fmt: off
@@ -51,7 +51,7 @@ The same command goes on where it stopped; finished cells are never run again, f
     executor: Literal["local", "ray"] = setting("local (this machine) or ray", "local")
     address: str | None = setting("of a running Ray cluster; one on this machine is started where not given", None)
     dry_run: bool = setting("print the cells and an estimate of the time, and run none", False)
-    json: bool = setting("print one JSON object on stdout", False)
+    json: bool = setting(JSON, False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ The same command goes on where it stopped."""
         "of everything random in the first task; the next one has the next seed", 0, "bits", least=0, most=LARGEST_SEED)
     dtype: DType = setting(
         "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto", "bits")
-    json: bool = setting("print one JSON object on stdout", False)
+    json: bool = setting(JSON, False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,4 +89,4 @@ class ReportConfig:
         positional=True)
     output: str | None = setting(
         "folder to write; DIR/report where not given; an earlier report there is replaced", None)
-    json: bool = setting("print one JSON object on stdout", False)
+    json: bool = setting(JSON, False)

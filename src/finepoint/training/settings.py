@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from finepoint.runtime.settings import DType, Quantise, TargetsOption, setting
+from finepoint.runtime.settings import COMPACT, JSON, DType, Quantise, TargetsOption, setting
 from finepoint.selection.settings import DEFAULT_RULE, SelectConfig
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
@@ -59,8 +59,7 @@ class Training(SelectConfig):
     store: Literal["auto", "delta", "value"] = setting(
         "float32 deltas, the exact trained values, or (auto) values of half-precision weights, which are smaller",
         "auto", section="the adapter")
-    compact: bool = setting(
-        "write positions as gaps, in one or two bytes each instead of four; as exact", False, section="the adapter")
+    compact: bool = setting(COMPACT, False, section="the adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,4 +138,4 @@ class PlanConfig:
         "the linear layers of the base are held in int8 or int4 (torchao) or nf4 (bitsandbytes)", None)
     device: Literal["cpu", "cuda"] | None = setting(
         "cpu (which counts the process with its libraries) or cuda; where not given, what training would use", None)
-    json: bool = setting("print one JSON object on stdout", False)
+    json: bool = setting(JSON, False)

@@ -97,12 +97,7 @@ def rated(snippets: Sequence[Snippet]) -> list[Snippet]:
 def as_row(snippet: Snippet) -> dict[str, object]:
     """A multiple-choice example."""
     answer = 0 if snippet.rating > 0 else 1
-    return {
-        "prompt": f"Text: {snippet.text}\nSentiment:",
-        "choices": CHOICES,
-        "answer": answer,
-        "group": snippet.group,
-    }
+    return {"prompt": f"Text: {snippet.text}\nSentiment:", "choices": CHOICES, "answer": answer, "group": snippet.group}
 
 
 def documents(snippets: Sequence[Snippet]) -> list[dict[str, object]]:
