@@ -346,6 +346,28 @@ def test_a_run_by_several_processes_is_that_of_one(config, alone, how, count):
         assert others < 20_000  # messages about the run, and the losses that are logged; the model is not sent
 
 
+def protected(config, sharded):
+    if sharded:
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    train(config)
+    return numbers_of(SparseAdapter.load(config.output))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_to_be_kept_is_read_by_several_processes_together(config, tmp_path, sharded):
+    """Three texts for two processes, of which one reads the last once more, without its counting twice."""
+    texts = [{"text": "hello you there"}, {"text": "abc abc abcd"}, {"text": "bad cab"}]
+    config = replace(config, dtype="float64", protect=write_lines(tmp_path / "texts.jsonl", texts))
+    alone = replace(config, output=f"{config.output}-alone", accumulation=2)
+    (free,) = together(1, protected, replace(alone, output=f"{config.output}-free", protect_strength=0.0), False)
+    (one,) = together(1, protected, alone, False)
+    found = together(2, protected, config, sharded)
+    for numbers in found:
+        assert_equal(numbers, found[0])
+        assert_equal(numbers, one, exact=False)
+    assert any((free[name][1] - numbers).abs().max() > 1e-3 for name, (_, numbers) in one.items())  # it does something
+
+
 @pytest.mark.parametrize(("how", "count"), HOW_MANY)
 def test_scoring_by_several_processes_gives_one_selection(alone, how, count):
     sharded = how == "fsdp2"

@@ -196,6 +196,8 @@ def fisher_at(tuner: Tuner, model: Any, batches: Sequence[Mapping[str, Any]], se
     found = {name: torch.zeros_like(value) for name, value in trained.items()}
     parts = torch.zeros(1, dtype=torch.float64, device=distributed.device())
     count, rank = distributed.count(), distributed.rank()
+    if count > 1:
+        tuner.train_together()  # nobody else averages what is to be squared first
     with evaluating(model), torch.enable_grad():
         # All run equally often, as sharded weights need: a process that has no batch left does the last one again.
         for at in tracked("reading what is to be kept", range(0, len(batches), count)):
