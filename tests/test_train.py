@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import assert_same_bits, interrupted_at, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
@@ -15,7 +16,8 @@ from finepoint.errors import FinepointError
 from finepoint.evaluation.evaluate import evaluate_config
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.selection.settings import SelectConfig
-from finepoint.training.context import prepare, scoring_rows
+from finepoint.training.context import prepare, rows_of, scoring_rows
+from finepoint.training.loss import completion_loss
 from finepoint.training.run import choose, train
 from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import LengthBuckets, SparseTrainer
@@ -393,3 +395,46 @@ def test_from_the_command_to_the_formula_are_four_files_and_eight_calls(model_fo
     assert [name for _, name in ours] == ["SparseTuner.__init__", "_method", "begun", "_fit", "train"]
     assert len(ours) + len(hooks) == 8
     assert len({file for file, _ in ours + hooks}) + 1 == 4  # and the command's own
+
+
+def test_with_an_average_the_adapter_is_the_mean_of_all_steps(config, tmp_path):
+    """Each run of fewer steps stands where the longer one stood; a step counts 0.7 times as much as the next."""
+    config = replace(config, schedule="constant", warmup=0.0, dtype="float32", rule="random")
+    states = [run(config, steps=step, output=str(tmp_path / f"{step}"))[1] for step in (1, 2, 3, 4)]
+    record, averaged = run(config, steps=4, ema=0.7, validation=config.data, validation_limit=8)
+    weights = torch.tensor([0.7**3, 0.7**2, 0.7, 1.0], dtype=torch.float64)
+    for name, change in averaged.changes.items():
+        told = torch.stack([state.changes[name].numbers.double() for state in states])
+        expected = (told * (weights / weights.sum())[:, None]).sum(0)
+        torch.testing.assert_close(change.numbers.double(), expected, rtol=1e-5, atol=1e-8)
+        assert (change.numbers - states[-1].changes[name].numbers).abs().max() > 1e-4
+    assert averaged.info["ema"] == 0.7
+    assert record["update_norm"] == pytest.approx(
+        sum(float(change.numbers.double().square().sum()) for change in averaged.changes.values()) ** 0.5
+    )
+    place = prepare(config)
+    rows = rows_of(config, place, config.data, "example", 8)
+    with averaged.applied(place.model), torch.no_grad():
+        loss = completion_loss(place.model, place.collator(rows))
+    assert record["validation_loss"] == pytest.approx(float(loss), rel=1e-5)  # of what is left, not of the last step
+
+
+@pytest.mark.parametrize("changes", [{}, {"keep": "best"}, {"baseline": "lora", "density": None, "rule": "random"}],
+                         ids=str)  # fmt: skip
+def test_an_average_goes_on_where_it_stopped(config, tmp_path, changes):
+    config = replace(config, ema=0.9, save_every=2, validation=config.data, validation_limit=8, eval_every=2, **changes)
+    train(replace(config, output=str(tmp_path / "whole")))
+    with interrupted_at(6):
+        train(config)
+    train(replace(config, resume=True))
+    found, whole = ({file.name: load_file(file) for file in Path(folder).glob("*.safetensors")}
+                    for folder in (config.output, tmp_path / "whole"))  # fmt: skip
+    assert found.keys() == whole.keys()
+    for name in found:
+        assert_same_bits(found[name], whole[name])
+    with pytest.raises(FinepointError, match="was trained with ema 0.9"):
+        train(replace(config, resume=True, ema=0.8, steps=9))
+    with pytest.raises(FinepointError, match="a budget is kept by what is trained"):
+        train(replace(config, protect=config.data, disturb_at_most=0.1, resume=True))
+    with pytest.raises(FinepointError, match="leave out --ema or --refresh"):
+        train(replace(config, refresh="every:2", baseline=None, density=0.1, overwrite=True, baseline_options={}))

@@ -128,6 +128,8 @@ class Watch(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if after_step := self.trainer.method.after_step:
             after_step()
+        if average := self.trainer.method.average:
+            average.step_()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.tokens += Tokens(seconds=time.perf_counter() - self.step_started)

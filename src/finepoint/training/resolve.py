@@ -62,6 +62,9 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
         raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
                              "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
     if config.disturb_at_most is not None:
+        if config.ema is not None:
+            raise FinepointError("a budget is kept by what is trained, and an average is left; leave out --ema, or scale "
+                                 "the adapter afterwards: finepoint scale --disturb-at-most")  # fmt: skip
         _check_budget(config)
     if not (protection := protection_of(config, spec.baseline)):
         return spec
@@ -109,6 +112,8 @@ def resolve_common(config: Told) -> RunSpec[Told]:
 def _check_refresh(config: TrainConfig) -> None:
     """Refuses schedules that cannot be read, and settings under which entries cannot be chosen anew."""
     schedule = schedule_of(config.refresh or "")
+    if config.ema is not None:
+        raise FinepointError("an average is over steps of the same entries; leave out --ema or --refresh")
     if config.quantise:
         raise FinepointError("entries of a quantised base are chosen once; leave out --refresh or --quantise")
     if config.threshold == "sampled":

@@ -62,7 +62,7 @@ from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import CHECKPOINTING, SparseCheckpoints, SparseTrainer, shared_arguments
 from finepoint.tuner.finite import NotFiniteError, TrainingFailedError
-from finepoint.tuner.interface import Method
+from finepoint.tuner.interface import Average, Method
 from finepoint.tuner.optimizers import PerEntryAdamW
 from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
@@ -116,13 +116,14 @@ class Run(Generic[Told]):
         """
         tuner = self.method.tuner
         facts = self.facts if step is None else self.facts | marked(step, self.steps)
-        adapter = tuner.adapter(self.spec.config.store, self.head, facts)
-        if FINGERPRINT not in adapter.base:  # a baseline's
-            base = self.base.without(tuner.whole, adapter.base.get("tied", ()))
-            adapter = replace(adapter, base=adapter.base | {FINGERPRINT: base.as_json()})
-        return adapter, distributed.on_first(
-            lambda: [self._write(adapter, place) for place in (*places, self.folder)][-1]
-        )
+        with self.method.as_it_is_left():
+            adapter = tuner.adapter(self.spec.config.store, self.head, facts)
+            if FINGERPRINT not in adapter.base:  # a baseline's
+                base = self.base.without(tuner.whole, adapter.base.get("tied", ()))
+                adapter = replace(adapter, base=adapter.base | {FINGERPRINT: base.as_json()})
+            return adapter, distributed.on_first(
+                lambda: [self._write(adapter, place) for place in (*places, self.folder)][-1]
+            )
 
     def _write(self, adapter: SparseAdapter, place: Path) -> int:
         written = self.method.tuner.save(place, adapter, self.spec.config.compact)
@@ -139,12 +140,13 @@ class Run(Generic[Told]):
         """
         tuner = self.method.tuner
         peak = peak_bytes()  # of training: what follows makes copies
-        changed, norm = tuner.changed(), tuner.norm(exclude=self.head)
+        with self.method.as_it_is_left():
+            changed, norm, facts = tuner.changed(), tuner.norm(exclude=self.head), tuner.facts()
         if not changed:
             raise TrainingFailedError(f"training changed none of the {tuner.count} chosen weights: every update was "
                                       f"lost to rounding in {self.place.model.dtype}{why}; give a larger --lr than "
                                       f"{self.spec.lr}")  # fmt: skip
-        return {"trained": tuner.count, "peak_bytes": peak, "changed": changed, "update_norm": norm, **tuner.facts()}
+        return {"trained": tuner.count, "peak_bytes": peak, "changed": changed, "update_norm": norm, **facts}
 
     def write_record(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """Writes, last of all, what the run was told and has found."""
@@ -223,6 +225,7 @@ def _particulars(spec: RunSpec[TrainConfig]) -> dict[str, Any]:
     """What an adapter says of a training by a loss that was out of the ordinary."""
     config = spec.config
     facts: dict[str, Any] = {"loss": config.loss} if config.loss != "nll" else {}
+    facts |= {"ema": config.ema} if config.ema is not None else {}
     if spec.protection:
         facts |= {"protect": config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
     if config.disturb_at_most is not None:
@@ -427,6 +430,8 @@ def _method(
         except BaseException:  # it reads text for a while
             method.tuner.close()
             raise
+    if config.ema is not None:
+        method = replace(method, average=Average(method.tuner, config.ema))
     if config.round_to:
         method = replace(method, after_step=partial(method.tuner.round_, getattr(torch, config.round_to)))
     return method, chosen

@@ -103,6 +103,9 @@ class TrainConfig(Training):
         "a control: round what is trained to this dtype after every step, as if no wider copy were kept",
         None, "bits", "training")
     epochs: float = setting("passes over the data, where steps is not given", 1.0, "length", "training", above=0)
+    ema: float | None = setting(
+        "the adapter is the moving average of what is trained: a step counts so much as the next, e.g. 0.99",
+        None, "bits", "training", above=0, most=0.999999)
     loss: str = setting(
         "what is minimised: nll, or one that weighs tokens by what the model says of them: dft, eaft",
         "nll", "bits", "training")

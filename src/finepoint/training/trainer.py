@@ -115,6 +115,7 @@ class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         """Writes what is trained, as it stands; where other entries may be chosen, also which they are."""
         tuner = self.method.tuner
         tensors = {**tuner.trained(), **(tuner.places() if self.method.refresh else {})}
+        tensors |= self.method.average.kept() if self.method.average else {}
         kept = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         write_atomic(file, lambda path: save_file(kept, path))
 
@@ -131,7 +132,8 @@ class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[m
             elif any(name.endswith(".settled_indices") for name in known):
                 raise FinepointError(f"{file.parent} was trained with --refresh; go on with it")
             trained = self.method.tuner.trained()
-            for name, parameter in trained.items():
+            average = self.method.average.kept() if self.method.average else {}
+            for name, parameter in {**trained, **average}.items():
                 dtype, shape = known.get(name, ("", ()))
                 if dtype not in DTYPES or shape != tuple(parameter.shape):
                     raise FinepointError(f"{file.parent} was trained on other entries; start afresh")
@@ -139,6 +141,8 @@ class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[m
                     raise FinepointError(f"{file} is damaged: a number is not finite; go on from an earlier checkpoint")
             for name, parameter in trained.items():
                 parameter.copy_(kept.get_tensor(name))
+            if self.method.average:
+                self.method.average.restore_({name: kept.get_tensor(name) for name in average})
         self.method.tuner.follow_()
 
     def _place_(self, file: Path, kept: Any) -> None:
@@ -253,7 +257,8 @@ class SparseTrainer(SparseCheckpoints, Trainer):
             NotFiniteError: it is NaN or infinite.
         """
         started = time.perf_counter()
-        total, labels = self._validation_sums()
+        with self.method.as_it_is_left():
+            total, labels = self._validation_sums()
         loss = total / labels
         if not math.isfinite(loss):
             raise NotFiniteError(f"the validation loss became {loss} after step {self.state.global_step}")

@@ -1,7 +1,7 @@
 """What a training run asks of the method it drives: `Tuner`, which sparse tuning and every baseline offer alike."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
+
+STEPS = "average.steps"
 
 
 class Tuner(Protocol):
@@ -105,12 +107,62 @@ class Penalty(Protocol):
         """Adds its gradient to those of what is trained: once for each step, the one after so many."""
 
 
+class Average:
+    """The mean of what is trained over all steps so far, a step counting `decay` times as much as the next one.
+
+    Held beside what is trained, in its dtype.
+    """
+
+    def __init__(self, tuner: Tuner, decay: float) -> None:
+        self.tuner, self.decay, self.steps = tuner, decay, 0
+        self.values = {name: value.detach().clone() for name, value in tuner.trained().items()}
+
+    @torch.no_grad()
+    def step_(self) -> None:
+        """Takes in what a step has left."""
+        self.steps += 1
+        share = (1 - self.decay) / (1 - self.decay**self.steps)  # the first step's is the average itself
+        for name, value in self.tuner.trained().items():
+            self.values[name].lerp_(value, share)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Inside, what is trained is the average, and the model computes with it."""
+        trained = self.tuner.trained()
+        with torch.no_grad():
+            held = {name: value.detach().clone() for name, value in trained.items()}
+            self._put_(self.values)
+        try:
+            yield
+        finally:
+            self._put_(held)
+
+    @torch.no_grad()
+    def _put_(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in self.tuner.trained().items():
+            value.copy_(values[name])
+        self.tuner.follow_()
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint needs."""
+        averages = {f"{name}.average": value for name, value in self.values.items()}
+        return averages | {STEPS: torch.tensor(float(self.steps))}
+
+    def restore_(self, kept: Mapping[str, Tensor]) -> None:
+        """Puts back what `kept` gave."""
+        self.steps = int(kept[STEPS])
+        for name, value in self.values.items():
+            value.copy_(kept[f"{name}.average"])
+
+
 @dataclass(frozen=True)
 class Method:
     """A tuner, and what else its method brings to a run."""
 
     tuner: Tuner
     penalty: Penalty | None = None
+    average: Average | None = None
+    """what is left of it in place of the last step's"""
     optimizer: Optimizer | None = None
     """steps the trained parameters; AdamW where None"""
     after_step: Callable[[], None] | None = None
@@ -120,3 +172,7 @@ class Method:
     says what that has changed; empty where it is not time"""
     holding: Any = None
     """keeps a budget of disturbance along the run; see `training.budget.Holding`"""
+
+    def as_it_is_left(self) -> AbstractContextManager[None]:
+        """Inside, the model is what the run would leave now: the average, if one is taken."""
+        return self.average.inside() if self.average else nullcontext()
