@@ -63,8 +63,8 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
                              "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
     if config.disturb_at_most is not None:
         if config.ema is not None:
-            raise FinepointError("a budget is kept by what is trained, and an average is left; leave out --ema, or scale "
-                                 "the adapter afterwards: finepoint scale --disturb-at-most")  # fmt: skip
+            raise FinepointError("a budget is kept by what is trained, and an average is left; leave out --ema, or "
+                                 "scale the adapter afterwards: finepoint scale --disturb-at-most")  # fmt: skip
         _check_budget(config)
     if not (protection := protection_of(config, spec.baseline)):
         return spec
