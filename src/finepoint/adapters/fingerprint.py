@@ -13,7 +13,6 @@ places, without being seen; of other accidents one in some 2^50 would pass. It i
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from finepoint.models.quantised import float_values
+from finepoint.models.weights import names_of_weights
 from finepoint.runtime import distributed
 
 logger = logging.getLogger(__name__)
@@ -296,10 +296,7 @@ def form_of(model: nn.Module) -> dict[str, Any]:
 
     A tied weight and an untied one may hold the same values, yet a change of one is, or is not, a change of the other.
     """
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        groups[id(weight)].append(name)
-    form: dict[str, Any] = {"tied": sorted(sorted(group) for group in groups.values() if len(group) > 1)}
+    form: dict[str, Any] = {"tied": sorted(sorted(group) for group in names_of_weights(model) if len(group) > 1)}
     with suppress(AttributeError, NotImplementedError, IndexError):  # no language model of transformers'
         form["vocabulary"] = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     return form

@@ -20,6 +20,7 @@ from finepoint.adapters.format import CONFIG, TENSORS, check_info, say_unfinishe
 from finepoint.adapters.peft_config import LORA, check_fields, check_targets, saved_whole, scaling_of
 from finepoint.errors import FinepointError
 from finepoint.models.quantised import is_quantised
+from finepoint.models.weights import names_of_weights
 from finepoint.runtime.files import read_json
 from finepoint.runtime.tensor_files import DTYPES, Form, forms, opened
 
@@ -201,15 +202,12 @@ def _check_kinds(
 
 def _check_whole(found: Mapping[str, Update], config: Mapping[str, Any], model: nn.Module, source: str) -> None:
     """Whether modules that were saved whole are there, and no change is of one of several tied weights alone."""
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        groups[id(weight)].append(name)
     whole = saved_whole(config, [name for name, _ in model.named_modules()], source)
     for module in whole:
         names = [f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()]
         if missing := sorted(set(names) - set(found)):
             raise FinepointError(f"{source}: modules_to_save names {module}, and the file lacks {missing[0]}")
-    for group in groups.values():
+    for group in names_of_weights(model):
         changed = [found[name] for name in group if name in found]
         if len(group) == 1 or not changed:
             continue

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of, fingerprint_of, form_of, one_in_for
 from finepoint.errors import FinepointError
 from finepoint.models.loading import model_folder, outline
+from finepoint.models.weights import names_of_weights
 from finepoint.runtime.files import read_json
 from finepoint.runtime.tensor_files import DTYPES, forms, opened
 
@@ -163,7 +164,8 @@ def open_checkpoint(name: str) -> Checkpoint:
     if missing := set(index) - set(tensors):
         raise FinepointError(f"{folder / INDEX} lists {min(missing)!r}, which its shard {index[min(missing)]} lacks")
     model = outline(folder)
-    return Checkpoint(name, folder, tensors, model, _ties(model))
+    ties = {name: tuple(group) for group in names_of_weights(model) for name in group}
+    return Checkpoint(name, folder, tensors, model, ties)
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -188,10 +190,3 @@ def _index(folder: Path) -> dict[str, str]:
 def _header(folder: Path, shard: str) -> dict[str, Stored]:
     with opened(folder / shard) as file:
         return {key: Stored(shard, shape, DTYPES.get(dtype, dtype)) for key, (dtype, shape) in forms(file).items()}
-
-
-def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        groups[id(weight)].append(name)
-    return {name: tuple(group) for group in groups.values() for name in group}

@@ -1,6 +1,7 @@
 """Weights that are not simply there to be changed: on disk or the meta device until their layer runs, or of half
 precision, where a float32 master keeps the small steps that rounding would lose."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import TypeVar
@@ -61,3 +62,11 @@ def is_outline(model: nn.Module) -> bool:
     if any("_hf_hook" in vars(module) for module in model.modules()):  # accelerate's
         return False
     return all(parameter.is_meta for parameter in model.parameters())
+
+
+def names_of_weights(model: nn.Module) -> list[list[str]]:
+    """The names of each weight of a model: several of a tied one."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        groups[id(weight)].append(name)
+    return list(groups.values())
