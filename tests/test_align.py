@@ -213,8 +213,11 @@ def test_rewards(answer, reference, expected):
         (["--method", "grpo", "--data", "SUMS", "--generations", "1"], "at least 2"),
         (["--method", "dpo", "--data", "PAIRS", "--baseline-options", "rank=1"], "without a baseline"),
         (["--method", "ppo", "--data", "PAIRS"], "ppo"),
-        (["--method", "dpo", "--data", "PAIRS", "--protect", "SUMS"], "rule 'random' looks at no text"),
-        (["--method", "dpo", "--data", "PAIRS", "--protect", "SUMS", "--baseline", "lora"], "lora look at no text"),
+        (["--method", "dpo", "--data", "PAIRS", "--protect-by", "kl"], "give --protect FILE"),
+        (
+            ["--method", "dpo", "--data", "PAIRS", "--protect", "SUMS", "--baseline", "lora"],
+            "--protect-by kl or replay",
+        ),
         (["--method", "dpo", "--data", "PAIRS", "--patience", "2"], "--patience"),
     ],
 )
@@ -268,6 +271,23 @@ def test_its_steps_are_looked_at_and_followed_like_those_of_train(method, model_
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     unseen = align(replace(config, no_audit=True, overwrite=True))
     assert [steady(row) for row in unseen["log"]] == [steady(row) for row in record["log"]]  # and change nothing
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("by", [{}, {"protect_by": "kl"}, {"protect_by": "kl", "baseline": "lora"}])
+def test_what_is_to_be_kept_holds_it_back(method, by, model_folder, tmp_path, pairs, sums):
+    data = pairs if method == "dpo" else sums
+    config = settings(model_folder, tmp_path, method, data, reward="test_align:first_letter", rule="random", steps=4,
+                      overwrite=True, baseline=by.get("baseline"))  # fmt: skip
+    free = align(config)
+    config = replace(config, protect=sums, protect_examples=4, **by)
+    idle = align(replace(config, protect_strength=0.0))
+    assert (idle["update_norm"], idle["after"]) == (free["update_norm"], free["after"])
+    held = align(replace(config, protect_strength=1e6))
+    assert held["update_norm"] < 0.7 * free["update_norm"]
+    if "baseline" not in by:
+        info = finepoint.SparseAdapter.load(str(tmp_path / "out")).info
+        assert (info["protect_by"], info["protect_strength"]) == (by.get("protect_by", "anchor"), 1e6)
 
 
 def test_a_loss_that_is_no_number_leaves_the_last_good_step(model_folder, tmp_path, pairs, monkeypatch):

@@ -22,7 +22,7 @@ from finepoint.huggingface.reference import Reference
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime import distributed
 from finepoint.training.callbacks import LOG, Watch, read_log
-from finepoint.training.context import TrainingContext, entries_for, refuse_unread, training_context
+from finepoint.training.context import TrainingContext, entries_for, training_context
 from finepoint.training.resolve import RunSpec, resolve_common
 from finepoint.training.run import Run, audit_, begun, carry_out_, claimed, saved_by, yardstick
 from finepoint.training.tracking import tracked
@@ -89,9 +89,6 @@ def resolve(config: AlignConfig) -> RunSpec[AlignConfig]:
     if distributed.launched():
         raise FinepointError("alignment runs in one process; start it without a launcher")
     spec = resolve_common(config)
-    if spec.baseline and config.protect:
-        raise FinepointError(f"align has {spec.baseline.name} look at no text that is to be kept; leave out --protect")
-    refuse_unread(config)
     if spec.baseline and (spec.baseline.chooses or not spec.baseline.low_rank):
         raise FinepointError(f"align compares chosen entries with lora or dora, not with {spec.baseline.name!r}")
     if config.method == "grpo":

@@ -268,7 +268,10 @@ def choose(config: SelectConfig) -> Selection:
     Raises:
         FinepointError: whatever the user can mend.
     """
-    refuse_unread(config)
+    rule = rule_named(config.rule)
+    if config.protect and not rule.needs_kept:
+        raise FinepointError(f"rule {rule.name!r} looks at no text that is to be kept; leave out --protect, or give "
+                             "another rule, e.g. gain")  # fmt: skip
     distributed.join()
     with ExitStack() as claims:
         folder = distributed.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))
@@ -279,14 +282,6 @@ def choose(config: SelectConfig) -> Selection:
             adapter = tuner.adapter(full=head, info=described(config, place, told_of(selection, config)))
         distributed.on_first(partial(_write_selection, folder, adapter, config, selection))
     return selection
-
-
-def refuse_unread(config: SelectConfig) -> None:
-    """Refuses text that is to be kept where nothing but a rule could look at it, and the rule does not."""
-    rule = rule_named(config.rule)
-    if config.protect and not rule.needs_kept:
-        raise FinepointError(f"rule {rule.name!r} looks at no text that is to be kept; leave out --protect, or give "
-                             "another rule, e.g. gain")  # fmt: skip
 
 
 def _write_selection(folder: Path, adapter: SparseAdapter, config: SelectConfig, selection: Selection) -> None:

@@ -26,10 +26,9 @@ from finepoint.selection.passes import drawing, label_count, on_device
 from finepoint.training.context import TrainingContext
 from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
 from finepoint.training.loss import completion_loss, drawn_loss, plain_head
-from finepoint.training.settings import TrainConfig
+from finepoint.training.settings import Training
 from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Penalty, Tuner
-from finepoint.tuner.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +151,7 @@ def protection_named(name: str) -> Protection:
     return PROTECTIONS[name]
 
 
-def protection_of(config: TrainConfig, baseline: Baseline | None) -> Protection | None:
+def protection_of(config: Training, baseline: Baseline | None) -> Protection | None:
     """What a run is told to be held to its base by, if by anything.
 
     Raises:
@@ -174,7 +173,7 @@ def protection_of(config: TrainConfig, baseline: Baseline | None) -> Protection 
     return found
 
 
-def texts_a_step(config: TrainConfig) -> int:
+def texts_a_step(config: Training) -> int:
     return max(1, round(config.protect_share * config.batch_size * config.accumulation))
 
 
@@ -229,7 +228,7 @@ def _generator(seed: int, place: int) -> torch.Generator:
 @contextmanager
 def at_base(tuner: Tuner) -> Iterator[None]:
     """Inside, chosen entries hold the base's values and no gradients; those that have settled stay as they are."""
-    if not isinstance(tuner, SparseTuner):  # whose entries stay the same: it has not moved yet
+    if not tuner.deltas:  # whose entries stay the same: it has not moved yet
         yield
         return
     trained = tuner.trained()
@@ -250,7 +249,7 @@ def at_base(tuner: Tuner) -> Iterator[None]:
 
 def _start(tuner: Tuner) -> dict[str, Tensor]:
     """Where what is trained begins; nowhere where it is deltas, which begin at 0."""
-    if isinstance(tuner, SparseTuner):
+    if tuner.deltas:
         return {}
     return {name: value.detach().clone() for name, value in tuner.trained().items()}
 

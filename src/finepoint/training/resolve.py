@@ -66,10 +66,7 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
             raise FinepointError("a budget is kept by what is trained, and an average is left; leave out --ema, or "
                                  "scale the adapter afterwards: finepoint scale --disturb-at-most")  # fmt: skip
         _check_budget(config)
-    if not (protection := protection_of(config, spec.baseline)):
-        return spec
-    strength = protection.strength if config.protect_strength is None else config.protect_strength
-    return replace(spec, protection=protection, strength=strength)
+    return spec
 
 
 def _check_budget(config: TrainConfig) -> None:
@@ -104,9 +101,14 @@ def resolve_common(config: Told) -> RunSpec[Told]:
     if config.baseline:
         baseline = baseline_named(config.baseline)
         _check_baseline(config, baseline)
-        return RunSpec(config, config.lr or baseline.lr, baseline, options_of(baseline, config.baseline_options))
-    lr = by_gradient if rule_named(config.rule).needs_data else blind
-    return RunSpec(config, config.lr or lr, None, {})
+        spec = RunSpec(config, config.lr or baseline.lr, baseline, options_of(baseline, config.baseline_options))
+    else:
+        lr = by_gradient if rule_named(config.rule).needs_data else blind
+        spec = RunSpec(config, config.lr or lr, None, {})
+    if not (protection := protection_of(config, spec.baseline)):
+        return spec
+    strength = protection.strength if config.protect_strength is None else config.protect_strength
+    return replace(spec, protection=protection, strength=strength)
 
 
 def _check_refresh(config: TrainConfig) -> None:
@@ -160,10 +162,9 @@ def check_processes(config: Training) -> None:
     if distributed.count() > 1 and config.baseline:
         raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
                              "without a launcher")  # fmt: skip
-    by = getattr(config, "protect_by", "anchor")
-    if distributed.count() > 1 and config.protect and by in ("kl", "replay"):
-        raise FinepointError(f"--protect-by {by} reads its texts in one process; start it without a launcher, or give "
-                             "--protect-by anchor")  # fmt: skip
+    if distributed.count() > 1 and config.protect and config.protect_by in ("kl", "replay"):
+        raise FinepointError(f"--protect-by {config.protect_by} reads its texts in one process; start it without "
+                             "a launcher, or give --protect-by anchor")  # fmt: skip
     if distributed.count() > 1 and getattr(config, "disturb_at_most", None) is not None:
         raise FinepointError("--disturb-at-most measures in one process; leave it out, or start without a launcher")
     if distributed.count() > 1 and config.resume and not resumes_together():

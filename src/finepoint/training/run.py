@@ -204,10 +204,10 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         validation = rows_of(config, place, config.validation, "validation example", config.validation_limit)
         leaked = _leaks(config, place, keeps)
         packer = packer_for(place) if config.packing else None
-        rows, kept = [row for row in place.rows if learned(row)], kept_rows(config, place)
+        rows = [row for row in place.rows if learned(row)]
         steps = steps_of(config, len(rows))
-        make, facts = partial(_method, spec, place, steps, kept), _particulars(spec)
-        with begun(spec, place, folder, saved, make, rows + kept, steps, keeps, **facts) as run:
+        make, facts = partial(_method, spec, place, steps), _particulars(config)
+        with begun(spec, place, folder, saved, make, rows, steps, keeps, **facts) as run:
             results = _train_by_loss(run, rows, validation, packer)
             if run.method.holding:
                 results["disturbed"] = run.method.holding.settle_()
@@ -221,13 +221,10 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         return record, adapter
 
 
-def _particulars(spec: RunSpec[TrainConfig]) -> dict[str, Any]:
+def _particulars(config: TrainConfig) -> dict[str, Any]:
     """What an adapter says of a training by a loss that was out of the ordinary."""
-    config = spec.config
     facts: dict[str, Any] = {"loss": config.loss} if config.loss != "nll" else {}
     facts |= {"ema": config.ema} if config.ema is not None else {}
-    if spec.protection:
-        facts |= {"protect": config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
     if config.disturb_at_most is not None:
         facts["disturb_at_most"] = config.disturb_at_most
     return facts | ({"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {})
@@ -263,7 +260,7 @@ def begun(
         saved: the checkpoints of the run that is resumed, if one is.
         make: gives the method, and how its entries were chosen, from the weights of a new head, the base's fingerprint,
             and the folder of the run that is resumed, if one is.
-        rows: what decides the bits besides the settings.
+        rows: what decides the bits besides the settings and the text that is to be kept.
         facts: what else the adapter says of itself.
     """
     config = spec.config
@@ -273,13 +270,17 @@ def begun(
     base = base_beneath(place.model).without(head)  # of a sequence the earlier tasks' adapters are applied
     if saved:
         distributed.on_first(partial(refuse_other_base, saved[0], base))
-    settings = decisive(config, rows, base)
+    kept = kept_rows(config, place)
+    settings = decisive(config, [*rows, *kept], base)
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
     method, chosen = make(head, base, folder if saved else None)
-    prepared = time.perf_counter() - began
-    what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
-    logger.info("%d %s in %.1f s", method.tuner.count, what, prepared)
     try:
+        if spec.protection:
+            method = held(spec, place, method, head, kept)
+            facts |= {"protect": config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
+        prepared = time.perf_counter() - began
+        what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
+        logger.info("%d %s in %.1f s", method.tuner.count, what, prepared)
         facts |= {"lr": spec.lr, "steps": config.steps, "batch_size": config.batch_size}
         facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options} if config.baseline else {}
         facts |= described(config, place, chosen)
@@ -395,7 +396,7 @@ def versions() -> dict[str, str]:
 
 
 def _method(
-    spec: RunSpec[TrainConfig], place: TrainingContext, steps: int, kept: list[Row],
+    spec: RunSpec[TrainConfig], place: TrainingContext, steps: int,
     head: list[str], base: Fingerprint, resumed: Path | None,
 ) -> tuple[Method, dict[str, Any]]:  # fmt: skip
     """What trains, as the configuration says, and how its entries were chosen."""
@@ -418,23 +419,24 @@ def _method(
             optimizer = PerEntryAdamW(tuner.parameters(), spec.lr, weight_decay=config.weight_decay)
             refresh = Refresh(config, place, tuner, head, steps).choose_
             method = replace(method, optimizer=optimizer, refresh=refresh)
-    if spec.protection:
-        kept, measured = apart(config, kept)
-        given = Protected(place, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
-                          moving=bool(config.refresh))  # fmt: skip
-        try:
-            method = replace(method, penalty=spec.protection.make(given))
-            if (most := config.disturb_at_most) is not None:
-                holding = Holding(most, method, place.collator, measured, config.schedule != "constant")
-                method = replace(method, holding=holding)
-        except BaseException:  # it reads text for a while
-            method.tuner.close()
-            raise
     if config.ema is not None:
         method = replace(method, average=Average(method.tuner, config.ema))
     if config.round_to:
         method = replace(method, after_step=partial(method.tuner.round_, getattr(torch, config.round_to)))
     return method, chosen
+
+
+def held(spec: RunSpec[Any], place: TrainingContext, method: Method, head: list[str], kept: list[Row]) -> Method:
+    """The method, held to its base as the run is told to; what is trained has not moved yet."""
+    config, protection, most = spec.config, spec.protection, getattr(spec.config, "disturb_at_most", None)
+    assert protection is not None
+    kept, measured = apart(config, kept)
+    given = Protected(place, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
+                      moving=method.refresh is not None)  # fmt: skip
+    method = replace(method, penalty=protection.make(given))
+    if most is None:
+        return method
+    return replace(method, holding=Holding(most, method, place.collator, measured, config.schedule != "constant"))
 
 
 def yardstick(

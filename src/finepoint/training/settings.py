@@ -43,6 +43,16 @@ class Training(SelectConfig):
     weight_decay: float = setting(
         "pulls the deltas to zero, i.e. towards the base model; a baseline's weights or factors to zero",
         0.0, "bits", "training", least=0)
+    protect_by: str = setting(
+        "how: anchor (entries that matter to the text are held back: EWC), empirical (the same, as baseline ewc has "
+        "it), l2 (all are; needs no text), kl (the text's predictions stay near the base's), replay (it is trained "
+        "along)",
+        "anchor", "bits", "what is kept")
+    protect_strength: float | None = setting(
+        "how strongly; anchor 1000, l2 0.03, kl and replay 1 where not given", None, "bits", "what is kept", least=0)
+    protect_share: float = setting(
+        "for kl and replay: so many of these texts take part in a step, for each training example in it",
+        0.25, "bits", "what is kept", above=0)
     clip: float = setting(
         "largest norm of the gradient of all that is trained; 0 for none", 1.0, "bits", "training", least=0)
     gradient_checkpointing: bool = setting(
@@ -74,16 +84,6 @@ class TrainConfig(Training):
         None, "selection", "which entries")
     fisher_data: str | None = setting(
         "for ewc: examples of what is not to be forgotten, a JSON Lines file", None, "bits", "files", file=True)
-    protect_by: str = setting(
-        "how: anchor (entries that matter to the text are held back: EWC), empirical (the same, as baseline ewc has "
-        "it), l2 (all are; needs no text), kl (the text's predictions stay near the base's), replay (it is trained "
-        "along)",
-        "anchor", "bits", "what is kept")
-    protect_strength: float | None = setting(
-        "how strongly; anchor 1000, l2 0.03, kl and replay 1 where not given", None, "bits", "what is kept", least=0)
-    protect_share: float = setting(
-        "for kl and replay: so many of these texts take part in a step, for each training example in it",
-        0.25, "bits", "what is kept", above=0)
     disturb_at_most: float | None = setting(
         "a budget for the KL, in nats a token, of the base's predictions to the trained model's on a fourth of these "
         "texts, which hold nothing back: the strength is adapted, from --protect-strength on, and a rest scaled away",

@@ -98,7 +98,8 @@ class LengthBuckets(Sampler[int]):
 
 
 class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
-    """Before a Trainer of transformers' or TRL's: its checkpoints hold what the method trains, not the model."""
+    """Before a Trainer of transformers' or TRL's: it does what the method asks for beside the loss, and its checkpoints
+    hold what the method trains, not the model."""
 
     method: Method
     control: Any
@@ -110,6 +111,19 @@ class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     """trained on so far, where they are counted, and the seconds"""
     news: Mapping[str, float] = {}
     """of entries chosen anew, until it is logged"""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's; at a step's last batch the gradient becomes all processes' mean, and the penalty is added."""
+        loss = super().training_step(*args, **kwargs)
+        # With several processes the gradient tells, which all of them see, so that all stop at the same step.
+        if not torch.isfinite(loss) and distributed.count() == 1:
+            raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+        if self.accelerator.sync_gradients:
+            if distributed.count() > 1:
+                self.method.tuner.average_()
+            if self.method.penalty:
+                self.method.penalty.add_(self.state.global_step)
+        return loss
 
     def keep(self, file: Path) -> None:
         """Writes what is trained, as it stands; where other entries may be chosen, also which they are."""
@@ -238,15 +252,7 @@ class SparseTrainer(SparseCheckpoints, Trainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.tokens += Tokens(real_tokens(inputs), inputs["input_ids"].numel())
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        # With several processes the gradient tells, which all of them see, so that all stop at the same step.
-        if not torch.isfinite(loss) and distributed.count() == 1:
-            raise NotFiniteError(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
-        if self.accelerator.sync_gradients and distributed.count() > 1:
-            self.method.tuner.average_()
-        if self.method.penalty and self.accelerator.sync_gradients:  # a step's last batch: the penalty counts once
-            self.method.penalty.add_(self.state.global_step)
-        return loss
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss over all labels of the validation examples, however they are batched; it is logged.

@@ -24,6 +24,8 @@ class Tuner(Protocol):
     """
 
     model: nn.Module
+    deltas: bool = False
+    """whether what is trained are changes of the base's numbers, which begin at 0"""
     whole: Collection[str] = ()
     """weights that are stored whole, which lie on nothing of the base"""
 

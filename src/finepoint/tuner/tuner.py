@@ -70,6 +70,8 @@ class SparseTuner(Tuner):
             memory, a model with a tuner, a weight that the model uses in a way that cannot be followed.
     """
 
+    deltas = True
+
     def __init__(
         self, model: nn.Module, indices: Mapping[str, Tensor], ready: Iterable[str] = (), *, audit: bool = True,
         base: Fingerprint | None = None,
