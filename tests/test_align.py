@@ -273,21 +273,39 @@ def test_its_steps_are_looked_at_and_followed_like_those_of_train(method, model_
     assert [steady(row) for row in unseen["log"]] == [steady(row) for row in record["log"]]  # and change nothing
 
 
+def drift(base, adapter, tokenizer):
+    """KL(base || model) over the texts of SUMS; of low-rank factors none is asked."""
+    if not (adapter / "finepoint.safetensors").is_file():
+        return None
+    model, adapter = load_model(str(base)), finepoint.SparseAdapter.load(str(adapter))
+    total = 0.0
+    with torch.no_grad():
+        for row in SUMS[:4]:
+            ids = torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"]])
+            before = model(input_ids=ids).logits.log_softmax(-1)
+            with adapter.applied(model):
+                after = model(input_ids=ids).logits.log_softmax(-1)
+            total += float((before.exp() * (before - after)).sum(-1).mean())
+    return total
+
+
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
 @pytest.mark.parametrize("by", [{}, {"protect_by": "kl"}, {"protect_by": "kl", "baseline": "lora"}])
-def test_what_is_to_be_kept_holds_it_back(method, by, model_folder, tmp_path, pairs, sums):
+def test_what_is_to_be_kept_holds_it_back(method, by, model_folder, tmp_path, pairs, sums, tokenizer):
     data = pairs if method == "dpo" else sums
-    config = settings(model_folder, tmp_path, method, data, reward="test_align:first_letter", rule="random", steps=4,
-                      overwrite=True, baseline=by.get("baseline"))  # fmt: skip
+    config = settings(model_folder, tmp_path, method, data, reward="test_align:first_letter", rule="random", steps=8,
+                      lr=5e-3, overwrite=True, baseline=by.get("baseline"))  # fmt: skip
     free = align(config)
+    far = drift(model_folder, tmp_path / "out", tokenizer)
     config = replace(config, protect=sums, protect_examples=4, **by)
     idle = align(replace(config, protect_strength=0.0))
     assert (idle["update_norm"], idle["after"]) == (free["update_norm"], free["after"])
-    held = align(replace(config, protect_strength=1e6))
-    assert held["update_norm"] < 0.7 * free["update_norm"]
+    held = align(replace(config, protect_strength=1e4))
+    assert held["update_norm"] != free["update_norm"]
     if "baseline" not in by:
+        assert drift(model_folder, tmp_path / "out", tokenizer) < 0.2 * far
         info = finepoint.SparseAdapter.load(str(tmp_path / "out")).info
-        assert (info["protect_by"], info["protect_strength"]) == (by.get("protect_by", "anchor"), 1e6)
+        assert (info["protect_by"], info["protect_strength"]) == (by.get("protect_by", "anchor"), 1e4)
 
 
 def test_a_loss_that_is_no_number_leaves_the_last_good_step(model_folder, tmp_path, pairs, monkeypatch):
