@@ -206,7 +206,7 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         packer = packer_for(place) if config.packing else None
         rows = [row for row in place.rows if learned(row)]
         steps = steps_of(config, len(rows))
-        make, facts = partial(_method, spec, place, steps), _particulars(config)
+        make, facts = partial(_method, spec, place, steps), _unusual(config)
         with begun(spec, place, folder, saved, make, rows, steps, keeps, **facts) as run:
             results = _train_by_loss(run, rows, validation, packer)
             if run.method.holding:
@@ -221,7 +221,7 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         return record, adapter
 
 
-def _particulars(config: TrainConfig) -> dict[str, Any]:
+def _unusual(config: TrainConfig) -> dict[str, Any]:
     """What an adapter says of a training by a loss that was out of the ordinary."""
     facts: dict[str, Any] = {"loss": config.loss} if config.loss != "nll" else {}
     facts |= {"ema": config.ema} if config.ema is not None else {}
@@ -277,13 +277,10 @@ def begun(
     try:
         if spec.protection:
             method = held(spec, place, method, head, kept)
-            facts |= {"protect": config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
         prepared = time.perf_counter() - began
         what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
         logger.info("%d %s in %.1f s", method.tuner.count, what, prepared)
-        facts |= {"lr": spec.lr, "steps": config.steps, "batch_size": config.batch_size}
-        facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options} if config.baseline else {}
-        facts |= described(config, place, chosen)
+        facts |= described(config, place, chosen) | _particulars(spec)
         run = Run(spec, place, folder, method, head, base, steps, facts, chosen, settings, checkpoint, keeps, began,
                   prepared)  # fmt: skip
         if not saved:
@@ -294,6 +291,17 @@ def begun(
     finally:
         method.tuner.revert_()
         method.tuner.close()
+
+
+def _particulars(spec: RunSpec[Any]) -> dict[str, Any]:
+    """What an adapter says of how it was trained."""
+    config = spec.config
+    facts = {"lr": spec.lr, "steps": config.steps, "batch_size": config.batch_size}
+    if spec.baseline:
+        facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options}
+    if spec.protection:
+        facts |= {"protect": config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
+    return facts
 
 
 def carry_out_(

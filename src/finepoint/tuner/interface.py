@@ -157,6 +157,17 @@ class Average:
             value.copy_(kept[f"{name}.average"])
 
 
+class Holding(Protocol):
+    """Keeps a budget of disturbance along a run, as a callback of its trainer; see `training.budget`."""
+
+    log: Callable[[dict[str, float]], None]
+    """tells of a measurement"""
+
+    def settle_(self) -> dict[str, Any]:
+        """At the end: scales the change down to the budget, if it is above it; what a record says of it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Method:
     """A tuner, and what else its method brings to a run."""
@@ -172,8 +183,8 @@ class Method:
     refresh: Callable[[int, int, Optimizer], dict[str, float]] | None = None
     """before each step, of a tuner with `places`: (steps done, steps in all, optimizer) may choose entries anew, and
     says what that has changed; empty where it is not time"""
-    holding: Any = None
-    """keeps a budget of disturbance along the run; see `training.budget.Holding`"""
+    holding: Holding | None = None
+    """keeps a budget of disturbance along the run"""
 
     def as_it_is_left(self) -> AbstractContextManager[None]:
         """Inside, the model is what the run would leave now: the average, if one is taken."""
