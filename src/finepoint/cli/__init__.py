@@ -101,9 +101,8 @@ def _run(command: str, arguments: list[str]) -> int:
                 raise FinepointError(f"{command} runs in one process; start it without torchrun or accelerate launch")
             status = known.run(config)
     except FinepointError as error:
-        line = " ".join(str(error).split())
         who = "" if distributed.is_first() else f"process {distributed.rank()}: "
-        print(f"finepoint {command}: {who}{line}", file=sys.stderr)
+        print(f"finepoint {command}: {who}{error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in REFUSED:
