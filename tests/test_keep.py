@@ -108,6 +108,71 @@ def test_training_is_that_of_whole_weights_with_the_penalty(batches):
             torch.testing.assert_close(weights[name], dense.get_parameter(name), rtol=1e-9, atol=1e-12)
 
 
+def test_a_sparsified_model_is_held_in_any_loop(batches):
+    """SGD of whoever's, and of a copy of the model, beside dense weights that are moved at the same entries alone."""
+    model, dense = tiny_llama(torch.float64).eval(), tiny_llama(torch.float64).eval()
+    information = dense_fisher(tiny_llama(torch.float64).eval(), batches, 3)
+    finepoint.sparsify(model, density=0.2, protect=batches, protect_strength=300.0, seed=3)
+    start = {name: weight.detach().clone() for name, weight in dense.named_parameters()}
+    for running in (copy.deepcopy(model), model):
+        tuner = finepoint.tuner_of(running)
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+        with torch.no_grad():
+            for name, weight in dense.named_parameters():
+                weight.copy_(start[name])
+        for batch in batches:
+            running(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            dense.zero_grad()
+            dense(**batch).loss.backward()
+            with torch.no_grad():
+                for name, entries in tuner.entries.items():
+                    weight, places = dense.get_parameter(name), entries.indices.long()
+                    pull = weight.grad + 300.0 * information[name] * (weight - start[name])
+                    weight.view(-1)[places] -= 0.1 * pull.reshape(-1)[places]
+        weights = dict(running.named_parameters())
+        for name in tuner.entries:
+            torch.testing.assert_close(weights[name], dense.get_parameter(name), rtol=1e-9, atol=1e-12)
+            assert not torch.equal(weights[name], start[name])
+
+
+class Plain(torch.optim.Optimizer):
+    """Takes the gradient off, whatever its scale."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad)
+
+
+def test_a_pull_has_the_scale_that_the_optimizer_takes_off(batches):
+    model = finepoint.sparsify(tiny_llama().eval(), density=0.2, protect=batches)
+    entries = next(iter(finepoint.tuner_of(model).entries.values()))
+    with torch.no_grad():
+        entries.delta.fill_(0.5)
+    optimizer = Plain([entries.delta], {})
+    optimizer.grad_scale = torch.tensor(4.0)
+    entries.delta.grad = torch.ones_like(entries.delta)
+    pull = entries.pull
+    assert pull.max() > 0
+    optimizer.step()
+    torch.testing.assert_close(0.5 - entries.delta.detach(), 1 + 4 * 0.5 * pull)
+
+
+def test_a_model_that_writes_nothing_cannot_be_held(batches):
+    classifier = transformers.LlamaForSequenceClassification(tiny_llama().config)
+    with pytest.raises(FinepointError, match="LlamaForSequenceClassification is none"):
+        finepoint.sparsify(classifier, protect=batches)
+    model = finepoint.sparsify(tiny_llama(), density=0.2, protect=batches, refreshable=True)
+    tuner = finepoint.tuner_of(model)
+    with pytest.raises(FinepointError, match="are chosen once; leave out protect"):
+        tuner.choose_({name: entries.indices for name, entries in tuner.entries.items()})
+    loose = finepoint.sparsify(tiny_llama(), density=0.2, protect=batches, protect_strength=0)
+    assert all(entries.pull is None for entries in finepoint.tuner_of(loose).entries.values())
+
+
 def test_rules_are_given_the_information_of_whole_weights(batches, monkeypatch):
     model = tiny_llama(torch.float64).eval()
     dense = dense_fisher(tiny_llama(torch.float64).eval(), batches, 5, each=False)

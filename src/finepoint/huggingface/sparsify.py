@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather
+from finepoint.data.batches import context_length
 from finepoint.data.examples import as_examples, read_examples
 from finepoint.data.leaks import Seen
 from finepoint.errors import FinepointError
@@ -17,18 +18,21 @@ from finepoint.huggingface.scoring_data import scoring_batches
 from finepoint.huggingface.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
 from finepoint.models.loading import from_bitsandbytes_, head_of
 from finepoint.models.weights import in_memory
-from finepoint.selection.passes import Batch, on_device
+from finepoint.selection.passes import Batch, on_device, split
 from finepoint.selection.reach import name_unreached
 from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Scope, Selection, refuse_excluded, select
 from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.selection.structure import Pooling
 from finepoint.selection.targets import Targets, target_weights
+from finepoint.training.context import KEPT
+from finepoint.training.keep import PROTECTIONS, fisher_at
 from finepoint.tuner.audit import outcome
 from finepoint.tuner.tuner import CONTAINER, SparseTuner
 from finepoint.version import __version__
 
 logger = logging.getLogger(__name__)
+KEPT_TEXTS = 64
 SINGLE = "single_label_classification"
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,6 +60,8 @@ def sparsify(
     seed: int = 0,
     refreshable: bool = False,
     audit: bool = True,
+    protect: Any = None,
+    protect_strength: float = PROTECTIONS["anchor"].strength,
 ) -> Model:
     """Chooses entries of a model and makes them, and them alone, trainable: by any trainer, in place.
 
@@ -79,6 +85,8 @@ def sparsify(
             checkpoint can be resumed only as long as the entries are those of the beginning.
         audit: try on the model that every chosen entry gets the gradient of its own loss: on the first batch of `data`,
             or an input that is made up, or the first one that it is trained on.
+        protect: up to 64 texts to predict as before, in any form of `data`: before each step of any optimizer, what
+            matters to them is pulled back to the base (EWC, arXiv:1612.00796), by `protect_strength`; for `gain`, too.
         max_length: longest scoring example in tokens; the model's context where not given.
         count, scope, targets, exclude, rule_options, structure, pooling, scoring_memory, seed: as for `select`.
 
@@ -88,19 +96,18 @@ def sparsify(
     Raises:
         FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
     """
-    whole, info, batches = _whole(model, whole, indices), _origin(model, data), []
+    batches: list[Batch] = []
+    whole, info = _whole(model, whole, indices), _origin(model, data)
     from_bitsandbytes_(model)
     entire = {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
     refuse_excluded(indices or {}, exclude, model)
+    kept = _kept(model, protect, tokenizer, seed)
     if indices is None:
-        if rule_named(rule).needs_data:
-            batches = scoring_batches(model, rule, data, tokenizer, scoring_examples, batch_size, max_length, seed)
-        indices = select(
-            model, batches, rule=rule, density=density, count=count, scope=scope, targets=targets,
-            exclude=[*exclude, entire] if entire else exclude, seed=seed, scoring_memory=scoring_memory,
-            rule_options=rule_options, structure=structure, pooling=pooling, text=isinstance(data, str | Path),
+        indices, batches = _selected(
+            model, data, tokenizer, scoring_examples, batch_size, max_length, rule=rule, density=density, count=count,
+            scope=scope, targets=targets, exclude=[*exclude, entire] if entire else exclude, seed=seed, kept=kept,
+            scoring_memory=scoring_memory, rule_options=rule_options, structure=structure, pooling=pooling,
         )  # fmt: skip
-        name_unreached(model, {} if batches else indices)  # what it will be trained on is not known
         info |= _choice(indices, scope, seed, targets)
     chosen = {**indices, **entire}
     in_memory({name: weight for name, weight in model.named_parameters(remove_duplicate=False) if name in chosen})
@@ -108,8 +115,45 @@ def sparsify(
         model, chosen, target_weights(model, targets) if refreshable else (), audit=audit and not batches
     )
     _audit_(tuner, batches[:1] if audit else [])
-    attach(model, Session(tuner, info, whole, _seen(data)))
+    attach(model, Session(tuner, info | _hold_(tuner, kept, seed, protect_strength), whole, _seen(data)))
     return model
+
+
+def _selected(
+    model: Any, data: Any, tokenizer: Any, amount: float, size: int, longest: int | None, **choice: Any
+) -> tuple[Selection, list[Batch]]:
+    """The entries that a rule chooses, and the batches it has scored on."""
+    rule, batches = choice["rule"], []
+    if rule_named(rule).needs_data:
+        batches = scoring_batches(model, rule, data, tokenizer, amount, size, longest, choice["seed"])
+    found = select(model, batches, text=isinstance(data, str | Path), **choice)
+    name_unreached(model, {} if batches else found)  # what it will be trained on is not known
+    return found, batches
+
+
+def _hold_(tuner: SparseTuner, kept: Sequence[Batch], seed: int, strength: float) -> dict[str, Any]:
+    """Has the trained entries pulled back by what texts need of them; what an adapter says of that."""
+    if not kept or not strength:
+        return {}
+    tuner.hold_(fisher_at(tuner, tuner.model, kept, seed), strength)
+    return {"protect_by": "anchor", "protect_strength": strength}
+
+
+def _kept(model: Any, protect: Any, tokenizer: Any, seed: int) -> list[Batch]:
+    """What is to be kept as batches of one text each.
+
+    Raises:
+        FinepointError: the model does not write on; or as for `scoring_batches`.
+    """
+    if protect is None:
+        return []
+    if model.config.is_encoder_decoder or head_of(model):
+        raise FinepointError("protect keeps how a causal language model writes on, and "
+                             f"{type(model).__name__} is none; leave it out")  # fmt: skip
+    limit = min(KEPT, context_length(model, None))
+    found = scoring_batches(model, "protect", protect, tokenizer, KEPT_TEXTS, 1, limit, seed)
+    texts: list[Batch] = [text for batch in found for text in split(batch)]
+    return texts[:KEPT_TEXTS]
 
 
 def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool = False, audit: bool = True) -> Model:

@@ -18,8 +18,8 @@ def follow_after_steps(container: nn.ModuleDict) -> None:
     parameters of.
 
     Such an optimizer is stopped before its step, with nothing changed, where a gradient is not finite, a module's
-    `check_fit()` refuses or the container's `spot_checks` do. Optimizers of other parameters are none of our business,
-    whatever has become of the modules.
+    `check_fit()` refuses or the container's `spot_checks` do; each module's `pull_()` adds to its gradient before.
+    Optimizers of other parameters are none of our business, whatever has become of the modules.
     """
     _LIVE.add(container)
     _register()
@@ -49,6 +49,7 @@ def _register() -> None:
         for container, members in _stepped(optimizer):
             for member in members.values():
                 member.check_fit()  # type: ignore[operator]
+                member.pull_(getattr(optimizer, "grad_scale", None))  # type: ignore[operator]
             # A gradient scaler has looked already, and the step will leave out what it found. `model/norm/weight` holds
             # the delta of model.norm.weight.
             trained = {name.replace("/", "."): parameter for name, member in members.items() if not scaled

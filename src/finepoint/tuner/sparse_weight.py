@@ -49,6 +49,8 @@ class SparseWeight(nn.Module):
     settled_delta: Tensor
     written: Tensor | None
     """the deltas that the weight was given last, (k,), where known"""
+    pull: Tensor | None
+    """how strongly each delta is pulled back to 0 before a step, (k,), its dtype; see `SparseTuner.hold_`"""
     shown: Tensor | None = None
     """what the entries hold instead of base + delta, (k,), for as long as they do"""
 
@@ -72,6 +74,7 @@ class SparseWeight(nn.Module):
         nothing = Moved(self.indices[:0], self.base[:0], self.delta.detach()[:0])
         for part, empty in zip(Moved._fields, nothing, strict=True):
             self.register_buffer(f"settled_{part}", empty.clone(), persistent=False)
+        self.register_buffer("pull", None, persistent=False)
         self._find_groups(given)
         self.written = self.delta.detach().clone()
         self._stamp = self.stamp()
@@ -90,6 +93,17 @@ class SparseWeight(nn.Module):
                                  "choose the entries as that run did")  # fmt: skip
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.written = None  # of the weight too something may have been loaded
+
+    @torch.no_grad()
+    def pull_(self, factor: Tensor | None = None) -> None:
+        """Adds what pulls the deltas back to 0 to their gradient.
+
+        Args:
+            factor: that the gradient is multiplied by as yet, (), if the optimizer will divide by it.
+        """
+        if self.pull is not None:
+            pull = self.pull * self.delta if factor is None else self.pull * self.delta * factor
+            self.delta.grad = pull if self.delta.grad is None else self.delta.grad.add_(pull)
 
     @property
     def weight(self) -> nn.Parameter:

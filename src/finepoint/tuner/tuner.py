@@ -197,6 +197,17 @@ class SparseTuner(Tuner):
         """From now on looks at a few steps of whatever training comes; see `spot_checks`."""
         self._deltas.spot_checks = SpotChecks(self.entries)
 
+    def hold_(self, fisher: Mapping[str, Tensor], strength: float) -> None:
+        """From now on every torch optimizer's step has strength x F x delta added to the gradients: EWC
+        (arXiv:1612.00796) at the trained entries, also in a copy of the model. Nothing else of the loop has to know.
+
+        Args:
+            fisher: F by weight name, (k,); weights that it does not name are not held.
+        """
+        for name, found in fisher.items():
+            entries = self.entries[name]
+            entries.pull = (strength * found).to(entries.delta)
+
     def end_check(self) -> None:
         """Ends the look at a step that is going on, after which the deltas alone have gradients."""
         if self._deltas.spot_checks:
@@ -239,6 +250,8 @@ class SparseTuner(Tuner):
             FinepointError: no index at all, a weight the tuner does not know, a quantised one, a model within DDP; an
                 optimizer whose state is not one number an entry. Nothing is changed then.
         """
+        if any(entries.pull is not None for entries in self.entries.values()):
+            raise FinepointError("entries that are held back by what is to be kept are chosen once; leave out protect")
         if unknown := sorted({name for name in indices if len(indices[name])} - set(self.entries)):
             raise FinepointError(f"the tuner does not know {unknown[0]!r}; name it as `ready` when making the tuner")
         if not any(len(positions) for positions in indices.values()):
