@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
 
 import finepoint
-from conftest import assert_same_bits, interrupted_at, random_batches, tiny_llama, write_lines
+from conftest import assert_same_bits, interrupted_at, make_tokenizer, random_batches, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli import main
 from finepoint.data.batches import Collator, Row
 from finepoint.errors import FinepointError
 from finepoint.selection.passes import drawing, drawn
 from finepoint.selection.rules import RULES
+from finepoint.training import keep
 from finepoint.training.context import TrainingContext
 from finepoint.training.keep import PROTECTIONS, Beside, Protected, _generator, fisher_at
 from finepoint.training.run import fit, train
@@ -288,6 +289,20 @@ def test_every_protection_is_its_term_beside_the_loss_of_whole_weights(name, tar
         found = dict(model.named_parameters())
         for key in indices:
             torch.testing.assert_close(found[key], dense.get_parameter(key), rtol=1e-7, atol=1e-10)
+
+
+def test_the_information_is_read_from_few_and_short_texts(monkeypatch):
+    monkeypatch.setattr(keep, "READ", 4)
+    model = tiny_llama(torch.float64).eval()
+    indices = dict(finepoint.select(model, rule="random", density=0.2))
+    batches = [{"input_ids": torch.tensor([row.ids[-4:]]), "labels": torch.tensor([row.labels[-4:]])} for row in TEXTS]
+    dense = dense_fisher(tiny_llama(torch.float64).eval(), batches[:2], 3)
+    with finepoint.SparseTuner(model, indices, audit=False) as tuner:
+        given = protected(model, tuner, 1.0)
+        given = replace(given, read=2, place=replace(given.place, tokenizer=make_tokenizer()))
+        found = PROTECTIONS["anchor"].make(given).fisher
+    for name, fisher in found.items():
+        torch.testing.assert_close(fisher, dense[name].reshape(-1)[indices[name]], rtol=1e-9, atol=1e-20)
 
 
 def test_all_texts_take_part_before_any_comes_again():

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from finepoint.baselines.registry import Baseline
-from finepoint.data.batches import Row
+from finepoint.data.batches import Row, learned
+from finepoint.data.tokens import around, cut
 from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
 from finepoint.runtime import distributed
@@ -31,6 +32,7 @@ from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Penalty, Tuner
 
 logger = logging.getLogger(__name__)
+READ = 64  # tokens of a text that `anchor` reads: passes count, not their length
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Protected:
     a_step: int
     """texts that take part in a step, of those that do so"""
     seed: int
+    read: int = 64
+    """so many of the texts at most are read for the information of `anchor`"""
     moving: bool = False
     """whether other entries may be chosen on the way"""
 
@@ -91,21 +95,28 @@ def protection(formula: str, source: str, strength: float, **more: Any) -> Calla
 @protection("(strength/2) sum F (w - w0)^2, F a token, of labels that the model draws", "EWC, arXiv:1612.00796", 1000.0,
             weights=True)  # fmt: skip
 def anchor(given: Protected) -> Penalty:
-    return _anchored(given, given.seed)
+    return _anchored(given, given.seed, _read(given))
 
 
 @protection("(strength/2) sum F (w - w0)^2, F a text, of its own labels, as baseline ewc", "EWC, arXiv:1612.00796",
             1000.0, weights=True)  # fmt: skip
 def empirical(given: Protected) -> Penalty:
-    return _anchored(given, None)
+    return _anchored(given, None, given.rows)
 
 
-def _anchored(given: Protected, seed: int | None) -> Anchor:
+def _read(given: Protected) -> list[Row]:
+    """The rows that the information is measured on: few and short ones do, and cost little beside a short run."""
+    rows = given.rows[: given.read]
+    front = around(given.place.tokenizer)[0] if any(len(row.ids) > READ for row in rows) else []
+    return [row for row in (cut(row, READ, front) for row in rows) if learned(row)] or list(rows)
+
+
+def _anchored(given: Protected, seed: int | None, rows: Sequence[Row]) -> Anchor:
     tuner, place = given.tuner, given.place
 
     def measure() -> dict[str, Tensor]:
         with at_base(tuner):
-            fisher = fisher_at(tuner, place.model, place.collator.batches(given.rows, 1), seed)
+            fisher = fisher_at(tuner, place.model, place.collator.batches(rows, 1), seed)
         return {name: found for name, found in fisher.items() if name not in given.head}
 
     return Anchor(tuner.trained, {} if given.moving else measure(), given.strength, _start(tuner), measure)

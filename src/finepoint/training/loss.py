@@ -134,13 +134,14 @@ def drawn_loss(model: Any, batch: Mapping[str, Any], draw: Callable[[Tensor], Te
     Returns:
         The loss, and how many labels were drawn.
     """
-    head = plain_head(model)
-    wanted = batch["labels"][:, 1:] != IGNORED
+    head, targets = plain_head(model), batch["labels"][:, 1:]
+    wanted = targets != IGNORED
     states = states_of(model, head, batch)
-    with torch.no_grad():
-        parts = states.detach()[wanted].split(CHUNK)
-        targets = torch.cat([draw((head or nn.Identity())(part)) for part in parts])
-    return summed_loss(head, states, wanted, targets), len(targets)
+
+    def measure(logits: Tensor, instead_of: Tensor) -> Tensor:
+        return nll(logits, draw(logits.detach()))
+
+    return summed_loss(head, states, wanted, targets[wanted], measure), int(wanted.sum())
 
 
 def states_of(model: Any, head: nn.Module | None, batch: Mapping[str, Any]) -> Tensor:

@@ -440,7 +440,7 @@ def held(spec: RunSpec[Any], place: TrainingContext, method: Method, head: list[
     assert protection is not None
     kept, measured = apart(config, kept)
     given = Protected(place, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
-                      moving=method.refresh is not None)  # fmt: skip
+                      config.protect_read, moving=method.refresh is not None)  # fmt: skip
     method = replace(method, penalty=protection.make(given))
     if most is None:
         return method
