@@ -335,6 +335,10 @@ def test_train_and_eval_through_the_commands(folder, data, tmp_path, bits, capsy
     assert selection.count > 0
     assert main(["inspect", adapter]) == 0
     assert main(["verify", "--model", folder, adapter, "--quantise", bits]) == 0
+    weaker = str(tmp_path / "weaker")
+    assert main(["scale", adapter, "--model", folder, "--quantise", bits, "--protect", data, "--protect-examples", "8",
+                 "--disturb-at-most", "1e-5", "--output", weaker]) == 0  # fmt: skip
+    assert main(["verify", "--model", folder, weaker, "--quantise", bits]) == 0
     assert capsys.readouterr().out
 
 

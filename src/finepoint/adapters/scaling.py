@@ -28,7 +28,7 @@ def scaled(adapter: SparseAdapter, model: nn.Module, factor: float | Callable[[s
     Raises:
         FinepointError: the adapter does not fit the model, or one is applied to it now.
     """
-    adapter.check(model)
+    adapter.check(model, in_place=False)
     check_base(model)
     weights = dict(model.named_parameters(remove_duplicate=False))
     kept = unscaled(adapter, model)
@@ -89,7 +89,7 @@ def between(change: Change, base: Tensor, factor: float) -> Tensor:
 
 def _scaled(change: Change, weight: nn.Parameter, factor: float) -> Change:
     base = gather(weight, change.positions())
-    values = between(change, base, factor).to("cpu", weight.dtype)
+    values = between(change, base, factor).to("cpu", base.dtype)
     if change.kind == "full":
         return Change(change.shape, change.dtype, "full", change.indices, values.reshape(change.shape))
     return Change(change.shape, change.dtype, "value", change.indices, values, checksum(base))
