@@ -16,11 +16,12 @@ from conftest import assert_same_bits, interrupted_at, make_tokenizer, random_ba
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli import main
 from finepoint.data.batches import Collator, Row
+from finepoint.data.recipes import table
 from finepoint.errors import FinepointError
 from finepoint.selection.passes import drawing, drawn
 from finepoint.selection.rules import RULES
 from finepoint.training import keep
-from finepoint.training.context import TrainingContext
+from finepoint.training.context import TrainingContext, examples_to_keep
 from finepoint.training.keep import PROTECTIONS, Beside, Protected, _generator, fisher_at
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
@@ -474,3 +475,23 @@ def test_from_the_command_line(config, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["config"]["protect"] == config.protect
     assert Path(config.output, "finepoint.safetensors").is_file()
+
+
+def test_a_text_may_be_named_and_is_made_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path))
+    made = []
+
+    def write(folder, overwrite):
+        made.append(folder)
+        folder.mkdir(parents=True)
+        write_lines(folder / "news.jsonl", [{"text": "something happened"}])
+
+    monkeypatch.setitem(table.RECIPES, "vader", replace(table.RECIPES["vader"], writer="test_keep:written"))
+    monkeypatch.setattr("test_keep.written", write, raising=False)
+    assert [example.text for example in examples_to_keep("news", 3) + examples_to_keep("news", 3)] == 2 * [
+        "something happened"
+    ]
+    assert len(made) == 1
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "news", [{"text": "a file of that name"}])
+    assert examples_to_keep("news", 3)[0].text == "a file of that name"

@@ -314,15 +314,15 @@ def run_scale(config: ScaleConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
     from finepoint.adapters.bases import rebased
     from finepoint.adapters.peft import is_peft, load_merged
-    from finepoint.data.examples import read_examples, some
     from finepoint.data.leaks import Seen
     from finepoint.models.loading import load_tokenizer
     from finepoint.runtime.files import check_output
     from finepoint.training.budget import scale_to_budget
+    from finepoint.training.context import examples_to_keep
 
     refuse_out_of_range(config)
     check_output(config.output, config.overwrite)
-    texts = some(read_examples(config.protect), config.protect_examples)
+    texts = examples_to_keep(config.protect, config.protect_examples)
     sparse = None if is_peft(config.adapter) else SparseAdapter.load(config.adapter)
     model = _base_of(config.model, [sparse] if sparse else [], config.dtype, quantise=config.quantise)
     adapter = sparse or load_merged(config.adapter, model)

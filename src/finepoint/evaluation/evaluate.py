@@ -24,7 +24,7 @@ from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
 from finepoint.runtime.settings import refuse_out_of_range
-from finepoint.training.context import CLASSIFIERS
+from finepoint.training.context import CLASSIFIERS, examples_to_keep
 
 logger = logging.getLogger(__name__)
 Sets = Mapping[str, Sequence[Example]]
@@ -161,7 +161,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     if config.output:
         claim_file(config.output, config.overwrite)
     sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
-    protect = some(read_examples(config.protect), config.protect_examples) if config.protect else []
+    protect = examples_to_keep(config.protect, config.protect_examples) if config.protect else []
     if not any(sets.values()) and not config.tasks and not protect:
         raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE, or --tasks NAME")
     if protect and not config.adapter:

@@ -56,8 +56,8 @@ class SelectConfig(Choice):
     data: str | None = setting(
         "training examples, a JSON Lines file; some rules need none", None, "statistics", "files", file=True)
     protect: str | None = setting(
-        "text whose predictions are to be kept, a JSON Lines file: rules may look at it (gain), and training "
-        "holds the model to its base there",
+        "text whose predictions are to be kept, a JSON Lines file, news, or novels: rules may look at it (gain), and "
+        "training holds the model to its base there",
         None, "statistics", "what is kept", file=True)
     protect_examples: int = setting(
         "at most so many of these texts, always the same, up to 256 tokens of each",

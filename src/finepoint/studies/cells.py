@@ -14,6 +14,7 @@ from finepoint.adapters.format import TENSORS
 from finepoint.adapters.scaling import scale_by_depth, wise_ft
 from finepoint.data.examples import Example, Labelled, Text, read_examples, some
 from finepoint.data.leaks import Seen, leaks
+from finepoint.data.recipes.table import text_file
 from finepoint.errors import FinepointError
 from finepoint.evaluation.evaluate import Evaluation
 from finepoint.evaluation.generation import frequent_answers
@@ -101,7 +102,7 @@ class WorkerState:
         """What any arm protects: on the same texts all are measured."""
         told = (self.study.config.train, *(arm.train for arm in self.study.arms))
         file = next((settings["protect"] for settings in told if settings.get("protect")), None)
-        return self.examples(file, EvalConfig.protect_examples) if file else ()
+        return self.examples(text_file(file), EvalConfig.protect_examples) if file else ()
 
     def trained_answers(self, task: str) -> list[str]:
         return frequent_answers(self.examples(self.study.config.tasks[task]["train"], None))

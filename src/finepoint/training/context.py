@@ -21,6 +21,7 @@ from finepoint.adapters.format import write
 from finepoint.data.batches import Collator, Packer, context_length
 from finepoint.data.examples import Example, Labelled, label_names, read_examples, refuse_other_task, some
 from finepoint.data.leaks import Seen
+from finepoint.data.recipes.table import text_file
 from finepoint.data.tokens import Row, encode_all, learned, padding_id
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of, class_order, load_config, load_model, load_tokenizer, new_head
@@ -176,10 +177,15 @@ def kept_rows(config: SelectConfig, place: TrainingContext) -> list[Row]:
     """
     if config.protect is None:
         return []
-    examples = some(read_examples(config.protect), config.protect_examples)
+    examples = examples_to_keep(config.protect, config.protect_examples)
     if place.labels:
         raise FinepointError(CLASSIFIERS)
     return rows_to_keep(examples, place.model, place.tokenizer, config.protect, config.max_length)
+
+
+def examples_to_keep(source: str, amount: int) -> list[Example]:
+    """So many examples of `--protect`, a file or a text that is made by a recipe; always the same."""
+    return some(read_examples(text_file(source)), amount)
 
 
 def apart(config: SelectConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:

