@@ -22,17 +22,17 @@ from finepoint.selection.passes import Batch, on_device, split
 from finepoint.selection.reach import name_unreached
 from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Scope, Selection, refuse_excluded, select
-from finepoint.selection.settings import DEFAULT_RULE
+from finepoint.selection.settings import DEFAULT_RULE, SelectConfig
 from finepoint.selection.structure import Pooling
 from finepoint.selection.targets import Targets, target_weights
-from finepoint.training.context import KEPT
+from finepoint.training.context import READ
 from finepoint.training.keep import PROTECTIONS, fisher_at
 from finepoint.tuner.audit import outcome
 from finepoint.tuner.tuner import CONTAINER, SparseTuner
 from finepoint.version import __version__
 
 logger = logging.getLogger(__name__)
-KEPT_TEXTS = 64
+KEPT_TEXTS = SelectConfig.protect_read
 SINGLE = "single_label_classification"
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -85,7 +85,7 @@ def sparsify(
             checkpoint can be resumed only as long as the entries are those of the beginning.
         audit: try on the model that every chosen entry gets the gradient of its own loss: on the first batch of `data`,
             or an input that is made up, or the first one that it is trained on.
-        protect: up to 64 texts to predict as before, in any form of `data`: before each step of any optimizer, what
+        protect: up to 16 texts to predict as before, in any form of `data`: before each step of any optimizer, what
             matters to them is pulled back to the base (EWC, arXiv:1612.00796), by `protect_strength`; for `gain`, too.
         max_length: longest scoring example in tokens; the model's context where not given.
         count, scope, targets, exclude, rule_options, structure, pooling, scoring_memory, seed: as for `select`.
@@ -150,7 +150,7 @@ def _kept(model: Any, protect: Any, tokenizer: Any, seed: int) -> list[Batch]:
     if model.config.is_encoder_decoder or head_of(model):
         raise FinepointError("protect keeps how a causal language model writes on, and "
                              f"{type(model).__name__} is none; leave it out")  # fmt: skip
-    limit = min(KEPT, context_length(model, None))
+    limit = min(READ, context_length(model, None))
     found = scoring_batches(model, "protect", protect, tokenizer, KEPT_TEXTS, 1, limit, seed)
     texts: list[Batch] = [text for batch in found for text in split(batch)]
     return texts[:KEPT_TEXTS]

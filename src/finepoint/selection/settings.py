@@ -62,6 +62,9 @@ class SelectConfig(Choice):
     protect_examples: int = setting(
         "at most so many of these texts, always the same, up to 256 tokens of each",
         64, "statistics", "what is kept", least=1)
+    protect_read: int = setting(
+        "so many of them are read for which entries matter to them (by rules and by anchor), 64 tokens of each", 16,
+        "statistics", "what is kept", least=1)
     max_length: int | None = setting(
         "longest example in tokens; the model's context where not given", None, "statistics", "training", least=1)
     batch_size: int = setting("examples a batch", 16, "statistics", "training", least=1)

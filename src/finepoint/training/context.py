@@ -22,7 +22,7 @@ from finepoint.data.batches import Collator, Packer, context_length
 from finepoint.data.examples import Example, Labelled, label_names, read_examples, refuse_other_task, some
 from finepoint.data.leaks import Seen
 from finepoint.data.recipes.table import text_file
-from finepoint.data.tokens import Row, encode_all, learned, padding_id
+from finepoint.data.tokens import Row, around, cut, encode_all, learned, padding_id
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of, class_order, load_config, load_model, load_tokenizer, new_head
 from finepoint.models.probing import PACKABLE, counts_from_zero, keeps_apart
@@ -38,6 +38,7 @@ from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
 
 KEPT = 256  # tokens of an example: what is kept is how text goes on, not how far
+READ = 64  # tokens of a text that its Fisher information is measured on: passes count, not their length
 APART = 4  # one in so many of the protected texts is measured on, where there is a budget
 CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
 ALONE = "a quantised base trains in one process"
@@ -143,7 +144,10 @@ def select_for(
         if not place.rows:
             raise FinepointError(f"rule {rule.name!r} scores by examples and needs some; give --data FILE.jsonl")
         batches = batches_of(config, place, scoring_rows(place.rows, config.scoring_examples, config.seed))
-    kept = batches_of(config, place, apart(config, kept_rows(config, place))[0]) if rule.needs_kept else []
+    kept: list[dict[str, Any]] = []
+    if rule.needs_kept:
+        kept_here, _ = apart(config, kept_rows(config, place))
+        kept = batches_of(config, place, rows_to_read(kept_here, place.tokenizer, config.protect_read))
     # What is trained whole, a new classification head, takes no part.
     head = new_head(place.model) if place.labels else []
     whole = {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
@@ -181,6 +185,13 @@ def kept_rows(config: SelectConfig, place: TrainingContext) -> list[Row]:
     if place.labels:
         raise FinepointError(CLASSIFIERS)
     return rows_to_keep(examples, place.model, place.tokenizer, config.protect, config.max_length)
+
+
+def rows_to_read(rows: Sequence[Row], tokenizer: Any, amount: int) -> list[Row]:
+    """The rows that Fisher information is measured on: few and short ones do, and cost little beside a short run."""
+    rows = rows[:amount]
+    front = around(tokenizer)[0] if any(len(row.ids) > READ for row in rows) else []
+    return [row for row in (cut(row, READ, front) for row in rows) if learned(row)] or list(rows)
 
 
 def examples_to_keep(source: str, amount: int) -> list[Example]:

@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from finepoint.baselines.registry import Baseline
-from finepoint.data.batches import Row, learned
-from finepoint.data.tokens import around, cut
+from finepoint.data.batches import Row
 from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
 from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
 from finepoint.runtime.settings import did_you_mean
 from finepoint.selection.passes import drawing, label_count, on_device
-from finepoint.training.context import TrainingContext
+from finepoint.training.context import TrainingContext, rows_to_read
 from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
 from finepoint.training.loss import completion_loss, drawn_loss, plain_head
 from finepoint.training.settings import Training
@@ -32,7 +31,6 @@ from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Penalty, Tuner
 
 logger = logging.getLogger(__name__)
-READ = 64  # tokens of a text that `anchor` reads: passes count, not their length
 
 
 @dataclass(frozen=True)
@@ -95,20 +93,13 @@ def protection(formula: str, source: str, strength: float, **more: Any) -> Calla
 @protection("(strength/2) sum F (w - w0)^2, F a token, of labels that the model draws", "EWC, arXiv:1612.00796", 1000.0,
             weights=True)  # fmt: skip
 def anchor(given: Protected) -> Penalty:
-    return _anchored(given, given.seed, _read(given))
+    return _anchored(given, given.seed, rows_to_read(given.rows, given.place.tokenizer, given.read))
 
 
 @protection("(strength/2) sum F (w - w0)^2, F a text, of its own labels, as baseline ewc", "EWC, arXiv:1612.00796",
             1000.0, weights=True)  # fmt: skip
 def empirical(given: Protected) -> Penalty:
     return _anchored(given, None, given.rows)
-
-
-def _read(given: Protected) -> list[Row]:
-    """The rows that the information is measured on: few and short ones do, and cost little beside a short run."""
-    rows = given.rows[: given.read]
-    front = around(given.place.tokenizer)[0] if any(len(row.ids) > READ for row in rows) else []
-    return [row for row in (cut(row, READ, front) for row in rows) if learned(row)] or list(rows)
 
 
 def _anchored(given: Protected, seed: int | None, rows: Sequence[Row]) -> Anchor:

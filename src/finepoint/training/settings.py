@@ -50,9 +50,6 @@ class Training(SelectConfig):
         "anchor", "bits", "what is kept")
     protect_strength: float | None = setting(
         "how strongly; anchor 1000, l2 0.03, kl and replay 1 where not given", None, "bits", "what is kept", least=0)
-    protect_read: int = setting(
-        "for anchor: so many of these texts are read for what matters to them, 64 tokens of each", 16,
-        "bits", "what is kept", least=1)
     protect_share: float = setting(
         "for kl and replay: so many of these texts take part in a step, for each training example in it",
         0.25, "bits", "what is kept", above=0)
