@@ -208,7 +208,8 @@ def test_training_keeps_its_budget_and_uses_it(config, tokenizer, most):
 
 def test_a_change_that_is_above_the_budget_at_the_end_is_scaled(config, monkeypatch, caplog):
     monkeypatch.setattr(budget, "STEPWISE", (1.0, 1.0))  # the strength stays
-    record, adapter = run(config, output=config.output + "1")
+    record, adapter = run(config, output=config.output + "1", validation=config.data)
+    assert record["validation_loss"] > record["last_validation_loss"]  # of what is saved, and before the scaling
     assert record["disturbed"]["kl"] <= 1e-3 < record["disturbed"]["kl_before"]
     assert 0 < record["disturbed"]["scale"] < 1
     assert "the change is scaled by" in caplog.text

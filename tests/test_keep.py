@@ -18,10 +18,11 @@ from finepoint.cli import main
 from finepoint.data.batches import Collator, Row
 from finepoint.data.recipes import table
 from finepoint.errors import FinepointError
+from finepoint.huggingface.session import adapter_of
 from finepoint.selection.passes import drawing, drawn
 from finepoint.selection.rules import RULES
-from finepoint.training import keep
-from finepoint.training.context import TrainingContext, examples_to_keep
+from finepoint.training import context
+from finepoint.training.context import TrainingContext, examples_to_keep, rows_to_read
 from finepoint.training.keep import PROTECTIONS, Beside, Protected, _generator, fisher_at
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
@@ -147,6 +148,32 @@ class Plain(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.sub_(parameter.grad)
+
+
+def test_a_loop_that_hides_its_gradients_is_told(batches):
+    model = finepoint.sparsify(tiny_llama().eval(), density=0.2, protect=batches)
+    optimizer = torch.optim.LBFGS(finepoint.tuner_of(model).parameters())
+    with pytest.raises(FinepointError, match=r"within optimizer.step, where what is to be kept cannot be added"):
+        optimizer.step(lambda: model(**batches[0]).loss)
+
+
+def test_going_on_from_a_held_adapter_says_that_nothing_holds_it(batches, caplog):
+    model = finepoint.sparsify(tiny_llama().eval(), density=0.2, protect=batches)
+    tuner = finepoint.tuner_of(model)
+    for delta in tuner.parameters():
+        torch.nn.init.ones_(delta)
+    tuner.follow_()
+    adapter = adapter_of(model)
+    assert adapter.info["protect_by"] == "anchor"
+    again = finepoint.load(finepoint.unload(model, revert=True), adapter, trainable=True)
+    assert "what is trained now is not" in caplog.text
+    assert "protect_by" not in adapter_of(again).info
+
+
+def test_texts_are_read_all_over_the_file(tokenizer):
+    rows = [Row([place], [place]) for place in range(10)]
+    assert [row.ids for row in rows_to_read(rows, tokenizer, 4)] == [[0], [2], [5], [7]]
+    assert rows_to_read(rows, tokenizer, 16) == rows
 
 
 def test_a_pull_has_the_scale_that_the_optimizer_takes_off(batches):
@@ -293,14 +320,14 @@ def test_every_protection_is_its_term_beside_the_loss_of_whole_weights(name, tar
 
 
 def test_the_information_is_read_from_few_and_short_texts(monkeypatch):
-    monkeypatch.setattr(keep, "READ", 4)
+    monkeypatch.setattr(context, "TOKENS_READ", 4)
     model = tiny_llama(torch.float64).eval()
     indices = dict(finepoint.select(model, rule="random", density=0.2))
     batches = [{"input_ids": torch.tensor([row.ids[-4:]]), "labels": torch.tensor([row.labels[-4:]])} for row in TEXTS]
     dense = dense_fisher(tiny_llama(torch.float64).eval(), batches[:2], 3)
     with finepoint.SparseTuner(model, indices, audit=False) as tuner:
         given = protected(model, tuner, 1.0)
-        given = replace(given, read=2, place=replace(given.place, tokenizer=make_tokenizer()))
+        given = replace(given, texts_read=2, place=replace(given.place, tokenizer=make_tokenizer()))
         found = PROTECTIONS["anchor"].make(given).fisher
     for name, fisher in found.items():
         torch.testing.assert_close(fisher, dense[name].reshape(-1)[indices[name]], rtol=1e-9, atol=1e-20)
@@ -450,6 +477,7 @@ def test_what_cannot_be_protected_is_refused(config, tmp_path):
         ({"protect": str(classes)}, "classifiers write nothing"),
         ({"data": str(classes)}, "classifiers write nothing"),
         ({"protect_strength": -1.0}, "at least 0"),
+        ({"protect_share": 0.7}, "leave out --protect-share"),
     ):
         with pytest.raises(FinepointError, match=message):
             train(replace(config, overwrite=True, **changes))

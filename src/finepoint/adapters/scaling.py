@@ -11,6 +11,9 @@ from finepoint.adapters.entries import checksum, gather, moved
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of, new_head
 
+MEASURED = ("disturbed", "disturb_at_most", "scaled", "results")
+"""What an adapter says was measured with it, and holds for no other scale."""
+
 
 def scaled(adapter: SparseAdapter, model: nn.Module, factor: float | Callable[[str], float]) -> SparseAdapter:
     """An adapter that holds base + factor x (trained - base) at the same entries, computed in float64, rounded once.
@@ -36,7 +39,8 @@ def scaled(adapter: SparseAdapter, model: nn.Module, factor: float | Callable[[s
         name: change if name in kept else _scaled(change, weights[name], factor(name) if callable(factor) else factor)
         for name, change in adapter.changes.items()
     }
-    return SparseAdapter(changes, dict(adapter.info), adapter.base)
+    info = {key: value for key, value in adapter.info.items() if key not in MEASURED}
+    return SparseAdapter(changes, info, adapter.base)
 
 
 def wise_ft(adapter: SparseAdapter, model: nn.Module, alpha: float) -> SparseAdapter:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather
+from finepoint.adapters.scaling import MEASURED
 from finepoint.data.batches import context_length
 from finepoint.data.examples import as_examples, read_examples
 from finepoint.data.leaks import Seen
@@ -25,14 +26,15 @@ from finepoint.selection.select import Scope, Selection, refuse_excluded, select
 from finepoint.selection.settings import DEFAULT_RULE, SelectConfig
 from finepoint.selection.structure import Pooling
 from finepoint.selection.targets import Targets, target_weights
-from finepoint.training.context import READ
+from finepoint.training.context import TOKENS_READ
 from finepoint.training.keep import PROTECTIONS, fisher_at
 from finepoint.tuner.audit import outcome
 from finepoint.tuner.tuner import CONTAINER, SparseTuner
 from finepoint.version import __version__
 
 logger = logging.getLogger(__name__)
-KEPT_TEXTS = SelectConfig.protect_read
+TEXTS_READ = SelectConfig.protect_read
+HELD = ("protect", "protect_by", "protect_strength", *MEASURED)
 SINGLE = "single_label_classification"
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -150,10 +152,10 @@ def _kept(model: Any, protect: Any, tokenizer: Any, seed: int) -> list[Batch]:
     if model.config.is_encoder_decoder or head_of(model):
         raise FinepointError("protect keeps how a causal language model writes on, and "
                              f"{type(model).__name__} is none; leave it out")  # fmt: skip
-    limit = min(READ, context_length(model, None))
-    found = scoring_batches(model, "protect", protect, tokenizer, KEPT_TEXTS, 1, limit, seed)
+    limit = min(TOKENS_READ, context_length(model, None))
+    found = scoring_batches(model, "protect", protect, tokenizer, TEXTS_READ, 1, limit, seed)
     texts: list[Batch] = [text for batch in found for text in split(batch)]
-    return texts[:KEPT_TEXTS]
+    return texts[:TEXTS_READ]
 
 
 def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool = False, audit: bool = True) -> Model:
@@ -182,8 +184,15 @@ def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool =
     _start_from_(tuner, found)
     whole = tuple(name for name, change in found.changes.items() if change.kind == "full")
     seen = None if isinstance(adapter, SparseAdapter) else Seen.beside(adapter)
-    attach(model, Session(tuner, dict(found.info), whole, seen))
+    attach(model, Session(tuner, _unheld(found.info), whole, seen))
     return model
+
+
+def _unheld(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter says of itself, without what held its training to the base: going on from there, nothing does."""
+    if told := [key for key in HELD if key in info]:
+        logger.warning("the adapter's training was held to its base (%s); what is trained now is not", ", ".join(told))
+    return {key: value for key, value in info.items() if key not in HELD}
 
 
 def save(

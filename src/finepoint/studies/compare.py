@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 from finepoint.data.leaks import warn_of_leaks
+from finepoint.data.recipes.table import text_file
 from finepoint.errors import FinepointError
 from finepoint.models.packages import digest
 from finepoint.runtime.files import alone, contents, read_json, read_record, refuse_version, write_json, write_record
@@ -225,6 +226,8 @@ def manifest_of(study: Study) -> dict[str, Any]:
     """What decides the results of a study: its configuration and the contents of its files."""
     config = study.config
     files = [path for task in config.tasks.values() for path in task.values()] + list(config.probes.values())
+    settings = (config.train, *(arm.train for arm in study.arms))
+    files += [text_file(told[name]) for told in settings for name in ("protect", "fisher_data") if told.get(name)]
     return {"format": FORMAT, **described(study), "data": {path: digest(Path(path)) for path in sorted(set(files))}}
 
 

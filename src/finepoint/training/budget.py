@@ -206,7 +206,7 @@ class Holding(TrainerCallback):
         tuner: Any = method.tuner
         self.budget, self.tuner, self.penalty, self.falling = budget, tuner, method.penalty, falling
         self.few, self.all = (BasePredictions.of(tuner.model, collator, part, changing=tuner.trained())
-                              for part in (rows[:FEW], rows))  # fmt: skip
+                              for part in (rows[:: max(1, len(rows) // FEW)][:FEW], rows))  # fmt: skip
         self.log: Callable[[dict[str, float]], None] = lambda told: None  # the trainer gives its own
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:

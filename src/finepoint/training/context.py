@@ -37,8 +37,8 @@ from finepoint.training.settings import TrainConfig, Training
 from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
 
-KEPT = 256  # tokens of an example: what is kept is how text goes on, not how far
-READ = 64  # tokens of a text that its Fisher information is measured on: passes count, not their length
+TOKENS_KEPT = 256  # tokens of an example: what is kept is how text goes on, not how far
+TOKENS_READ = 64  # tokens of a text that its Fisher information is measured on: passes count, not their length
 APART = 4  # one in so many of the protected texts is measured on, where there is a budget
 CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
 ALONE = "a quantised base trains in one process"
@@ -189,9 +189,10 @@ def kept_rows(config: SelectConfig, place: TrainingContext) -> list[Row]:
 
 def rows_to_read(rows: Sequence[Row], tokenizer: Any, amount: int) -> list[Row]:
     """The rows that Fisher information is measured on: few and short ones do, and cost little beside a short run."""
-    rows = rows[:amount]
-    front = around(tokenizer)[0] if any(len(row.ids) > READ for row in rows) else []
-    return [row for row in (cut(row, READ, front) for row in rows) if learned(row)] or list(rows)
+    # All over the file, which may be in some order.
+    rows = [rows[at * len(rows) // amount] for at in range(amount)] if len(rows) > amount else rows
+    front = around(tokenizer)[0] if any(len(row.ids) > TOKENS_READ for row in rows) else []
+    return [row for row in (cut(row, TOKENS_READ, front) for row in rows) if learned(row)] or list(rows)
 
 
 def examples_to_keep(source: str, amount: int) -> list[Example]:
@@ -217,14 +218,14 @@ def apart(config: SelectConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
 def rows_to_keep(
     examples: Sequence[Example], model: Any, tokenizer: Any, source: str, max_length: int | None = None
 ) -> list[Row]:
-    """Examples whose predictions are to be kept in tokens, at most `KEPT` of each.
+    """Examples whose predictions are to be kept in tokens, at most `TOKENS_KEPT` of each.
 
     Raises:
         FinepointError: they have classes, or nothing in them has a label.
     """
     if isinstance(examples[0], Labelled):
         raise FinepointError(CLASSIFIERS)
-    limit = min(KEPT, context_length(model, max_length))
+    limit = min(TOKENS_KEPT, context_length(model, max_length))
     rows = encode_all(tokenizer, examples, limit, what="protected example", model=model)
     if not (found := [row for row in rows if learned(row) > 0]):
         raise FinepointError(f"{source} has no token to keep the prediction of")

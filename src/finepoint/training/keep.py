@@ -47,7 +47,7 @@ class Protected:
     a_step: int
     """texts that take part in a step, of those that do so"""
     seed: int
-    read: int = 64
+    texts_read: int = 16
     """so many of the texts at most are read for the information of `anchor`"""
     moving: bool = False
     """whether other entries may be chosen on the way"""
@@ -75,6 +75,8 @@ class Protection:
     """whether it needs text"""
     weights: bool = False
     """whether it is of the weights' own numbers, which low-rank factors are not"""
+    beside: bool = False
+    """whether some of the texts take part in each step"""
 
 
 PROTECTIONS: dict[str, Protection] = {}
@@ -93,7 +95,7 @@ def protection(formula: str, source: str, strength: float, **more: Any) -> Calla
 @protection("(strength/2) sum F (w - w0)^2, F a token, of labels that the model draws", "EWC, arXiv:1612.00796", 1000.0,
             weights=True)  # fmt: skip
 def anchor(given: Protected) -> Penalty:
-    return _anchored(given, given.seed, rows_to_read(given.rows, given.place.tokenizer, given.read))
+    return _anchored(given, given.seed, rows_to_read(given.rows, given.place.tokenizer, given.texts_read))
 
 
 @protection("(strength/2) sum F (w - w0)^2, F a text, of its own labels, as baseline ewc", "EWC, arXiv:1612.00796",
@@ -120,7 +122,8 @@ def l2(given: Protected) -> Penalty:
     return Anchor(given.tuner.trained, alike, given.strength, _start(given.tuner))
 
 
-@protection("strength x KL(base || model) on some of the texts at each step", "distillation, arXiv:1606.09282", 1.0)
+@protection("strength x KL(base || model) on some of the texts at each step", "distillation, arXiv:1606.09282", 1.0,
+            beside=True)  # fmt: skip
 def kl(given: Protected) -> Penalty:
     model = given.place.model
     if (head := plain_head(model)) is None:
@@ -136,7 +139,8 @@ def kl(given: Protected) -> Penalty:
     return Beside(given, loss)
 
 
-@protection("strength x the loss of some of the texts at each step", "experience replay, arXiv:1811.11682", 1.0)
+@protection("strength x the loss of some of the texts at each step", "experience replay, arXiv:1811.11682", 1.0,
+            beside=True)  # fmt: skip
 def replay(given: Protected) -> Penalty:
     return Beside(given, lambda batch, places, labels: completion_loss(given.place.model, batch, labels))
 
@@ -164,6 +168,9 @@ def protection_of(config: Training, baseline: Baseline | None) -> Protection | N
         if config.protect_by != "anchor" or config.protect_strength is not None:
             raise FinepointError(f"--protect-by {found.name} reads what is to be kept; give --protect FILE")
         return None
+    if not found.beside and config.protect_share != Training.protect_share:
+        raise FinepointError(f"--protect-by {found.name} has no text beside a step's examples; leave out "
+                             "--protect-share, or give --protect-by kl or replay")  # fmt: skip
     if config.protect is not None and not found.reads:
         raise FinepointError(f"--protect-by {found.name} reads no text; leave out --protect, or take anchor")
     if baseline and baseline.fisher:
@@ -197,9 +204,7 @@ def fisher_at(tuner: Tuner, model: Any, batches: Sequence[Mapping[str, Any]], se
     found = {name: torch.zeros_like(value) for name, value in trained.items()}
     parts = torch.zeros(1, dtype=torch.float64, device=distributed.device())
     count, rank = distributed.count(), distributed.rank()
-    if count > 1:
-        tuner.train_together()  # nobody else averages what is to be squared first
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad(), tuner.unaveraged():
         # All run equally often, as sharded weights need: a process that has no batch left does the last one again.
         for at in tracked("reading what is to be kept", range(0, len(batches), count)):
             mine = min(at + rank, len(batches) - 1)

@@ -12,7 +12,7 @@ from finepoint.runtime import distributed
 from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
 from finepoint.selection.rules import rule_named
 from finepoint.selection.structure import check_structure
-from finepoint.training.keep import Protection, protection_of
+from finepoint.training.keep import Protection, protection_named, protection_of
 from finepoint.training.loss import loss_named
 from finepoint.training.refresh import schedule_of
 from finepoint.training.settings import TrainConfig, Training
@@ -162,7 +162,7 @@ def check_processes(config: Training) -> None:
     if distributed.count() > 1 and config.baseline:
         raise FinepointError(f"baseline {config.baseline!r} trains in one process; leave out --baseline, or start it "
                              "without a launcher")  # fmt: skip
-    if distributed.count() > 1 and config.protect and config.protect_by in ("kl", "replay"):
+    if distributed.count() > 1 and config.protect and protection_named(config.protect_by).beside:
         raise FinepointError(f"--protect-by {config.protect_by} reads its texts in one process; start it without "
                              "a launcher, or give --protect-by anchor")  # fmt: skip
     if distributed.count() > 1 and getattr(config, "disturb_at_most", None) is not None:

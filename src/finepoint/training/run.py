@@ -209,9 +209,6 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         make, facts = partial(_method, spec, place, steps), _unusual(config)
         with begun(spec, place, folder, saved, make, rows, steps, keeps, **facts) as run:
             results = _train_by_loss(run, rows, validation, packer)
-            if run.method.holding:
-                results["disturbed"] = run.method.holding.settle_()
-                run.facts["disturbed"] = results["disturbed"]["kl"]
             results |= run.outcome()
             adapter, size = run.save()
         settled = {"settled": adapter.count - results["trained"]} if config.refresh else {}
@@ -225,8 +222,6 @@ def _unusual(config: TrainConfig) -> dict[str, Any]:
     """What an adapter says of a training by a loss that was out of the ordinary."""
     facts: dict[str, Any] = {"loss": config.loss} if config.loss != "nll" else {}
     facts |= {"ema": config.ema} if config.ema is not None else {}
-    if config.disturb_at_most is not None:
-        facts["disturb_at_most"] = config.disturb_at_most
     return facts | ({"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {})
 
 
@@ -379,6 +374,12 @@ def _train_by_loss(
     step, lowest = min(losses, key=lambda found: found[1], default=(None, None))
     last = losses[-1][1] if losses else None
     results |= {"validation_loss": lowest if best else last, "last_validation_loss": last, "best_step": step}
+    if run.method.holding:
+        run.save()  # whatever comes of the measuring
+        results["disturbed"] = found = run.method.holding.settle_()
+        run.facts.update(disturbed=found["kl"], disturb_at_most=config.disturb_at_most)
+        if found["scale"] < 1 and validation:
+            results["validation_loss"] = trainer.evaluate()["eval_loss"]
     return results | ({"refreshes": refreshes(trainer.state)} if config.refresh else {})
 
 

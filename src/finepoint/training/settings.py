@@ -87,7 +87,7 @@ class TrainConfig(Training):
     disturb_at_most: float | None = setting(
         "a budget for the KL, in nats a token, of the base's predictions to the trained model's on a fourth of these "
         "texts, which hold nothing back: the strength is adapted, from --protect-strength on, and a rest scaled away",
-        None, "bits", "what is kept", least=1e-6)
+        None, "statistics", "what is kept", least=1e-6)
     refresh: str | list[str] | None = setting(
         "choose anew while training: every:N [until:M], or drop-grow:FRACTION [every:N] [until:M] as SpIEL does",
         None, "bits", "which entries")

@@ -87,6 +87,11 @@ class Tuner(Protocol):
         """Every gradient becomes the mean over all processes."""
         raise self._cannot("be trained by several processes")
 
+    @contextmanager
+    def unaveraged(self) -> Iterator[None]:
+        """Inside, gradients are those of this process alone."""
+        yield
+
     def places(self) -> dict[str, Tensor]:
         """Which entries are trained, where these can be chosen anew: what a checkpoint needs beside the parameters."""
         raise self._cannot("choose entries anew")
@@ -131,10 +136,9 @@ class Average:
     def inside(self) -> Iterator[None]:
         """Inside, what is trained is the average, and the model computes with it."""
         trained = self.tuner.trained()
-        with torch.no_grad():
-            held = {name: value.detach().clone() for name, value in trained.items()}
-            self._put_(self.values)
+        held = {name: value.detach().clone() for name, value in trained.items()}
         try:
+            self._put_(self.values)
             yield
         finally:
             self._put_(held)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from finepoint.errors import FinepointError
+from finepoint.runtime import distributed
 from finepoint.tuner.finite import refuse_not_finite
 
 _LIVE: "weakref.WeakSet[nn.ModuleDict]" = weakref.WeakSet()
@@ -39,6 +41,23 @@ def _stepped(optimizer: Optimizer) -> Iterator[tuple[nn.ModuleDict, dict[str, nn
                           if any(id(parameter) in stepped for parameter in member._parameters.values())}  # fmt: skip
 
 
+def _pull_(member: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Adds what pulls a module's parameters back to their gradients.
+
+    Raises:
+        FinepointError: these are not made yet, or parts of them lie elsewhere.
+    """
+    if getattr(member, "pull", None) is None:
+        return
+    if kwargs.get("closure") or any(callable(given) for given in args[1:]):
+        raise FinepointError("a closure makes the gradients within optimizer.step, where what is to be kept cannot be "
+                             "added; call backward before step(), or leave out protect")  # fmt: skip
+    if distributed.is_sharded(member.delta):
+        raise FinepointError("the model was sharded after sparsify(protect=..), and what pulls its entries back was "
+                             "not; call sparsify after fully_shard")  # fmt: skip
+    member.pull_(getattr(optimizer, "grad_scale", None))
+
+
 @lru_cache(maxsize=1)
 def _register() -> None:
     """Registers the hooks, once: they are never taken away, for a hook that goes while torch walks through them would
@@ -49,7 +68,7 @@ def _register() -> None:
         for container, members in _stepped(optimizer):
             for member in members.values():
                 member.check_fit()  # type: ignore[operator]
-                member.pull_(getattr(optimizer, "grad_scale", None))  # type: ignore[operator]
+                _pull_(member, optimizer, args, kwargs)
             # A gradient scaler has looked already, and the step will leave out what it found. `model/norm/weight` holds
             # the delta of model.norm.weight.
             trained = {name.replace("/", "."): parameter for name, member in members.items() if not scaled

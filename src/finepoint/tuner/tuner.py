@@ -300,6 +300,15 @@ class SparseTuner(Tuner):
         self._deltas.by_hand = True
         self._deltas.compare()
 
+    @contextmanager
+    def unaveraged(self) -> Iterator[None]:
+        """Inside, gradients are those of this process alone, also beside a sharded model."""
+        before, self._deltas.by_hand = self._deltas.by_hand, True
+        try:
+            yield
+        finally:
+            self._deltas.by_hand = before
+
     def average_(self) -> None:
         """The gradient of every delta becomes the mean over all processes: one message of `count` numbers."""
         self._deltas.average_()
