@@ -23,6 +23,7 @@ from finepoint.selection.passes import drawing, drawn
 from finepoint.selection.rules import RULES
 from finepoint.training import context
 from finepoint.training.context import TrainingContext, examples_to_keep, rows_to_read
+from finepoint.training.divergence import BasePredictions
 from finepoint.training.keep import PROTECTIONS, Beside, Protected, _generator, fisher_at
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
@@ -174,6 +175,49 @@ def test_texts_are_read_all_over_the_file(tokenizer):
     rows = [Row([place], [place]) for place in range(10)]
     assert [row.ids for row in rows_to_read(rows, tokenizer, 4)] == [[0], [2], [5], [7]]
     assert rows_to_read(rows, tokenizer, 16) == rows
+
+
+@pytest.mark.parametrize(("protect", "message"), [
+    ([{"input_ids": torch.tensor([[3, 4, 5]])}], "a batch without labels"),
+    ([{"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[-100, -100]])}], "every label is -100"),
+    ([{"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[7, -100]])}], "every label is -100"),
+])  # fmt: skip
+def test_what_holds_nothing_is_told_and_the_model_left_plain(protect, message, llama, monkeypatch, batches):
+    with pytest.raises(FinepointError, match=message):
+        finepoint.sparsify(llama, density=0.2, protect=protect)
+    for strength in (-5.0, float("nan"), float("inf")):
+        with pytest.raises(FinepointError, match="give 0 or more"):
+            finepoint.sparsify(llama, density=0.2, protect=batches, protect_strength=strength)
+    with pytest.raises(FinepointError, match="LlamaModel is none"):
+        finepoint.sparsify(llama.model, density=0.2, protect=batches)
+    monkeypatch.setattr("finepoint.huggingface.sparsify.fisher_at", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finepoint.sparsify(llama, density=0.2, protect=batches)
+    monkeypatch.undo()
+    assert finepoint.tuner_of(finepoint.sparsify(llama, density=0.2, protect=batches)).count
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_kl_sees_a_head_that_is_trained_or_comes_to_be(moving):
+    model, base = tiny_llama(torch.float64, tied=False).eval(), tiny_llama(torch.float64, tied=False).eval()
+    first = "model.layers.0.mlp.up_proj.weight" if moving else "lm_head.weight"
+    with finepoint.SparseTuner(model, {first: torch.arange(50)}, ["lm_head.weight"], audit=False) as tuner:
+        given = replace(protected(model, tuner, 1.0), moving=moving)
+        penalty = PROTECTIONS["kl"].make(given)
+        told = BasePredictions.of(model, given.place.collator, TEXTS, changing=["lm_head.weight"])
+        if moving:
+            tuner.choose_({"lm_head.weight": torch.arange(50)})
+        with torch.no_grad():
+            tuner.trained()["lm_head.weight"].normal_(generator=torch.Generator().manual_seed(0))
+        tuner.follow_()
+        places = penalty.places(0)
+        batches = given.batches([TEXTS[place] for place in places], len(places))
+        found = sum(penalty.loss(batch, places, 1) for batch in batches)
+        expected = dense_term("kl", model, base, [TEXTS[place] for place in places])
+        labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        assert expected > 0.01
+        torch.testing.assert_close(found / labels, expected, rtol=1e-6, atol=0.0)
+        assert told.kl(model) == pytest.approx(float(dense_term("kl", model, base, TEXTS).detach()), rel=1e-6)
 
 
 def test_a_pull_has_the_scale_that_the_optimizer_takes_off(batches):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +15,13 @@ from finepoint.adapters.scaling import MEASURED
 from finepoint.data.batches import context_length
 from finepoint.data.examples import as_examples, read_examples
 from finepoint.data.leaks import Seen
+from finepoint.data.recipes.table import text_file
 from finepoint.errors import FinepointError
 from finepoint.huggingface.scoring_data import scoring_batches
 from finepoint.huggingface.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
 from finepoint.models.loading import from_bitsandbytes_, head_of
 from finepoint.models.weights import in_memory
-from finepoint.selection.passes import Batch, on_device, split
+from finepoint.selection.passes import Batch, label_count, on_device, split
 from finepoint.selection.reach import name_unreached
 from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Scope, Selection, refuse_excluded, select
@@ -103,7 +105,7 @@ def sparsify(
     from_bitsandbytes_(model)
     entire = {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
     refuse_excluded(indices or {}, exclude, model)
-    kept = _kept(model, protect, tokenizer, seed)
+    kept = _kept(model, protect, tokenizer, seed, protect_strength)
     if indices is None:
         indices, batches = _selected(
             model, data, tokenizer, scoring_examples, batch_size, max_length, rule=rule, density=density, count=count,
@@ -137,11 +139,15 @@ def _hold_(tuner: SparseTuner, kept: Sequence[Batch], seed: int, strength: float
     """Has the trained entries pulled back by what texts need of them; what an adapter says of that."""
     if not kept or not strength:
         return {}
-    tuner.hold_(fisher_at(tuner, tuner.model, kept, seed), strength)
+    try:
+        tuner.hold_(fisher_at(tuner, tuner.model, kept, seed), strength)
+    except BaseException:  # it reads text for a while
+        tuner.close()
+        raise
     return {"protect_by": "anchor", "protect_strength": strength}
 
 
-def _kept(model: Any, protect: Any, tokenizer: Any, seed: int) -> list[Batch]:
+def _kept(model: Any, protect: Any, tokenizer: Any, seed: int, strength: float) -> list[Batch]:
     """What is to be kept as batches of one text each.
 
     Raises:
@@ -149,12 +155,21 @@ def _kept(model: Any, protect: Any, tokenizer: Any, seed: int) -> list[Batch]:
     """
     if protect is None:
         return []
-    if model.config.is_encoder_decoder or head_of(model):
+    if model.config.is_encoder_decoder or head_of(model) or model.get_output_embeddings() is None:
         raise FinepointError("protect keeps how a causal language model writes on, and "
                              f"{type(model).__name__} is none; leave it out")  # fmt: skip
+    if not 0 <= strength < inf:
+        raise FinepointError(f"protect_strength is {strength}; give 0 or more")
+    if isinstance(protect, str):
+        protect = text_file(protect)
     limit = min(TOKENS_READ, context_length(model, None))
     found = scoring_batches(model, "protect", protect, tokenizer, TEXTS_READ, 1, limit, seed)
-    texts: list[Batch] = [text for batch in found for text in split(batch)]
+    if not all(isinstance(batch.get("labels"), Tensor) and batch["labels"].ndim == 2 for batch in found):
+        raise FinepointError("protect holds a batch without labels, which say where predictions are to be kept; give "
+                             "them, e.g. the input_ids again")  # fmt: skip
+    texts: list[Batch] = [text for batch in found for text in split(batch) if label_count(text)]
+    if not texts:
+        raise FinepointError("protect has no token to keep the prediction of: every label is -100")
     return texts[:TEXTS_READ]
 
 

@@ -125,7 +125,7 @@ def rule_named(name: str) -> Rule:
     if is_expression(name):
         return Rule(name, expression(name), name, "a formula")
     known = [*RULES, *ALIASES, *plugins]
-    listed = f"known rules: {', '.join(known)}, module:function, or a formula of w, g, f and x such as "
+    listed = f"known rules: {', '.join(known)}, module:function, or a formula of w, g, f, x and k such as "
     raise FinepointError(f"unknown rule {name!r}{did_you_mean(name, known, listed)} 'abs(g) / (abs(w) + 1e-6)'")
 
 

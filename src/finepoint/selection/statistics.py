@@ -71,7 +71,9 @@ def stream_statistics(
         yield from ((name, Statistics()) for name in weights)
         return
     if made & set(FROM_KEPT) and not kept:
-        raise FinepointError("this rule looks at what is to be kept; give text of it by --protect (in Python: kept)")
+        raise FinepointError(
+            "this rule looks at what is to be kept; give text of it by --protect (in Python: protect, kept)"
+        )
     if made & set(FROM_DATA) and not batches:
         raise FinepointError("this rule scores by examples and needs data; give --data (in Python: batches)")
     if wanted or warm:

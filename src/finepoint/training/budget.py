@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import exp, inf, log, sqrt
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers.trainer_callback import TrainerCallback, TrainerState
@@ -89,6 +89,8 @@ def scale_to_budget(
     """
     started = time.perf_counter()
     refuse_budget(disturb_at_most)
+    if by not in get_args(By):
+        raise FinepointError(f"by is {by!r}; it is {' or '.join(map(repr, get_args(By)))}")
     if adapter.info.get("task") == "classification":
         raise FinepointError("the adapter is a classifier's, and a budget is for what a model writes next")
     check_base(model)

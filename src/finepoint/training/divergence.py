@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import linear
 
 from finepoint.data.batches import IGNORED, Collator
@@ -54,7 +53,8 @@ class BasePredictions:
         moving = {id(parameters[name]) for name in changing if name in parameters}
         head = plain_head(model)
         moved = {} if head is None else {n: w for n, w in head.named_parameters() if id(w) in moving}
-        if any(is_quantised(weight) for weight in moved.values()):
+        plain = isinstance(head, nn.Linear)
+        if moved and (not plain or any(is_quantised(weight) for weight in moved.values())):
             head = None
         if head is None:
             moved, rows = {}, _affordable(model, rows)
@@ -62,7 +62,9 @@ class BasePredictions:
                    for places in collator.by_length([len(row.ids) for row in rows], TOKENS)]  # fmt: skip
         with evaluating(model):
             states = [states_at_labels(model, head, batch).cpu() for batch in batches]
-        weights = {name: weight.detach().clone() for name, weight in moved.items()}
+        weights = {
+            name: weight.detach().clone() for name, weight in (head.named_parameters() if moved and head else ())
+        }
         return BasePredictions(batches, states, head, weights, len(rows), sum(map(len, states)))
 
     @torch.no_grad()
@@ -83,7 +85,9 @@ class BasePredictions:
     def _logits(self, states: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         if self.head is None:
             return states
-        logits: Tensor = functional_call(self.head, dict(weights), (states,)) if weights else self.head(states)
+        if weights:  # by the product itself: whatever hangs on the module would have its weights follow
+            return linear(states, weights["weight"], weights.get("bias", self.head.bias))  # type: ignore[arg-type]
+        logits: Tensor = self.head(states)
         return logits
 
 
@@ -93,16 +97,17 @@ def states_at_labels(model: Any, head: nn.Module | None, batch: Mapping[str, Any
     return states_of(model, head, batch)[batch["labels"][:, 1:] != IGNORED]
 
 
-def head_as_it_is(head: nn.Module, states: Tensor) -> Callable[[Tensor], Tensor]:
+def head_as_it_is(head: nn.Module, states: Tensor, moving: bool = False) -> Callable[[Tensor], Tensor]:
     """What makes logits of states also when the head has been trained: itself, or a copy where it is to be trained.
 
     Args:
         states: any that the head takes, (positions, width).
+        moving: it may come to be trained later.
 
     Raises:
         FinepointError: it is to be trained, and is more than a matrix or quantised.
     """
-    if not leaves_of(head, states[None]):
+    if not moving and not leaves_of(head, states[None]):
         return head
     layer: Any = getattr(head, "base_layer", head)  # PEFT's wrap
     if not isinstance(layer, nn.Linear) or is_quantised(layer.weight):

@@ -131,7 +131,7 @@ def kl(given: Protected) -> Penalty:
                              "token; give --protect-by anchor or replay")  # fmt: skip
     with evaluating(model), torch.no_grad():
         known = [states_at_labels(model, head, batch) for batch in given.batches(given.rows, 1)]
-    before = head_as_it_is(head, known[0])
+    before = head_as_it_is(head, known[0], given.moving)
 
     def loss(batch: dict[str, Any], places: Sequence[int], labels: int) -> Tensor:
         return divergence(model, batch, torch.cat([known[place] for place in places]), before, labels)

@@ -142,6 +142,10 @@ class Run(Generic[Told]):
         peak = peak_bytes()  # of training: what follows makes copies
         with self.method.as_it_is_left():
             changed, norm, facts = tuner.changed(), tuner.norm(exclude=self.head), tuner.facts()
+        if not changed and getattr(self.spec.config, "keep", None) == "best":
+            raise TrainingFailedError(f"no evaluation had a lower validation loss than one before anything had changed "
+                                      f"(best of --keep best); give a smaller --lr than {self.spec.lr}, or --keep "
+                                      "last")  # fmt: skip
         if not changed:
             raise TrainingFailedError(f"training changed none of the {tuner.count} chosen weights: every update was "
                                       f"lost to rounding in {self.place.model.dtype}{why}; give a larger --lr than "
