@@ -435,6 +435,6 @@ def test_an_average_goes_on_where_it_stopped(config, tmp_path, changes):
     with pytest.raises(FinepointError, match="was trained with ema 0.9"):
         train(replace(config, resume=True, ema=0.8, steps=9))
     with pytest.raises(FinepointError, match="a budget is kept by what is trained"):
-        train(replace(config, protect=config.data, disturb_at_most=0.1, resume=True))
+        train(replace(config, baseline=None, density=0.1, protect=config.data, disturb_at_most=0.1, resume=True))
     with pytest.raises(FinepointError, match="leave out --ema or --refresh"):
         train(replace(config, refresh="every:2", baseline=None, density=0.1, overwrite=True, baseline_options={}))
