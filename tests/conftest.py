@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.register_assert_rewrite("desk")
@@ -69,6 +70,16 @@ def assert_same_bits(before, after):
     for name, value in before.items():
         assert value.dtype == after[name].dtype
         assert torch.equal(bits(value), bits(after[name])), name
+
+
+def assert_same_tensors(folder, other):
+    """Two folders hold the same files of tensors, bit for bit."""
+    found, wanted = ({file.name: load_file(file) for file in Path(each).glob("*.safetensors")}
+                     for each in (folder, other))  # fmt: skip
+    assert found.keys() == wanted.keys()
+    assert found
+    for name in found:
+        assert_same_bits(found[name], wanted[name])
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from conftest import assert_same_bits, interrupted_at, snapshot, tiny_llama, write_lines
+from conftest import assert_same_bits, assert_same_tensors, interrupted_at, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli import main
 from finepoint.data.examples import Chat, Completion, Text, read_examples
@@ -427,11 +426,7 @@ def test_an_average_goes_on_where_it_stopped(config, tmp_path, changes):
     with interrupted_at(6):
         train(config)
     train(replace(config, resume=True))
-    found, whole = ({file.name: load_file(file) for file in Path(folder).glob("*.safetensors")}
-                    for folder in (config.output, tmp_path / "whole"))  # fmt: skip
-    assert found.keys() == whole.keys()
-    for name in found:
-        assert_same_bits(found[name], whole[name])
+    assert_same_tensors(config.output, tmp_path / "whole")
     with pytest.raises(FinepointError, match="was trained with ema 0.9"):
         train(replace(config, resume=True, ema=0.8, steps=9))
     with pytest.raises(FinepointError, match="a budget is kept by what is trained"):

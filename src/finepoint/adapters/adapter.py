@@ -277,15 +277,15 @@ class SparseAdapter(Contents):
             weights = dict(model.named_parameters(remove_duplicate=False))
             before = dict(_applied(model)[-1][1])
             after = {name: change.new_values(before[name]) for name, change in self.changes.items()}
-            whole = {name for name, change in self.changes.items() if change.kind == "full"}
-            places = {name: self[name].to(weights[name].device) for name in self if name not in whole}
+            places = {name: self[name].to(weights[name].device) for name, change in self.changes.items()
+                      if change.kind != "full" or distributed.is_sharded(weights[name])}  # fmt: skip
 
             def switch(on: bool) -> None:
                 for name, values in (after if on else before).items():
-                    if name in whole and not distributed.is_sharded(weights[name]):
-                        weights[name].detach().copy_(values.view(weights[name].shape))
+                    if name in places:
+                        scatter_(weights[name], places[name], values)
                     else:
-                        scatter_(weights[name], places.get(name, self[name]), values)
+                        weights[name].detach().copy_(values.view(weights[name].shape))
 
             switch(False)
             try:

@@ -56,7 +56,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         assert place.seen is not None
         leaked = leaks(place.seen, {Path(measured_on).name: held_out})
         warn_of_leaks(leaked)
-        make = partial(_method, spec, place)
+        make = partial(_method, spec)
         facts: dict[str, Any] = {"method": config.method, "beta": beta_of(config)}
         with begun(spec, place, folder, saved, make, rows, config.steps or 0, **facts) as run:
             reference = Reference(place.model, run.method.tuner.as_it_is())

@@ -24,9 +24,6 @@ class Master(nn.Module):
     def check_fit(self) -> None:
         """A weight of any floating-point dtype can take the master's value."""
 
-    def pull_(self, factor: Tensor | None = None) -> None:
-        """Nothing pulls a whole weight back but what a run adds itself."""
-
     @torch.no_grad()
     def follow_(self) -> None:
         """The weight takes the master's value, rounded once."""

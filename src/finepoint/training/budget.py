@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import exp, inf, log, sqrt
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from transformers.trainer_callback import TrainerCallback, TrainerState
@@ -21,6 +21,7 @@ from finepoint.adapters.scaling import scale_by_depth, wise_ft
 from finepoint.data.batches import Collator, Row
 from finepoint.data.examples import as_examples
 from finepoint.errors import FinepointError
+from finepoint.runtime.settings import fits, spelled
 from finepoint.training.context import rows_to_keep
 from finepoint.training.divergence import BasePredictions
 from finepoint.tuner.interface import Method
@@ -89,8 +90,8 @@ def scale_to_budget(
     """
     started = time.perf_counter()
     refuse_budget(disturb_at_most)
-    if by not in get_args(By):
-        raise FinepointError(f"by is {by!r}; it is {' or '.join(map(repr, get_args(By)))}")
+    if not fits(by, By):
+        raise FinepointError(f"by is {by!r}; it is {' or '.join(spelled(By))}")
     if adapter.info.get("task") == "classification":
         raise FinepointError("the adapter is a classifier's, and a budget is for what a model writes next")
     check_base(model)

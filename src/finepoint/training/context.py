@@ -55,6 +55,8 @@ class TrainingContext:
     collator: Collator
     seen: Seen | None = None
     """digests of the examples"""
+    kept: Sequence[Row] = ()
+    """what a run is to keep, once it has been read"""
 
 
 def prepare(config: SelectConfig) -> TrainingContext:
@@ -146,7 +148,7 @@ def select_for(
         batches = batches_of(config, place, scoring_rows(place.rows, config.scoring_examples, config.seed))
     kept: list[dict[str, Any]] = []
     if rule.needs_kept:
-        kept_here, _ = apart(config, kept_rows(config, place))
+        kept_here, _ = apart(config, list(place.kept) or kept_rows(config, place))
         kept = batches_of(config, place, rows_to_read(kept_here, place.tokenizer, config.protect_read))
     # What is trained whole, a new classification head, takes no part.
     head = new_head(place.model) if place.labels else []

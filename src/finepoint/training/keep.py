@@ -273,11 +273,10 @@ class Beside:
 
     def places(self, step: int) -> list[int]:
         """Which texts take part in the step after so many: a resumed run meets those that it would have met."""
-        texts, found = len(self.given.rows), []
-        for place in range(step * self.given.a_step, (step + 1) * self.given.a_step):
-            order = random.Random(f"{self.given.seed}:{place // texts}").sample(range(texts), texts)
-            found.append(order[place % texts])
-        return found
+        texts, wanted = len(self.given.rows), range(step * self.given.a_step, (step + 1) * self.given.a_step)
+        rounds = {place // texts for place in wanted}
+        orders = {turn: random.Random(f"{self.given.seed}:{turn}").sample(range(texts), texts) for turn in rounds}
+        return [orders[place // texts][place % texts] for place in wanted]
 
     def add_(self, step: int) -> None:
         model, places = self.given.place.model, self.places(step)

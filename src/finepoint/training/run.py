@@ -70,7 +70,7 @@ from finepoint.version import __version__
 logger = logging.getLogger(__name__)
 BEST = ".best.safetensors"  # while a run is under way
 AUDITED = 2  # examples that the gradients are tried on
-Make = Callable[[list[str], Fingerprint, Path | None], tuple[Method, dict[str, Any]]]
+Make = Callable[[TrainingContext, list[str], Fingerprint, Path | None], tuple[Method, dict[str, Any]]]
 EVALUATIONS = 5  # over a run with validation examples and no --eval-every
 
 
@@ -210,7 +210,7 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         packer = packer_for(place) if config.packing else None
         rows = [row for row in place.rows if learned(row)]
         steps = steps_of(config, len(rows))
-        make, facts = partial(_method, spec, place, steps), _unusual(config)
+        make, facts = partial(_method, spec, steps), _unusual(config)
         with begun(spec, place, folder, saved, make, rows, steps, keeps, **facts) as run:
             results = _train_by_loss(run, rows, validation, packer)
             results |= run.outcome()
@@ -257,8 +257,8 @@ def begun(
 
     Args:
         saved: the checkpoints of the run that is resumed, if one is.
-        make: gives the method, and how its entries were chosen, from the weights of a new head, the base's fingerprint,
-            and the folder of the run that is resumed, if one is.
+        make: gives the method, and how its entries were chosen, from the context with what is to be kept, the weights
+            of a new head, the base's fingerprint, and the folder of the run that is resumed, if one is.
         rows: what decides the bits besides the settings and the text that is to be kept.
         facts: what else the adapter says of itself.
     """
@@ -269,13 +269,13 @@ def begun(
     base = base_beneath(place.model).without(head)  # of a sequence the earlier tasks' adapters are applied
     if saved:
         distributed.on_first(partial(refuse_other_base, saved[0], base))
-    kept = kept_rows(config, place)
-    settings = decisive(config, [*rows, *kept], base)
+    place = replace(place, kept=kept_rows(config, place))
+    settings = decisive(config, [*rows, *place.kept], base)
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
-    method, chosen = make(head, base, folder if saved else None)
+    method, chosen = make(place, head, base, folder if saved else None)
     try:
         if spec.protection:
-            method = held(spec, place, method, head, kept)
+            method = held(spec, place, method, head)
         prepared = time.perf_counter() - began
         what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
         logger.info("%d %s in %.1f s", method.tuner.count, what, prepared)
@@ -409,7 +409,7 @@ def versions() -> dict[str, str]:
 
 
 def _method(
-    spec: RunSpec[TrainConfig], place: TrainingContext, steps: int,
+    spec: RunSpec[TrainConfig], steps: int, place: TrainingContext,
     head: list[str], base: Fingerprint, resumed: Path | None,
 ) -> tuple[Method, dict[str, Any]]:  # fmt: skip
     """What trains, as the configuration says, and how its entries were chosen."""
@@ -439,11 +439,11 @@ def _method(
     return method, chosen
 
 
-def held(spec: RunSpec[Any], place: TrainingContext, method: Method, head: list[str], kept: list[Row]) -> Method:
+def held(spec: RunSpec[Any], place: TrainingContext, method: Method, head: list[str]) -> Method:
     """The method, held to its base as the run is told to; what is trained has not moved yet."""
     config, protection, most = spec.config, spec.protection, getattr(spec.config, "disturb_at_most", None)
     assert protection is not None
-    kept, measured = apart(config, kept)
+    kept, measured = apart(config, list(place.kept))
     given = Protected(place, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
                       config.protect_read, moving=method.refresh is not None)  # fmt: skip
     method = replace(method, penalty=protection.make(given))

@@ -101,9 +101,9 @@ class SparseWeight(nn.Module):
         Args:
             factor: that the gradient is multiplied by as yet, (), if the optimizer will divide by it.
         """
-        if self.pull is not None:
-            pull = self.pull * self.delta if factor is None else self.pull * self.delta * factor
-            self.delta.grad = pull if self.delta.grad is None else self.delta.grad.add_(pull)
+        assert self.pull is not None
+        pull = self.pull * self.delta if factor is None else self.pull * self.delta * factor
+        self.delta.grad = pull if self.delta.grad is None else self.delta.grad.add_(pull)
 
     @property
     def weight(self) -> nn.Parameter:
