@@ -48,6 +48,12 @@ class Chat(Placed):
     """A conversation of (role, content) pairs; the assistant's turns are learned."""
 
     messages: tuple[tuple[str, str], ...]
+    more: tuple[str, ...] = ()
+    """what each turn holds beside these (reasoning, calls of tools), as JSON: by turn, or nothing at all"""
+    given: str = ""
+    """what the template is given beside the turns (tools), as JSON"""
+    last: bool = False
+    """of the assistant's turns only the last is learned"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ FORMS: dict[tuple[str, ...], Form] = {}
 """of examples, by a row's keys"""
 PAIRS: dict[tuple[str, ...], Form] = {}
 """of pairs for alignment"""
+OPTIONAL: dict[tuple[str, ...], set[str]] = {}
+"""keys that a row may have beside those of its form"""
 SOURCES: dict[str, Source] = {}
 """by the end of a file's name"""
 EXTRAS = {"id", "group"}
@@ -95,11 +103,12 @@ ELSEWHERE = {
 }
 
 
-def form(*keys: str, pairs: bool = False) -> Callable[[Form], Form]:
+def form(*keys: str, pairs: bool = False, optional: Iterable[str] = ()) -> Callable[[Form], Form]:
     """Makes a function the reader of rows that have these keys: from where a row stands, and the row, to an example."""
 
     def register(make: Form) -> Form:
         (PAIRS if pairs else FORMS)[keys] = make
+        OPTIONAL[keys] = set(optional)
         return make
 
     return register
@@ -168,7 +177,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _example(where: str, row: Any, forms: Mapping[tuple[str, ...], Form]) -> Any:
     keys = set(row) - EXTRAS if isinstance(row, dict) else set()
     for wanted, make in forms.items():
-        if keys == set(wanted):
+        if keys - OPTIONAL[wanted] == set(wanted):
             return make(where, row)
     keyed = "the keys" if forms is PAIRS else "an object with the keys"
     found = f"{keyed} {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
@@ -234,20 +243,86 @@ def choices(where: str, row: Row) -> Choices:
     return Choices(string(where, row, "prompt"), texts, answer, where=where)
 
 
-@form("messages")
+TURNS = 'expected [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}, ..]'
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""a turn's keys for what the model thought; templates read one or another"""
+
+
+@form("messages", optional=("tools", "chat_template_kwargs"))
 def chat(where: str, row: Row) -> Chat:
     messages = row["messages"]
-    expected = 'expected [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}, ..]'
     if not isinstance(messages, list) or not messages:
-        raise FinepointError(f"{where}: 'messages' is no list of turns; {expected}")
-    turns = []
-    for turn in messages:
-        if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
-            raise FinepointError(f"{where}: a turn is {turn!r}; {expected}")
-        turns.append((string(where, turn, "role"), string(where, turn, "content")))
+        raise FinepointError(f"{where}: 'messages' is no list of turns; {TURNS}")
+    turns = [_turn(where, turn) for turn in messages]
     if turns[0][0] == "assistant" or turns[-1][0] != "assistant":
         raise FinepointError(f"{where}: a conversation must begin with another role and end with the assistant")
-    return Chat(tuple(turns), where=where)
+    more = tuple(_json(where, "messages", rest) for *_, rest in turns)
+    return Chat(tuple((role, content) for role, content, _ in turns), more if any(more) else (),
+                _json(where, "tools", _for_template(where, row)), where=where)  # fmt: skip
+
+
+def _turn(where: str, turn: Any) -> tuple[str, str, Row]:
+    """A turn's role, its text, and what else it holds, which templates may read."""
+    if not isinstance(turn, dict) or "role" not in turn:
+        raise FinepointError(f"{where}: a turn is {turn!r}; {TURNS}")
+    rest = {key: value for key, value in turn.items() if key not in ("role", "content") and value not in (None, [])}
+    for key in REASONING:
+        if key in rest:
+            string(where, rest, key)
+    if "tool_calls" in rest:
+        _refuse_calls(where, rest["tool_calls"])
+    if rest.get("weight", 1) not in (0, 1):
+        raise FinepointError(f"{where}: 'weight' is {rest['weight']!r}; 1 has a turn learned, 0 has it read alone")
+    role, content = string(where, turn, "role"), _content(where, turn.get("content"))
+    if not content and role != "tool" and not (role == "assistant" and "tool_calls" in rest):
+        raise FinepointError(f"{where}: a turn is {turn!r}, without content; {TURNS}")
+    return role, content, rest
+
+
+def _content(where: str, content: Any) -> str:
+    """A turn's text: a string, or parts that are all text; nothing where it is missing."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise FinepointError(f"{where}: a turn's content holds {part!r}; of conversations text alone is learned, "
+                                 'a string or [{"type": "text", "text": ".."}, ..]')  # fmt: skip
+    return readable(where, "content", "".join(part["text"] for part in parts))
+
+
+def _refuse_calls(where: str, calls: Any) -> None:
+    """Refuses calls of tools that no template could read."""
+    given = calls if isinstance(calls, list) else [None]
+    functions = [call.get("function", call) if isinstance(call, dict) else None for call in given]
+    if not all(isinstance(found, dict) and isinstance(found.get("name"), str) for found in functions):
+        raise FinepointError(f"{where}: 'tool_calls' is {calls!r}; expected "
+                             '[{"type": "function", "function": {"name": "..", "arguments": {..}}}, ..]')  # fmt: skip
+
+
+def _for_template(where: str, row: Row) -> Row:
+    """What a row gives a chat template beside its turns: the tools that may be called, and further words."""
+    tools, words = _object(row.get("tools")), _object(row.get("chat_template_kwargs"))
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise FinepointError(f"{where}: 'tools' must be a list of JSON schemas, got {tools!r}")
+    if words and not isinstance(words, dict):
+        raise FinepointError(f"{where}: 'chat_template_kwargs' must be an object, got {words!r}")
+    return (words or {}) | ({"tools": tools} if tools else {})
+
+
+def _object(value: Any) -> Any:
+    """What a string of JSON says, as tables hold what is nested; anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _json(where: str, key: str, value: Row) -> str:
+    """What a template is to be given, as it is kept; nothing where there is none."""
+    try:
+        return readable(where, key, json.dumps(value, ensure_ascii=False)) if value else ""
+    except (TypeError, ValueError) as error:
+        raise FinepointError(f"{where}: {key!r} holds what is no JSON: {error}") from error
 
 
 @form("text", "label")
