@@ -201,7 +201,7 @@ def test_training_keeps_its_budget_and_uses_it(config, tokenizer, most):
             shares = [1 - (1 - record["step"] / 16) ** 2 for record in (before, line)]
             ahead = (line["disturbed"] / before["disturbed"]) ** ((1 - shares[1]) / (shares[1] - shares[0]))
             end = line["disturbed"] * min(max(ahead, 1 / 4), 4)
-            strength *= min(max((end / most) ** 0.7, 1 / 3), 10)
+            strength = min(strength * min(max((end / most) ** 0.7, 1 / 3), 10), 10.0 * 1e4)
         assert line["protect_strength"] == pytest.approx(strength)
     assert found["strength"] == pytest.approx(strength)
 
@@ -225,13 +225,23 @@ def test_the_strength_of_any_protection_is_adapted(config, by):
     assert record["disturbed"]["strength"] != 1
 
 
+def test_the_strength_has_a_bound_that_is_said(config, monkeypatch, caplog):
+    """Against text that does not respond, as where the pull is elsewhere than what the text needs."""
+    monkeypatch.setattr(budget, "STRONGEST", 20.0)
+    record, _ = run(config, protect_by="l2", disturb_at_most=1e-6, protect_strength=1e-9)
+    assert record["disturbed"]["strength"] == pytest.approx(20e-9)
+    assert caplog.text.count("the text does not respond") == 1
+    assert record["disturbed"]["kl"] <= 1e-6
+
+
 def test_a_resumed_run_keeps_the_budget_alike(config):
     whole = run(config, save_every=5, output=config.output + "-whole")
     with interrupted_at(12):
         run(config, save_every=5)
     resumed = run(config, save_every=5, resume=True)
     assert all(resumed[1].changes[name].equals(whole[1].changes[name]) for name in whole[1])
-    assert resumed[0]["disturbed"] == whole[0]["disturbed"]
+    for told in ("disturbed", "first_loss", "loss", "last_loss"):
+        assert resumed[0][told] == whole[0][told]
 
 
 def test_a_head_that_is_trained_is_measured_too(config, tokenizer):

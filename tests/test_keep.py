@@ -511,7 +511,14 @@ def test_what_cannot_be_protected_is_refused(config, tmp_path):
         ({"baseline": "ewc", "density": None, "fisher_data": config.protect}, "has its own pull"),
         ({"protect": None, "protect_by": "kl"}, "give --protect FILE"),
         ({"protect": None, "protect_strength": 1.0}, "give --protect FILE"),
+        ({"protect": None, "protect_examples": 8}, "protect_examples says something of --protect, which is not given"),
+        ({"protect": None, "protect_read": 8, "protect_by": "l2"}, "leave out --protect-read"),
+        ({"protect": None, "protect_share": 0.5}, "leave out --protect-share"),
+        ({"protect_by": "kl", "protect_read": 8}, "reads all of the texts; leave out --protect-read"),
         ({"protect_by": "l2"}, "reads no text"),
+        ({"protect": "newz"}, "there is no file newz; did you mean 'news'"),
+        ({"rule": "gain", "rule_options": {"floor": -0.1}}, "floor is -0.1; give 0 or more"),
+        ({"output": config.model}, "is the base model itself"),
         ({"protect_by": "ancor"}, "did you mean 'anchor'"),
         ({"protect": str(classes)}, "classifiers write nothing"),
         ({"data": str(classes)}, "classifiers write nothing"),
@@ -533,6 +540,25 @@ def test_entries_are_chosen_and_held_back_by_the_same_text(config, tmp_path, cap
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert main([*chosen, "--overwrite"]) == 2
     assert "rule 'random' looks at no text that is to be kept; leave out --protect" in capsys.readouterr().err
+
+
+def test_a_rule_may_read_the_text_and_the_pull_do_without(config, tmp_path):
+    """Entries are those of the rule, and the pull is l2's over them."""
+    rule = {"rule": "gain", "output": str(tmp_path / "l2"), "protect_by": "l2"}
+    ours, other = trained(config, **rule), trained(config, rule="gain")
+    assert all(torch.equal(ours[name], other[name]) for name in other)
+    alone = trained(config, protect=None, protect_by="l2", indices=rule["output"], output=str(tmp_path / "alone"))
+    assert all(ours.changes[name].equals(alone.changes[name]) for name in alone)
+    trained(config, rule="gain", protect_by="kl", protect_read=1, output=str(tmp_path / "read"))  # by the rule
+
+
+def test_settings_of_text_to_keep_are_refused_without_it_wherever_they_are(config, capsys, batches):
+    for command in (["select", "--model", config.model, "--output", config.output],
+                    ["eval", "--model", config.model, "--probe", f"x={config.protect}"]):  # fmt: skip
+        assert main([*command, "--protect-examples", "8"]) == 2
+        assert "give --protect FILE, or leave out --protect-examples" in capsys.readouterr().err
+    with pytest.raises(FinepointError, match="none are given; give protect, or leave it out"):
+        finepoint.sparsify(tiny_llama(), density=0.1, protect_strength=10.0)
 
 
 def test_from_the_command_line(config, capsys):

@@ -94,7 +94,10 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         with interruption.noticed():
             config: Any = parse(known.config, command, arguments, known.after_help)
+            from finepoint.runtime.files import refuse_model_folder
             from finepoint.runtime.progress import log_to_stderr
+
+            refuse_model_folder(config)
 
             log_to_stderr()
             if distributed.launched() and command not in TOGETHER:

@@ -23,7 +23,7 @@ from finepoint.evaluation.settings import EvalConfig
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
-from finepoint.runtime.settings import refuse_out_of_range
+from finepoint.runtime.settings import refuse_out_of_range, refuse_without
 from finepoint.training.context import CLASSIFIERS, examples_to_keep
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
         FinepointError: whatever the user can mend.
     """
     refuse_out_of_range(config)
+    refuse_without(config, "protect", ["protect_examples"])
     if config.output:
         claim_file(config.output, config.overwrite)
     sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}

@@ -154,6 +154,9 @@ def _kept(model: Any, protect: Any, tokenizer: Any, seed: int, strength: float) 
         FinepointError: the model does not write on; or as for `scoring_batches`.
     """
     if protect is None:
+        if strength != PROTECTIONS["anchor"].strength:
+            raise FinepointError("protect_strength says how strongly texts are kept, and none are given; give protect, "
+                                 "or leave it out")  # fmt: skip
         return []
     if model.config.is_encoder_decoder or head_of(model) or model.get_output_embeddings() is None:
         raise FinepointError("protect keeps how a causal language model writes on, and "

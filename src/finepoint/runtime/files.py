@@ -160,6 +160,19 @@ def claim_folder(path: str | Path, overwrite: bool) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def refuse_model_folder(config: Any) -> None:
+    """Refuses settings whose `output` is the folder of a model that they name: its files would be another's.
+
+    Raises:
+        FinepointError: it is.
+    """
+    output = getattr(config, "output", None)
+    for name, what in (("model", "base"), ("base", "base"), ("tuned", "tuned")):
+        model = getattr(config, name, None)
+        if output and model and Path(model).is_dir() and Path(model).resolve() == Path(output).resolve():
+            raise FinepointError(f"{output} is the {what} model itself; choose another --output")
+
+
 def check_output(path: str | Path, overwrite: bool) -> None:
     """Refuses, before work that takes time, a folder that could not be claimed after it; leaves nothing behind.
 

@@ -76,6 +76,21 @@ def refuse_out_of_range(config: Any) -> None:
             raise FinepointError(f"{name} is {value}; give at most {told['most']}")
 
 
+def refuse_without(config: Any, needed: str, others: Iterable[str], what: str = "FILE") -> None:
+    """Refuses settings that mean nothing where another one, a file, is not given.
+
+    Raises:
+        FinepointError: one of them is not at its default; it is named.
+    """
+    if getattr(config, needed) is not None:
+        return
+    defaults = {known.name: default_of(known) for known in fields(config)}
+    for name in others:
+        if getattr(config, name) != defaults[name]:
+            raise FinepointError(f"{name} says something of --{needed}, which is not given; give --{needed} {what}, or "
+                                 f"leave out --{name.replace('_', '-')}")  # fmt: skip
+
+
 def default_of(known: Field[Any]) -> Any:
     """A field's default, `MISSING` where it is required."""
     return known.default if known.default_factory is MISSING else known.default_factory()

@@ -180,6 +180,7 @@ def gradient(gradient: Tensor) -> Tensor:
 
 @_rule("gallop", "|mean g| / (|w| + epsilon)", "GaLLoP, arXiv:2510.19778")
 def gallop(weight: Tensor, gradient: Tensor, epsilon: float = 1e-8) -> Tensor:
+    refuse_negative("epsilon", epsilon)
     # float32, since |w| + 1e-8 is |w| in bfloat16 and in float16.
     return gradient.abs() / (wide(weight).abs() + epsilon)
 
@@ -231,6 +232,7 @@ def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
     "EWC's, arXiv:1612.00796, as a price",
 )
 def gain(gradient: Tensor, kept_squared_gradient: Tensor, kept_mean: Tensor, floor: float = 0.1) -> Tensor:
+    refuse_negative("floor", floor)
     return gradient.square() / (kept_squared_gradient + (floor * kept_mean).clamp(min=TINIEST))
 
 
@@ -246,6 +248,12 @@ def movement(movement: Tensor, steps: float = 50, lr: float = 1e-5) -> Tensor:
 )
 def lottery(change: Tensor, steps: float = 50, lr: float = 1e-5) -> Tensor:
     return change.abs()
+
+
+def refuse_negative(option: str, value: float) -> None:
+    """Refuses what would make of a divisor another one than the formula's."""
+    if not value >= 0:
+        raise FinepointError(f"{option} is {value:g}; give 0 or more")
 
 
 def by_row(values: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ WATCHED = 2  # the first of them: what is moved early is often taken back, so th
 AHEAD = 4.0  # by what factor the KL is expected to change until the end, at most
 GAIN = 0.7  # of the answer: what holds back acts some steps later
 STEPWISE = 1 / 3, 10.0  # by what a measurement multiplies the strength: at least, at most
+STRONGEST = 1e4  # times what it began with: text that has not responded then will not
 DISTURBED, STRENGTH = "disturbed", "protect_strength"  # in the log
 
 
@@ -193,7 +194,8 @@ class Holding(TrainerCallback):
     """Keeps a budget while entries are trained: measures now and then, and holds them back more or less strongly.
 
     From the last two measurements is told what the KL comes to at the end, and the strength is multiplied by a power
-    of that over the budget. What is still above the budget then is taken back by scaling the change. A checkpoint
+    of that over the budget, up to `STRONGEST` times what it was: text may not respond, and the task would be learned no
+    more. What is still above the budget then is taken back by scaling the change. A checkpoint
     knows the strength, and what was measured, by the trainer's log.
 
     Args:
@@ -208,6 +210,7 @@ class Holding(TrainerCallback):
         assert method.penalty
         tuner: Any = method.tuner
         self.budget, self.tuner, self.penalty, self.falling = budget, tuner, method.penalty, falling
+        self.most = STRONGEST * method.penalty.strength
         self.few, self.all = (BasePredictions.of(tuner.model, collator, part, changing=tuner.trained())
                               for part in (rows[:: max(1, len(rows) // FEW)][:FEW], rows))  # fmt: skip
         self.log: Callable[[dict[str, float]], None] = lambda told: None  # the trainer gives its own
@@ -225,9 +228,17 @@ class Holding(TrainerCallback):
         if len(known) >= WATCHED:
             before = moved_by(known[-1]["step"] / steps, self.falling), known[-1][DISTURBED]
             ratio = at_the_end(before, (moved_by(step / steps, self.falling), kl)) / self.budget
-            self.penalty.strength *= min(max(ratio**GAIN, STEPWISE[0]), STEPWISE[1])
+            self._strengthen_(ratio**GAIN, kl)
         logger.info("step %d: KL to the base %.4g, held back with strength %.4g", step, kl, self.penalty.strength)
         self.log({DISTURBED: kl, STRENGTH: self.penalty.strength})
+
+    def _strengthen_(self, factor: float, kl: float) -> None:
+        before, wanted = self.penalty.strength, self.penalty.strength * min(max(factor, STEPWISE[0]), STEPWISE[1])
+        self.penalty.strength = min(wanted, self.most)
+        if before < self.most <= wanted:
+            logger.warning("the text does not respond: at %g times its strength what holds back leaves KL at %.3g; it "
+                           "is made no stronger, and what is above the budget at the end is scaled away",
+                           STRONGEST, kl)  # fmt: skip
 
     def _measured(self, state: TrainerState) -> list[dict[str, float]]:
         return [record for record in state.log_history if STRENGTH in record]

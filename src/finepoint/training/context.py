@@ -29,6 +29,7 @@ from finepoint.models.probing import PACKABLE, counts_from_zero, keeps_apart
 from finepoint.models.quantised import quantised_layers
 from finepoint.runtime import distributed
 from finepoint.runtime.files import claim_folder, write_record
+from finepoint.runtime.settings import refuse_without
 from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Budget, Selection, refuse_excluded, select
 from finepoint.selection.settings import SelectConfig
@@ -289,6 +290,7 @@ def choose(config: SelectConfig) -> Selection:
         FinepointError: whatever the user can mend.
     """
     rule = rule_named(config.rule)
+    refuse_without(config, "protect", ["protect_examples", "protect_read"])
     if config.protect and not rule.needs_kept:
         raise FinepointError(f"rule {rule.name!r} looks at no text that is to be kept; leave out --protect, or give "
                              "another rule, e.g. gain")  # fmt: skip

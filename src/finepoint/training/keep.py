@@ -21,8 +21,9 @@ from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
 from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
-from finepoint.runtime.settings import did_you_mean
+from finepoint.runtime.settings import did_you_mean, refuse_without
 from finepoint.selection.passes import drawing, label_count, on_device
+from finepoint.selection.rules import rule_named
 from finepoint.training.context import TrainingContext, rows_to_read
 from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
 from finepoint.training.loss import completion_loss, drawn_loss, plain_head
@@ -77,6 +78,8 @@ class Protection:
     """whether it is of the weights' own numbers, which low-rank factors are not"""
     beside: bool = False
     """whether some of the texts take part in each step"""
+    few: bool = False
+    """whether it reads `texts_read` of the texts alone, and not all"""
 
 
 PROTECTIONS: dict[str, Protection] = {}
@@ -93,7 +96,7 @@ def protection(formula: str, source: str, strength: float, **more: Any) -> Calla
 
 
 @protection("(strength/2) sum F (w - w0)^2, F a token, of labels that the model draws", "EWC, arXiv:1612.00796", 1000.0,
-            weights=True)  # fmt: skip
+            weights=True, few=True)  # fmt: skip
 def anchor(given: Protected) -> Penalty:
     return _anchored(given, given.seed, rows_to_read(given.rows, given.place.tokenizer, given.texts_read))
 
@@ -164,15 +167,15 @@ def protection_of(config: Training, baseline: Baseline | None) -> Protection | N
         FinepointError: it lacks text, has text that it does not read, or does not go with the baseline.
     """
     found = protection_named(config.protect_by)
+    refuse_without(config, "protect", ["protect_examples", "protect_read", "protect_share"])
     if config.protect is None and found.reads:
         if config.protect_by != "anchor" or config.protect_strength is not None:
             raise FinepointError(f"--protect-by {found.name} reads what is to be kept; give --protect FILE")
         return None
+    _refuse_unread(config, found, (not baseline or baseline.chooses) and rule_named(config.rule).needs_kept)
     if not found.beside and config.protect_share != Training.protect_share:
         raise FinepointError(f"--protect-by {found.name} has no text beside a step's examples; leave out "
                              "--protect-share, or give --protect-by kl or replay")  # fmt: skip
-    if config.protect is not None and not found.reads:
-        raise FinepointError(f"--protect-by {found.name} reads no text; leave out --protect, or take anchor")
     if baseline and baseline.fisher:
         raise FinepointError(f"{baseline.name} has its own pull to the base; give --baseline full with --protect")
     if baseline and baseline.low_rank and found.weights:
@@ -180,6 +183,20 @@ def protection_of(config: Training, baseline: Baseline | None) -> Protection | N
         raise FinepointError(f"--protect-by {found.name} holds weights, and baseline {baseline.name} trains factors of "
                              f"them; give --protect-by {others}")  # fmt: skip
     return found
+
+
+def _refuse_unread(config: Training, found: Protection, by_rule: bool) -> None:
+    """Refuses text that nothing looks at, and how many texts are read where it is not asked.
+
+    Args:
+        by_rule: the rule that chooses entries looks at it.
+    """
+    measured = getattr(config, "disturb_at_most", None) is not None
+    if config.protect is not None and not (found.reads or by_rule or measured):
+        raise FinepointError(f"--protect-by {found.name} reads no text; leave out --protect, or take anchor")
+    if config.protect_read != Training.protect_read and not (found.few or by_rule):
+        raise FinepointError(f"--protect-by {found.name} reads {'all' if found.reads else 'none'} of the texts; leave "
+                             "out --protect-read")  # fmt: skip
 
 
 def texts_a_step(config: Training) -> int:

