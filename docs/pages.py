@@ -12,7 +12,7 @@ HOW_TOS = "How-tos"
 ROOMS = {
     "selection": "Choosing entries", "tuner": "Training them in place", "adapters": "Keeping and combining them",
     "training": "A whole run", "huggingface": "In other people's trainers", "exchange": "Other layouts",
-    "models": "Loading models",
+    "models": "Loading models", "evaluation": "Asking and measuring",
 }  # fmt: skip
 OTHERS = "Errors"
 

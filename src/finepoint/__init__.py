@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from finepoint.adapters.combining import merge
     from finepoint.adapters.scaling import scale_by_depth, wise_ft
     from finepoint.errors import FinepointError
+    from finepoint.evaluation.generate import generate
     from finepoint.exchange.extract import extract
     from finepoint.exchange.formats import export, import_adapter
     from finepoint.huggingface.reference import reference
@@ -44,6 +45,7 @@ _HOMES = {
     "export": "finepoint.exchange.formats",
     "extract": "finepoint.exchange.extract",
     "from_bitsandbytes_": "finepoint.models.loading",
+    "generate": "finepoint.evaluation.generate",
     "import_adapter": "finepoint.exchange.formats",
     "in_wider_dtype": "finepoint.adapters.bases",
     "load": "finepoint.huggingface.sparsify",
@@ -77,6 +79,7 @@ __all__ = [
     "export",
     "extract",
     "from_bitsandbytes_",
+    "generate",
     "import_adapter",
     "in_wider_dtype",
     "load",

@@ -26,6 +26,10 @@ FILES = {
         "plan": "predict the peak memory of both",
         "eval": "measure a model and adapters: ID, OOD, forgetting",
     },
+    "talk": {
+        "generate": "ask a model and adapters, print what they write",
+        "chat": "talk to a model, switch adapters meanwhile",
+    },
     "studies": {
         "compare": "run a study: methods x rates x seeds x tasks, resumable",
         "sequence": "train task after task, each on entries of its own",

@@ -173,11 +173,19 @@ def _value(name: str, values: list[str], field: Field[Any] | None) -> str:
     if dict in kinds and all("=" in value for value in values):
         pairs = [pair.rpartition("=") for value in values for pair in value.split(",")]
         return json.dumps({key: _number(value) for key, _, value in pairs})
-    if list in kinds and not (len(values) == 1 and values[0].startswith(("[", "{"))):
+    if list in kinds and not (len(values) == 1 and _is_json(values[0])):
         return json.dumps(values) if str not in kinds or len(values) > 1 else values[0]
     if len(values) > 1:
         raise FinepointError(f"{_flag(name)} takes one value, got {' '.join(values)}")
     return values[0]
+
+
+def _is_json(text: str) -> bool:
+    """Whether a word is a list or a mapping spelt out; a text may begin with a bracket, too."""
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except ValueError:
+        return False
 
 
 def _kinds(field: Field[Any]) -> set[Any]:

@@ -40,6 +40,11 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=140, **plain_text)
 
 
+def harmless(text: str) -> str:
+    """What a model wrote, as a terminal may show it: no control characters but the ends of lines and tabs."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def signed(value: float) -> str:
     """A change with its sign."""
     return f"{value:+.3f}"

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
-from finepoint.adapters.bases import in_wider_dtype, rebased
-from finepoint.adapters.peft import info_of, is_peft, load_merged
 from finepoint.adapters.scaling import wise_ft
 from finepoint.data.batches import context_length
 from finepoint.data.examples import Example, Labelled, Text, read_examples, refuse_other_task, some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
-from finepoint.data.tokens import padding_id
 from finepoint.errors import FinepointError
 from finepoint.evaluation.divergence import kl_of_prompts, kl_of_protected, mean_kl
 from finepoint.evaluation.generation import frequent_answers, generated
@@ -20,7 +17,7 @@ from finepoint.evaluation.harness import Harness
 from finepoint.evaluation.metrics import changes
 from finepoint.evaluation.scoring import accuracy, mean_nll
 from finepoint.evaluation.settings import EvalConfig
-from finepoint.models.loading import load_model, load_tokenizer
+from finepoint.evaluation.subjects import Given
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
 from finepoint.runtime.settings import refuse_out_of_range, refuse_without
@@ -170,12 +167,8 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     if config.include_path and not config.tasks:
         raise FinepointError("include_path is where tasks lie; give --tasks NAME of one of them")
     harness = Harness.of(config.tasks, config.include_path, config.limit) if config.tasks else None
-    adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter if not is_peft(folder)}
-    origins = [adapters[folder].info if folder in adapters else info_of(folder) for folder in config.adapter]
-    tasks = {(info.get("task", "causal"), tuple(info.get("labels", ()))) for info in origins}
-    if len(tasks) > 1:
-        raise FinepointError("the adapters are for different tasks or classes; evaluate them one at a time")
-    labels = next(iter(tasks))[1] if tasks else ()
+    given = Given.of(config.adapter)
+    labels = given.labels()
     if not labels and any(isinstance(s[0], Labelled) for kind in sets.values() for s in kind.values()):
         raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
     if labels and harness:
@@ -186,24 +179,16 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
         for name, examples in named.items():
             refuse_other_task(name, examples, labels)
     leaked = _leaks(config, sets)
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, labels, quantise=config.quantise)
-    if labels:
-        model.config.pad_token_id = padding_id(tokenizer, model)
-    # LoRA's factors can be folded in only now that the model is there; in the order given.
-    adapters = {f: adapters[f] if f in adapters else load_merged(f, model) for f in config.adapter}
-    if config.any_base:
-        adapters = {folder: rebased(adapter, model) for folder, adapter in adapters.items()}
-    if config.any_dtype:
-        adapters = {folder: in_wider_dtype(adapter, model) for folder, adapter in adapters.items()}
+    found = given.on(config.model, None, config.dtype, config.quantise, config.any_base, config.any_dtype)
+    model, tokenizer, adapters = found.model, found.tokenizer, found.adapters
     trained = [example for examples in sets["id"].values() for example in examples]
     evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens, harness=harness,
                             protect=protect, generate=config.generate,
                             trained_answers=frequent_answers(trained))  # fmt: skip
-    found = evaluate(model, tokenizer, evaluation, adapters, config.scale)
+    scores = evaluate(model, tokenizer, evaluation, adapters, config.scale)
     for folder in leaked:
-        found["adapters"][folder]["leaks"] = leaked[folder]
-    return found
+        scores["adapters"][folder]["leaks"] = leaked[folder]
+    return scores
 
 
 def _leaks(config: EvalConfig, sets: Mapping[str, Sets]) -> dict[str, dict[str, dict[str, int]]]:

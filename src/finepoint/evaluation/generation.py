@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 from finepoint.data.batches import Collator
 from finepoint.data.examples import Chat, Choices, Completion, Example
@@ -34,7 +35,7 @@ LABELS = 20  # a task with at most so many different answers has labels; of othe
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote after a prompt, greedily."""
+    """What a model wrote after a prompt."""
 
     text: str
     ended_at_once: bool
@@ -45,6 +46,69 @@ class Written:
         return self.ended_at_once or not self.text.strip()
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is taken: at temperature 0 the likeliest, else drawn from softmax(logits / temperature)."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+    @property
+    def drawn(self) -> bool:
+        return self.temperature > 0
+
+    def settings(self) -> dict[str, Any]:
+        """The part of a `GenerationConfig`; nothing is left to the checkpoint's own, nor to transformers' top 50."""
+        drawn = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.drawn else {}
+        return {"do_sample": self.drawn, **drawn}
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Inside, tokens are drawn from the seed; the random state is afterwards what it was."""
+        if not self.drawn:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            yield
+
+
+GREEDY = Sampling()
+
+
+class Pieces(BaseStreamer):
+    """Hands on what is written, piece by piece, as soon as its characters are whole; together they are the text.
+
+    Args:
+        say: called with each piece.
+    """
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
+        self.say = say
+        self.tokens: list[int] | None = None
+        """None until the prompt has come"""
+        self.said = ""
+
+    def put(self, value: Tensor) -> None:
+        if self.tokens is None:
+            self.tokens = []
+            return
+        self.tokens += value.flatten().tolist()
+        (text,) = read(self.tokenizer, [self.tokens])
+        if not text.endswith("\ufffd"):  # the beginning of a character
+            self._say(text)
+
+    def end(self) -> None:
+        if self.tokens:
+            self._say(read(self.tokenizer, [self.tokens])[0])
+
+    def _say(self, text: str) -> None:
+        if text.startswith(self.said) and text != self.said:
+            self.say(text[len(self.said) :])
+            self.said = text
+
+
 def written(
     model: Any,
     tokenizer: Any,
@@ -53,15 +117,19 @@ def written(
     new_tokens: int,
     advance: Callable[[int], None] = lambda done: None,
     needed: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    say: Callable[[str], None] | None = None,
 ) -> list[Written]:
-    """What the model writes after each prompt, greedily, in at most `new_tokens` tokens.
+    """What the model writes after each prompt, in at most `new_tokens` tokens.
 
-    That is the likeliest token after token, whatever else the checkpoint's own generation settings ask for.
+    Greedily, that is the likeliest token after token, whatever else the checkpoint's own generation settings ask for;
+    or drawn, every prompt by itself, so that an answer depends on its own prompt and the seed alone.
 
     Args:
         needed: how many tokens there must be room for behind each prompt, so many as the answer has: a prompt loses its
             beginning where it would in training, and what is written ends with the context. Where not given,
             `new_tokens`.
+        say: called with each piece of text as it is written; for one prompt alone.
 
     Raises:
         FinepointError: the model's logits are no numbers.
@@ -76,17 +144,19 @@ def written(
     ends = end_tokens(model, tokenizer)
 
     def settings(most: int) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=most, do_sample=False, pad_token_id=collator.padding, eos_token_id=sorted(ends) or None
-        )
+        return GenerationConfig(max_new_tokens=most, pad_token_id=collator.padding, eos_token_id=sorted(ends) or None,
+                                **sampling.settings())  # fmt: skip
 
+    assert say is None or len(prompts) == 1
     with evaluating(model), generating_by(model, settings(new_tokens)) as writer:
         collator = replace(collator, side="left" if _pads(writer, collator, rows) else "none", positions=False)
-        for places, most in _batches(collator, rows, limit, new_tokens):
+        for places, most in _batches(collator, rows, limit, new_tokens, 1 if sampling.drawn else GENERATION_TOKENS):
             batch = on_device(collator.inputs([rows[place] for place in places]), model.device)
-            tokens = writer.generate(
-                **batch, generation_config=settings(most), logits_processor=LogitsProcessorList([_numbers_only])
-            )[:, batch["input_ids"].shape[1] :]
+            with sampling.seeded():
+                tokens = writer.generate(
+                    **batch, generation_config=settings(most), logits_processor=LogitsProcessorList([_numbers_only]),
+                    streamer=Pieces(tokenizer, say) if say else None,
+                )[:, batch["input_ids"].shape[1] :]  # fmt: skip
             texts = read(tokenizer, tokens.tolist())
             for place, text, first in zip(places, texts, tokens[:, 0].tolist(), strict=True):
                 found[place] = Written(text, first in ends)
@@ -95,12 +165,12 @@ def written(
 
 
 def _batches(
-    collator: Collator, rows: Sequence[list[int]], limit: int, new_tokens: int
+    collator: Collator, rows: Sequence[list[int]], limit: int, new_tokens: int, budget: int
 ) -> Iterator[tuple[list[int], int]]:
     """The rows of each batch, and how many tokens it generates; rows near the limit go alone, up to the limit."""
     rooms = [max(1, min(new_tokens, limit - len(row))) for row in rows]
     wide = [place for place, room in enumerate(rooms) if room == new_tokens]
-    for batch in collator.by_length([len(rows[place]) for place in wide], GENERATION_TOKENS):
+    for batch in collator.by_length([len(rows[place]) for place in wide], budget):
         yield [wide[at] for at in batch], new_tokens
     yield from (([place], room) for place, room in enumerate(rooms) if room < new_tokens)
 

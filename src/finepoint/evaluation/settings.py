@@ -1,11 +1,11 @@
-"""What `finepoint eval` and `finepoint demo` take.
+"""What `finepoint eval`, `generate`, `chat` and `demo` take.
 
 Nothing heavy is imported here, so that help is instant.
 """
 
 from dataclasses import dataclass
 
-from finepoint.runtime.settings import ANY_BASE, JSON, MODEL, OVERWRITE, DType, Quantise, setting
+from finepoint.runtime.settings import ANY_BASE, JSON, LARGEST_SEED, MODEL, OVERWRITE, DType, Quantise, setting
 
 # fmt: off
 
@@ -42,6 +42,56 @@ class EvalConfig:
         "hold the linear layers in int8, int4 or nf4, as the adapters' training did", None)
     overwrite: bool = setting("replace the output file", False)
     json: bool = setting(JSON, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Ask a model, and adapters on it, and print what they write."""
+
+    model: str = setting(MODEL)
+    adapter: list[str] = setting("adapter folders, each asked on its own; the model as it is where none is given", [])
+    prompt: list[str] = setting("texts to answer", [])
+    prompts: str | None = setting(
+        "a file of prompts: a line each, or JSON Lines with prompt or messages; - for the lines of stdin", None)
+    limit: int | None = setting("at most so many prompts of the file, the first", None, least=1)
+    base: bool = setting("ask the model without adapters as well", False)
+    raw: bool = setting(
+        "give texts as they are; else they go through the chat template, where there is one and the adapter was not "
+        "trained without it", False)
+    new_tokens: int = setting("most tokens to write", 64, least=1)
+    temperature: float = setting("0 takes the likeliest token after token, more draws them", 0.0, least=0)
+    seed: int = setting("of what is drawn", 0, least=0, most=LARGEST_SEED)
+    max_length: int | None = setting(
+        "prompt and answer in tokens; the model's context where not given", None, least=1)
+    dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
+    any_dtype: bool = setting(
+        "take adapters trained in a narrower dtype too, where the wider weights hold the same base values", False)
+    any_base: bool = setting(ANY_BASE, False)
+    quantise: Quantise | None = setting(
+        "hold the linear layers in int8, int4 or nf4, as the adapters' training did", None)
+    json: bool = setting(JSON, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Talk to a model, and switch adapters on and off in the middle of it."""
+
+    model: str = setting(MODEL)
+    adapter: list[str] = setting("adapter folders, called by the last part of their names; the last is asked first", [])
+    system: str | None = setting("a system turn, before the first", None)
+    raw: bool = setting(
+        "every text is a prompt of its own, without the chat template, as it is in any case where there is none or the "
+        "adapter was trained without it", False)
+    new_tokens: int = setting("most tokens of an answer", 256, least=1)
+    temperature: float = setting("0 takes the likeliest token after token, more draws them", 0.0, least=0)
+    seed: int = setting("of what is drawn", 0, least=0, most=LARGEST_SEED)
+    max_length: int | None = setting(
+        "the conversation in tokens, of which the beginning is lost; the model's context where not given", None,
+        least=1)
+    dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
+    any_dtype: bool = setting(
+        "take adapters trained in a narrower dtype too, where the wider weights hold the same base values", False)
+    any_base: bool = setting(ANY_BASE, False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,12 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
+def forget() -> None:
+    """Ctrl-C that came has had its effect, and the command goes on."""
+    global _came
+    _came = False
+
+
 def hold() -> None:
     """From now on ctrl-C waits, until `let_go`: what is being written must not be left half done."""
     global _held

@@ -56,6 +56,8 @@ class TrainingContext:
     collator: Collator
     seen: Seen | None = None
     """digests of the examples"""
+    form: str = ""
+    """of the examples, e.g. `chat` or `completion`"""
     kept: Sequence[Row] = ()
     """what a run is to keep, once it has been read"""
 
@@ -97,7 +99,8 @@ def training_context(
     limit = context_length(model, config.max_length)
     rows = encode_all(tokenizer, examples, limit, labels, "training example", model) if examples else []
     collator = Collator.of(model, tokenizer, [row.ids for row in rows])
-    return TrainingContext(model, tokenizer, list(labels), rows, collator, Seen.of(examples))
+    form = type(examples[0]).__name__.lower() if examples else ""
+    return TrainingContext(model, tokenizer, list(labels), rows, collator, Seen.of(examples), form)
 
 
 @lru_cache(maxsize=1)
@@ -273,6 +276,7 @@ def described(config: SelectConfig, place: TrainingContext, chosen: Mapping[str,
         "base_model": config.model,
         "task": "classification" if place.labels else "causal",
         "labels": place.labels,
+        **({"form": place.form} if place.form else {}),
         "targets": config.targets,
         "seed": config.seed,
         "data": config.data,
