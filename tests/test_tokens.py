@@ -287,8 +287,6 @@ ASKS = "{% if add_generation_prompt %}assistant: {% endif %}"
 
 
 @pytest.mark.parametrize(("template", "reason"), [
-    ("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-     "{% if add_generation_prompt %}assistant: <think>{% endif %}", "asks for an answer by .*<think>', and the"),
     ("{% for m in messages %}{{ m.role }}: {{ m.content.split('|')[-1] }}</s>{% endfor %}" + ASKS,
      "leaves out a part of the assistant's answer"),
     ("{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '' }}</s>{% endfor %}" + ASKS,

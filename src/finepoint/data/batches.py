@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from finepoint.data.chats import chat_text
 from finepoint.data.tokens import (  # those of the beginning are public here
     IGNORED,
     Row,
-    chat_text,
     encode,
     encode_all,
     encode_pair,

@@ -72,8 +72,8 @@ def text_of(example: Example | Pair) -> str:
             return prompt + completion
         case Choices(prompt, choices, answer):
             return prompt + choices[answer]
-        case Chat(messages):
-            return "\n".join(content for _, content in messages)
+        case Chat(messages, more, given):
+            return "\n".join([*(content for _, content in messages), *filter(None, [*more, given])])
         case Text(text):
             return text
         case Labelled(text):

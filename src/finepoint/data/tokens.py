@@ -12,20 +12,21 @@ A row is what the tokenizer puts in front of a text, then the prompt, the answer
 
 import logging
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, pairwise
 from typing import Any
 
+from finepoint.data.chats import ODD, Told, told
 from finepoint.data.examples import Chat, Choices, Completion, Example, Labelled, Pair, Placed, Text
-from finepoint.errors import FinepointError, reason_of
+from finepoint.errors import FinepointError
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
 CHUNK = 1000  # texts a call: an encoding holds much more than its token ids
 CHATS = 100  # conversations, of which every beginning is a text
-REWRITES = "rewrites earlier turns, so the assistant's cannot be located"
 # What a continuation is encoded behind, to learn its tokens in the middle of a text: nothing, then what seldom melts
 # into it. Tokenizers that begin a text with a space (or a word unlike its rest) need one of the latter.
 ANCHORS = ("", "\n", ".", "a", "0", "q", "z")
@@ -149,7 +150,8 @@ def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int
     if examples and isinstance(examples[0], Chat):
         chats = [example for example in examples if isinstance(example, Chat)]
         assert len(chats) == len(examples)
-        return plain_ids(tokenizer, [chat_text(tokenizer, c.messages[:-1], True, c.where) for c in chats])
+        asked = [told(tokenizer, chat) for chat in chats]
+        return plain_ids(tokenizer, [one.text[: one.asked] for one in asked])
     prompts = [example.prompt for example in examples if isinstance(example, Completion | Choices)]
     assert len(prompts) == len(examples)
     front, _ = around(tokenizer)
@@ -352,104 +354,57 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def _encoded_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[tuple[Row, Split | None]]:
-    """Whole conversations through the tokenizer's chat template; the assistant's turns are learned."""
+    """Conversations through the tokenizer's chat template; the assistant's turns are learned."""
     found: list[tuple[Row, Split | None]] = []
-    lost = 0
+    odd: Counter[str] = Counter()
     for at in range(0, len(chats), CHATS):
-        located = [_located(tokenizer, chat) for chat in chats[at : at + CHATS]]
-        parts = {text[:cut] for text, spans in located for cut in (*chain(*spans), len(text))}
+        part = [told(tokenizer, chat) for chat in chats[at : at + CHATS]]
+        parts = {one.text[:cut] for one in part for cut in (*chain(*one.spans), one.asked, len(one.text))}
         known = dict(zip(parts, plain_ids(tokenizer, list(parts)), strict=True))
-        found += [_encoded_chat(tokenizer, text, spans, known) for text, spans in located]
-        part = zip(located, chats[at : at + CHATS], strict=True)
-        lost += sum(not all(_holds(text, content) for _, content in chat.messages) for (text, _), chat in part)
-    if lost:
-        logger.warning("the chat template leaves out a turn, such as the system's, of %d of %d conversations, which "
-                       "the model will not see", lost, len(chats))  # fmt: skip
+        found += [_encoded_chat(tokenizer, one, known) for one in part]
+        odd.update(kind for one in part for kind in one.odd)
+    for kind in ODD:
+        if odd[kind]:
+            logger.warning(ODD[kind], odd[kind], len(chats))
     return found
 
 
-def _located(tokenizer: Any, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as the model sees it, and from where to where in it the assistant's turns are."""
-    text = chat_text(tokenizer, chat.messages, where=chat.where)
-    spans = []
-    for i, (role, content) in enumerate(chat.messages):
-        if role == "assistant":
-            before = chat_text(tokenizer, chat.messages[:i], True, chat.where)
-            after = chat_text(tokenizer, chat.messages[: i + 1], where=chat.where)
-            problem = None
-            if not after.startswith(before):
-                kept = after.startswith(chat_text(tokenizer, chat.messages[:i], where=chat.where))
-                problem = (
-                    f"asks for an answer by {before[-30:]!r}, and the answer does not begin so" if kept else REWRITES
-                )
-            elif not text.startswith(after):
-                # What ends the last turn alone, spaces or an end token, is not part of an earlier one.
-                shorter = after.rstrip()
-                after = shorter if text.startswith(shorter) else after[: _shared(text, after)]
-            if problem is None and not _holds(after[len(before) :], content):
-                problem = REWRITES if i < len(chat.messages) - 1 else "leaves out a part of the assistant's answer"
-            if problem:
-                raise FinepointError(f"{chat.place}the chat template {problem}")
-            spans.append((len(before), len(after)))
-    return text, spans
-
-
-def _holds(text: str, content: str) -> bool:
-    """Whether a text says all of a turn, spaces and case aside, which templates trim and add."""
-    return "".join(content.casefold().split()) in "".join(text.casefold().split())
-
-
-def _encoded_chat(
-    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], known: Mapping[str, list[int]]
-) -> tuple[Row, Split]:
+def _encoded_chat(tokenizer: Any, one: Told, known: Mapping[str, list[int]]) -> tuple[Row, Split]:
     """The row of a conversation.
 
     Args:
-        spans: from where to where the assistant's turns are.
-        known: the tokens of the text up to each of these places, and of the whole.
+        known: the tokens of the text up to each beginning and end of what is learned, to what is asked for the last
+            answer, and of the whole.
     """
-    cuts = [*(start for start, _ in spans), len(text)]
+    text = one.text
+    cuts = sorted({start for start, _ in one.spans} | {one.asked, len(text)})
+    ends = dict(one.spans)
     heads = [known[text[:cut]] for cut in cuts]
     tails = _continuations(tokenizer, heads[:-1], heads[1:], [(text[:a], text[a:b]) for a, b in pairwise(cuts)])
     ids, labels, context = list(heads[0]), [IGNORED] * len(heads[0]), heads[0]
-    for head, tail, (_, end) in zip(heads, tails, spans, strict=False):
+    for start, head, tail in zip(cuts, heads, tails, strict=False):
         if tail is None:  # a token spans the beginning of a turn and cannot be parted: it is learned with the turn
-            return _encoded_in_one(tokenizer, text, spans, known)
-        context = ids
-        learnt = _partly_before(tokenizer, head + tail, known[text[:end]]) - len(head)
+            return _encoded_in_one(tokenizer, one, known)
+        if start == one.asked:
+            context = ids
+        end = text[: ends[start]] if start in ends else None
+        learnt = 0 if end is None else _partly_before(tokenizer, head + tail, known[end]) - len(head)
         ids = ids + tail
         labels += tail[:learnt] + [IGNORED] * (len(tail) - learnt)
-    return Row(ids, labels), Split(context, ids[len(context) :], heads[-2])
+    return Row(ids, labels), Split(context, ids[len(context) :], known[text[: one.asked]])
 
 
-def _encoded_in_one(
-    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], known: Mapping[str, list[int]]
-) -> tuple[Row, Split]:
+def _encoded_in_one(tokenizer: Any, one: Told, known: Mapping[str, list[int]]) -> tuple[Row, Split]:
     """The row of a conversation as the tokenizer parts it: every token that overlaps one of the turns is learned."""
-    ids, first = known[text], 0
+    ids = known[one.text]
     labels = [IGNORED] * len(ids)
-    for start, end in spans:
-        first = _wholly_before(tokenizer, ids, known[text[:start]])
-        last = _partly_before(tokenizer, ids, known[text[:end]])
+    for start, end in one.spans:
+        first = _wholly_before(tokenizer, ids, known[one.text[:start]])
+        last = _partly_before(tokenizer, ids, known[one.text[:end]])
         labels[first:last] = ids[first:last]
-    return Row(ids, labels), Split(ids[:first], ids[first:], known[text[: spans[-1][0]]])
-
-
-def chat_text(tokenizer: Any, messages: Sequence[tuple[str, str]], prompting: bool = False, where: str = "") -> str:
-    """A conversation as the model sees it; `prompting` adds the beginning of the assistant's next turn.
-
-    Raises:
-        FinepointError: the tokenizer has no chat template, or the template refuses the conversation.
-    """
-    if not tokenizer.chat_template:
-        raise FinepointError("the data are conversations and the tokenizer has no chat template; use an instruct model")
-    turns = [{"role": role, "content": content} for role, content in messages]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompting)
-    except Exception as error:  # the template is other people's program
-        reason = reason_of(error) or type(error).__name__
-        place = f"{where}: " if where else ""
-        raise FinepointError(f"{place}the model's chat template refuses this conversation: {reason}") from error
+    asked = known[one.text[: one.asked]]
+    before = _wholly_before(tokenizer, ids, asked)
+    return Row(ids, labels), Split(ids[:before], ids[before:], asked)
 
 
 def learned(row: Row) -> int:
