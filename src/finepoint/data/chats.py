@@ -92,7 +92,8 @@ def told(tokenizer: Any, chat: Chat) -> Told:
             an answer, or rewrites earlier turns so that they cannot be located.
     """
     talk, whole = _as_taken(tokenizer, chat)
-    last, odd = len(talk.turns) - 1, set()
+    last = len(talk.turns) - 1
+    odd: set[str] = set()
     asked = talk.text(last, True)
     spans = [] if chat.last else _earlier(talk, asked, odd)
     start, kept = _begins(talk, last, whole, (None, False))
