@@ -161,8 +161,8 @@ class Average:
             value.copy_(kept[f"{name}.average"])
 
 
-class Holding(Protocol):
-    """Keeps a budget of disturbance along a run, as a callback of its trainer; see `training.budget`."""
+class DisturbanceBudget(Protocol):
+    """A budget of disturbance that is kept along a run; `training.budget.Holding` is one, as a callback."""
 
     log: Callable[[dict[str, float]], None]
     """tells of a measurement"""
@@ -187,7 +187,7 @@ class Method:
     refresh: Callable[[int, int, Optimizer], dict[str, float]] | None = None
     """before each step, of a tuner with `places`: (steps done, steps in all, optimizer) may choose entries anew, and
     says what that has changed; empty where it is not time"""
-    holding: Holding | None = None
+    holding: DisturbanceBudget | None = None
     """keeps a budget of disturbance along the run"""
 
     def as_it_is_left(self) -> AbstractContextManager[None]:
