@@ -187,7 +187,7 @@ def test_training_keeps_its_budget_and_uses_it(config, tokenizer, most):
     record, adapter = run(config, disturb_at_most=most)
     found = record["disturbed"]
     kl = dense_kl(tiny_llama(), tokenizer, adapter, held_out(config))
-    assert found["kl"] == pytest.approx(kl, rel=1e-3, abs=5e-8)
+    assert found["kl"] == pytest.approx(kl, rel=1e-3, abs=2e-7)  # log-probabilities of about 4, rounded to float32
     assert most / 10 < kl <= most
     assert adapter.info["disturb_at_most"] == most
     assert adapter.info["disturbed"] == found["kl"]
