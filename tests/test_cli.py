@@ -77,7 +77,7 @@ def test_eval_has_the_promised_keys(finepoint, trained, model_folder):
     assert found == json.loads(output.read_text())
     assert {"accuracy", "accuracy_normalised", "stderr", "n"} <= set(found["base"]["id"]["own"])
     assert set(found["base"]["ood"]) == {"other", "third"}
-    assert set(found["base"]["probe"]["text"]) == {"nll", "tokens"}
+    assert set(found["base"]["probe"]["text"]) == {"nll", "stderr", "tokens"}
     adapted = found["adapters"][str(trained["adapter"])]
     assert set(adapted["ood_change"]) == set(adapted["forget_ratio"]) == {"other", "third"}
     assert set(adapted["probe_change"]) == {"text"}

@@ -13,7 +13,7 @@ from finepoint.data.tokens import encode_pair
 from finepoint.errors import FinepointError
 from finepoint.evaluation import scoring
 from finepoint.evaluation.divergence import learned_and_disturbed, mean_kl
-from finepoint.evaluation.evaluate import Evaluation, evaluate, read_sets
+from finepoint.evaluation.evaluate import Evaluation, measured, read_sets
 from finepoint.evaluation.generation import generated
 from finepoint.evaluation.metrics import changes, forget_ratio
 from finepoint.evaluation.scoring import accuracy, mean_nll, token_log_likelihoods
@@ -103,7 +103,7 @@ def test_nll_of_completions_counts_only_what_follows_the_prompt(model, tokenizer
     found = mean_nll(model, tokenizer, [Choices("abc:", (" de", " x"), 0)])
     ids = tokenizer("abc: de")["input_ids"]
     expected = plain_log_likelihood(model, ids, 4)
-    assert found == {"nll": pytest.approx(-sum(expected) / 3, rel=1e-5), "tokens": 3}
+    assert found == {"nll": pytest.approx(-sum(expected) / 3, rel=1e-5), "stderr": None, "tokens": 3}
 
 
 def test_generation_counts_exact_matches(model, tokenizer):
@@ -151,7 +151,8 @@ def test_nll_of_chats_counts_what_is_learned_alone(model, tokenizer):
     learned = [value for value, label in zip(log_probs, row.labels[1:], strict=True) if label != IGNORED]
     assert 0 < len(learned) < len(row.ids) - row.labels.index(next(x for x in row.labels if x != IGNORED))
     found = mean_nll(model, tokenizer, [Chat(turns)])
-    assert found == {"nll": pytest.approx(-sum(learned) / len(learned), rel=1e-5), "tokens": len(learned)}
+    assert found["nll"] == pytest.approx(-sum(learned) / len(learned), rel=1e-5)
+    assert found["tokens"] == len(learned)
     # One that loses its beginning counts what is left of what is learned.
     limit = len(row.ids) - 8
     kept = plain_log_likelihood(model, row.ids[-limit - 1 :], 1)
@@ -248,7 +249,7 @@ def test_evaluate_measures_the_base_with_adapters_off(model, tokenizer):
                     checksum(weight.reshape(-1)[:50]))  # fmt: skip
     sets = Evaluation(id={"t": EXAMPLES}, probe={"p": [Text("hello you")]})
     before = sets.scores(model, tokenizer)
-    found = evaluate(model, tokenizer, sets, {"x": SparseAdapter({name: change})})
+    found = measured(model, tokenizer, sets, {"x": SparseAdapter({name: change})})
     assert found["base"] == before == sets.scores(model, tokenizer)
     assert found["adapters"]["x"]["probe"]["p"]["nll"] != before["probe"]["p"]["nll"]
     assert found["adapters"]["x"]["probe_change"]["p"] == pytest.approx(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from finepoint.adapters.combining import merge
     from finepoint.adapters.scaling import scale_by_depth, wise_ft
     from finepoint.errors import FinepointError
+    from finepoint.evaluation.evaluate import evaluate
     from finepoint.evaluation.generate import generate
     from finepoint.exchange.extract import extract
     from finepoint.exchange.formats import export, import_adapter
@@ -42,6 +43,7 @@ _HOMES = {
     "SparseAdapter": "finepoint.adapters.adapter",
     "SparseTuner": "finepoint.tuner.tuner",
     "TrainConfig": "finepoint.training.settings",
+    "evaluate": "finepoint.evaluation.evaluate",
     "export": "finepoint.exchange.formats",
     "extract": "finepoint.exchange.extract",
     "from_bitsandbytes_": "finepoint.models.loading",
@@ -76,6 +78,7 @@ __all__ = [
     "SparseAdapter",
     "SparseTuner",
     "TrainConfig",
+    "evaluate",
     "export",
     "extract",
     "from_bitsandbytes_",

@@ -3,28 +3,33 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.scaling import wise_ft
 from finepoint.data.batches import context_length
-from finepoint.data.examples import Example, Labelled, Text, read_examples, refuse_other_task, some
+from finepoint.data.examples import Example, Labelled, Text, as_examples, read_examples, refuse_other_task, some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
 from finepoint.errors import FinepointError
 from finepoint.evaluation.divergence import kl_of_prompts, kl_of_protected, mean_kl
 from finepoint.evaluation.generation import frequent_answers, generated
 from finepoint.evaluation.harness import Harness
 from finepoint.evaluation.metrics import changes
+from finepoint.evaluation.scores import Scores
 from finepoint.evaluation.scoring import accuracy, mean_nll
 from finepoint.evaluation.settings import EvalConfig
-from finepoint.evaluation.subjects import Given
+from finepoint.evaluation.subjects import Adapters, Given
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
-from finepoint.runtime.settings import refuse_out_of_range, refuse_without
+from finepoint.runtime.settings import refuse_out_of_range
 from finepoint.training.context import CLASSIFIERS, examples_to_keep
 
 logger = logging.getLogger(__name__)
 Sets = Mapping[str, Sequence[Example]]
+Rows = str | Path | Sequence[Any]
+"""a file, or rows in memory"""
+Data = Rows | Mapping[str, Rows]
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,13 @@ def read_sets(named_files: Sequence[str], kind: str, limit: int | None = None) -
     return sets
 
 
-def evaluate(
+def measured(
     model: Any,
     tokenizer: Any,
     evaluation: Evaluation,
     adapters: Mapping[str, SparseAdapter],
     strengths: Sequence[float] = (),
-) -> dict[str, Any]:
+) -> Scores:
     """{"base": scores, "adapters": {name: scores and changes}}; the base is measured with every adapter off.
 
     Args:
@@ -137,7 +142,7 @@ def evaluate(
         if adapter.changes_nothing():
             logger.warning("adapter %s changes nothing: no value differs from the base", name)
     base = evaluation.scores(model, tokenizer, "base")
-    found: dict[str, Any] = {"base": base, "adapters": {}}
+    found = Scores({"base": base, "adapters": {}})
     for name, adapter in adapters.items():
         found["adapters"][name] = evaluation.compared(model, tokenizer, base, adapter, name)
         found["adapters"][name] |= {key: adapter.info[key] for key in ("unfinished",) if key in adapter.info}
@@ -148,26 +153,71 @@ def evaluate(
     return found
 
 
-def evaluate_config(config: EvalConfig) -> dict[str, Any]:
+def evaluate(
+    model: Any,
+    adapter: Adapters = None,
+    *,
+    tokenizer: Any = None,
+    id: Data = (),  # noqa: A002 - as the flag
+    ood: Data = (),
+    probe: Data = (),
+    protect: str | None = None,
+    **settings: Any,
+) -> Scores:
+    """Measures a model, and adapters on it, as `finepoint eval` does; the model is afterwards what it was.
+
+    Args:
+        model: one in memory, or what `--model` takes: a folder, a hub id, `smollm2`, ..
+        adapter: a folder, a `SparseAdapter`, several of them, or several by name; each is measured on its own.
+        tokenizer: where not given, that of the place the model was loaded from.
+        id, ood, probe: sets by name, or one: a file, or rows in memory as `{"prompt", "completion"}`, ..
+        protect: a file of text whose predictions were to be kept.
+        settings: any others of `EvalConfig`, e.g. `limit=100`, `new_tokens=64`, `generate=20`, `scale=[0.5]`.
+
+    Returns:
+        {"base": scores, "adapters": {name: scores and changes}}, a dictionary that prints as a table, with errors.
+
+    Raises:
+        FinepointError: whatever the user can mend: no such model, an adapter that does not belong to it, bad data.
+    """
+    name = str(model) if isinstance(model, str | Path) else "the model"
+    config = EvalConfig(model=name, protect=protect, **settings)
+    refuse_out_of_range(config)
+    sets = {kind: {n: some(_examples(kind, n, rows), config.limit) for n, rows in _named(kind, data)}
+            for kind, data in (("id", id), ("ood", ood), ("probe", probe))}  # fmt: skip
+    return _carried_out(config, model, tokenizer, Given.of(adapter), sets)
+
+
+def evaluate_config(config: EvalConfig) -> Scores:
     """Runs the whole of `finepoint eval`.
 
     Raises:
         FinepointError: whatever the user can mend.
     """
     refuse_out_of_range(config)
-    refuse_without(config, "protect", ["protect_examples"])
     if config.output:
         claim_file(config.output, config.overwrite)
     sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
+    return _carried_out(config, config.model, None, None, sets)
+
+
+def _carried_out(
+    config: EvalConfig, model: Any, tokenizer: Any, given: Given | None, sets: dict[str, dict[str, list[Example]]]
+) -> Scores:
+    """What is to be measured, on what the sets call for.
+
+    Args:
+        given: the adapters; those of the settings where None.
+    """
     protect = examples_to_keep(config.protect, config.protect_examples) if config.protect else []
     if not any(sets.values()) and not config.tasks and not protect:
         raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE, or --tasks NAME")
-    if protect and not config.adapter:
+    if protect and not (config.adapter or (given and given.adapters)):
         raise FinepointError("--protect shows how far an adapter has moved the base; give the --adapter")
     if config.include_path and not config.tasks:
         raise FinepointError("include_path is where tasks lie; give --tasks NAME of one of them")
     harness = Harness.of(config.tasks, config.include_path, config.limit) if config.tasks else None
-    given = Given.of(config.adapter)
+    given = given or Given.of(config.adapter)
     labels = given.labels()
     if not labels and any(isinstance(s[0], Labelled) for kind in sets.values() for s in kind.values()):
         raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
@@ -178,24 +228,37 @@ def evaluate_config(config: EvalConfig) -> dict[str, Any]:
     for named in sets.values():
         for name, examples in named.items():
             refuse_other_task(name, examples, labels)
-    leaked = _leaks(config, sets)
-    found = given.on(config.model, None, config.dtype, config.quantise, config.any_base, config.any_dtype)
-    model, tokenizer, adapters = found.model, found.tokenizer, found.adapters
+    leaked = _leaks(given, sets)
+    found = given.on(model, tokenizer, config.dtype, config.quantise, config.any_base, config.any_dtype)
     trained = [example for examples in sets["id"].values() for example in examples]
     evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens, harness=harness,
                             protect=protect, generate=config.generate,
                             trained_answers=frequent_answers(trained))  # fmt: skip
-    scores = evaluate(model, tokenizer, evaluation, adapters, config.scale)
+    scores = measured(found.model, found.tokenizer, evaluation, found.adapters, config.scale)
     for folder in leaked:
         scores["adapters"][folder]["leaks"] = leaked[folder]
     return scores
 
 
-def _leaks(config: EvalConfig, sets: Mapping[str, Sets]) -> dict[str, dict[str, dict[str, int]]]:
+def _named(kind: str, data: Data) -> list[tuple[str, Rows]]:
+    """Sets by name: as given, or one, by its kind."""
+    if isinstance(data, Mapping):
+        return list(data.items())
+    return [(kind, data)] if isinstance(data, str | Path) or len(data) else []
+
+
+def _examples(kind: str, name: str, rows: Rows) -> list[Example]:
+    examples = read_examples(rows) if isinstance(rows, str | Path) else as_examples(rows)
+    if isinstance(examples[0], Text) and kind != "probe":
+        raise FinepointError(f"{kind} {name!r}: plain text has no accuracy; give it as probe")
+    return examples
+
+
+def _leaks(given: Given, sets: Mapping[str, Sets]) -> dict[str, dict[str, dict[str, int]]]:
     """Of each adapter that it is known of: which sets hold examples that it was trained on; a line says so."""
     named = {f"{kind} {name}": examples for kind, of in sets.items() for name, examples in of.items()}
-    seen = {folder: Seen.beside(folder) for folder in config.adapter}
-    found = {folder: leaks(digests, named) for folder, digests in seen.items() if digests}
-    for folder, leaked in found.items():
-        warn_of_leaks(leaked, folder)
+    seen = {name: Seen.beside(str(folder)) for name, folder in given.folders.items()}
+    found = {name: leaks(digests, named) for name, digests in seen.items() if digests}
+    for name, leaked in found.items():
+        warn_of_leaks(leaked, name)
     return found

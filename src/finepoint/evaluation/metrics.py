@@ -1,12 +1,55 @@
 """What changed between a base model and an adapted one: plain functions of plain numbers."""
 
 from collections.abc import Mapping, Sequence
-from math import floor
+from math import floor, sqrt
 from statistics import mean
 from typing import Any
 
 Scores = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{"id": {name: {"accuracy", ..}}, "ood": {..}, "probe": {name: {"nll", ..}}}"""
+
+
+def ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """The standard error of sum(sums) / sum(counts), a mean over tokens, whose tokens come by texts.
+
+    The texts are what was drawn, and the tokens of one are alike: by linearisation, as for any ratio estimator,
+    sqrt(n / (n - 1) sum_i (s_i - r c_i)^2) / sum_i c_i with r the ratio, over n texts. None of fewer than two.
+    """
+    n, total = len(sums), sum(counts)
+    if n < 2 or not total:
+        return None
+    ratio = sum(sums) / total
+    return sqrt(n / (n - 1) * sum((s - ratio * c) ** 2 for s, c in zip(sums, counts, strict=True))) / total
+
+
+def confusion(right: Sequence[int], answered: Sequence[int], classes: int) -> list[list[int]]:
+    """How often each class (row) was answered as each (column)."""
+    counts = [[0] * classes for _ in range(classes)]
+    for row, column in zip(right, answered, strict=True):
+        counts[row][column] += 1
+    return counts
+
+
+def by_class(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, Any]:
+    """What a classifier gets right, class by class.
+
+    Args:
+        counts: see `confusion`.
+
+    Returns:
+        `macro_f1`, the mean F1 of the classes that occur, in the data or the answers; `classes`, by name how many there
+        are (`n`), were `answered` and are `right`, with `precision`, `recall` and `f1`, 2 right / (n + answered), None
+        where there is nothing to divide by; `confusion`, a row for each right class, in the order of `labels`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for i, label in enumerate(labels):
+        n, answered, right = sum(counts[i]), sum(row[i] for row in counts), counts[i][i]
+        found[label] = {"n": n, "answered": answered, "right": right,
+                        "precision": right / answered if answered else None, "recall": right / n if n else None,
+                        "f1": 2 * right / (n + answered) if n + answered else None}  # fmt: skip
+    scores = [each["f1"] for each in found.values() if each["f1"] is not None]
+    return {"macro_f1": mean(scores) if scores else None, "classes": found, "labels": list(labels),
+            "confusion": [list(row) for row in counts]}  # fmt: skip
 
 
 def forget_ratio(base: float, adapted: float) -> float | None:

@@ -1,6 +1,7 @@
 """Scores of one model: multiple choice by likelihood, exact match, likelihood of text, classes."""
 
-from collections import Counter
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from math import sqrt
 from statistics import mean
@@ -14,11 +15,14 @@ from finepoint.data.examples import Chat, Choices, Completion, Example, Labelled
 from finepoint.data.tokens import IGNORED, around, encode_each, encode_pairs, last_of, refuse_beyond, warn_of_truncation
 from finepoint.errors import FinepointError
 from finepoint.evaluation.generation import generation_hits
+from finepoint.evaluation.metrics import by_class, confusion, ratio_error
 from finepoint.evaluation.shared_prompts import branches_apart, by_request, shared_batch, shared_rows, spots
 from finepoint.selection.passes import evaluating, on_device
 from finepoint.training.loss import log_likelihoods
 from finepoint.tuner.finite import refuse_not_numbers
 
+logger = logging.getLogger(__name__)
+EXACT = "exact match"
 Advance = Callable[[int], None]
 """Called with the number of examples or rows done, for a progress bar."""
 
@@ -42,23 +46,38 @@ def accuracy(
 
     Choices: the likeliest continuation, by summed log-likelihood (`accuracy`) and by that divided by the choice's
     length in characters without surrounding spaces (`accuracy_normalised`), as lm-evaluation-harness does. Completions
-    and chats: greedy generation equals the reference, both stripped. Labelled texts: the likeliest class. Plain
-    text has no accuracy.
+    and chats: greedy generation equals the reference, both stripped, which is hard to meet and says nothing of near
+    misses: the loss of the references is beside it. Labelled texts: the likeliest class. Plain text has no accuracy.
 
     Returns:
-        `accuracy`, `accuracy_normalised` (equal where there is nothing to normalise), `stderr`, `n`.
+        `accuracy`, `accuracy_normalised` (equal where there is nothing to normalise), `stderr`, `n`; of completions and
+        chats also `measure`, "exact match", and `loss`, see `mean_nll` (None where it is infinite); of classes what
+        `by_class` finds.
     """
     limit = context_length(model, max_length)
     match examples[0]:
         case Choices():
             return choice_accuracy(model, tokenizer, examples, limit, advance)  # type: ignore[arg-type]
         case Labelled():
-            right = [float(ok) for ok in class_hits(model, tokenizer, examples, limit, advance)]
+            labels = class_names(model)
+            answers = class_answers(model, tokenizer, examples, limit, advance)
+            classes = [labels.index(example.label) for example in examples if isinstance(example, Labelled)]
+            right = [float(answer == known) for answer, known in zip(answers, classes, strict=True)]
+            return summary(right, right) | by_class(confusion(classes, answers, len(labels)), labels)
         case Completion() | Chat():
             right = [float(ok) for ok in generation_hits(model, tokenizer, examples, limit, new_tokens, advance)]
+            return summary(right, right) | {"measure": EXACT, "loss": _loss(model, tokenizer, examples, max_length)}
         case _:
             raise AssertionError("text has no accuracy")
-    return summary(right, right)
+
+
+def _loss(model: Any, tokenizer: Any, examples: Sequence[Example], max_length: int | None) -> dict[str, Any] | None:
+    """`mean_nll` beside another measure, which stands where there is no such number."""
+    try:
+        return mean_nll(model, tokenizer, examples, max_length=max_length)
+    except FinepointError as error:
+        logger.warning("no loss beside the accuracy: %s", error)
+        return None
 
 
 def choice_accuracy(
@@ -188,12 +207,16 @@ def mean_nll(
     A text longer than the context is cut into windows; the first token of each has nothing before it and is not
     counted. Of completions and chats the tokens count that training would learn: of a chat the assistant's turns alone.
 
+    Returns:
+        `nll`; `stderr`, its standard error over the examples (see `ratio_error`; None of one example); `tokens`.
+
     Raises:
         FinepointError: there is no such token, or one has the probability 0; the model's logits are no numbers.
     """
     limit = context_length(model, max_length)
     requests, learned = [], []
-    for example, row in zip(examples, encode_each(tokenizer, examples), strict=True):
+    owners: list[int] = []
+    for place, (example, row) in enumerate(zip(examples, encode_each(tokenizer, examples), strict=True)):
         assert isinstance(row.labels, list)
         if isinstance(example, Text):
             ids = row.ids
@@ -206,6 +229,7 @@ def mean_nll(
                 first = max(1, kept.index(True))
                 requests.append((row.ids[:first], row.ids[first:]))
                 learned.append(kept[first:])
+        owners += [place] * (len(requests) - len(owners))
     found = token_log_likelihoods(model, tokenizer, requests, limit, advance)
     # A row that lost its beginning may have lost some of what is learned, too.
     parts = [values[torch.tensor(kept[len(kept) - len(values) :], dtype=torch.bool)]
@@ -216,24 +240,34 @@ def mean_nll(
     if not bool(values.isfinite().all()):
         raise FinepointError("the model gives a token of the examples the probability 0, so that their mean negative "
                              "log-likelihood is infinite")  # fmt: skip
-    return {"nll": -values.double().mean().item(), "tokens": len(values)}
+    by_example: dict[int, list[Tensor]] = defaultdict(list)
+    for owner, part in zip(owners, parts, strict=True):
+        by_example[owner].append(part.double())
+    each = [torch.cat(own) for own in by_example.values() if sum(map(len, own))]
+    error = ratio_error([-own.sum().item() for own in each], [len(own) for own in each])
+    return {"nll": -values.double().mean().item(), "stderr": error, "tokens": len(values)}
 
 
-def class_hits(
+def class_names(model: Any) -> list[str]:
+    """A classifier's classes, in the order of its logits."""
+    return [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+
+
+def class_answers(
     model: Any, tokenizer: Any, examples: Sequence[Example], limit: int, advance: Advance = _ignore
-) -> list[bool]:
-    """Whether a classifier's likeliest class is the right one, example by example."""
-    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+) -> list[int]:
+    """A classifier's likeliest class of each example."""
+    labels = class_names(model)
     rows = encode_each(tokenizer, examples, labels)
     refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
     warn_of_truncation([len(row.ids) for row in rows], limit, "text")
     front, _ = around(tokenizer)
     texts = [last_of(row.ids, limit, front) for row in rows]
     collator = Collator.of(model, tokenizer, texts)
-    hits = [False] * len(rows)
+    found = [0] * len(rows)
     for places in collator.by_length([len(text) for text in texts], BATCH_TOKENS):
         logits = class_logits(model, [texts[place] for place in places], collator)
         for place, answer in zip(places, logits.argmax(-1).tolist(), strict=True):
-            hits[place] = answer == rows[place].labels
+            found[place] = answer
         advance(len(places))
-    return hits
+    return found

@@ -34,6 +34,8 @@ class Given:
     adapters: dict[str, SparseAdapter | Path]
     infos: dict[str, Mapping[str, Any]]
     """what each says of itself"""
+    folders: dict[str, str | Path]
+    """where those that were read lie"""
 
     @staticmethod
     def of(adapters: Adapters) -> "Given":
@@ -43,15 +45,17 @@ class Given:
             FinepointError: a folder that holds none, a damaged file; two of one name.
         """
         found: dict[str, SparseAdapter | Path] = {}
+        folders: dict[str, str | Path] = {}
         for name, adapter in _named(adapters):
             if name in found:
                 raise FinepointError(f"the adapter {name} is given twice")
             if isinstance(adapter, SparseAdapter):
                 found[name] = adapter
             else:
+                folders[name] = adapter
                 found[name] = Path(adapter) if is_peft(adapter) else SparseAdapter.load(adapter)
         return Given(found, {name: each.info if isinstance(each, SparseAdapter) else info_of(each)
-                             for name, each in found.items()})  # fmt: skip
+                             for name, each in found.items()}, folders)  # fmt: skip
 
     def labels(self) -> tuple[str, ...]:
         """The classes, where the adapters are a classifier's.
