@@ -23,7 +23,8 @@ DEFINITIONS = {
         "one standard deviation."
     ),
     "ID, OOD": (
-        "ID is accuracy on the test of the task trained on (of completions and chats exact match). OOD is the mean accuracy on the tests of all other tasks."
+        "ID is accuracy on the test of the task trained on (of completions and chats exact "
+        "match). OOD is the mean accuracy on the tests of all other tasks."
     ),
     "signed change": ("Accuracy after training less the base model's, by test. Gains and losses can cancel in a mean."),
     "forget ratio": (
