@@ -11,8 +11,18 @@ import transformers
 from torch.nn.functional import cross_entropy, kl_div
 
 import finepoint
-from conftest import assert_same_tensors, interrupted_at, make_tokenizer, random_batches, tiny_llama, write_lines
+from conftest import (
+    assert_same_bits,
+    assert_same_tensors,
+    interrupted_at,
+    make_tokenizer,
+    random_batches,
+    snapshot,
+    tiny_llama,
+    write_lines,
+)
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.baselines.dense import DenseTuner
 from finepoint.cli import main
 from finepoint.data.batches import Collator, Row
 from finepoint.data.recipes import table
@@ -23,10 +33,12 @@ from finepoint.selection.rules import RULES
 from finepoint.training import context
 from finepoint.training.context import TrainingContext, examples_to_keep, rows_to_read
 from finepoint.training.divergence import BasePredictions
+from finepoint.training.earlier import EarlierTasks
 from finepoint.training.keep import PROTECTIONS, Beside, Protected, _generator, fisher_at
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
 from finepoint.tuner.anchor import Anchor
+from finepoint.tuner.interface import Method
 
 
 @pytest.fixture
@@ -360,6 +372,45 @@ def test_every_protection_is_its_term_beside_the_loss_of_whole_weights(name, tar
         found = dict(model.named_parameters())
         for key in indices:
             torch.testing.assert_close(found[key], dense.get_parameter(key), rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["entries", "weights"])
+def test_earlier_tasks_pull_to_what_each_has_left(whole, tmp_path):
+    """By the sum over the tasks of s F_t (w - w_t), of whole weights of copies of the model after each task."""
+    model, after = tiny_llama(torch.float64).eval(), {}
+    tasks = {"one": TEXTS[:2], "two": TEXTS[1:], "three": TEXTS[::2]}
+    for seed, task in enumerate(tasks):
+        with finepoint.SparseTuner(model, finepoint.select(model, rule="random", density=0.3, seed=seed)) as tuner:
+            for delta in tuner.parameters():
+                delta.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(seed))
+            adapter = tuner.adapter()
+            tuner.revert_()
+        adapter.apply(model)
+        after[task] = copy.deepcopy(model)
+    batches = {task: [{"input_ids": torch.tensor([row.ids]), "labels": torch.tensor([row.labels])} for row in rows]
+               for task, rows in tasks.items()}  # fmt: skip
+    before = snapshot(model)
+    positions = {
+        name: torch.arange(before[name].numel()) for name in ("model.norm.weight", "model.embed_tokens.weight")
+    }
+    positions = positions if whole else dict(finepoint.select(model, rule="random", density=0.3, seed=9))
+    tuner = DenseTuner(model, positions) if whole else finepoint.SparseTuner(model, positions, audit=False)
+    anchors = EarlierTasks(tasks, 7.0, 3).anchors(Method(tuner), Collator.of_any(model, 0), tmp_path)
+    assert_same_bits(before, {name: weight for name, weight in snapshot(model).items() if name in before})
+    with torch.no_grad():
+        for value in tuner.trained().values():
+            value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(5), dtype=value.dtype) / 30)
+    tuner.follow_()
+    for anchor in anchors:
+        anchor.add_()
+    fisher = {task: dense_fisher(copy.deepcopy(one), batches[task], 3) for task, one in after.items()}
+    for name, value in tuner.trained().items():
+        weight = model.get_parameter(name).detach()
+        pull = sum(7.0 * fisher[task][name] * (weight - one.get_parameter(name)) for task, one in after.items())
+        torch.testing.assert_close(value.grad.reshape(-1), pull.reshape(-1)[positions[name]], rtol=1e-8, atol=1e-14)
+        assert value.grad.abs().max() > 0
+    assert (tmp_path / "earlier.safetensors").is_file() != whole
+    tuner.close()
 
 
 def test_the_information_is_read_from_few_and_short_texts(monkeypatch):

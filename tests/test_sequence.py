@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import write_lines
+from conftest import assert_same_tensors, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.errors import FinepointError
 from finepoint.evaluation.metrics import sequence_metrics
@@ -97,11 +97,11 @@ def test_it_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
     whole = run_sequence(replace(config, output=str(tmp_path / "whole")))
     fit, runs = sequence.fit, []
 
-    def tired(settings, place):
+    def tired(settings, *more):
         runs.append(settings.output)
         if len(runs) == 3:
             raise KeyboardInterrupt
-        return fit(settings, place)
+        return fit(settings, *more)
 
     monkeypatch.setattr(sequence, "fit", tired)
     with pytest.raises(KeyboardInterrupt):
@@ -134,7 +134,11 @@ def test_the_model_is_the_base_again_between_ways(config, monkeypatch):
     ("changes", "message"),
     [({"tasks": {"a": {"train": "x", "test": "x"}}}, "two tasks or more"), ({"train": {"lr": 1}}, "'lr'"),
      ({"tasks": {"a": {"train": "x"}, "b": {"train": "x", "test": "x"}}}, "give train and test"),
-     ({"rule": "galop"}, "did you mean"), ({"train": {"stepz": 1}}, "'stepz'")],
+     ({"rule": "galop"}, "did you mean"), ({"train": {"stepz": 1}}, "'stepz'"),
+     ({"ways": ["anchord"]}, "did you mean 'anchored'"), ({"rates": {"lora-on": 1}}, "unknown way 'lora-on'"),
+     ({"ways": ["allow"], "overlap": "allow"}, "leave out one of them"),
+     ({"ways": ["anchored"], "train": {"refresh": "every:2"}}, "leave out refresh"),
+     ({"ways": ["lora"], "train": {"protect": "news"}}, "way lora: --protect-by anchor holds weights")],
 )  # fmt: skip
 def test_mistakes_are_named(config, changes, message):
     with pytest.raises(FinepointError, match=message):
@@ -151,6 +155,82 @@ def test_another_setting_needs_another_folder(config, tmp_path):
     with pytest.raises(FinepointError, match="begun with lr"):
         run_sequence(replace(config, lr=1e-3))
     assert "allow" in run_sequence(config)  # the other way may be added
+
+
+def numbers(config, way):
+    return [{name: change.numbers for name, change in adapter.changes.items()} for adapter in adapters(config, way)]
+
+
+def moved(change):
+    return sum(float(part.square().sum()) for part in change.values())
+
+
+def only(config, *tasks, **changes):
+    """A shorter sequence, of these tasks."""
+    tasks = {name: config.tasks[name] for name in tasks}
+    return replace(config, tasks=tasks, train={"steps": 3, "batch_size": 8}, test_limit=4, rule="random", **changes)
+
+
+def test_earlier_tasks_hold_the_later_ones(config, tmp_path):
+    """Strength 0 is no anchor, bit for bit; much of it moves less; the first task has none to keep."""
+    config, found = only(config, "first", "second", earlier_examples=8), {}
+    ways = ["anchored", "exclude-anchored"]
+    for strength in (0.0, 1e7):
+        one = replace(config, output=str(tmp_path / f"s{strength}"), ways=ways, earlier_strength=strength)
+        run_sequence(one)
+        found |= {(way, strength): numbers(one, way) for way in ways}
+    run_sequence(config)
+    for plain, way in (("allow", "anchored"), ("exclude", "exclude-anchored")):
+        free, held = found[way, 0.0], found[way, 1e7]
+        for one_change, other in zip(numbers(config, plain), free, strict=True):
+            assert all(torch.equal(one_change[name], other[name]) for name in one_change)
+        assert all(torch.equal(free[0][name], held[0][name]) for name in free[0])
+        assert moved(held[1]) < moved(free[1])
+    told = adapters(one, "exclude-anchored")[1].info["earlier"]
+    assert told["strength"] == 1e7
+    assert {task: facts["examples"] for task, facts in told["tasks"].items()} == {"first": 8}
+
+
+def test_a_held_sequence_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
+    """Beside text to keep, at the same bits."""
+    text = write_lines(tmp_path / "text.jsonl", [{"text": "hello you " * 3}, {"text": "abc abc"}])
+    config = replace(only(config, "first", "second", ways=["anchored"], earlier_examples=4), rule="gallop",
+                     train={"steps": 3, "batch_size": 8, "scoring_examples": 8, "protect": text})  # fmt: skip
+    run_sequence(replace(config, output=str(tmp_path / "whole")))
+    fit, runs = sequence.fit, []
+
+    def tired(*arguments):
+        runs.append(arguments)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments)
+
+    monkeypatch.setattr(sequence, "fit", tired)
+    with pytest.raises(KeyboardInterrupt):
+        run_sequence(config)
+    run_sequence(config)
+    assert len(runs) == 3
+    for folder in ("first/first", "anchored/second"):
+        assert_same_tensors(tmp_path / "s" / folder, tmp_path / "whole" / folder)
+    Path(config.tasks["second"]["train"]).write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
+    with pytest.raises(FinepointError, match="begun with another content of"):
+        run_sequence(config)
+
+
+def test_other_methods_take_the_same_way(config):
+    """LoRA for each task, every weight, and EWC on every weight."""
+    ways = ["lora", "full", "full-anchored"]
+    config = only(config, "first", "second", ways=ways, rates=dict.fromkeys(ways, 1e-3), earlier_examples=4,
+                  earlier_strength=1e6)  # fmt: skip
+    found = run_sequence(config)
+    assert all(len(found[way]["matrix"]) == 2 for way in ways)
+    assert found["full"]["matrix"][0] == found["full-anchored"]["matrix"][0]
+    one, free, held = (SparseAdapter.load(f"{config.output}/{folder}").changes
+                       for folder in ("first-full/first", "full/second", "full-anchored/second"))  # fmt: skip
+    far, near = (moved({name: change.numbers - one[name].numbers for name, change in each.items()})
+                 for each in (free, held))  # fmt: skip
+    assert near < far
+    assert write_report(ReportConfig(folder=[config.output]))["figures"] == ["accuracies"]
 
 
 def test_metrics_of_a_sequence_by_hand():

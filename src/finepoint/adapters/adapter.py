@@ -358,6 +358,26 @@ def applied_to(model: nn.Module) -> list[SparseAdapter]:
     return [adapter for adapter, _ in vars(model).get(APPLIED, [])]
 
 
+@contextmanager
+def as_before_latest(model: nn.Module, count: int) -> Iterator[None]:
+    """Inside, the weights are as they were before so many of the adapters were applied; for reading, and in training
+    too: nothing trained may have moved."""
+    # `.data`: past the version counters, by which a tuner would take it for somebody else's change.
+    weights = {name: weight.data for name, weight in model.named_parameters(remove_duplicate=False)}
+    latest = _applied(model)[len(_applied(model)) - count :]
+    written = []
+    for adapter, originals in reversed(latest):
+        written.append({name: gather(weights[name], adapter[name]) for name in originals})
+        for name, values in originals.items():
+            scatter_(weights[name], adapter[name], values)
+    try:
+        yield
+    finally:
+        for (adapter, _), held in zip(latest, reversed(written), strict=True):
+            for name, values in held.items():
+                scatter_(weights[name], adapter[name], values)
+
+
 def _applied(model: nn.Module) -> list[tuple[SparseAdapter, dict[str, Tensor]]]:
     """The adapters applied to a model, first to last, with the bits they replaced: kept on the model itself, so that
     they live exactly as long and a deep copy of the model can be reverted too."""

@@ -28,10 +28,8 @@ def run_compare(config: CompareConfig) -> int:
     return 1 if found.get("failed") else 0
 
 
-TITLES = {"exclude": "every task on entries of its own", "allow": "overlap allowed"}
-
-
 def run_sequence(config: SequenceConfig) -> None:
+    from finepoint.studies.results import WAYS
     from finepoint.studies.sequence import run_sequence
 
     found = run_sequence(config)
@@ -39,11 +37,11 @@ def run_sequence(config: SequenceConfig) -> None:
         print_json(found)
         return
     tasks = found["tasks"]
-    for way in (way for way in TITLES if way in found):
+    for way in (way for way in WAYS if way in found):
         result = found[way]
         rows = [["base", *(found["base"][task] for task in tasks)]]
         rows += [[f"after {task}", *row] for task, row in zip(tasks, result["matrix"], strict=True)]
-        print_table(["accuracy", *tasks], rows, title=TITLES[way])
+        print_table(["accuracy", *tasks], rows, title=WAYS[way].title)
         removable = [task for task, yes in zip(tasks, result["removable"], strict=True) if yes]
         print(f"average accuracy {result['average_accuracy']:.3f}, backward transfer "
               f"{signed(result['backward_transfer'])}, forgetting {signed(result['forgetting'])}; "

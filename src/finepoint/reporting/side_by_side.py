@@ -31,7 +31,7 @@ SEQUENCE_DEFINITIONS = {
     "removable": "The adapter alone was taken out of the model that holds all of them: its entries had the base's bits "
                  "again, all others kept theirs.",
 }  # fmt: skip
-TITLES = {"exclude": "each task on entries of its own", "allow": "overlap allowed"}
+TITLES = {name: way.title for name, way in WAYS.items()}
 WHOLE = "all"  # interference's scope over all weights
 
 
@@ -63,10 +63,10 @@ def sequence_page(folder: Path, figures: Any) -> Page:
     if not (folder / SEQUENCE_RESULT).is_file():
         raise FinepointError(f"the sequence in {folder} is not finished; run `finepoint sequence` again: it goes on")
     found = read_json(folder / SEQUENCE_RESULT)
-    tasks, config, ways = found["tasks"], found["config"], [way for way in WAYS["both"] if way in found]
+    tasks, config, ways = found["tasks"], found["config"], [way for way in WAYS if way in found]
     data = {"accuracies": accuracies(found, ways), "ways": summaries(found, ways)}
     sections = [_matrices(data, tasks, figures)]
-    for way in ways:
+    for way in (way for way in ways if not WAYS[way].baseline):
         adapters = {task: SparseAdapter.load(adapter_folder(folder, way, task, tasks)) for task in tasks}
         rows = data[f"interference_{way}"] = interference(adapters)
         sections.append(_pairs(rows, tasks, figures, way))

@@ -14,8 +14,39 @@ from finepoint.runtime.files import VERSION, read_json, refuse_version
 
 FORMAT = 1
 SEQUENCE, SEQUENCE_RESULT = "sequence.json", "result.json"
-WAYS = {"exclude": ("exclude",), "allow": ("allow",), "both": ("exclude", "allow")}
-"""The ways in which the tasks of a sequence may choose entries, by the setting that asks for them."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training the tasks of a sequence one after the other."""
+
+    title: str
+    exclude: bool = False
+    """each task on entries that no earlier one owns"""
+    anchored: bool = False
+    """earlier tasks are held to"""
+    baseline: str = ""
+    """trained instead of chosen entries"""
+
+    @property
+    def first(self) -> str:
+        """The folder of the first task, which has no earlier ones: it is trained, and measured, once for all ways of
+        training the same."""
+        return f"first-{self.baseline}" if self.baseline else "first"
+
+
+WAYS = {
+    "exclude": Way("each task on entries of its own", exclude=True),
+    "allow": Way("overlap allowed"),
+    "anchored": Way("overlap allowed, earlier tasks anchored", anchored=True),
+    "exclude-anchored": Way("each task on entries of its own, earlier tasks anchored", exclude=True, anchored=True),
+    "lora": Way("LoRA for each task", baseline="lora"),
+    "full": Way("every weight", baseline="full"),
+    "full-anchored": Way("every weight, earlier tasks anchored (EWC)", anchored=True, baseline="full"),
+}
+"""The ways by name."""
+OVERLAPS = {"exclude": ("exclude",), "allow": ("allow",), "both": ("exclude", "allow")}
+"""The ways by the setting that asks for them where they are not named."""
 
 Cell = dict[str, Any]
 """One run of the grid: a task, an arm, a learning rate and a seed, with everything measured on it."""
@@ -182,5 +213,4 @@ def at_edge(results: Results, task: str, arm: str) -> bool:
 
 def adapter_folder(folder: Path, way: str, task: str, tasks: Sequence[str]) -> Path:
     """Where a task's adapter lies, trained one way or the other."""
-    # Nothing can overlap with the first task: it is trained, and measured, once for both ways.
-    return folder / ("first" if task == tasks[0] else way) / task
+    return folder / (WAYS[way].first if task == tasks[0] else way) / task

@@ -7,7 +7,7 @@ tasks are trained with overlap allowed.
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,24 @@ from torch import nn
 
 from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather, overlap
+from finepoint.adapters.peft import is_peft, load_merged
+from finepoint.baselines.registry import baseline_named
+from finepoint.data.batches import context_length, learned
 from finepoint.data.examples import Example, Labelled, Text, read_examples, some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
+from finepoint.data.tokens import encode_all
 from finepoint.errors import FinepointError
 from finepoint.evaluation.metrics import sequence_metrics
 from finepoint.evaluation.scoring import accuracy
 from finepoint.models.loading import load_model, load_tokenizer
+from finepoint.models.packages import digest
 from finepoint.runtime.files import claim_folder, contents, read_json, read_record, write_json, write_record
-from finepoint.runtime.settings import deciding, did_you_mean
-from finepoint.studies.results import SEQUENCE, SEQUENCE_RESULT, WAYS, adapter_folder
+from finepoint.runtime.settings import deciding, did_you_mean, named
+from finepoint.studies.results import OVERLAPS, SEQUENCE, SEQUENCE_RESULT, WAYS, adapter_folder
 from finepoint.studies.settings import SequenceConfig
 from finepoint.training.context import TrainingContext, training_context
+from finepoint.training.earlier import EarlierTasks
+from finepoint.training.resolve import resolve, unused_by
 from finepoint.training.run import RECORD, fit, versions
 from finepoint.training.settings import TrainConfig
 
@@ -56,8 +63,8 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
     """Trains the tasks in order and measures all of them after each; the same command goes on where it stopped.
 
     Returns:
-        `base` (accuracies before), `leaks` (tests that hold examples which a task is trained on), and for each way of
-        choosing (`exclude`, `allow`): `matrix` R[i][j], the accuracy on task j after training tasks 0..i, with
+        `base` (accuracies before), `leaks` (tests that hold examples which a task is trained on), and for each way
+        (`exclude`, `allow`, ..): `matrix` R[i][j], the accuracy on task j after training tasks 0..i, with
         `average_accuracy`, `backward_transfer`, `forgetting`; `overlaps`, entries that adapters share; `removable`,
         whether each adapter alone could be taken out, bit for bit.
 
@@ -77,7 +84,7 @@ def _run(config: SequenceConfig, folder: Path) -> dict[str, Any]:
     leaked = _leaks(state)
     found: dict[str, Any] = {"tasks": state.tasks, "leaks": leaked,
                              "base": _remembered(folder / "base.json", lambda: _row(state))}  # fmt: skip
-    for way in WAYS[config.overlap]:
+    for way in ways_of(config):
         found[way] = _one_way(state, way)
     write_json(folder / SEQUENCE_RESULT, found | {"config": asdict(config), "versions": versions()})
     return found
@@ -103,7 +110,7 @@ def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
             place = state.adapter_folder(way, task)
             if not (place / RECORD).is_file():
                 _train(state, way, task, place)
-            adapter = SparseAdapter.load(place)
+            adapter = load_merged(place, state.model) if is_peft(place) else SparseAdapter.load(place)
             adapter.apply(state.model)
             adapters.append(adapter)
             records.append(read_record(place / RECORD))
@@ -128,14 +135,40 @@ def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
 def _train(state: SequenceState, way: str, task: str, place: Path) -> None:
     """Trains one task on the model as the earlier ones have left it."""
     config = state.config
-    earlier = state.tasks[: state.tasks.index(task)]
-    exclude = [str(state.adapter_folder(way, name)) for name in earlier] if way == "exclude" else []
-    settings = TrainConfig(**_own(config, task, str(place), exclude), **config.train)
+    before = state.tasks[: state.tasks.index(task)]
+    exclude = [str(state.adapter_folder(way, name)) for name in before] if WAYS[way].exclude else []
+    settings = _told(config, way, task, str(place), exclude)
     shutil.rmtree(place, ignore_errors=True)
     examples = read_examples(str(settings.data))
     where: TrainingContext = training_context(settings, state.model, state.tokenizer, examples)
-    logger.info("%s: training %s on %s", way, task, "entries of its own" if settings.exclude else "any entries")
-    fit(settings, where)
+    logger.info("training %s, %s", task, WAYS[way].title)
+    fit(settings, where, _earlier(state, settings, before) if before and WAYS[way].anchored else None)
+
+
+def _earlier(state: SequenceState, settings: TrainConfig, before: Sequence[str]) -> EarlierTasks:
+    """What a task is held to: some training examples of each that came before."""
+    config, limit = state.config, context_length(state.model, settings.max_length)
+    rows = {}
+    for task in before:
+        examples = some(read_examples(config.tasks[task]["train"]), config.earlier_examples)
+        found = encode_all(state.tokenizer, examples, limit, what=f"example of {task}", model=state.model)
+        rows[task] = [row for row in found if learned(row)]
+    return EarlierTasks(rows, config.earlier_strength, settings.seed)
+
+
+def ways_of(config: SequenceConfig) -> Sequence[str]:
+    return config.ways or OVERLAPS[config.overlap]
+
+
+def _told(config: SequenceConfig, way: str, task: str, output: str, exclude: list[str]) -> TrainConfig:
+    """What `finepoint train` would be told for a task; what its way does not look at is left out."""
+    baseline = baseline_named(WAYS[way].baseline) if WAYS[way].baseline else None
+    left_out = unused_by(baseline) if baseline else {"baseline_options": {}}
+    further = {name: value for name, value in config.train.items() if name not in left_out}
+    own = _own(config, task, output, exclude)
+    own |= {name: default for name, default in left_out.items() if name in own}
+    rate = config.rates.get(way, None if baseline else config.lr)
+    return TrainConfig(**own | {"baseline": WAYS[way].baseline or None, "lr": rate}, **further)
 
 
 def _own(config: SequenceConfig, task: str, output: str, exclude: list[str]) -> dict[str, Any]:
@@ -206,7 +239,29 @@ def _check(config: SequenceConfig) -> dict[str, Any]:
     if unknown := sorted(set(config.train) - known):
         raise FinepointError(f"train gives {unknown[0]!r}, which is no setting that a sequence takes there"
                              f"{did_you_mean(unknown[0], known)}")  # fmt: skip
-    return deciding(config, "bits")
+    _check_ways(config)
+    return deciding(config, "bits") | {"contents": _contents(config)}
+
+
+def _check_ways(config: SequenceConfig) -> None:
+    """Refuses ways that are none, and what `finepoint train` would refuse, before hours of other tasks."""
+    if config.ways and config.overlap != SequenceConfig.overlap:
+        raise FinepointError("ways says which ways, and so does overlap; leave out one of them")
+    for way in (*ways_of(config), *config.rates):
+        named(WAYS, way, "unknown way", "ways")
+    for way in ways_of(config):
+        try:
+            spec = resolve(_told(config, way, next(iter(config.tasks)), config.output, []))
+        except FinepointError as error:
+            raise FinepointError(f"way {way}: {error}") from error
+        if WAYS[way].anchored and spec.config.refresh:
+            raise FinepointError(f"way {way}: earlier tasks hold entries that are chosen once; leave out refresh")
+
+
+def _contents(config: SequenceConfig) -> dict[str, str]:
+    """Digests of the tasks' files: what is resumed is of the same examples."""
+    files = sorted({file for parts in config.tasks.values() for file in parts.values()})
+    return {file: digest(Path(file)) for file in files if Path(file).is_file()}
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -214,13 +269,22 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     if manifest.is_file():
         before = read_record(manifest)
         for name, value in json.loads(json.dumps(settings)).items():
-            if before.get(name) != value:
+            if name == "contents":
+                _refuse_other_contents(folder, before.get(name, {}), value)
+            elif name in before and before[name] != value:
                 raise FinepointError(f"the sequence in {folder} was begun with {name} {before.get(name)}, not {value}; "
                                      "choose another --output")  # fmt: skip
     elif contents(folder):
         raise FinepointError(f"{folder} is not empty and holds no sequence; choose another --output")
     else:
         write_record(manifest, settings)
+
+
+def _refuse_other_contents(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for file in before:
+        if before[file] != now.get(file):
+            raise FinepointError(f"the sequence in {folder} was begun with another content of {file}; choose another "
+                                 "--output")  # fmt: skip
 
 
 def _tests(config: SequenceConfig) -> dict[str, Sequence[Example]]:

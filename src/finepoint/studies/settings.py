@@ -70,6 +70,15 @@ The same command goes on where it stopped."""
         "learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others", None, "bits")
     overlap: Literal["exclude", "allow", "both"] = setting(
         "exclude entries that earlier tasks own, allow them, or both ways one after the other", "both", "length")
+    ways: list[Literal["exclude", "allow", "anchored", "exclude-anchored", "lora", "full", "full-anchored"]] = setting(
+        "instead of overlap: which of exclude, allow; anchored, exclude-anchored (what each earlier task has left is "
+        "held back where its examples need it: EWC); lora, full, full-anchored", [], "length")
+    rates: dict[str, float] = setting(
+        "learning rates by way, e.g. lora=1e-3; lr or the default where not given", {}, "bits")
+    earlier_examples: int = setting(
+        "for anchored ways: so many training examples of each earlier task are read, always the same", 64, "bits",
+        least=1)
+    earlier_strength: float = setting("for anchored ways: how strongly earlier tasks are held", 1000.0, "bits", least=0)
     train: dict[str, Any] = setting("further settings of finepoint train, e.g. {steps: 60}", {}, "bits")
     test_limit: int | None = setting("at most so many examples of each test set", None, "bits", least=1)
     new_tokens: int = setting("most tokens to generate where an answer is written", 8, "bits", least=1)

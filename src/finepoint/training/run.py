@@ -54,6 +54,7 @@ from finepoint.training.context import (
     scoring_rows,
 )
 from finepoint.training.context import choose as choose  # its former place
+from finepoint.training.earlier import EARLIER, EarlierTasks
 from finepoint.training.keep import Protected, texts_a_step
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
@@ -186,10 +187,15 @@ def train(config: TrainConfig, context: TrainingContext | None = None) -> dict[s
     return _fit(config, context, keeps=True)[0]
 
 
-def fit(config: TrainConfig, context: TrainingContext | None = None) -> tuple[dict[str, Any], SparseAdapter]:
+def fit(
+    config: TrainConfig, context: TrainingContext | None = None, earlier: EarlierTasks | None = None
+) -> tuple[dict[str, Any], SparseAdapter]:
     """`train`, which also returns the trained change: of every method in one form, so that all are measured alike.
 
     Several processes call it together; the first one writes, and all return the same.
+
+    Args:
+        earlier: tasks whose adapters are applied to the context's model, and that are held to.
 
     Returns:
         The record, and the change: that of the chosen entries, or of a baseline's whole weights (LoRA's merged).
@@ -197,10 +203,12 @@ def fit(config: TrainConfig, context: TrainingContext | None = None) -> tuple[di
     Raises:
         FinepointError: as for `train`.
     """
-    return _fit(config, context, keeps=False)
+    return _fit(config, context, keeps=False, earlier=earlier)
 
 
-def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> tuple[dict[str, Any], SparseAdapter]:
+def _fit(
+    config: TrainConfig, context: TrainingContext | None, keeps: bool, earlier: EarlierTasks | None = None
+) -> tuple[dict[str, Any], SparseAdapter]:
     spec = resolve(config)
     with claimed(config, keeps) as folder:
         saved = saved_by(config, folder)
@@ -211,7 +219,7 @@ def _fit(config: TrainConfig, context: TrainingContext | None, keeps: bool) -> t
         rows = [row for row in place.rows if learned(row)]
         steps = steps_of(config, len(rows))
         make, facts = partial(_method, spec, steps), _unusual(config)
-        with begun(spec, place, folder, saved, make, rows, steps, keeps, **facts) as run:
+        with begun(spec, place, folder, saved, make, rows, steps, keeps, earlier, **facts) as run:
             results = _train_by_loss(run, rows, validation, packer)
             results |= run.outcome()
             adapter, size = run.save()
@@ -252,7 +260,7 @@ def saved_by(config: Training, folder: Path) -> list[str]:
 @contextmanager
 def begun(
     spec: RunSpec[Told], place: TrainingContext, folder: Path, saved: Sequence[str],
-    make: Make, rows: Sequence[Any], steps: int, keeps: bool = True, **facts: Any,
+    make: Make, rows: Sequence[Any], steps: int, keeps: bool = True, earlier: EarlierTasks | None = None, **facts: Any,
 ) -> Iterator[Run[Told]]:  # fmt: skip
     """A run that is ready to train; afterwards the model is the base again, bit for bit.
 
@@ -261,6 +269,7 @@ def begun(
         make: gives the method, and how its entries were chosen, from the context with what is to be kept, the weights
             of a new head, the base's fingerprint, and the folder of the run that is resumed, if one is.
         rows: what decides the bits besides the settings and the text that is to be kept.
+        earlier: tasks that are held to besides.
         facts: what else the adapter says of itself.
     """
     config = spec.config
@@ -271,12 +280,15 @@ def begun(
     if saved:
         distributed.on_first(partial(refuse_other_base, saved[0], base))
     place = replace(place, kept=kept_rows(config, place))
-    settings = decisive(config, [*rows, *place.kept], base)
+    settings = decisive(config, [*rows, *place.kept], base) | ({EARLIER: earlier.facts()} if earlier else {})
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
     method, chosen = make(place, head, base, folder if saved else None)
     try:
         if spec.protection:
             method = held(spec, place, method, head)
+        if earlier:
+            method = replace(method, anchors=earlier.anchors(method, place.collator, folder))
+            facts |= {EARLIER: earlier.facts()}
         prepared = time.perf_counter() - began
         what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
         logger.info("%d %s in %.1f s", method.tuner.count, what, prepared)

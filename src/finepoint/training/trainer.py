@@ -121,8 +121,9 @@ class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         if self.accelerator.sync_gradients:
             if distributed.count() > 1:
                 self.method.tuner.average_()
-            if self.method.penalty:
-                self.method.penalty.add_(self.state.global_step)
+            for term in (self.method.penalty, *self.method.anchors):
+                if term:
+                    term.add_(self.state.global_step)
         return loss
 
     def keep(self, file: Path) -> None:

@@ -1,6 +1,6 @@
 """What a training run asks of the method it drives: `Tuner`, which sparse tuning and every baseline offer alike."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +178,8 @@ class Method:
 
     tuner: Tuner
     penalty: Penalty | None = None
+    anchors: Sequence[Penalty] = ()
+    """further terms, of earlier tasks"""
     average: Average | None = None
     """what is left of it in place of the last step's"""
     optimizer: Optimizer | None = None
