@@ -59,7 +59,7 @@ class EarlierTasks:
         if method.refresh:
             raise FinepointError("earlier tasks hold entries that are chosen once; leave out refresh")
         now, found = _values(tuner), {}
-        for later, (name, rows) in enumerate(reversed(self.tasks.items())):
+        for later, (name, rows) in enumerate(reversed(list(self.tasks.items()))):
             with as_before_latest(model, later):
                 logger.info("what task %r needs of what is trained now:", name)
                 fisher = fisher_at(tuner, model, collator.batches(rows, 1), self.seed)
