@@ -12,11 +12,12 @@ from tokenizers.processors import TemplateProcessing
 import finepoint
 from conftest import assert_same_bits, make_tokenizer, random_batches, snapshot, write_lines
 from finepoint.alignment.align import Steps, align
-from finepoint.alignment.methods import exact, line, number
+from finepoint.alignment.methods import DPO, exact, line, number
 from finepoint.alignment.settings import AlignConfig
 from finepoint.baselines.peft import PeftTuner
 from finepoint.cli import main
 from finepoint.data.examples import Completion, read_pairs
+from finepoint.data.tokens import encode_preferences
 from finepoint.errors import FinepointError
 from finepoint.evaluation.generation import Written
 from finepoint.huggingface.reference import Reference
@@ -75,7 +76,6 @@ def test_a_run_of_one_step_takes_it(method, warmup, model_folder, tmp_path, pair
 
 
 def test_the_adapter_is_what_was_measured(model_folder, tmp_path, pairs, tokenizer):
-    from finepoint.alignment.methods import DPO
 
     config = settings(model_folder, tmp_path, "dpo", pairs, rule="random")
     record = align(config)
@@ -364,3 +364,23 @@ def test_rewards_see_a_reference_without_its_end(model_folder, tmp_path, tokeniz
     config = settings(model_folder, tmp_path, "grpo", "", reward="exact")
     rows = [Completion("a:", " 3</s>"), Completion("<s>b:", " 4</s>")]
     assert methods.GRPO(config).measure(load_model(str(model_folder)), tokenizer, rows).rows == [1.0, 0.0]
+
+
+def test_pairs_of_conversations_are_learned_behind_the_chat_template(model_folder, tmp_path, tokenizer):
+    def turn(role, content):
+        return {"role": role, "content": content}
+
+    rows = [{"prompt": [turn("user", f"a{c}")], "chosen": [turn("assistant", "yes")], "rejected": "no", "score": 1}
+            for c in "abcdefgh"]  # fmt: skip
+    data = write_lines(tmp_path / "chats.jsonl", rows)
+    prompt, chosen, rejected = encode_preferences(tokenizer, read_pairs(data))[0]
+    assert tokenizer.decode(prompt) == "user: aa\nassistant: "
+    assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == ("yes\n", "no\n")
+    model = load_model(str(model_folder))
+    margins = DPO(settings(model_folder, tmp_path, "dpo", data)).measure(model, tokenizer, read_pairs(data)).rows
+    with torch.no_grad():
+        found = [model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+                 .gather(1, torch.tensor([answer]).T).sum().item() for answer in (chosen, rejected)]  # fmt: skip
+    assert margins[0] == pytest.approx(found[0] - found[1], abs=1e-4)
+    record = align(settings(model_folder, tmp_path, "dpo", data, rule="gallop"))
+    assert record["after"]["margin"] > record["before"]["margin"] + 1

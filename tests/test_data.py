@@ -8,12 +8,16 @@ from conftest import write_lines
 from finepoint.data import examples as module
 from finepoint.data.examples import (
     Chat,
+    ChatPair,
     Choices,
     Completion,
     Labelled,
+    Pair,
     Text,
+    as_examples,
     label_names,
     read_examples,
+    read_pairs,
     refuse_other_task,
 )
 from finepoint.errors import FinepointError
@@ -46,8 +50,21 @@ BAD_LINES = {
     "not json": ("{", "line 2: not JSON"),
     "a list": ("[1]", "line 2: a list; expected"),
     "other keys": ('{"prompt": "a", "response": "b"}', r"line 2: an object with the keys \['prompt', 'response'\]"),
-    "another tool's keys": ('{"conversations": []}', r"write conversations as \{\"messages\": "),
-    "a typo": ('{"text": "a", "lable": 1}', "line 2: an object with the keys"),
+    "no form's keys": ('{"q": "a", "a": "b"}', r"expected \{\"prompt\".*name your columns with --columns"),
+    "no turn": ('{"conversations": []}', "line 2: 'conversations' is no list of turns"),
+    "a typo": (
+        '{"text": "a", "lable": 1}',
+        r"line 2: there is 'lable'; did you mean 'label'\? .* --columns label=lable",
+    ),
+    "another typo": ('{"prompt": "a", "completon": "b"}', "there is 'completon'; did you mean 'completion'"),
+    "another case": ('{"Prompt": "a", "completion": "b"}', "there is 'Prompt'; did you mean 'prompt'"),
+    "another number": ('{"text": "a", "labels": "b"}', "did you mean 'label'.*if not, --columns text=text"),
+    "an optional key": ('{"instruction": "a", "output": "b", "inputs": "c"}', "'inputs'; did you mean 'input'"),
+    "another form": ('{"question": "a", "answer": "b"}', r"a row of \{\"question\", \"answer\"\} in a file that began"),
+    "a mixed chat": (
+        '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}',
+        "a chat example in a file that",
+    ),
     "empty": ('{"prompt": "", "completion": "b"}', "line 2: 'prompt' must be a string that is not empty"),
     "number": ('{"prompt": 3, "completion": "b"}', "'prompt' must be a string"),
     "one choice": ('{"prompt": "a", "choices": ["b"], "answer": 0}', "'choices' must be two or more different"),
@@ -74,27 +91,27 @@ def test_a_malformed_line_is_named(tmp_path, bad):
 
 def test_a_form_and_a_type_of_file_are_one_function_each(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FORMS", dict(module.FORMS))
-    monkeypatch.setattr(module, "SOURCES", dict(module.SOURCES))
-    (tmp_path / "d.tsv").write_text("q\ta\n2+2=\t4\nsky is\t\n")
+    monkeypatch.delitem(module.SOURCES, ".bar", raising=False)  # and again, afterwards
+    (tmp_path / "d.bar").write_text("q|a\n2+2=|4\nsky is|\n")
     with pytest.raises(FinepointError, match="line 1: not JSON"):
-        read_examples(tmp_path / "d.tsv")  # an unknown type is taken for JSON Lines
+        read_examples(tmp_path / "d.bar")  # an unknown type is taken for JSON Lines
 
-    @module.source(".tsv")
+    @module.source(".bar")
     def table(path):
-        header, *lines = (line.split("\t") for line in path.read_text().splitlines())
+        header, *lines = (line.split("|") for line in path.read_text().splitlines())
         yield from ((f"{path}, line {i}", dict(zip(header, line, strict=True))) for i, line in enumerate(lines, 2))
 
     with pytest.raises(FinepointError, match=r"line 2: an object with the keys \['a', 'q'\]; expected \{\"prompt"):
-        read_examples(tmp_path / "d.tsv")
+        read_examples(tmp_path / "d.bar")
 
     @module.form("q", "a")
     def question(where, row):
         return Completion(module.string(where, row, "q"), module.string(where, row, "a"), where=where)
 
-    with pytest.raises(FinepointError, match="d.tsv, line 3: 'a' must be a string that is not empty"):
-        read_examples(tmp_path / "d.tsv")
+    with pytest.raises(FinepointError, match="d.bar, line 3: 'a' must be a string that is not empty"):
+        read_examples(tmp_path / "d.bar")
     assert module.as_examples([{"q": "2+2=", "a": "4", "id": 7}]) == [Completion("2+2=", "4")]
-    with pytest.raises(FinepointError, match=r'\{"text"\} or \{"q", "a"\}, with "id"'):
+    with pytest.raises(FinepointError, match=r'\{"text"\} or \{"q", "a"\}; name'):
         module.as_examples([{"x": 1}])
 
 
@@ -125,3 +142,112 @@ def test_half_a_character_is_one_line(tmp_path):
     refuse_other_task("d.jsonl", read_examples(tmp_path / "d.jsonl"), [])
     with pytest.raises(FinepointError, match=r"d.jsonl holds text examples, and the model is a classifier"):
         refuse_other_task("d.jsonl", read_examples(tmp_path / "d.jsonl"), ["x", "y"])
+
+
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+CHAT = Chat((("user", "hi"), ("assistant", "ho")))
+ALPACA = "### Instruction:\nadd\n\n### Input:\n2 2\n\n### Response:\n"
+READY = {
+    "alpaca": ({"instruction": "add", "input": "2 2", "output": "4"}, Completion(ALPACA, "4")),
+    "alpaca without input": (
+        {"instruction": "add", "input": "", "output": "4"},
+        Completion("### Instruction:\nadd\n\n### Response:\n", "4"),
+    ),
+    "dolly": ({"instruction": "add", "context": "2 2", "response": "4"}, Completion(ALPACA, "4")),
+    "question": ({"question": "2+2?", "answer": "4"}, Completion("Question: 2+2?\nAnswer:", " 4")),
+    "exam": (
+        {"question": "2+2?", "choices": ["3", "4"], "answer": 1},
+        Choices("Question: 2+2?\nAnswer:", (" 3", " 4"), 1),
+    ),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, CHAT),
+    "sharegpt with system": (
+        {"system": "s", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        Chat((("system", "s"), *CHAT.messages)),
+    ),
+    "conversations of roles": ({"conversations": [USER, REPLY]}, CHAT),
+    "lists of turns": ({"prompt": [USER], "completion": [REPLY]}, CHAT),
+    "a turn and a text": ({"prompt": [USER], "completion": "ho"}, CHAT),
+}
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_forms_are_read(name):
+    row, expected = READY[name]
+    assert as_examples([row]) == [expected]
+
+
+def test_other_columns_are_ignored_and_named_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [{"prompt": "a", "completion": "b", "topic": 1, "url": "u", "id": 1}, {"prompt": "a", "completion": "b"}]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    assert read_examples(path) == read_examples(path) == [Completion("a", "b")] * 2
+    told = f'ignoring the columns topic, url of {path}, which is read as {{"prompt", "completion"}}'
+    assert caplog.messages == [told]
+
+
+def test_of_several_forms_the_one_with_most_keys_is_read_and_named_columns_decide():
+    row = {"text": "t", "label": "x", "prompt": "p", "completion": "c", "messages": [USER, REPLY]}
+    assert as_examples([row]) == [Completion("p", "c")]  # the first of two with two keys
+    assert as_examples([row], {"text": "text"}) == [Text("t")]
+    assert as_examples([row], {"label": "prompt"}) == [Labelled("t", "p")]
+    assert as_examples([row], {"text": "completion", "label": "label"}) == [Labelled("c", "x")]
+    assert as_examples([row], {"messages": "messages"}) == [CHAT]
+    assert as_examples([{"q": "p", "a": "c"}], {"prompt": "q", "completion": "a"}) == [Completion("p", "c")]
+    assert as_examples([{"text": "t", "lable": 1}], {"text": "text"}) == [Text("t")]  # said so
+    with pytest.raises(FinepointError, match="there is no column 'qq'; did you mean 'q'"):
+        as_examples([{"q": "p", "a": "c"}], {"prompt": "qq", "completion": "a"})
+    assert as_examples([{"text": "t"}], {"prompt": "q", "completion": "a"}) == [Text("t")]  # another file
+    with pytest.raises(FinepointError, match="there is no column 'q'; there are text"):
+        read_examples([{"text": "t"}], {"prompt": "q", "completion": "a"}, need=True)
+    assert read_examples([{"prompt": "p", "completion": "c"}], {"prompt": "q", "completion": "a"}, need=True)
+    with pytest.raises(FinepointError, match=r"the keys \['text'\]; expected"):
+        as_examples([{"text": "t"}], {"nonsense": "text"})
+
+
+PREFERENCES = {
+    "texts": ({"prompt": "a:", "chosen": " y", "rejected": " n"}, Pair("a:", " y", " n")),
+    "whole texts": ({"chosen": "Q: so? A: yes", "rejected": "Q: so? A: yet"}, Pair("Q: so? A:", " yes", " yet")),
+    "one goes on": ({"chosen": "Q: so? A", "rejected": "Q: so?"}, None),
+    "turns": ({"prompt": [USER], "chosen": [REPLY], "rejected": "no"}, "chats"),
+    "a text and turns": ({"prompt": "hi", "chosen": [REPLY], "rejected": "no"}, "chats"),
+    "whole turns": (
+        {"chosen": [USER, REPLY], "rejected": [USER, {"role": "assistant", "content": "no"}]},
+        "chats",
+    ),
+    "turns with their prompt, too": (
+        {"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, {"role": "assistant", "content": "no"}]},
+        "chats",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_pairs_are_texts_or_conversations(tmp_path, name):
+    row, expected = PREFERENCES[name]
+    path = write_lines(tmp_path / "pairs.jsonl", [row | {"score": 3}])
+    if expected is None:
+        with pytest.raises(FinepointError, match="'rejected' must be a string that is not empty"):
+            read_pairs(path)
+        return
+    if expected == "chats":
+        expected = ChatPair(CHAT, Chat((("user", "hi"), ("assistant", "no"))))
+    assert read_pairs(path) == [expected]
+
+
+BAD_PAIRS = {
+    "no beginning": ({"chosen": "yes", "rejected": "no"}, "begin with nothing in common"),
+    "the same": ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "are the same conversation"),
+    "another question": ({"chosen": [USER, REPLY], "rejected": [{**USER, "content": "ha"}, REPLY]}, "differ before"),
+    "no answer": (
+        {"prompt": [USER], "chosen": [REPLY, USER], "rejected": [REPLY, {**USER, "content": "a"}]},
+        "end with",
+    ),
+    "a typo": ({"prompt": "a", "choosen": "b", "rejected": "c"}, "there is 'choosen'; did you mean 'chosen'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_malformed_pairs_are_named(tmp_path, name):
+    row, message = BAD_PAIRS[name]
+    with pytest.raises(FinepointError, match=f"pairs.jsonl, line 1: .*{message}"):
+        read_pairs(write_lines(tmp_path / "pairs.jsonl", [row]))

@@ -16,6 +16,7 @@ from finepoint.alignment.methods import METHODS, Alignment, Measured, beta_of, o
 from finepoint.alignment.settings import AlignConfig
 from finepoint.data.examples import some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
+from finepoint.data.sources import name_of
 from finepoint.errors import FinepointError, needing
 from finepoint.evaluation.generation import sampling_plainly
 from finepoint.huggingface.reference import Reference
@@ -49,8 +50,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
     with claimed(config) as folder:
         saved = saved_by(config, folder)
         alignment = METHODS[config.method](config)
-        rows = alignment.read(config.data or "")
-        measured_on = config.validation or config.data or ""
+        rows = alignment.read(config.data, need=True)
+        measured_on = name_of(config.validation or config.data)
         held_out = some(alignment.read(config.validation) if config.validation else rows, config.validation_limit)
         place = prepare(config, alignment, rows)
         assert place.seen is not None

@@ -11,7 +11,17 @@ import torch
 
 from finepoint.alignment.settings import AlignConfig
 from finepoint.data.batches import context_length
-from finepoint.data.examples import Choices, Completion, Example, Pair, read_examples, read_pairs
+from finepoint.data.examples import (
+    Choices,
+    Completion,
+    Example,
+    Pair,
+    Preference,
+    answers_of,
+    read_examples,
+    read_pairs,
+)
+from finepoint.data.sources import name_of
 from finepoint.data.tokens import (
     around,
     asking,
@@ -25,7 +35,7 @@ from finepoint.data.tokens import (
 )
 from finepoint.errors import FinepointError
 from finepoint.evaluation.generation import warn_of_long_references, written
-from finepoint.evaluation.scoring import choice_likelihoods
+from finepoint.evaluation.scoring import choice_likelihoods, token_log_likelihoods
 from finepoint.huggingface.reference import Reference
 from finepoint.training.trainer import SparseCheckpoints
 
@@ -38,8 +48,8 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 class Alignment(Protocol):
     """What a run of `finepoint align` asks of its method."""
 
-    def read(self, path: str) -> list[Any]:
-        """The rows of a file."""
+    def read(self, data: Any, need: bool = False) -> list[Any]:
+        """The rows of a file; `need`: its columns are to be those that are named."""
 
     def examples(self, rows: Sequence[Any]) -> list[Example]:
         """What a rule that looks at gradients scores on."""
@@ -65,13 +75,15 @@ class DPO:
 
     config: AlignConfig
 
-    def read(self, path: str) -> list[Pair]:
-        return read_pairs(path)
+    def read(self, data: Any, need: bool = False) -> list[Preference]:
+        return read_pairs(data, self.config.columns, self.config.seed, need)
 
-    def examples(self, rows: Sequence[Pair]) -> list[Example]:
-        return [Completion(pair.prompt, pair.chosen, where=pair.where) for pair in rows]
+    def examples(self, rows: Sequence[Preference]) -> list[Example]:
+        return [answers_of(pair)[0] for pair in rows]
 
-    def trainer(self, model: Any, tokenizer: Any, rows: Sequence[Pair], reference: Reference, arguments: Any) -> Any:
+    def trainer(
+        self, model: Any, tokenizer: Any, rows: Sequence[Preference], reference: Reference, arguments: Any
+    ) -> Any:
         from trl import DPOConfig, DPOTrainer
 
         class SparseDPOTrainer(SparseCheckpoints, DPOTrainer):
@@ -79,26 +91,46 @@ class DPO:
                 return dataset  # in tokens already, by our contract and not by TRL's
 
         limit = context_length(model, self.config.max_length)
-        encoded = encode_preferences(tokenizer, rows, model)
-        warn_of_truncation([len(p) + max(len(c), len(r)) for p, c, r in encoded], limit, "pair")
-        front, _ = around(tokenizer)  # which stays, where TRL would cut it off
-        encoded = [(last_of(p, max(1, limit - max(len(c), len(r))), front), c, r) for p, c, r in encoded]
+        encoded = self._encoded(model, tokenizer, rows, limit)
         given = DPOConfig(**arguments, beta=beta_of(self.config), max_length=limit, truncation_mode="keep_end")
         return SparseDPOTrainer(
             model, reference, given, processing_class=asking(tokenizer, model),
             train_dataset=dataset({"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in encoded),
         )  # fmt: skip
 
-    def measure(self, model: Any, tokenizer: Any, rows: Sequence[Pair]) -> Measured:
+    def _encoded(
+        self, model: Any, tokenizer: Any, rows: Sequence[Preference], limit: int
+    ) -> list[tuple[list[int], list[int], list[int]]]:
+        """Tokens of prompts and both answers; a prompt loses its beginning where it does not fit with the longer."""
+        encoded = encode_preferences(tokenizer, rows, model)
+        warn_of_truncation([len(p) + max(len(c), len(r)) for p, c, r in encoded], limit, "pair")
+        front, _ = around(tokenizer)  # which stays, where TRL would cut it off
+        return [(last_of(p, max(1, limit - max(len(c), len(r))), front), c, r) for p, c, r in encoded]
+
+    def measure(self, model: Any, tokenizer: Any, rows: Sequence[Preference]) -> Measured:
         """`accuracy`: share of pairs whose chosen answer is the likelier; `margin`: by how much, in nats, on average.
 
-        Summed over the answer's tokens, without an end token. The rows are the margins.
+        Summed over the answer's tokens, without an end token (of a conversation with what ends the turn). The rows are
+        the margins.
         """
-        choices = [Choices(pair.prompt, (pair.chosen, pair.rejected), 0, where=pair.where) for pair in rows]
         limit = context_length(model, self.config.max_length)
-        scored = choice_likelihoods(model, tokenizer, choices, limit)
+        texts = [Choices(pair.prompt, (pair.chosen, pair.rejected), 0, where=pair.where)
+                 for pair in rows if isinstance(pair, Pair)]  # fmt: skip
+        scored = choice_likelihoods(model, tokenizer, texts, limit) if texts else self._scored(
+            model, tokenizer, rows, limit)  # fmt: skip
         margins = [chosen - rejected for chosen, rejected in scored]
         return Measured({"accuracy": mean(m > 0 for m in margins), "margin": mean(margins)}, margins)
+
+    def _scored(self, model: Any, tokenizer: Any, rows: Sequence[Preference], limit: int) -> list[list[float]]:
+        """The log-likelihood of both answers of pairs of conversations."""
+        encoded = self._encoded(model, tokenizer, rows, limit)
+        for pair, (_, *answers) in zip(rows, encoded, strict=True):
+            if (longest := max(map(len, answers))) > limit:
+                raise FinepointError(f"{pair.place}an answer has {longest} tokens, and the model is given {limit} at "
+                                     "most; shorten it, or raise --max-length")  # fmt: skip
+        requests = [(prompt, answer) for prompt, *answers in encoded for answer in answers]
+        sums = iter([float(found.sum()) for found in token_log_likelihoods(model, tokenizer, requests, limit)])
+        return [[next(sums), next(sums)] for _ in rows]
 
 
 @dataclass(frozen=True)
@@ -107,10 +139,12 @@ class GRPO:
 
     config: AlignConfig
 
-    def read(self, path: str) -> list[Completion]:
-        rows = read_examples(path)
+    def read(self, data: Any, need: bool = False) -> list[Completion]:
+        rows = read_examples(data, self.config.columns, self.config.seed, need)
         if not isinstance(rows[0], Completion):
-            raise FinepointError(f'{path}: grpo compares answers with a reference; expected {{"prompt", "completion"}}')
+            raise FinepointError(
+                f'{name_of(data)}: grpo compares answers with a reference; expected {{"prompt", "completion"}}'
+            )
         return rows  # type: ignore[return-value]
 
     def examples(self, rows: Sequence[Completion]) -> list[Example]:

@@ -21,10 +21,11 @@ class AlignConfig(Training):
     method: Literal["dpo", "grpo"] = setting(
         "dpo learns from pairs of answers, grpo from a reward for answers the model samples itself",
         decides="bits", section="alignment")
-    data: str | None = setting(
-        'JSON Lines: {"prompt", "chosen", "rejected"} for dpo, {"prompt", "completion"} for grpo',
+    data: str | list[str] | None = setting(
+        '{"prompt", "chosen", "rejected"} (texts or conversations) for dpo, {"prompt", "completion"} for grpo, in '
+        "a file or several, as for train",
         None, "statistics", "files", file=True)
-    validation: str | None = setting(
+    validation: str | list[str] | None = setting(
         "held-out rows of the same form, to measure on; those of --data where not given",
         None, "length", "files", file=True)
     validation_limit: int | None = setting("at most so many of them, always the same", 200, "length", "files", least=1)

@@ -171,8 +171,10 @@ def _value(name: str, values: list[str], field: Field[Any] | None) -> str:
         raise FinepointError(f"{_flag(name)} needs a value")
     kinds = _kinds(field)
     if dict in kinds and all("=" in value for value in values):
-        pairs = [pair.rpartition("=") for value in values for pair in value.split(",")]
-        return json.dumps({key: _number(value) for key, _, value in pairs})
+        texts = field.type == dict[str, str]
+        pairs = [pair.partition("=") if texts else pair.rpartition("=")
+                 for value in values for pair in value.split(",")]  # fmt: skip
+        return json.dumps({key: value if texts else _number(value) for key, _, value in pairs})
     if list in kinds and not (len(values) == 1 and _is_json(values[0])):
         return json.dumps(values) if str not in kinds or len(values) > 1 else values[0]
     if len(values) > 1:

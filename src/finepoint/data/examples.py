@@ -1,16 +1,21 @@
-"""Files to examples: the rows of a file, each in one of the forms that are known.
-
-A type of file is a function decorated by `source`, a form of its rows one decorated by `form`.
-"""
+"""Rows to examples: each in one of the forms that are known, a function decorated by `form`; `sources` has the rows."""
 
 import json
+import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Any
 
+from finepoint.data.sources import SOURCES as SOURCES  # their former place
+from finepoint.data.sources import Given, Row, of_memory, parts_of, rows_of
+from finepoint.data.sources import source as source
 from finepoint.errors import FinepointError
+from finepoint.runtime.settings import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,31 +85,36 @@ class Pair(Placed):
     rejected: str
 
 
-Example = Completion | Choices | Chat | Text | Labelled
+@dataclass(frozen=True)
+class ChatPair(Placed):
+    """Two conversations that differ in the last turn alone: the assistant's answer that is preferred, and another."""
 
-Row = dict[str, Any]
+    chosen: Chat
+    rejected: Chat
+
+
+Example = Completion | Choices | Chat | Text | Labelled
+Preference = Pair | ChatPair
+
 Form = Callable[[str, Row], Any]
-Source = Callable[[Path], Iterator[tuple[str, Any]]]
 FORMS: dict[tuple[str, ...], Form] = {}
-"""of examples, by a row's keys"""
+"""of examples, by the keys that a row must have"""
 PAIRS: dict[tuple[str, ...], Form] = {}
 """of pairs for alignment"""
 OPTIONAL: dict[tuple[str, ...], set[str]] = {}
-"""keys that a row may have beside those of its form"""
-SOURCES: dict[str, Source] = {}
-"""by the end of a file's name"""
+"""keys that a form looks at where a row has them"""
 EXTRAS = {"id", "group"}
-# Keys of other tools' files, and what they are here.
-ELSEWHERE = {
-    "conversations": '{"messages": [{"role": "user", "content"}, {"role": "assistant", "content"}, ..]}',
-    "instruction": '{"prompt", "completion"}, the instruction and its input as one prompt',
-    "question": '{"prompt", "completion"}',
-    "sentence": '{"text", "label"}',
-}
+TEMPLATE = ("tools", "chat_template_kwargs")  # what a chat template may be given beside the turns
+NEAR = 0.85  # of two names, one of which is probably the other misspelt
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 
 
 def form(*keys: str, pairs: bool = False, optional: Iterable[str] = ()) -> Callable[[Form], Form]:
-    """Makes a function the reader of rows that have these keys: from where a row stands, and the row, to an example."""
+    """Makes a function the reader of rows that have these keys: from where a row stands, and the row, to an example.
+
+    Args:
+        optional: keys that it looks at where a row has them; all others are ignored, and a line says so.
+    """
 
     def register(make: Form) -> Form:
         (PAIRS if pairs else FORMS)[keys] = make
@@ -114,99 +124,227 @@ def form(*keys: str, pairs: bool = False, optional: Iterable[str] = ()) -> Calla
     return register
 
 
-def source(ending: str) -> Callable[[Source], Source]:
-    """Makes a function the reader of files whose names end so: from a path to rows, each with where it stands."""
+def read_examples(
+    data: Any, columns: Mapping[str, str] | None = None, seed: int = 0, need: bool = False
+) -> list[Example]:
+    """The examples of a file, a folder, a data set of the hub, several of these, or rows in memory; all of one form.
 
-    def register(read: Source) -> Source:
-        SOURCES[ending] = read
-        return read
+    Empty lines are skipped, columns that the form lacks are ignored.
 
-    return register
-
-
-def read_examples(path: str | Path) -> list[Example]:
-    """The examples of a file, all of one form; empty lines are skipped.
+    Args:
+        data: what `rows_of` takes; a list of such, each perhaps with its share (`a.jsonl=0.7`).
+        columns: by a form's key, what it is called in the file, e.g. {"prompt": "question"}. A file that has none of
+            these columns is read as it is.
+        seed: of which examples are taken, where there are shares.
+        need: one without these columns is refused, unless it has the form's keys already.
 
     Raises:
         FinepointError: the file is missing, empty or mixed, or a row is malformed; file and line are named.
     """
-    return _alike(str(path), [(where, _example(where, row, FORMS)) for where, row in _rows(Path(path))])
+    return [example for part in read_parts(data, columns, seed, need) for example in part.examples]
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """The preference pairs of a file; empty lines are skipped.
+def read_pairs(data: Any, columns: Mapping[str, str] | None = None, seed: int = 0, need: bool = False) -> list[Any]:
+    """The preference pairs of a file and so on, as for `read_examples`.
 
     Raises:
         FinepointError: the file is missing or empty, or a row is malformed; file and line are named.
     """
-    found = [_example(where, row, PAIRS) for where, row in _rows(Path(path))]
-    if not found:
-        raise FinepointError(f"{path} holds no pair; expected one {_spelled(PAIRS)} a line")
-    return found
+    return [pair for part in read_parts(data, columns, seed, need, PAIRS) for pair in part.examples]
 
 
-def as_examples(rows: Iterable[Any]) -> list[Example]:
+def as_examples(rows: Iterable[Any], columns: Mapping[str, str] | None = None) -> list[Example]:
     """Examples of rows in memory: dictionaries in one of the forms of a line, or examples already.
 
     Raises:
         FinepointError: there is none, they are mixed, or one is malformed; its number is named.
     """
-    numbered = [(f"data, row {number}", row) for number, row in enumerate(rows)]
-    return _alike("data", [(at, row if isinstance(row, Example) else _example(at, row, FORMS)) for at, row in numbered])
+    return _read("data", _numbered(rows), FORMS, columns or {})[0]
 
 
-def _alike(origin: str, found: list[tuple[str, Example]]) -> list[Example]:
-    """The examples, which must be of one form."""
+@dataclass(frozen=True)
+class Taken:
+    """How rows with certain keys are read."""
+
+    keys: tuple[str, ...]
+    """of their form"""
+    renamed: Mapping[str, str]
+    """the keys of the form whose column has another name"""
+    ignored: tuple[str, ...]
+    named: bool = False
+    """by columns that were named"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is taken of one source."""
+
+    source: str
+    examples: list[Any]
+    rows: int
+    """how many it has"""
+    taken: Taken | None
+    """how its rows are read; None where they were examples already"""
+
+    def told(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"source": self.source, "form": list(self.taken.keys) if self.taken else None, "rows": self.rows,
+                "taken": len(self.examples)}  # fmt: skip
+
+
+def read_parts(
+    data: Any, columns: Mapping[str, str] | None = None, seed: int = 0, need: bool = False,
+    forms: Mapping[tuple[str, ...], Form] | None = None,
+) -> list[Part]:  # fmt: skip
+    """`read_examples`, source by source. With shares so many of each are drawn that none comes twice.
+
+    Raises:
+        FinepointError: as there; a share without another source, or with some sources only; sources of other forms.
+    """
+    forms, columns = FORMS if forms is None else forms, columns or {}
+    shares = dict(parts_of(data))
+    found = []
+    for origin in shares:
+        rows = _numbered(origin.rows) if isinstance(origin, Given) else rows_of(origin)
+        examples, taken = _read(str(origin), rows, forms, columns, need and len(shares) == 1)
+        found.append(Part(str(origin), examples, len(examples), taken))
+    first = found[0]
+    for part in found:
+        if type(part.examples[0]) is not type(first.examples[0]):
+            raise FinepointError(f"{part.source} holds {_kind(part.examples[0])} examples, and {first.source} "
+                                 f"{_kind(first.examples[0])} examples; what is mixed must be of one form")  # fmt: skip
+    if need and columns and not any(part.taken and part.taken.named for part in found) and len(found) > 1:
+        raise FinepointError(f"none of {', '.join(map(str, shares))} has the columns {', '.join(columns.values())}")
+    return found if len(found) == 1 else _mixed(found, [share for share in shares.values() if share is not None], seed)
+
+
+def _mixed(parts: Sequence[Part], shares: Sequence[float], seed: int) -> list[Part]:
+    """As many examples of each part as the shares allow, all where there are none."""
+    if shares:
+        total = min(part.rows / share for part, share in zip(parts, shares, strict=True))
+        sizes = [max(1, min(part.rows, round(total * share))) for part, share in zip(parts, shares, strict=True)]
+        parts = [replace(part, examples=some(part.examples, size, seed))
+                 for part, size in zip(parts, sizes, strict=True)]  # fmt: skip
+    _tell_mixed(tuple(f"{len(part.examples)} of {part.rows} of {part.source}" for part in parts))
+    return list(parts)
+
+
+def _numbered(rows: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+    return ((f"data, row {number}", row) for number, row in enumerate(of_memory(rows)))
+
+
+@lru_cache(maxsize=64)
+def _tell_mixed(parts: tuple[str, ...]) -> None:
+    logger.info("mixing examples: %s", ", ".join(parts))
+
+
+def _read(
+    origin: str, rows: Iterable[tuple[str, Any]], forms: Mapping[tuple[str, ...], Form],
+    columns: Mapping[str, str], need: bool = False,
+) -> tuple[list[Any], Taken | None]:  # fmt: skip
+    """The examples, which must be of one form, and how they are read."""
+    known: dict[tuple[str, ...], Taken] = {}
+    found: list[Any] = []
+    first: Taken | None = None
+    for where, row in rows:
+        if isinstance(row, Example):
+            taken, example = first, row
+        else:
+            if not isinstance(row, dict):
+                raise FinepointError(f"{where}: a {type(row).__name__}; expected {_spelled(forms)}")
+            shape = tuple(row)
+            if (taken := known.get(shape)) is None:
+                taken = known[shape] = taken_for(where, shape, forms, columns, need)
+            more = {key: row[column] for key, column in taken.renamed.items()}
+            example = forms[taken.keys](where, row | more if more else row)
+        first = first or taken
+        if found and type(example) is not type(found[0]):
+            raise FinepointError(f"{where}: a {_kind(example)} example in a file that began with {_kind(found[0])} "
+                                 "examples; give each form its own file")  # fmt: skip
+        if first and taken and taken.keys != first.keys:
+            raise FinepointError(f"{where}: a row of {_keyed(taken.keys)} in a file that began with "
+                                 f"{_keyed(first.keys)}; give each form its own file")  # fmt: skip
+        found.append(example)
     if not found:
-        raise FinepointError(f"{origin} holds no example; expected one JSON object a line: {_spelled(FORMS)}")
-    kind = type(found[0][1])
-    for where, example in found:
-        if type(example) is not kind:
-            raise FinepointError(
-                f"{where}: a {type(example).__name__.lower()} example in a file that began with "
-                f"{kind.__name__.lower()} examples; give each form its own file"
-            )
-    return [example for _, example in found]
+        what = "pair" if forms is PAIRS else "example"
+        raise FinepointError(f"{origin} holds no {what}; expected one JSON object a line: {_spelled(forms)}")
+    if first and (ignored := dict.fromkeys(column for taken in known.values() for column in taken.ignored)):
+        _tell_ignored(origin, _keyed(first.keys), tuple(ignored))
+        first = replace(first, ignored=tuple(ignored))
+    return found, first
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """A file's rows by its type; one whose name tells none is taken for JSON Lines."""
-    return SOURCES.get(path.suffix.lower(), json_lines)(path)
+def taken_for(
+    where: str, shape: Sequence[str], forms: Mapping[tuple[str, ...], Form], columns: Mapping[str, str],
+    need: bool = False,
+) -> Taken:  # fmt: skip
+    """How a row with these keys is read: by the form with the most keys, of several the one that is known first.
+
+    Columns that are named decide before that: all of them must be in the form, and if they are all of it, it is that.
+
+    Raises:
+        FinepointError: by none; or by another than is meant, since a key is probably misspelt.
+    """
+    there = [column for column in columns.values() if column in shape]
+    renamed = {key: column for key, column in columns.items() if there and key != column}
+    if (there and len(there) < len(columns)) or (need and not there and not set(columns) <= {*shape}):
+        lacking = next(column for column in columns.values() if column not in shape)
+        raise FinepointError(f"{where}: there is no column {lacking!r}{did_you_mean(lacking, shape)}; "
+                             f"there are {', '.join(shape)}")  # fmt: skip
+    keys = ({*shape} | set(columns) if there else {*shape}) - set(renamed.values())
+    ranked = sorted(forms, key=lambda form: (not (there and set(form) <= set(columns)), -len(form)))
+    fitting = [form for form in ranked if keys >= set(form) and (not there or set(columns) <= {*form, *OPTIONAL[form]})]
+    wanted = fitting[0] if fitting else None
+    extra = [key for key in shape if key in keys and wanted and key not in (*wanted, *OPTIONAL[wanted])]
+    if not there and (slip := _misspelt(keys, wanted, extra, forms)):
+        given, meant = slip
+        other = f"; if not, --columns {' '.join(f'{key}={key}' for key in wanted)}" if wanted else ""
+        raise FinepointError(f"{where}: there is {given!r}; did you mean {meant!r}? If so, rename it, or give "
+                             f"--columns {meant}={given}{other}")  # fmt: skip
+    if wanted is None:
+        given = "the keys" if forms is PAIRS else "an object with the keys"
+        raise FinepointError(f"{where}: {given} {sorted(shape)}; expected {_spelled(forms)}; name your "
+                             "columns with --columns, e.g. --columns prompt=question completion=answer")  # fmt: skip
+    looked_at = {*wanted, *OPTIONAL[wanted]}
+    return Taken(wanted, {key: column for key, column in renamed.items() if key in looked_at},
+                 tuple(key for key in extra if key not in EXTRAS), bool(there))  # fmt: skip
 
 
-def _example(where: str, row: Any, forms: Mapping[tuple[str, ...], Form]) -> Any:
-    keys = set(row) - EXTRAS if isinstance(row, dict) else set()
-    for wanted, make in forms.items():
-        if keys - OPTIONAL[wanted] == set(wanted):
-            return make(where, row)
-    keyed = "the keys" if forms is PAIRS else "an object with the keys"
-    found = f"{keyed} {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-    hint = next((f"; write {old} as {new}" for old, new in ELSEWHERE.items() if old in keys), "")
-    raise FinepointError(f"{where}: {found}; expected {_spelled(forms)}{hint}")
+def _misspelt(
+    keys: set[str], wanted: tuple[str, ...] | None, extra: Sequence[str], forms: Iterable[tuple[str, ...]]
+) -> tuple[str, str] | None:
+    """A key that a row seems to have for another, and that other one, with which it would be read otherwise."""
+    over = [form for form in forms if wanted is None or len(form) > len(wanted)]
+    lacking = [(set(form) - keys).pop() for form in over if len(set(form) - keys) == 1]
+    lacking += [key for key in OPTIONAL[wanted] if key not in keys] if wanted else []
+    spare = sorted(keys) if wanted is None else extra
+    return next(((given, meant) for meant in lacking for given in spare if _near(given, meant)), None)
+
+
+def _near(given: str, meant: str) -> bool:
+    """Whether a name is probably another one misspelt, in another case or number."""
+    one, other = ("".join(filter(str.isalnum, name.lower())) for name in (given, meant))
+    return sorted(one) == sorted(other) or SequenceMatcher(None, one, other).ratio() >= NEAR
+
+
+@lru_cache(maxsize=256)
+def _tell_ignored(origin: str, form: str, ignored: tuple[str, ...]) -> None:
+    """Says once what of a file is not read."""
+    logger.info("ignoring the columns %s of %s, which is read as %s", ", ".join(ignored), origin, form)
+
+
+def _kind(example: Any) -> str:
+    return "pair of conversations" if isinstance(example, ChatPair) else type(example).__name__.lower()
+
+
+def _keyed(keys: Iterable[str]) -> str:
+    return "{" + ", ".join(f'"{key}"' for key in keys) + "}"
 
 
 def _spelled(forms: Iterable[tuple[str, ...]]) -> str:
     """The forms, as messages name them."""
-    *most, last = ("{" + ", ".join(f'"{key}"' for key in keys) + "}" for keys in forms)
-    return f'{", ".join(most)}{" or " if most else ""}{last}, with "id" and "group" as optional extras'
-
-
-@source(".jsonl")
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """One JSON object a line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise FinepointError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FinepointError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold U+2028 unescaped
-        where = f"{path}, line {number}"
-        if line.strip():
-            try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise FinepointError(f"{where}: not JSON ({error}); expected {_spelled(FORMS)}") from error
+    *most, last = map(_keyed, forms)
+    return f"{', '.join(most)}{' or ' if most else ''}{last}"
 
 
 def string(where: str, row: Row, key: str) -> str:
@@ -226,9 +364,45 @@ def readable(where: str, key: str, text: str) -> str:
     return text
 
 
-@form("prompt", "completion")
-def completion(where: str, row: Row) -> Completion:
+@form("prompt", "completion", optional=TEMPLATE)
+def completion(where: str, row: Row) -> Completion | Chat:
+    if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
+        return answered(where, row)
     return Completion(string(where, row, "prompt"), string(where, row, "completion"), where=where)
+
+
+@form("instruction", "output", optional=("input",))
+def alpaca(where: str, row: Row) -> Completion:
+    return _instructed(where, row, "input", "output")
+
+
+@form("instruction", "response", optional=("context",))
+def dolly(where: str, row: Row) -> Completion:
+    return _instructed(where, row, "context", "response")
+
+
+def _instructed(where: str, row: Row, more: str, answer: str) -> Completion:
+    """As Alpaca's trainers write it, without a preamble."""
+    prompt = f"### Instruction:\n{string(where, row, 'instruction')}\n\n"
+    prompt += f"### Input:\n{string(where, row, more)}\n\n" if row.get(more) else ""
+    return Completion(f"{prompt}### Response:\n", string(where, row, answer), where=where)
+
+
+@form("question", "answer")
+def question(where: str, row: Row) -> Completion:
+    asked, answer = string(where, row, "question"), string(where, row, "answer")
+    return Completion(f"Question: {asked}\nAnswer:", _spaced(answer), where=where)
+
+
+@form("question", "choices", "answer")
+def multiple_choice(where: str, row: Row) -> Choices:
+    found = choices(where, {"prompt": row["question"], "choices": row["choices"], "answer": row["answer"]})
+    return replace(found, prompt=f"Question: {found.prompt}\nAnswer:", choices=tuple(map(_spaced, found.choices)))
+
+
+def _spaced(answer: str) -> str:
+    """An answer as it stands behind a colon."""
+    return answer if answer[0].isspace() else f" {answer}"
 
 
 @form("prompt", "choices", "answer")
@@ -248,7 +422,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """a turn's keys for what the model thought; templates read one or another"""
 
 
-@form("messages", optional=("tools", "chat_template_kwargs"))
+@form("messages", optional=TEMPLATE)
 def chat(where: str, row: Row) -> Chat:
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
@@ -325,6 +499,46 @@ def _json(where: str, key: str, value: Row) -> str:
         raise FinepointError(f"{where}: {key!r} holds what is no JSON: {error}") from error
 
 
+@form("conversations", optional=("system", *TEMPLATE))
+def sharegpt(where: str, row: Row) -> Chat:
+    """Turns of `from` and `value`, or of `role` and `content`."""
+    turns = _listed(where, row, "conversations")
+    if isinstance(row.get("system"), str) and row["system"]:
+        turns = [{"from": "system", "value": row["system"]}, *turns]
+    messages = []
+    for turn in turns:
+        if {"from", "value"} <= set(turn):
+            told = {key: value for key, value in turn.items() if key not in ("from", "value")}
+            turn = told | {"role": turn["from"], "content": turn["value"]}
+        messages.append(turn | {"role": ROLES.get(turn.get("role", ""), turn.get("role"))})
+    return chat(where, row | {"messages": messages})
+
+
+def answered(where: str, row: Row) -> Chat:
+    """A prompt and a completion of which one is a list of turns: a conversation of which that is learned."""
+    prompt, answer = _turns(where, row, "prompt", "user"), _turns(where, row, "completion", "assistant")
+    return chat(where, row | {"messages": _read_alone(prompt) + answer})
+
+
+def _read_alone(turns: list[Row]) -> list[Row]:
+    """Turns of which none is learned."""
+    return [turn | {"weight": 0} if turn.get("role") == "assistant" else turn for turn in turns]
+
+
+def _turns(where: str, row: Row, key: str, role: str) -> list[Row]:
+    """A list of turns, or a text as one of this role."""
+    if isinstance(row[key], str):
+        return [{"role": role, "content": string(where, row, key)}]
+    return _listed(where, row, key)
+
+
+def _listed(where: str, row: Row, key: str) -> list[Row]:
+    turns = row[key]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise FinepointError(f"{where}: {key!r} is no list of turns; got {turns!r}")
+    return turns
+
+
 @form("text", "label")
 def labelled(where: str, row: Row) -> Labelled:
     label = row["label"]
@@ -338,12 +552,51 @@ def text(where: str, row: Row) -> Text:
     return Text(string(where, row, "text"), where=where)
 
 
-@form("prompt", "chosen", "rejected", pairs=True)
-def pair(where: str, row: Row) -> Pair:
+@form("prompt", "chosen", "rejected", optional=TEMPLATE, pairs=True)
+def pair(where: str, row: Row) -> Preference:
+    if any(isinstance(row[key], list) for key in ("prompt", "chosen", "rejected")):
+        turns = _turns(where, row, "prompt", "user")
+        both = [_turns(where, row, key, "assistant") for key in ("chosen", "rejected")]
+        # Some files repeat the prompt in both.
+        return chat_pair(where, row, *(each if each[: len(turns)] == turns else turns + each for each in both))
     prompt, chosen, rejected = (string(where, row, key) for key in ("prompt", "chosen", "rejected"))
     if chosen == rejected:
         raise FinepointError(f"{where}: 'chosen' and 'rejected' are the same text")
     return Pair(prompt, chosen, rejected, where=where)
+
+
+@form("chosen", "rejected", optional=TEMPLATE, pairs=True)
+def whole_pair(where: str, row: Row) -> Preference:
+    """Both with their prompt: what they begin with alike, of texts up to the last space before they part."""
+    if isinstance(row["chosen"], list) or isinstance(row["rejected"], list):
+        return chat_pair(where, row, *(_listed(where, row, key) for key in ("chosen", "rejected")))
+    chosen, rejected = (string(where, row, key) for key in ("chosen", "rejected"))
+    alike = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    shared = min(len(chosen), len(rejected)) if alike is None else alike
+    while shared and not (chosen + " ")[shared].isspace():
+        shared -= 1
+    if not shared:
+        raise FinepointError(f"{where}: 'chosen' and 'rejected' begin with nothing in common, which would be the "
+                             'prompt; give it as "prompt"')  # fmt: skip
+    return pair(where, {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]})
+
+
+def chat_pair(where: str, row: Row, chosen: list[Row], rejected: list[Row]) -> ChatPair:
+    if chosen == rejected:
+        raise FinepointError(f"{where}: 'chosen' and 'rejected' are the same conversation")
+    if chosen[:-1] != rejected[:-1]:
+        raise FinepointError(f"{where}: 'chosen' and 'rejected' differ before their last turn; pairs are two answers "
+                             "to one conversation")  # fmt: skip
+    both = (_read_alone(turns[:-1]) + turns[-1:] for turns in (chosen, rejected))
+    return ChatPair(*(chat(where, row | {"messages": turns}) for turns in both), where=where)
+
+
+def answers_of(pair: Preference) -> tuple[Completion, Completion] | tuple[Chat, Chat]:
+    """The two examples of a pair: the answer that is preferred, and the other one, each behind the prompt."""
+    if isinstance(pair, ChatPair):
+        return pair.chosen, pair.rejected
+    chosen, rejected = (Completion(pair.prompt, answer, where=pair.where) for answer in (pair.chosen, pair.rejected))
+    return chosen, rejected
 
 
 def refuse_other_task(file: str, examples: Sequence[Example], labels: Sequence[str]) -> None:
@@ -353,11 +606,11 @@ def refuse_other_task(file: str, examples: Sequence[Example], labels: Sequence[s
                              f"{'a' if labels else 'no'} classifier; give it what it is trained for")  # fmt: skip
 
 
-def some(examples: list[Example], limit: int | None) -> list[Example]:
+def some(examples: list[Any], limit: int | None, seed: int = 0) -> list[Any]:
     """At most `limit` of the examples, drawn with a fixed seed, in the file's order."""
     if limit is None or limit >= len(examples):
         return examples
-    return [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
+    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
 
 def label_names(examples: Sequence[Example]) -> list[str]:

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finepoint.data.examples import Chat, Choices, Completion, Example, Labelled, Pair, Text
+from finepoint.data.examples import (
+    Chat,
+    ChatPair,
+    Choices,
+    Completion,
+    Example,
+    Labelled,
+    Pair,
+    Preference,
+    Text,
+)
 from finepoint.runtime.files import write_atomic
 from finepoint.runtime.tensor_files import opened
 
@@ -28,7 +38,7 @@ class Seen:
     normalised: frozenset[int]
 
     @staticmethod
-    def of(examples: Iterable[Example | Pair]) -> "Seen":
+    def of(examples: Iterable[Example | Preference]) -> "Seen":
         texts = [text_of(example) for example in examples]
         return Seen(frozenset(map(_digest, texts)), frozenset(_digest(normalised(text)) for text in texts))
 
@@ -39,7 +49,7 @@ class Seen:
         exact, alike = ([getattr(seen, kind) for seen in known] for kind in ("exact", "normalised"))
         return Seen(frozenset().union(*exact), frozenset().union(*alike)) if known else None
 
-    def among(self, examples: Sequence[Example | Pair]) -> dict[str, int]:
+    def among(self, examples: Sequence[Example | Preference]) -> dict[str, int]:
         """How many of the examples were seen: `exact` word for word, `normalised` more only but for case, spaces and
         punctuation, of `n`."""
         texts = [text_of(example) for example in examples]
@@ -65,7 +75,7 @@ class Seen:
         return None
 
 
-def text_of(example: Example | Pair) -> str:
+def text_of(example: Example | Preference) -> str:
     """All that is learned from an example and what it is learned after, whatever its form."""
     match example:
         case Completion(prompt, completion):
@@ -80,6 +90,8 @@ def text_of(example: Example | Pair) -> str:
             return text
         case Pair(prompt, chosen):
             return prompt + chosen
+        case ChatPair(conversation):
+            return text_of(conversation)
 
 
 def normalised(text: str) -> str:
@@ -87,7 +99,7 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", text.casefold())) or text
 
 
-def leaks(seen: Seen, sets: Mapping[str, Sequence[Example | Pair]]) -> dict[str, dict[str, int]]:
+def leaks(seen: Seen, sets: Mapping[str, Sequence[Example | Preference]]) -> dict[str, dict[str, int]]:
     """The sets that hold examples which were trained on, with how many; see `Seen.among`."""
     found = {name: seen.among(examples) for name, examples in sets.items()}
     return {name: counts for name, counts in found.items() if counts["exact"] + counts["normalised"]}

@@ -20,7 +20,17 @@ from itertools import chain, groupby, pairwise
 from typing import Any
 
 from finepoint.data.chats import ODD, Told, told
-from finepoint.data.examples import Chat, Choices, Completion, Example, Labelled, Pair, Placed, Text
+from finepoint.data.examples import (
+    Chat,
+    Choices,
+    Completion,
+    Example,
+    Labelled,
+    Placed,
+    Preference,
+    Text,
+    answers_of,
+)
 from finepoint.errors import FinepointError
 
 logger = logging.getLogger(__name__)
@@ -120,16 +130,17 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int]
 
 
 def encode_preferences(
-    tokenizer: Any, pairs: Sequence[Pair], model: Any = None
+    tokenizer: Any, pairs: Sequence[Preference], model: Any = None
 ) -> list[tuple[list[int], list[int], list[int]]]:
     """Tokens of each prompt, its chosen and its rejected answer, both with their end token.
 
     Raises:
         FinepointError: as for `encode_all`.
     """
-    texts = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    splits = _splits(tokenizer, texts, [pair.where for pair in pairs for _ in range(2)])
-    rows = [_answered(split, tokenizer.eos_token_id).ids for split in splits]
+    answers = [answer for pair in pairs for answer in answers_of(pair)]
+    encoded = _encoded(tokenizer, answers, ())
+    splits = [split for _, split in encoded if split]
+    rows = [_up_to_its_end(row) for row, _ in encoded]
     if model is not None:
         refuse_beyond(model, tokenizer, rows, [pair for pair in pairs for _ in range(2)])
     _warn_of_contexts(tokenizer, splits, len(splits), "answer")
@@ -139,6 +150,13 @@ def encode_preferences(
         prompt = _shared(splits[i].context, splits[i + 1].context)
         found.append((rows[i][:prompt], rows[i][prompt:], rows[i + 1][prompt:]))
     return found
+
+
+def _up_to_its_end(row: Row) -> list[int]:
+    """The tokens of a row without what a chat template writes after the last one that is learned."""
+    assert not isinstance(row.labels, int)
+    behind = next(i for i, label in enumerate(reversed(row.labels)) if label != IGNORED)
+    return row.ids[: len(row.ids) - behind]
 
 
 def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:

@@ -104,7 +104,9 @@ class Evaluation:
         return scores | changes(base, scores)
 
 
-def read_sets(named_files: Sequence[str], kind: str, limit: int | None = None) -> dict[str, list[Example]]:
+def read_sets(
+    named_files: Sequence[str], kind: str, limit: int | None = None, columns: Mapping[str, str] | None = None
+) -> dict[str, list[Example]]:
     """Example sets from `NAME=FILE` strings, at most `limit` examples each (always the same random ones).
 
     Raises:
@@ -117,7 +119,7 @@ def read_sets(named_files: Sequence[str], kind: str, limit: int | None = None) -
             raise FinepointError(f"--{kind} {text!r}: expected NAME=FILE, e.g. {kind}=test.jsonl")
         if name in sets:
             raise FinepointError(f"--{kind} names {name!r} twice; give every set its own name")
-        examples = some(read_examples(path), limit)
+        examples = some(read_examples(path, columns), limit)
         if isinstance(examples[0], Text) and kind != "probe":
             raise FinepointError(f"--{kind} {text!r}: plain text has no accuracy; give it as --probe {text}")
         sets[name] = examples
@@ -197,7 +199,9 @@ def evaluate_config(config: EvalConfig) -> Scores:
     refuse_out_of_range(config)
     if config.output:
         claim_file(config.output, config.overwrite)
-    sets = {kind: read_sets(getattr(config, kind), kind, config.limit) for kind in ("id", "ood", "probe")}
+    sets = {
+        kind: read_sets(getattr(config, kind), kind, config.limit, config.columns) for kind in ("id", "ood", "probe")
+    }
     return _carried_out(config, config.model, None, None, sets)
 
 

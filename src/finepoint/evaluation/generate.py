@@ -11,7 +11,8 @@ from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.data.batches import context_length
-from finepoint.data.examples import as_examples, json_lines
+from finepoint.data.examples import as_examples
+from finepoint.data.sources import json_lines
 from finepoint.data.tokens import encode_prompts
 from finepoint.errors import FinepointError, one_line
 from finepoint.evaluation.generation import Sampling, written

@@ -16,11 +16,15 @@ class EvalConfig:
 
     model: str = setting(MODEL)
     adapter: list[str] = setting("adapter folders, each measured on its own against the base", [])
-    id: list[str] = setting("in-distribution sets, each NAME=FILE", [])
+    id: list[str] = setting("in-distribution sets, each NAME=FILE (or a folder, or org/name:split of the hub)", [])
     ood: list[str] = setting("out-of-distribution sets, each NAME=FILE", [])
     probe: list[str] = setting("texts whose likelihood shows forgetting, each NAME=FILE", [])
+    columns: dict[str, str] = setting(
+        "what the columns of these sets are called: prompt=question completion=answer; one without any of them is read "
+        "as it is", {})
     protect: str | None = setting(
-        "text whose predictions were to be kept, a JSON Lines file: how far each adapter has moved them (KL)", None)
+        "text whose predictions were to be kept, a file like the others: how far each adapter has moved them (KL)",
+        None)
     protect_examples: int = setting(
         "at most so many of these texts, always the same, up to 256 tokens of each", 64, least=1)
     tasks: list[str] = setting("tasks of lm-evaluation-harness, by name; needs the extra lm-eval", [])

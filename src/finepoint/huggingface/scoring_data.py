@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from numbers import Integral
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from finepoint.data.batches import Collator, context_length
 from finepoint.data.examples import EXTRAS, as_examples, read_examples
+from finepoint.data.sources import is_place, of_memory
 from finepoint.data.tokens import IGNORED, Row, cut, encode_all, learned, padding_id, refuse_beyond, warn_of_truncation
 from finepoint.errors import FinepointError
 from finepoint.training.context import scoring_rows
@@ -30,7 +30,7 @@ def scoring_batches(
     """
     if data is None:
         raise FinepointError(f"rule {rule!r} scores by examples and needs some; give data=.., or a rule without")
-    rows: Iterable[Any] = read_examples(data) if isinstance(data, str | Path) else iter(data)
+    rows: Iterable[Any] = read_examples(data) if is_place(data) else of_memory(data)
     first = next(iter_rows := iter(rows), None)
     if first is None:
         raise FinepointError("data holds nothing to score on")

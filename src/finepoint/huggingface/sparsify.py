@@ -16,6 +16,7 @@ from finepoint.data.batches import context_length
 from finepoint.data.examples import as_examples, read_examples
 from finepoint.data.leaks import Seen
 from finepoint.data.recipes.table import text_file
+from finepoint.data.sources import is_place, name_of
 from finepoint.errors import FinepointError
 from finepoint.huggingface.scoring_data import scoring_batches
 from finepoint.huggingface.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
@@ -304,9 +305,10 @@ def _whole(model: nn.Module, whole: Sequence[str] | None, indices: Mapping[str, 
 def _seen(data: Any) -> Seen | None:
     """Digests of the examples in `data`, for `finepoint eval`; None where they are no texts, or are read but once."""
     try:
-        if isinstance(data, str | Path):
+        if is_place(data):
             return Seen.of(read_examples(data))
-        return Seen.of(as_examples(data)) if isinstance(data, Sequence) and data else None
+        kept = isinstance(data, Sequence) or hasattr(data, "column_names") or hasattr(data, "columns")
+        return Seen.of(as_examples(data)) if kept and len(data) else None
     except FinepointError:  # rows of tokens, or a file that nothing was chosen by
         return None
 
@@ -314,7 +316,7 @@ def _seen(data: Any) -> Seen | None:
 def _origin(model: Any, data: Any) -> dict[str, Any]:
     """What an adapter says of where it comes from."""
     origin = {"base_model": _name(model), "finepoint_version": __version__}
-    return origin | ({"data": str(data)} if isinstance(data, str | Path) else {}) | _classes(model)
+    return origin | ({"data": name_of(data)} if is_place(data) else {}) | _classes(model)
 
 
 def _choice(selection: Selection, scope: str, seed: int, targets: Targets) -> dict[str, Any]:

@@ -17,6 +17,10 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantise = Literal["int8", "int4", "nf4"]
 # What many commands say of the same setting.
 MODEL = "a folder, a hub id, a .gguf file, smollm2, or gemma3-270m"
+DATA = (
+    "training examples: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of them, or a data set of the "
+    "hub (org/name, org/name/config:split); several are mixed, a.jsonl=0.7 b.csv=0.3 by shares"
+)
 JSON = "print one JSON object on stdout"
 OVERWRITE = "allow an output folder that holds something"
 COMPACT = "write positions as gaps, in one or two bytes each instead of four; as exact"

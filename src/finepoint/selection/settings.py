@@ -6,7 +6,18 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import Literal
 
-from finepoint.runtime.settings import JSON, LARGEST_SEED, MODEL, OVERWRITE, DType, Quantise, TargetsOption, setting
+from finepoint.data.sources import place_or_rows
+from finepoint.runtime.settings import (
+    DATA,
+    JSON,
+    LARGEST_SEED,
+    MODEL,
+    OVERWRITE,
+    DType,
+    Quantise,
+    TargetsOption,
+    setting,
+)
 
 DEFAULT_RULE = "random"
 """What nothing measured so far beats at equal forgetting, and needs no pass over the data: docs/study.md."""
@@ -53,11 +64,15 @@ class SelectConfig(Choice):
 
     model: str = setting(MODEL, decides="statistics", section="files", file=True)
     output: str = setting("folder to write", section="files", file=True)
-    data: str | None = setting(
-        "training examples, a JSON Lines file; some rules need none", None, "statistics", "files", file=True)
+    data: str | list[str] | None = setting(
+        DATA + "; some rules need none", None, "statistics", "files", file=True)
+    columns: dict[str, str] = setting(
+        "what the data's columns are called: prompt=question completion=answer; a validation file without any of them "
+        "is read as it is",
+        {}, "statistics", "files", file=True)
     protect: str | None = setting(
-        "text whose predictions are to be kept, a JSON Lines file, news, or novels: rules may look at it (gain), and "
-        "training holds the model to its base there",
+        "text whose predictions are to be kept, a file like those of --data, news, or novels: rules may look at it "
+        "(gain), and training holds the model to its base there",
         None, "statistics", "what is kept", file=True)
     protect_examples: int = setting(
         "at most so many of these texts, always the same, up to 256 tokens of each",
@@ -78,3 +93,8 @@ class SelectConfig(Choice):
     seed: int = setting("of everything random", 0, "statistics", "everything else", least=0, most=LARGEST_SEED)
     overwrite: bool = setting(OVERWRITE, False, section="files")
     json: bool = setting(JSON, False, section="everything else")
+
+    def __post_init__(self) -> None:
+        for name in ("data", "validation", "protect", "fisher_data"):
+            if hasattr(self, name):  # rows that Python holds stand in for a file
+                object.__setattr__(self, name, place_or_rows(getattr(self, name)))

@@ -15,6 +15,7 @@ from finepoint.adapters.scaling import scale_by_depth, wise_ft
 from finepoint.data.examples import Example, Labelled, Text, read_examples, some
 from finepoint.data.leaks import Seen, leaks
 from finepoint.data.recipes.table import text_file
+from finepoint.data.sources import name_of
 from finepoint.errors import FinepointError
 from finepoint.evaluation.evaluate import Evaluation
 from finepoint.evaluation.generation import frequent_answers
@@ -74,13 +75,13 @@ class WorkerState:
     def place(self, config: TrainConfig, task: str) -> TrainingContext:
         known = (task, config.max_length)
         if known not in self.places:
-            examples = self.examples(str(config.data), None)
+            examples = self.examples(name_of(config.data), None)
             self.places[known] = training_context(config, self.model, self.tokenizer, examples)
         return self.places[known]
 
     def examples(self, path: str, limit: int | None) -> list[Example]:
         if (path, limit) not in self.sets:
-            self.sets[path, limit] = some(read_examples(path), limit)
+            self.sets[path, limit] = some(read_examples(path, self.study.config.train.get("columns")), limit)
         return self.sets[path, limit]
 
     def evaluation(self, task: str | None) -> Evaluation:
@@ -114,9 +115,10 @@ def check_sets(config: CompareConfig) -> None:
     Raises:
         FinepointError: a bad file, a form that cannot be used where it stands.
     """
+    columns = config.train.get("columns")
     for name, files in config.tasks.items():
         for part, path in files.items():
-            first = read_examples(path)[0]
+            first = read_examples(path, columns)[0]
             if isinstance(first, Text):
                 raise FinepointError(
                     f"{part} of task {name!r} is plain text, which has no accuracy; give it as a probe"
@@ -125,21 +127,22 @@ def check_sets(config: CompareConfig) -> None:
                 raise FinepointError(f"{part} of task {name!r} has class labels, and tasks of a study share one model "
                                      'without heads; give the labels as "choices"')  # fmt: skip
     for path in config.probes.values():
-        read_examples(path)
+        read_examples(path, columns)
 
 
 def leaks_in(config: CompareConfig) -> dict[str, dict[str, dict[str, int]]]:
     """Which sets hold examples of which task's training data, and how many: {task: {set: counts}}."""
+    columns = config.train.get("columns")
     sets: dict[str, list[Example]] = {}
     limits = {"validation": config.validation_limit, "test": config.test_limit}
     for name, files in config.tasks.items():
         for part, limit in limits.items():
             if part in files:  # a task that is not trained on is only tested
-                sets[f"{part} of {name}"] = some(read_examples(files[part]), limit)
+                sets[f"{part} of {name}"] = some(read_examples(files[part], columns), limit)
     for name, path in config.probes.items():
-        sets[f"probe {name}"] = some(read_examples(path), config.probe_limit)
+        sets[f"probe {name}"] = some(read_examples(path, columns), config.probe_limit)
     trained = {name: files["train"] for name, files in config.tasks.items() if "train" in files}
-    found = {name: leaks(Seen.of(read_examples(file)), sets) for name, file in trained.items()}
+    found = {name: leaks(Seen.of(read_examples(file, columns)), sets) for name, file in trained.items()}
     return {name: leaked for name, leaked in found.items() if leaked}
 
 

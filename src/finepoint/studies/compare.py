@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from finepoint.data.examples import read_examples
 from finepoint.data.leaks import warn_of_leaks
 from finepoint.data.recipes.table import text_file
 from finepoint.errors import FinepointError
@@ -24,6 +25,7 @@ from finepoint.studies.estimate import estimate
 from finepoint.studies.executors import LOST, Executor, InProcess, LocalProcesses, Ray
 from finepoint.studies.settings import CompareConfig
 from finepoint.studies.study import Cell, Study, described, make_study, planned
+from finepoint.training.checkpoints import digest_of
 from finepoint.training.run import versions
 
 logger = logging.getLogger(__name__)
@@ -228,7 +230,12 @@ def manifest_of(study: Study) -> dict[str, Any]:
     files = [path for task in config.tasks.values() for path in task.values()] + list(config.probes.values())
     settings = (config.train, *(arm.train for arm in study.arms))
     files += [text_file(told[name]) for told in settings for name in ("protect", "fisher_data") if told.get(name)]
-    return {"format": FORMAT, **described(study), "data": {path: digest(Path(path)) for path in sorted(set(files))}}
+    return {"format": FORMAT, **described(study), "data": {path: contents_at(path) for path in sorted(set(files))}}
+
+
+def contents_at(path: str) -> str:
+    """What is known of data: a file's bytes; of anything else, which may be a folder or on the hub, the examples."""
+    return digest(Path(path)) if Path(path).is_file() else digest_of(read_examples(path))
 
 
 def _arms_before(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

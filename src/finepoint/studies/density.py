@@ -126,7 +126,7 @@ def _refuse_other_search(config: TrainConfig, place: TrainingContext, search: Pa
     Raises:
         FinepointError: another setting, or other examples, than those it was begun with.
     """
-    validation = some(read_examples(config.validation or ""), config.validation_limit)
+    validation = some(read_examples(config.validation, config.columns), config.validation_limit)
     files = [Path(folder) / TENSORS for folder in config.exclude]
     settings = decisive(config, place.rows, fingerprint(contents_of(place.model))) | {
         **deciding(config, "length", files=False), "validation examples": digest_of(validation),

@@ -27,12 +27,12 @@ def estimate(study: Study) -> float:
     weights = sum(parameter.numel() for parameter in shape_of(config.model).parameters())
 
     def tokens(path: str, limit: int | None) -> float:
-        examples = read_examples(path)
+        examples = read_examples(path, config.train.get("columns"))
         lengths = [len(row.ids) for row in encode_each(tokenizer, some(examples, SAMPLE))]
         return sum(lengths) / len(lengths) * min(limit or len(examples), len(examples))
 
     task = config.tasks[study.tasks[0]]
-    examples = len(read_examples(task["train"]))
+    examples = len(read_examples(task["train"], config.train.get("columns")))
     settings = train_config(study, planned(study, [], [])[0], config.output)
     steps = steps_of(settings, examples)
     trained = tokens(task["train"], None) / examples * settings.batch_size * settings.accumulation * steps

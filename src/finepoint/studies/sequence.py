@@ -95,7 +95,7 @@ def _leaks(state: SequenceState) -> dict[str, dict[str, dict[str, int]]]:
     tests = {f"test of {name}": examples for name, examples in state.tests.items()}
     found = {}
     for task, files in state.config.tasks.items():
-        if leaked := leaks(Seen.of(read_examples(files["train"])), tests):
+        if leaked := leaks(Seen.of(read_examples(files["train"], state.config.train.get("columns"))), tests):
             warn_of_leaks(leaked, f"task {task!r}")
             found[task] = leaked
     return found
@@ -139,7 +139,7 @@ def _train(state: SequenceState, way: str, task: str, place: Path) -> None:
     exclude = [str(state.adapter_folder(way, name)) for name in before] if WAYS[way].exclude else []
     settings = _told(config, way, task, str(place), exclude)
     shutil.rmtree(place, ignore_errors=True)
-    examples = read_examples(str(settings.data))
+    examples = read_examples(settings.data, settings.columns)
     where: TrainingContext = training_context(settings, state.model, state.tokenizer, examples)
     logger.info("training %s, %s", task, WAYS[way].title)
     fit(settings, where, _earlier(state, settings, before) if before and WAYS[way].anchored else None)
@@ -289,7 +289,8 @@ def _refuse_other_contents(folder: Path, before: Mapping[str, str], now: Mapping
 
 def _tests(config: SequenceConfig) -> dict[str, Sequence[Example]]:
     tests: dict[str, Sequence[Example]] = {
-        name: some(read_examples(files["test"]), config.test_limit) for name, files in config.tasks.items()
+        name: some(read_examples(files["test"], config.train.get("columns")), config.test_limit)
+        for name, files in config.tasks.items()
     }
     for name, examples in tests.items():
         if isinstance(examples[0], Text | Labelled):

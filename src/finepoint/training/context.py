@@ -5,7 +5,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from finepoint.adapters.adapter import ANY_BASE, SparseAdapter
 from finepoint.adapters.fingerprint import contents_of, fingerprint
 from finepoint.adapters.format import write
 from finepoint.data.batches import Collator, Packer, context_length
-from finepoint.data.examples import Example, Labelled, label_names, read_examples, refuse_other_task, some
+from finepoint.data.examples import Example, Labelled, label_names, read_examples, read_parts, refuse_other_task, some
 from finepoint.data.leaks import Seen
 from finepoint.data.recipes.table import text_file
+from finepoint.data.sources import name_of
 from finepoint.data.tokens import Row, around, cut, encode_all, learned, padding_id
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of, class_order, load_config, load_model, load_tokenizer, new_head
@@ -58,6 +59,8 @@ class TrainingContext:
     """digests of the examples"""
     form: str = ""
     """of the examples, e.g. `chat` or `completion`"""
+    sources: Sequence[dict[str, Any]] = ()
+    """where the examples are from"""
     kept: Sequence[Row] = ()
     """what a run is to keep, once it has been read"""
 
@@ -67,10 +70,11 @@ def prepare(config: SelectConfig) -> TrainingContext:
     rule_named(config.rule)  # a misspelt rule should not wait for the model to load
     if config.quantise and distributed.count() > 1:
         raise FinepointError(f"{ALONE}; leave out --quantise, or start it without a launcher")
-    examples = read_examples(config.data) if config.data else []
+    parts = read_parts(config.data, config.columns, config.seed, need=True) if config.data else []
+    examples = [example for part in parts for example in part.examples]
     labels = label_names(examples)
     if len(labels) == 1:
-        raise FinepointError(f"{config.data} knows only the label {labels[0]!r}; a classifier needs two")
+        raise FinepointError(f"{name_of(config.data)} knows only the label {labels[0]!r}; a classifier needs two")
     tokenizer = load_tokenizer(config.model)
     if labels:
         labels = class_order(load_config(config.model), labels)
@@ -86,6 +90,7 @@ def prepare(config: SelectConfig) -> TrainingContext:
     if wanted():
         shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
     place = training_context(config, model, tokenizer, examples, labels)
+    place = replace(place, sources=[part.told() for part in parts])
     if labels and not place.collator.positions and not counts_from_zero(model, place.rows[0].ids):
         raise FinepointError(f"{type(model).__name__} numbers its positions by the padding token, and such encoders "
                              "are trained in Python alone; use finepoint.sparsify, or another encoder")  # fmt: skip
@@ -342,14 +347,14 @@ def batches_of(config: SelectConfig, place: TrainingContext, rows: list[Row]) ->
 
 
 def rows_of(
-    config: TrainConfig, place: TrainingContext, file: str | None, what: str, most: int | None = None
+    config: TrainConfig, place: TrainingContext, file: Any, what: str, most: int | None = None
 ) -> list[Row] | None:
     """The examples of a further file, as the model takes them."""
     if file is None:
         return None
     limit = context_length(place.model, config.max_length)
-    examples = some(read_examples(file), most)
-    refuse_other_task(file, examples, place.labels)
+    examples = some(read_examples(file, config.columns), most)
+    refuse_other_task(name_of(file), examples, place.labels)
     return encode_all(place.tokenizer, examples, limit, place.labels, what, place.model)
 
 

@@ -162,6 +162,7 @@ class Run(Generic[Told]):
             "lr": self.spec.lr,
             "selection": self.chosen.get("selection", {}),
             **found,
+            **({"sources": list(self.place.sources)} if self.place.sources else {}),
             "config": asdict(self.spec.config),
             "versions": versions(),
         }
@@ -408,7 +409,9 @@ def _leaks(config: TrainConfig, place: TrainingContext, alone: bool) -> dict[str
     """
     if not place.seen:
         return {}
-    validation = some(read_examples(config.validation), config.validation_limit) if config.validation else []
+    validation = (
+        some(read_examples(config.validation, config.columns), config.validation_limit) if config.validation else []
+    )
     found = leaks(place.seen, {"validation": validation})
     if alone and distributed.is_first():
         warn_of_leaks(found)

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from finepoint.runtime.settings import COMPACT, JSON, DType, Quantise, TargetsOption, setting
+from finepoint.runtime.settings import COMPACT, DATA, JSON, DType, Quantise, TargetsOption, setting
 from finepoint.selection.settings import DEFAULT_RULE, SelectConfig
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
@@ -21,8 +21,8 @@ class Training(SelectConfig):
     RATES: ClassVar[tuple[float, float]]
     """default learning rates: for rules that look at gradients, and for the others"""
 
-    validation: str | None = setting(
-        "examples to evaluate on while training, a JSON Lines file", None, "length", "files", file=True)
+    validation: str | list[str] | None = setting(
+        "examples to evaluate on while training, like --data", None, "length", "files", file=True)
     validation_limit: int | None = setting("at most so many of them, always the same", None, "length", "files", least=1)
     indices: str | None = setting(
         "folder of a selection or an adapter whose entries to train, instead of choosing by a rule",
@@ -78,12 +78,13 @@ class TrainConfig(Training):
 
     RATES = (3e-4, 1e-2)
 
-    data: str | None = setting("training examples, a JSON Lines file", None, "statistics", "files", file=True)
+    data: str | list[str] | None = setting(DATA, None, "statistics", "files", file=True)
     density: float | Literal["auto"] | None = setting(  # type: ignore[assignment]  # wider than select's
         "share of the target entries to train, in (0, 1]; auto searches a good one, 0.001 if none",
         None, "selection", "which entries")
     fisher_data: str | None = setting(
-        "for ewc: examples of what is not to be forgotten, a JSON Lines file", None, "bits", "files", file=True)
+        "for ewc: examples of what is not to be forgotten, a file like those of --data",
+        None, "bits", "files", file=True)
     disturb_at_most: float | None = setting(
         "a budget for the KL, in nats a token, of the base's predictions to the trained model's on a fourth of these "
         "texts, which hold nothing back: the strength is adapted, from --protect-strength on, and a rest scaled away",

@@ -1,0 +1,382 @@
+"""Where rows come from: files by their type, folders of them, data sets of the hub, whatever Python holds.
+
+A type of file is a function decorated by `source`. JSON Lines, JSON, CSV and TSV need no other package; columns with
+types of their own (parquet, arrow, what `datasets` saved, the hub) are read by that one.
+"""
+
+import bz2
+import csv
+import gzip
+import json
+import logging
+import lzma
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from finepoint.errors import FinepointError, needing, reason_of
+from finepoint.runtime.settings import did_you_mean
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+Source = Callable[[Path], Iterator[tuple[str, Any]]]
+SOURCES: dict[str, Source] = {}
+"""by the end of a file's name"""
+PACKED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+EXTRA = "data"  # of pyproject: the package `datasets`
+LISTS = {"choices", "messages", "conversations"}  # written as JSON where a cell is a text
+ON_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w.-]+))?(?::(\w[\w.:%+\[\]-]*))?")
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
+          "valid": "validation", "val": "validation", "dev": "validation", "eval": "test",
+          "evaluation": "test"}  # fmt: skip
+"""What a file's name says of its split, as `datasets` has it."""
+AT_ONCE = 1000  # rows of a table
+
+
+def source(ending: str) -> Callable[[Source], Source]:
+    """Makes a function the reader of files whose names end so: from a path to rows, each with where it stands."""
+
+    def register(read: Source) -> Source:
+        SOURCES[ending] = read
+        return read
+
+    return register
+
+
+def rows_of(origin: Any) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, a folder or a data set of the hub, each with where it stands. What lies here comes first.
+
+    Raises:
+        FinepointError: there is nothing of that name, or it cannot be read.
+    """
+    path = Path(origin)
+    if path.is_dir():
+        return _of_folder(path, None)
+    if path.exists():
+        return reader_of(path)(path)
+    folder, colon, split = str(origin).rpartition(":")
+    if colon and Path(folder).is_dir():
+        return _of_folder(Path(folder), split)
+    if ending_of(path) not in SOURCES and (found := ON_HUB.fullmatch(str(origin))):
+        return _of_hub(str(origin), *found.groups())
+    return reader_of(path)(path)
+
+
+def ending_of(path: Path) -> str:
+    """What tells a file's type, without that of its compression."""
+    name = Path(path.stem) if path.suffix.lower() in PACKED else path
+    return name.suffix.lower()
+
+
+def reader_of(path: Path) -> Source:
+    """A file's reader by its type; one whose name tells none is taken for JSON Lines."""
+    return SOURCES.get(ending_of(path), json_lines)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, unpacked where it is compressed.
+
+    Raises:
+        FinepointError: it cannot be read.
+    """
+    try:
+        with PACKED.get(path.suffix.lower(), open)(path, "rb") as file:
+            yield file
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise FinepointError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a text in UTF-8, with what ends them. Only line feeds do: strings may hold U+2028 unescaped."""
+    with opened(path) as file:
+        before = 0
+        for number, line in enumerate(file):
+            try:
+                yield line.decode("utf-8" if number else "utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise FinepointError(f"{path} is not UTF-8 text (byte {before + error.start})") from error
+            before += len(line)
+
+
+@source(".jsonl")
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """One JSON object a line."""
+    for number, line in enumerate(text_lines(path), 1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                whole = "; a file that is one list is to be called .json" if number == 1 and line[0] == "[" else ""
+                raise FinepointError(f"{where}: not JSON ({error}); expected one object a line{whole}") from error
+
+
+@source(".json")
+def json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of objects, or an object that holds one list; JSON Lines under this name are read as such."""
+    text = "".join(text_lines(path))
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
+            return json_lines(path)
+        raise FinepointError(f"{path}: not JSON ({error})") from error
+    if isinstance(found, dict):
+        lists = [value for value in found.values() if isinstance(value, list)]
+        found = lists[0] if len(lists) == 1 else [found]
+    if not isinstance(found, list):
+        raise FinepointError(f"{path} holds a {type(found).__name__}; expected a list of objects")
+    return ((f"{path}, row {number}", row) for number, row in enumerate(found, 1))
+
+
+@source(".csv")
+def comma_separated(path: Path) -> Iterator[tuple[str, Any]]:
+    return _table(path, ",")
+
+
+@source(".tsv")
+def tab_separated(path: Path) -> Iterator[tuple[str, Any]]:
+    return _table(path, "\t")
+
+
+def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """A table under a line of names. Every cell is the text that is written there; lists are written as JSON."""
+    csv.field_size_limit(2**31 - 1)
+    lines = csv.reader(text_lines(path), delimiter=delimiter, strict=True)
+    try:
+        names = next(lines, [])
+        if len(set(names)) < len(names):
+            raise FinepointError(f"{path} has two columns of one name: {', '.join(names)}")
+        lists = [at for at, name in enumerate(names) if name in LISTS]
+        numbered = [names.index("answer")] if {"choices", "answer"} <= set(names) else []
+        for cells in lines:
+            where = f"{path}, line {lines.line_num}"
+            if not cells:
+                continue
+            if len(cells) != len(names):
+                raise FinepointError(f"{where}: {len(cells)} cells under {len(names)} names ({', '.join(names)})")
+            row: Row = dict(zip(names, cells, strict=True))
+            for at in lists:
+                row[names[at]] = _list_in(where, names[at], cells[at])
+            for at in numbered:
+                row[names[at]] = int(cells[at]) if cells[at].isdecimal() else cells[at]
+            yield where, row
+    except csv.Error as error:
+        raise FinepointError(f"{path}, line {lines.line_num}: not a table: {error}") from error
+
+
+def _list_in(where: str, name: str, cell: str) -> Any:
+    try:
+        return json.loads(cell)
+    except ValueError as error:
+        raise FinepointError(f"{where}: {name!r} must be a list, written as JSON, got {cell!r}") from error
+
+
+@source(".parquet")
+def parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    """A table of typed columns, read in parts."""
+    with needing(f"{path}: reading parquet", EXTRA), _refusing(path):
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path) as file:
+            yield from _placed(path, (batch.to_pylist() for batch in file.iter_batches(AT_ONCE)))
+
+
+@source(".arrow")
+def arrow(path: Path) -> Iterator[tuple[str, Any]]:
+    """The same as `datasets` keeps it (a stream), or as Feather does (a file); it is not read into memory."""
+    with needing(f"{path}: reading arrow", EXTRA), _refusing(path):
+        import pyarrow
+
+        with pyarrow.memory_map(str(path)) as file:
+            try:
+                batches: Iterable[Any] = pyarrow.ipc.open_stream(file)
+            except pyarrow.ArrowInvalid:
+                whole = pyarrow.ipc.open_file(file)
+                batches = (whole.get_batch(at) for at in range(whole.num_record_batches))
+            yield from _placed(path, _slices(batches))
+
+
+def _slices(batches: Iterable[Any]) -> Iterator[list[Row]]:
+    for batch in batches:
+        for at in range(0, batch.num_rows, AT_ONCE):
+            yield batch.slice(at, AT_ONCE).to_pylist()
+
+
+@contextmanager
+def _refusing(what: Any) -> Iterator[None]:
+    """What pyarrow or `datasets` say of something that they cannot read, in our words."""
+    try:
+        yield
+    except (FinepointError, ImportError, GeneratorExit, KeyboardInterrupt):
+        raise
+    except Exception as error:  # each of these packages has many of its own
+        raise FinepointError(f"cannot read {what}: {reason_of(error) or type(error).__name__}") from error
+
+
+def _placed(what: Any, parts: Iterable[list[Row]]) -> Iterator[tuple[str, Any]]:
+    """The rows of a table, without what a table has to hold for keys that only other rows have."""
+    for number, row in enumerate(chain.from_iterable(parts), 1):
+        yield f"{what}, row {number}", {name: _without_gaps(value) for name, value in row.items()}
+
+
+def _without_gaps(value: Any) -> Any:
+    """Turns of a conversation without keys that they lack; an empty `content` says something."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [{k: v for k, v in turn.items() if v is not None or k == "content"} for turn in value]
+    return value
+
+
+def _of_folder(folder: Path, split: str | None) -> Iterator[tuple[str, Any]]:
+    """All files of a folder whose type is known, by name; or what `datasets` saved there."""
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        with needing(f"{folder}: reading what datasets has saved", EXTRA), _refusing(folder):
+            from datasets import load_from_disk
+
+            found = load_from_disk(str(folder))
+        return of_table(str(folder), _one_split(str(folder), found, split) if isinstance(found, dict) else found)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and ending_of(path) in SOURCES
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))  # fmt: skip
+    if not files:
+        raise FinepointError(f"{folder} holds no data file; expected {', '.join(SOURCES)}, or a folder that datasets "
+                             "has saved")  # fmt: skip
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        words = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
+        by_split.setdefault(next((SPLITS[word] for word in words if word in SPLITS), "train"), []).append(path)
+    chosen = _one_split(str(folder), by_split, split)
+    return chain.from_iterable(reader_of(path)(path) for path in chosen)
+
+
+def _one_split(what: str, splits: Mapping[str, Any], wanted: str | None) -> Any:
+    """A split by its name; where none is named the only one, or the one to train on, which a line says."""
+    if wanted is None:
+        wanted = next(iter(splits)) if len(splits) == 1 else "train"
+        if len(splits) > 1 and wanted in splits:
+            _tell_split(what, wanted, tuple(splits))
+    if wanted not in splits:
+        raise FinepointError(f"{what} has no split {wanted!r}{did_you_mean(wanted, splits)}; give one of "
+                             f"{', '.join(f'{what}:{name}' for name in splits)}")  # fmt: skip
+    return splits[wanted]
+
+
+@lru_cache(maxsize=256)
+def _tell_split(what: str, split: str, all_splits: tuple[str, ...]) -> None:
+    logger.info("taking the split %s of %s, which has %s", split, what, ", ".join(all_splits))
+
+
+def _of_hub(what: str, name: str, config: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
+    """A data set of the hub, as `datasets` loads and keeps it."""
+    with needing(f"{what}: there is no such file, and a data set of the hub", EXTRA):
+        from datasets import load_dataset
+    try:
+        found = load_dataset(name, config, split=split)
+    except Exception as error:
+        raise FinepointError(f"cannot load {what}: there is no such file or folder here, and of the hub: "
+                             f"{reason_of(error) or type(error).__name__}") from error  # fmt: skip
+    return of_table(what, _one_split(what, found, None) if isinstance(found, dict) else found)
+
+
+def of_table(what: str, table: Any) -> Iterator[tuple[str, Any]]:
+    """The rows of a `datasets.Dataset`, which need not be in memory."""
+    names = table.column_names
+    plain = table.with_format(None)
+    rows = ([dict(zip(names, cells, strict=True)) for cells in zip(*(part[name] for name in names), strict=True)]
+            for part in plain.iter(AT_ONCE))  # fmt: skip
+    return _placed(what, rows)
+
+
+def of_memory(data: Any) -> Iterable[Any]:
+    """The rows of whatever Python holds: a data frame, a `datasets.Dataset`, anything that yields rows.
+
+    Raises:
+        FinepointError: it has several splits, or is no collection.
+    """
+    if isinstance(data, Mapping):
+        raise FinepointError(f"data is a {type(data).__name__} with the keys {', '.join(map(str, data))}; give rows, "
+                             "e.g. one of its splits")  # fmt: skip
+    if hasattr(data, "with_format") and getattr(data, "column_names", None):
+        return (row for _, row in of_table("data", data))
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas
+        return data.to_dict("records")
+    if not isinstance(data, Iterable):
+        raise FinepointError(f"data is a {type(data).__name__}; expected a file, a Dataset, a frame, or rows")
+    return data
+
+
+class Given(str):
+    """Rows that Python holds, where a setting names a file: its text says what they are, not which."""
+
+    rows: Any
+
+    def __new__(cls, rows: Any) -> "Given":
+        if not hasattr(rows, "__len__"):
+            rows = list(of_memory(rows))
+        made = super().__new__(cls, f"{type(rows).__name__} of {len(rows)} rows in memory")
+        made.rows = rows
+        return made
+
+    def __deepcopy__(self, memo: Any) -> "Given":
+        return self
+
+    def __reduce__(self) -> Any:
+        return Given, (self.rows,)
+
+
+def place_or_rows(data: Any) -> Any:
+    """What a setting may hold: the name of data, or the names of several, or rows as `Given`."""
+    if data is None or isinstance(data, str):
+        return data
+    if isinstance(data, Path):
+        return str(data)
+    return [str(each) for each in data] if is_place(data) else Given(data)
+
+
+def is_place(data: Any) -> bool:
+    """Whether data are named, by a path or an id, or several are, rather than given."""
+    several = isinstance(data, list | tuple) and len(data) > 0 and all(isinstance(each, str | Path) for each in data)
+    return several or (isinstance(data, str | Path) and not isinstance(data, Given))
+
+
+def parts_of(data: Any) -> list[tuple[Any, float | None]]:
+    """The sources that are named, each with its share of the whole where one is given.
+
+    Raises:
+        FinepointError: one source has a share, or only some of them have.
+    """
+    if isinstance(data, Given) or not is_place(data):
+        return [(place_or_rows(data), None)]
+    found = [_part(str(each)) for each in ([data] if isinstance(data, str | Path) else data)]
+    shared = [text for text, share in found if share is not None]
+    names = [text for text, _ in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise FinepointError(f"{twice[0]} is given twice; give every source once, with a share if it is to count more")
+    if shared and len(found) == 1:
+        raise FinepointError(f"{shared[0]} has a share, and there is nothing to mix it with; give another source, too")
+    if shared and len(shared) < len(found):
+        other = next(text for text, share in found if share is None)
+        raise FinepointError(f"{shared[0]} has a share and {other} has none; give every source one, or none")
+    return found
+
+
+def _part(text: str) -> tuple[str, float | None]:
+    name, equals, share = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, None
+    try:
+        weight = float(share)
+    except ValueError:
+        return text, None
+    if not 0 < weight < float("inf"):
+        raise FinepointError(f"the share of {name} is {share}; give a number above 0")
+    return name, weight
+
+
+def name_of(data: Any) -> str:
+    """Data as records and messages name them."""
+    return ", ".join(map(str, data)) if isinstance(data, list | tuple) else str(data)

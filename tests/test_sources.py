@@ -1,0 +1,200 @@
+import csv
+import gzip
+import json
+import pickle
+import sys
+from copy import deepcopy
+
+import pytest
+
+from conftest import write_lines
+from finepoint.data.examples import Choices, Completion, Labelled, Text, read_examples
+from finepoint.data.sources import SOURCES, Given, ending_of, place_or_rows
+from finepoint.errors import FinepointError
+
+datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+ROWS = [{"prompt": "2+2=", "completion": "4", "n": 1}, {"prompt": "NA\n", "completion": 'null\u2028,"x"', "n": 2}]
+EXPECTED = [Completion(row["prompt"], row["completion"]) for row in ROWS]
+
+
+def write(path, rows=ROWS):
+    """The same rows, by the file's ending."""
+    kind = ending_of(path)
+    pack = gzip.open if path.suffix == ".gz" else open
+    if kind in (".csv", ".tsv"):
+        with pack(path, "wt", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=",\t"[kind == ".tsv"])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif kind == ".arrow":
+        datasets.Dataset.from_list(rows).save_to_disk(path.parent / "saved")
+        (path.parent / "saved" / "data-00000-of-00001.arrow").rename(path)
+    else:
+        with pack(path, "wt", encoding="utf-8") as file:
+            file.write(json.dumps(rows) if kind == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("ending", [*SOURCES, ".jsonl.gz", ".json.gz", ".csv.gz", ".JSONL"])
+def test_a_file_of_any_type_holds_the_same_texts(tmp_path, ending):
+    path = write(tmp_path / f"d{ending}")
+    assert read_examples(path) == EXPECTED
+    assert str(path) in read_examples(path)[1].where
+
+
+def test_json_may_be_lines_or_an_object_with_one_list(tmp_path):
+    (tmp_path / "a.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "b.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    assert read_examples(tmp_path / "a.json") == read_examples(tmp_path / "b.json") == EXPECTED
+    (tmp_path / "c.json").write_text("3")
+    (tmp_path / "d.json").write_text("[1,")
+    (tmp_path / "e.jsonl").write_text('[{"text":\n"a"}]')
+    for name, message in (("c", "holds a int"), ("d", "not JSON"), ("e", "list is to be called .json")):
+        with pytest.raises(FinepointError, match=message):
+            read_examples(next(tmp_path.glob(f"{name}.json*")))
+
+
+def test_choices_and_turns_in_a_table_are_json(tmp_path):
+    rows = [{"prompt": "sky is", "choices": '[" blue", " red"]', "answer": 1}]
+    assert read_examples(write(tmp_path / "d.csv", rows)) == [Choices("sky is", (" blue", " red"), 1)]
+    assert read_examples(write(tmp_path / "l.csv", [{"text": "a", "label": 1}])) == [Labelled("a", "1")]
+
+
+BAD_TABLES = {
+    "cells": ("text,label\na\n", "line 2: 1 cells under 2 names"),
+    "names": ("text,text\na,b\n", "two columns of one name"),
+    "quotes": ('text,label\n"a"b,c\n', "line 2: not a table"),
+    "empty": ("text\n\n\n", "holds no example"),
+    "list": ("prompt,choices,answer\na,b,0\n", "'choices' must be a list, written as JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_a_malformed_table_is_named(tmp_path, name):
+    text, message = BAD_TABLES[name]
+    (tmp_path / "d.csv").write_text(text)
+    with pytest.raises(FinepointError, match=f"d.csv.*{message}"):
+        read_examples(tmp_path / "d.csv")
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow", ".jsonl.gz"])
+def test_what_is_no_such_file_is_one_line(tmp_path, ending):
+    (tmp_path / f"d{ending}").write_text("nonsense")
+    with pytest.raises(FinepointError, match=f"cannot read .*d{ending}"):
+        read_examples(tmp_path / f"d{ending}")
+
+
+def test_a_folder_is_its_files_of_one_split(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name, text in (("train-0.jsonl", "a"), ("train-1.jsonl", "b"), ("test.csv", "c"), (".hidden.jsonl", "d")):
+        write(tmp_path / name, [{"text": text}])
+    (tmp_path / "README.md").write_text("none")
+    assert read_examples(tmp_path) == [Text("a"), Text("b")]
+    assert caplog.messages == [f"taking the split train of {tmp_path}, which has test, train"]
+    assert read_examples(f"{tmp_path}:test") == [Text("c")]
+    with pytest.raises(FinepointError, match=f"no split 'tset'; did you mean 'test'.*{tmp_path}:test"):
+        read_examples(f"{tmp_path}:tset")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FinepointError, match="holds no data file"):
+        read_examples(tmp_path / "empty")
+
+
+def test_what_datasets_has_saved_is_read(tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table.select([0]), "held": table.select([1])}).save_to_disk(tmp_path / "two")
+    assert read_examples(tmp_path / "one") == EXPECTED
+    assert read_examples(tmp_path / "two") == EXPECTED[:1]
+    assert read_examples(f"{tmp_path}/two:held") == EXPECTED[1:]
+
+
+HUB = {
+    "org/name": ("org/name", None, None),
+    "org/name:test": ("org/name", None, "test"),
+    "org/name/config:train[:1]": ("org/name", "config", "train[:1]"),
+    "org/na.me:train+test": ("org/na.me", None, "train+test"),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_data_set_of_the_hub_is_loaded(name, monkeypatch, tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return table if split else datasets.DatasetDict(train=table, test=table.select([0]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_examples(name) == EXPECTED
+    assert asked == [HUB[name]]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    write(tmp_path / "org" / "name", ROWS[:1])
+    if name == "org/name":  # what lies here comes first
+        assert read_examples(name) == EXPECTED[:1]
+
+
+def test_a_hub_that_cannot_be_reached_and_a_misspelt_file_are_one_line(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach 'org/name' on the Hub\n(offline)")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(FinepointError, match=r"cannot load org/name: there is no such file.*the Hub \(offline\)$"):
+        read_examples("org/name")
+    for file in ("data/none.jsonl", "/data/none", "../none", "none", "data/none.csv.gz"):
+        with pytest.raises(FinepointError, match=f"cannot read {file}: No such file"):
+            read_examples(file)
+
+
+def test_without_datasets_the_way_out_is_told(tmp_path, monkeypatch):
+    path = write(tmp_path / "d.parquet")
+    for name in ("datasets", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for data in (str(path), "org/name"):
+        with pytest.raises(FinepointError, match=r"pip install 'finepoint\[data\]'"):
+            read_examples(data)
+    assert read_examples(write(tmp_path / "d.csv")) == EXPECTED
+
+
+def test_several_sources_are_mixed_by_their_shares(tmp_path, caplog):
+    caplog.set_level("INFO")
+    a, b = (write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}"} for i in range(n)])
+            for name, n in (("a", 70), ("b", 10)))  # fmt: skip
+    assert len(read_examples([a, b])) == 80
+    mixed = read_examples([f"{a}=0.7", f"{b}=0.3"])
+    assert sum(example.text[0] == "a" for example in mixed) == 23  # 7/3 of all ten of b
+    assert len(mixed) == 33 == len(set(mixed))
+    assert mixed == read_examples([f"{a}=7", f"{b}=3"]) != read_examples([f"{a}=7", f"{b}=3"], seed=1)
+    assert f"mixing examples: 23 of 70 of {a}, 10 of 10 of {b}" in caplog.messages
+    for data, message in (
+        ([f"{a}=0.5"], "nothing to mix it with"), ([f"{a}=0.5", b], "b.jsonl has none"),
+        ([f"{a}=0", f"{b}=1"], "above 0"), ([a, a], "is given twice"),
+    ):  # fmt: skip
+        with pytest.raises(FinepointError, match=message):
+            read_examples(data)
+    with pytest.raises(FinepointError, match=r"c.csv holds completion examples, and .*a.jsonl text examples"):
+        read_examples([a, str(write(tmp_path / "c.csv"))])
+    odd = write_lines(tmp_path / "run=3", [{"text": "odd"}])
+    assert read_examples(odd) == [Text("odd")]  # the name of a file that is there is no share
+
+
+def test_rows_that_python_holds_are_taken_where_a_file_is():
+    frame = pytest.importorskip("pandas").DataFrame(ROWS)
+    table = datasets.Dataset.from_list(ROWS)
+    for rows in (ROWS, tuple(ROWS), frame, table, table.with_format("numpy"), EXPECTED, iter(ROWS)):
+        held = place_or_rows(rows)
+        assert isinstance(held, Given)
+        assert held.endswith("of 2 rows in memory")
+        assert read_examples(held) == read_examples(deepcopy(held)) == read_examples(pickle.loads(pickle.dumps(held)))
+        assert read_examples(held) == EXPECTED
+    assert read_examples(table) == EXPECTED
+    with pytest.raises(FinepointError, match="a DatasetDict with the keys train; give rows"):
+        read_examples(datasets.DatasetDict(train=table))
+    with pytest.raises(FinepointError, match="data is a int"):
+        read_examples(3)
+    with pytest.raises(FinepointError, match="list of 0 rows in memory holds no example"):
+        read_examples([])
