@@ -251,3 +251,10 @@ def test_malformed_pairs_are_named(tmp_path, name):
     row, message = BAD_PAIRS[name]
     with pytest.raises(FinepointError, match=f"pairs.jsonl, line 1: .*{message}"):
         read_pairs(write_lines(tmp_path / "pairs.jsonl", [row]))
+
+
+def test_of_a_prompt_of_several_turns_the_completion_alone_is_learned():
+    (chat,) = as_examples([{"prompt": [USER, REPLY, USER], "completion": [REPLY], "tools": []}])
+    assert chat.messages == (*CHAT.messages, *CHAT.messages)
+    assert [bool(turn) for turn in chat.more] == [False, True, False, False]
+    assert json.loads(chat.more[1]) == {"weight": 0}
