@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import finepoint
 from conftest import assert_same_bits, make_tokenizer, random_batches, snapshot, tiny_llama, write_lines
+from finepoint.cli import main
 from finepoint.data.tokens import Row
 from finepoint.errors import FinepointError
 from finepoint.huggingface.scoring_data import token_row
@@ -243,6 +244,13 @@ try:
     finepoint.load(tiny_llama(), "me/nothing")
 except finepoint.FinepointError as error:
     message = str(error)
+from finepoint.cli import main
+news = {"nll": 2.5, "kl": 0.01, "tokens": 9}
+scores = {"id": {"movies": {"accuracy": 0.75, "n": 4}}, "ood": {}, "probe": {"news": news}}
+json.dump({"base": {}, "adapters": {sys.argv[2]: scores}}, open("eval.json", "w"))
+push = ["push", sys.argv[2], "--to", "me/command", "--results", "eval.json", "--license", "apache-2.0"]
+assert main(push) == 0
+assert main(["pull", "me/command", "--output", "back"]) == 0
 print(json.dumps({"same": same, "address": address, "count": again.count, "message": message}))
 """
 
@@ -258,13 +266,37 @@ def test_to_a_hub_and_back(tmp_path):
     assert found["same"]
     assert "me/tuned" in found["address"]
     assert "there is no folder me/nothing, and it cannot be fetched from the hub" in found["message"]
-    assert set(files) == {"me/tuned", "me/folder"}
+    assert set(files) == {"me/tuned", "me/folder", "me/command"}
     for repository in files.values():  # what was uploaded, and nothing else
         assert set(repository) - {".gitattributes"} == {"finepoint.safetensors", "finepoint_config.json", "README.md"}
     header = yaml.safe_load(files["me/tuned"]["README.md"].decode().split("---")[1])
     assert header["base_model"] == "org/base"
     assert header["base_model_relation"] == "adapter"
     assert files["me/folder"]["finepoint.safetensors"] == (tmp_path / "a" / "finepoint.safetensors").read_bytes()
+    header = yaml.safe_load(files["me/command"]["README.md"].decode().split("---")[1])
+    assert header["license"] == "apache-2.0"
+    results = {(each["dataset"]["name"], metric["type"]): metric["value"]
+               for each in header["model-index"][0]["results"] for metric in each["metrics"]}  # fmt: skip
+    assert results == {("movies", "accuracy"): 0.75, ("news", "nll"): 2.5, ("news", "kl"): 0.01}
+    for name, data in files["me/command"].items():
+        assert (tmp_path / "back" / name).read_bytes() == data
+
+
+def test_what_cannot_be_sent_or_fetched_is_one_line(tmp_path, capsys):
+    model = finepoint.sparsify(tiny_llama(), "random", 0.05)
+    move_(model)
+    finepoint.save(model, tmp_path / "a")
+    (tmp_path / "other.json").write_text(json.dumps({"base": {}, "adapters": {"b": {}}}))
+    for command, message in (
+        (["push", str(tmp_path / "a"), "--to", "nowhere"], "'nowhere' is no repository of the hub"),
+        (["push", str(tmp_path / "a"), "--to", "me/it", "--results", str(tmp_path / "other.json")], "has no scores of"),
+        (["push", str(tmp_path / "none"), "--to", "me/it"], "none"),
+        (["pull", "nowhere", "--output", str(tmp_path / "x")], "'nowhere' is no repository of the hub"),
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
 
 
 def padded(rows, width, left=False):

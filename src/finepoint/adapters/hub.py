@@ -1,6 +1,7 @@
 """Adapters on the Hugging Face hub: fetching by id, sending a folder, and the model card, which its README is."""
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ FILES = ("finepoint.safetensors", "finepoint_config.json", "README.md")
 def is_hub_id(name: str) -> bool:
     """Whether a name can only mean something on the hub: `owner/name`, where no such folder is on disk."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def refuse_other_names(repo_id: str) -> None:
+    """Refuses what cannot be a repository's name.
+
+    Raises:
+        FinepointError: it is not of the form `owner/name`.
+    """
+    if not HUB_ID.fullmatch(repo_id):
+        raise FinepointError(f"{repo_id!r} is no repository of the hub; its name is OWNER/NAME, as you/my-adapter")
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
@@ -32,6 +43,13 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
         raise FinepointError(
             f"there is no folder {repo_id}, and it cannot be fetched from the hub: {reason_of(error)}"
         ) from error
+
+
+def copy_adapter(place: Path, into: Path) -> None:
+    """Copies an adapter's three files, as far as they are there."""
+    for name in FILES:
+        if (place / name).is_file():
+            shutil.copyfile(place / name, into / name)
 
 
 def push(folder: Path, repo_id: str, *, private: bool | None, message: str, token: str | None) -> str:
@@ -55,6 +73,7 @@ def push(folder: Path, repo_id: str, *, private: bool | None, message: str, toke
 
 
 TASK = "text-generation"
+MEASURED = ("accuracy", "macro_f1", "nll", "kl", "kl_prompts")  # of an evaluation's figures
 
 
 def card(adapter: Contents) -> str:
@@ -76,6 +95,7 @@ def card(adapter: Contents) -> str:
     ]  # fmt: skip
     header = ModelCardData(
         base_model=base if known else None,
+        license=info.get("license"),
         library_name="finepoint",
         tags=["finepoint", "sparse-fine-tuning"],
         model_name=f"finepoint adapter of {shown or 'a model'}" if results else None,
@@ -92,6 +112,31 @@ def results_of(info: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     if not isinstance(found, dict):
         return {}
     return {str(data): dict(metrics) for data, metrics in found.items() if isinstance(metrics, dict)}
+
+
+def results_measured(found: Mapping[str, Any], adapter: str, file: str) -> dict[str, dict[str, float]]:
+    """The results of an adapter, data -> metric -> value, in what `finepoint eval` has written.
+
+    Args:
+        found: the content of that file.
+        adapter: its folder; where another was measured alone, under another path, it is not taken.
+
+    Raises:
+        FinepointError: the file holds something else, or nothing of this adapter.
+    """
+    adapters = found.get("adapters")
+    if not isinstance(adapters, dict):
+        raise FinepointError(f"{file} is not what `finepoint eval --output` writes")
+    same = [scores for name, scores in adapters.items() if Path(name).resolve() == Path(adapter).resolve()]
+    if not same:
+        raise FinepointError(f"{file} has no scores of {adapter}; it has those of {', '.join(adapters) or 'none'}")
+    sets = {name: score for kind in ("id", "ood", "probe") for name, score in same[0].get(kind, {}).items()}
+    chosen = {name: {key: float(score[key]) for key in MEASURED if isinstance(score.get(key), int | float)}
+              for name, score in sets.items()}  # fmt: skip
+    tasks = {name: {key: float(value) for key, value in metrics.items()
+                    if isinstance(value, int | float) and key != "n" and "_stderr" not in key}
+             for name, metrics in same[0].get("tasks", {}).items()}  # fmt: skip
+    return chosen | tasks
 
 
 def _body(adapter: Contents, base: str) -> str:

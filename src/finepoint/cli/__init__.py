@@ -43,6 +43,8 @@ FILES = {
         "extract": "make an adapter of the difference of two checkpoints",
         "export": "write an adapter merged, or for PEFT, peft-sparta, vLLM",
         "import": "make an adapter of one of PEFT's or peft-sparta's",
+        "push": "send an adapter with its model card to the hub",
+        "pull": "fetch an adapter from the hub into a folder",
     },
     "lists": {
         "data": "list the data recipes, write one as JSON Lines",

@@ -1,4 +1,4 @@
-"""Commands on adapters: inspect, verify, merge, scale, extract, export, import."""
+"""Commands on adapters: inspect, verify, merge, scale, extract, export, import, push, pull."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -139,6 +139,31 @@ class ImportConfig:
         "shira, supertuning or sparta; auto tells it by the files; --from is the same flag", "auto", also="from")
     dtype: DType = setting("of the weights the adapter will be applied to; auto for the base's", "auto")
     compact: bool = setting(COMPACT, False)
+    overwrite: bool = setting(OVERWRITE, False)
+    json: bool = setting(JSON, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Send an adapter to the Hugging Face hub with a model card: base, data, licence, results."""
+
+    adapter: str = setting("adapter folder", positional=True)
+    to: str = setting("the repository on the hub, OWNER/NAME; it is made where there is none")
+    results: str | None = setting("what `finepoint eval --output FILE` wrote of this adapter, for the card", None)
+    base_model: str | None = setting("the base's id on the hub, where it was trained from a folder", None)
+    license: str | None = setting("as the hub calls it, e.g. apache-2.0; mind the base's and the data's own", None)
+    private: bool = setting("make the repository private", False)
+    message: str = setting("of the commit", "Upload adapter")
+    json: bool = setting(JSON, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullConfig:
+    """Fetch an adapter from the Hugging Face hub into a folder, checked."""
+
+    repository: str = setting("OWNER/NAME on the hub", positional=True)
+    output: str = setting("folder to write")
+    revision: str | None = setting("branch, tag or commit; the newest where not given", None)
     overwrite: bool = setting(OVERWRITE, False)
     json: bool = setting(JSON, False)
 
@@ -418,3 +443,43 @@ def run_import(config: ImportConfig) -> None:
     else:
         print(f"{adapter.count:,} entries in {len(adapter)} weights of {config.model} -> {config.output}; "
               "whether it was trained on this base its files do not say")  # fmt: skip
+
+
+def run_push(config: PushConfig) -> None:
+    from finepoint.adapters.adapter import SparseAdapter
+    from finepoint.adapters.hub import refuse_other_names, results_measured
+    from finepoint.huggingface.session import push_to_hub
+    from finepoint.runtime.files import read_json
+
+    refuse_other_names(config.to)
+    adapter = SparseAdapter.load(config.adapter)
+    results = None
+    if config.results:
+        results = results_measured(read_json(Path(config.results)), config.adapter, config.results)
+    address = push_to_hub(config.adapter, config.to, results=results, base_model=config.base_model,
+                          license=config.license, private=config.private or None, message=config.message)  # fmt: skip
+    if config.json:
+        print_json({"adapter": config.adapter, "repository": config.to, "address": address, "entries": adapter.count,
+                    "results": results or {}})  # fmt: skip
+    else:
+        print(f"{config.adapter} ({adapter.count:,} entries) -> {address}")
+
+
+def run_pull(config: PullConfig) -> None:
+    from finepoint.adapters.adapter import SparseAdapter
+    from finepoint.adapters.hub import copy_adapter, fetch, refuse_other_names
+    from finepoint.runtime.files import check_output, fill_folder
+
+    refuse_other_names(config.repository)
+    check_output(config.output, config.overwrite)
+    place = fetch(config.repository, config.revision)
+    adapter = SparseAdapter.load(str(place))
+    with fill_folder(config.output, config.overwrite) as into:
+        copy_adapter(place, into)
+    base = adapter.info.get("base_model")
+    if config.json:
+        print_json({"output": config.output, "repository": config.repository, "entries": adapter.count,
+                    "changed_weights": len(adapter), "base_model": base})  # fmt: skip
+    else:
+        print(f"{config.repository} -> {config.output}: {adapter.count:,} entries in {len(adapter)} weights of "
+              f"{base or 'a base that it does not name'}")  # fmt: skip
