@@ -34,7 +34,7 @@ from finepoint.studies.results import read_results
 from finepoint.studies.settings import ReportConfig
 from studies import arm, put, write_study
 
-FIGURES = ["id-ood", "density", "ood-change", "forgetting", "places", "overlap", "cost", "losses"]
+FIGURES = ["id-ood", "density", "ood-change", "forgetting", "loss-kl", "places", "overlap", "cost", "losses"]
 HOSTILE = "<script>alert('x')</script> & $x^2$ \\input{a} _%|`"
 
 
@@ -241,7 +241,7 @@ def test_tables_leave_out_empty_columns_and_show_sizes():
 @pytest.mark.parametrize(
     ("options", "left_out"),
     [
-        ({"tasks": ("movies",), "tests": ("movies",), "probes": ()}, {"id-ood", "ood-change", "forgetting"}),
+        ({"tasks": ("movies",), "tests": ("movies",), "probes": ()}, {"id-ood", "ood-change", "forgetting", "loss-kl"}),
         ({"arms": [arm("gallop", 0.1)], "seeds": (0,)}, {"density", "overlap"}),
         ({"arms": [arm("full", kind="baseline")], "tasks": ("movies",)}, {"density", "places", "overlap"}),
         ({"kept": lambda task, name, lr, seed: (task, name, lr, seed) == ("movies", "lora", 3e-4, 0)},

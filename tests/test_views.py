@@ -6,6 +6,7 @@ from itertools import pairwise
 from math import log10, sqrt
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -238,6 +239,38 @@ def test_equal_accuracy_starts_at_the_base_model(results):
             break
     else:
         raise AssertionError("the path should reach half the gain")
+
+
+def test_equal_loss_is_where_an_arm_first_learns_what_a_baseline_does(results):
+    rows = views.equal_loss(results)
+    assert {row["reference"] for row in rows} == {"lora", "full"}
+    reached = 0
+    for row in (row for row in rows if row["task"] != views.MEDIAN):
+        runs = {name: sorted(first_seed(results, row["task"], name), key=lambda run: run["lr"])
+                for name in (row["arm"], row["reference"])}  # fmt: skip
+        goal = min(runs[row["reference"]], key=lambda run: run["validation"]["loss"])
+        assert row["validation_loss"] == goal["validation"]["loss"]
+        assert row["reference_kl"] == goal["scores"]["probe"]["text"]["kl"]
+        losses = [run["validation"]["loss"] for run in runs[row["arm"]]]
+        kls = [run["scores"]["probe"]["text"]["kl"] for run in runs[row["arm"]]]
+        along = np.linspace(0, len(losses) - 1, 200_001)  # a dense walk along the path
+        walked, places = np.interp(along, range(len(losses)), losses), np.interp(along, range(len(kls)), np.log(kls))
+        below = np.flatnonzero(walked <= row["validation_loss"])
+        if not len(below):
+            assert row["kl"] is None
+            assert row["ratio"] is None
+            continue
+        reached += 1
+        assert row["kl"] == pytest.approx(float(np.exp(places[below[0]])), rel=1e-3)
+        assert row["ratio"] == pytest.approx(row["kl"] / row["reference_kl"])
+    assert reached
+    own = [row for row in rows if row["arm"] == row["reference"] and row["task"] != views.MEDIAN]
+    assert all(row["ratio"] <= 1 + 1e-9 for row in own)
+    for row in (row for row in rows if row["task"] == views.MEDIAN):
+        parts = [other["ratio"] for other in rows if other["task"] in results.tasks
+                 and (other["arm"], other["reference"]) == (row["arm"], row["reference"])]  # fmt: skip
+        assert len(parts) == len(results.tasks)
+        assert row["ratio"] == pytest.approx(float(np.median(parts)))
 
 
 def test_equal_norm_is_of_rules_of_one_density(results):

@@ -283,22 +283,41 @@ def tall(names: Sequence[Any], line: float = 0.22) -> tuple[float, float]:
 def forgetting(results: Results) -> list[Panel]:
     """What is forgotten against what is learned: every learning rate of an arm as a path from the base model."""
     rows = [row for row in views.paths(results) if row["nll_change"] is not None and row["id_change"] is not None]
-    style = styles(results)
 
     def draw(task: str, axes: Any) -> None:
-        _grid(axes)
-        for arm in _values(_of(rows, task=task), "arm"):
-            path, look = _of(rows, task=task, arm=arm), style[arm]
-            points = [(0.0, 0.0), *((row["id_change"], row["nll_change"]) for row in path)]
-            axes.plot(*zip(*points, strict=True), "-", color=look.colour, linewidth=0.9, alpha=0.75)
-            for row in path:
-                size = look.size if row["tuned"] else 2.5
-                axes.plot([row["id_change"]], [row["nll_change"]], look.marker, color=look.colour, markersize=size,
-                          markeredgewidth=0)  # fmt: skip
+        _paths(axes, results, _of(rows, task=task), "id_change", "nll_change", [(0.0, 0.0)])
         axes.plot([0], [0], "+", color=INK, markersize=9)
         axes.set(xlabel="change of accuracy in distribution", ylabel="change of probe NLL (nats a token)")
 
     return [panel(f"trained on {task}", partial(draw, task)) for task in _values(rows, "task")]
+
+
+def loss_kl(results: Results) -> list[Panel]:
+    """KL to the base against validation loss: every learning rate of an arm."""
+    rows = [row for row in views.paths(results) if row["kl"] and row["validation_loss"] is not None]
+
+    def draw(task: str, axes: Any) -> None:
+        _paths(axes, results, _of(rows, task=task), "validation_loss", "kl")
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="validation loss (nats a token)", ylabel="KL to the base on the probes (nats a token)")
+
+    return [panel(f"trained on {task}", partial(draw, task)) for task in _values(rows, "task")]
+
+
+def _paths(
+    axes: Any, results: Results, rows: Sequence[Row], x: str, y: str, start: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Each arm's runs along its learning rates, the tuned one large."""
+    _grid(axes)
+    style = styles(results)
+    for arm in _values(rows, "arm"):
+        path, look = _of(rows, arm=arm), style[arm]
+        points = [*start, *((row[x], row[y]) for row in path)]
+        axes.plot(*zip(*points, strict=True), "-", color=look.colour, linewidth=0.9, alpha=0.75)
+        for row in path:
+            size = look.size if row["tuned"] else 2.5
+            axes.plot([row[x]], [row[y]], look.marker, color=look.colour, markersize=size, markeredgewidth=0)
 
 
 def places(rows: Sequence[Row], results: Results) -> list[Panel]:

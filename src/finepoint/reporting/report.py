@@ -85,6 +85,7 @@ def view_data(results: Results) -> dict[str, list[Row]]:
         "paired_lora": views.paired(results, "lora"),
         "equal_budget": views.equal_budget(results),
         "equal_accuracy": views.equal_accuracy(results),
+        "equal_loss": views.equal_loss(results),
         "equal_norm": views.equal_norm(results),
         "epsilon": overlap.epsilon_sweep(results, overlap_rows),
         "antidotes": views.antidotes(results),
@@ -175,6 +176,11 @@ def _keeping(results: Results, figures: Any) -> Section:
                     "Each path runs from the base model (cross) through the arm's learning rates at the first seed; "
                     "the large marker is the rate kept. Low and to the right is better.",
                     "paths", figures.forgetting(results), "the study has no probe texts", results.arms),
+            Drawing("loss-kl", "Disturbance against learning",
+                    "KL to the base on the probe texts against validation loss, along each arm's learning rates at the "
+                    "first seed; the large marker is the rate kept. Low and to the left is better.",
+                    "paths", figures.loss_kl(results), "the study has no probe texts or no validation loss",
+                    results.arms),
         ],
     )  # fmt: skip
 
@@ -225,6 +231,9 @@ CONFOUNDS = [
      [TASK, ARM, whole("budget", "budget"), whole("trained", "trained"), ID, OOD, NLL_CHANGE]),
     ("equal_accuracy", "Equal ID accuracy", "What is forgotten where 50, 75 and 90 % of the best arm's gain is learned",
      [TASK, ARM, fixed("share of gain", "share_of_best_gain", 2), PLAIN_ID, OOD_CHANGE, NLL_CHANGE]),
+    ("equal_loss", "Equal validation loss", "KL to the base on the probes where an arm has learned what a baseline has",
+     [TASK, text("as much as", "reference"), general("loss", "validation_loss"), ARM, general("KL", "kl"),
+      general("the baseline's KL", "reference_kl"), general("ratio", "ratio")]),
     ("equal_norm", "Equal update norm", "Rules of one density that moved equally far; baselines move in other ways",
      [TASK, ARM, general("density", "density"), NORM, PLAIN_ID, OOD_CHANGE, NLL_CHANGE]),
     ("epsilon", "GaLLoP's epsilon", "From favouring the smallest weights (0) towards the largest gradients; first seed",

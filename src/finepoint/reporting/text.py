@@ -56,6 +56,10 @@ DEFINITIONS = {
         "densities p and q; weight by weight: for random sets that put as many entries into each weight as these "
         "do."
     ),
+    "equal validation loss": (
+        "KL on the probes where an arm's validation loss is the least one of a baseline, read off along the arm's "
+        "learning rates at the first seed, in the logarithm of KL. A ratio below 1: less disturbance for as much."
+    ),
     "equal ID accuracy, equal norm": (
         "Read off along an arm's learning rates at the first seed, linearly between runs (norms in the "
         "logarithm). A dash means that the arm never gets there. Norms are compared between rules of one density "
@@ -72,7 +76,25 @@ def headline(results: Results) -> list[str]:
     sentences = []
     for task in tasks:
         sentences += _about(results, task, [row for row in rows if row["task"] == task])
-    return sentences
+    return sentences + _disturbance(results)
+
+
+def _disturbance(results: Results) -> list[str]:
+    """Which arm moves the base least for as much as LoRA learned."""
+    rows = views.equal_loss(results)
+    where = views.MEDIAN if len(results.tasks) > 1 else results.tasks[0]
+    rows = [row for row in rows if row["task"] == where and row["ratio"] is not None]
+    references = list(dict.fromkeys(row["reference"] for row in rows))
+    reference = next((name for name in references if results.arm(name).get("method") == "lora"), None)
+    others = [row for row in rows if row["reference"] == reference and row["arm"] != reference]
+    if not others:
+        return []
+    least = min(others, key=lambda row: row["ratio"])
+    over = f", in the median of {len(results.tasks)} tasks" if where == views.MEDIAN else ""
+    return [
+        f"Where it has learned as much as {reference}, {least['arm']} has moved the base's predictions on neutral "
+        f"text {least['ratio']:.2g} times as far{over} (KL)."
+    ]
 
 
 def _about(results: Results, task: str, rows: Sequence[Row]) -> list[str]:

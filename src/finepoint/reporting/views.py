@@ -4,8 +4,8 @@ The confounds that let one rule look better than another for free (tuning, budge
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import atan, cos, isfinite, log10, pi, sin, sqrt
-from statistics import fmean
+from math import atan, cos, exp, isfinite, log, log10, pi, sin, sqrt
+from statistics import fmean, median
 from typing import Any
 
 from finepoint.studies.results import Cell, Results, at_edge, best_lr, first_seed, tuned
@@ -13,6 +13,7 @@ from finepoint.studies.results import Cell, Results, at_edge, best_lr, first_see
 Row = dict[str, Any]
 
 ALL_TASKS = "mean over tasks"
+MEDIAN = "median over tasks"
 SPREAD = ("id", "ood", "ood_change", "nll_change", "kl", "kl_prompts", "kl_protected")
 SAME_BUDGET = 1.1
 GAINS = (0.5, 0.75, 0.9)
@@ -290,6 +291,50 @@ def equal_accuracy(results: Results) -> list[Row]:
                 at = interpolated(path, "id", base + share * gain, ("ood_change", "nll_change"))
                 rows.append({"task": task, "share_of_best_gain": share, "id": base + share * gain, "arm": arm, **at})
     return rows
+
+
+def equal_loss(results: Results) -> list[Row]:
+    """KL to the base on the probes where an arm has learned as much as a baseline: its least validation loss.
+
+    Along an arm's learning rates KL rises, and it is read where the loss first comes down to the baseline's, linearly
+    between two runs in the logarithm of KL; where the smallest rate is below already, it is that run's, and less would
+    do. None: it never learns so much. The medians over the tasks stand last, where an arm gets there in every one.
+    """
+    rows = []
+    for task in results.tasks:
+        points = [row for row in paths(results) if row["task"] == task and row["validation_loss"] and row["kl"]]
+        for reference in (arm for arm in results.arms if results.arm(arm).get("kind") == "baseline"):
+            its = [row for row in points if row["arm"] == reference]
+            if not its:
+                continue
+            best = min(its, key=lambda row: row["validation_loss"])
+            same = {"task": task, "reference": reference, "validation_loss": best["validation_loss"]}
+            for arm in dict.fromkeys(row["arm"] for row in points):
+                kl = _kl_at([row for row in points if row["arm"] == arm], best["validation_loss"])
+                ratio = None if kl is None else kl / best["kl"]
+                rows.append({**same, "arm": arm, "kl": kl, "reference_kl": best["kl"], "ratio": ratio})
+    return rows + _medians(results, rows)
+
+
+def _kl_at(path: Sequence[Row], loss: float) -> float | None:
+    """KL where a path, by rising learning rates, first comes down to a loss."""
+    for before, row in zip([None, *path[:-1]], path, strict=True):
+        if row["validation_loss"] <= loss:
+            if before is None:
+                return float(row["kl"])
+            share = (before["validation_loss"] - loss) / (before["validation_loss"] - row["validation_loss"])
+            return exp(log(before["kl"]) + share * (log(row["kl"]) - log(before["kl"])))
+    return None
+
+
+def _medians(results: Results, rows: Sequence[Row]) -> list[Row]:
+    found = []
+    for reference, arm in dict.fromkeys((row["reference"], row["arm"]) for row in rows):
+        ratios = [row["ratio"] for row in rows if (row["reference"], row["arm"]) == (reference, arm)]
+        if len(results.tasks) > 1 and len(ratios) == len(results.tasks) and None not in ratios:
+            found.append({"task": MEDIAN, "reference": reference, "validation_loss": None, "arm": arm, "kl": None,
+                          "reference_kl": None, "ratio": median(ratios)})  # fmt: skip
+    return found
 
 
 def equal_norm(results: Results) -> list[Row]:
