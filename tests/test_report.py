@@ -29,7 +29,7 @@ from finepoint.reporting.tables import (
     to_latex,
 )  # fmt: skip
 from finepoint.reporting.text import headline
-from finepoint.reporting.views import summary
+from finepoint.reporting.views import paths, summary
 from finepoint.studies.results import read_results
 from finepoint.studies.settings import ReportConfig
 from studies import arm, put, write_study
@@ -102,7 +102,17 @@ def test_the_page_needs_nothing_but_itself(written):
     page = page_of(written)
     assert not re.search(r'(src|href)="(?!#|data/|data:|tables\.tex|report\.md)[^"]', page)
     assert "url(" not in re.sub(r"url\(#", "", page)
-    assert "<script" not in page
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)  # which sorts tables, and asks nobody
+    assert not re.search(r"https?:|fetch|import|XMLHttp|innerHTML|eval", script)
+
+
+def test_markers_show_their_numbers(written, study):
+    page = page_of(written)
+    shown = set(re.findall(r"<g><title>(.*?)</title>", page))
+    for row in summary(read_results(study)):
+        assert f"{row['arm']}: {row['id']:.4g}, {row['ood']:.4g}" in shown
+    for row in paths(read_results(study)):
+        assert f"{row['arm']}, rate {row['lr']:g}: {row['validation_loss']:.4g}, {row['kl']:.4g}" in shown
 
 
 def test_ids_are_the_page_s_own(written):
@@ -312,6 +322,38 @@ def test_the_page_in_a_browser(browser, written, width, scheme):
         assert colours(browser.picture(clip=first)) > 8  # paper alone would be one
     paper, ink = (browser.value(f"getComputedStyle(document.body).{key}") for key in ("backgroundColor", "color"))
     assert (brightness(paper) > brightness(ink)) == (scheme == "light")
+
+
+COLUMN = """Array.from(document.querySelectorAll('#table-summary tbody tr')).map(
+    row => row.className === 'group' ? 'group' : row.cells[%d].textContent)"""
+
+
+def test_a_click_on_a_column_sorts_each_group(browser, written):
+    browser.look(1280, "light")
+    browser.open(written["report"])
+    heads = browser.value(
+        "Array.from(document.querySelectorAll('#table-summary th[tabindex]')).map(h => h.textContent)"
+    )
+    for at, sign in ((heads.index("ID"), 1), (heads.index("ID"), -1), (heads.index("arm"), 1)):
+        before = browser.value(COLUMN % at)
+        browser.value(f"document.querySelectorAll('#table-summary th[tabindex]')[{at}].click()")
+        after = browser.value(COLUMN % at)
+        for old, new in zip(groups(before), groups(after), strict=True):
+            key = (lambda cell: float(cell.split()[0])) if heads[at] == "ID" else str.casefold
+            assert new == sorted(old, key=key, reverse=sign < 0) or heads[at] == "arm"
+            assert sorted(new) == sorted(old)
+    assert browser.complaints() == []
+
+
+def groups(cells):
+    """The cells between rows that begin a group."""
+    found = [[]]
+    for cell in cells:
+        if cell == "group":
+            found.append([])
+        else:
+            found[-1].append(cell)
+    return found
 
 
 def test_text_in_figures_can_be_told_from_the_paper(browser, written):

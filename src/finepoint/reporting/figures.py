@@ -63,6 +63,7 @@ class Panel:
 
 
 Draw = Callable[[Any], None]
+TIP = "shown over it: "  # begins the id of what a browser is to show a text over
 
 
 def styles(results: Results) -> dict[str, Style]:
@@ -88,7 +89,7 @@ def panel(title: str, draw: Draw, size: tuple[float, float] = PANEL) -> Panel:
         draw(axes)
         axes.set_title(short(title, 48))
         canvas.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return Panel(title, out.getvalue())
+    return Panel(title, re.sub(rf'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", out.getvalue()))
 
 
 def themed(svg: str, prefix: str) -> str:
@@ -146,9 +147,15 @@ def _values(rows: Sequence[Row], key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def _point(axes: Any, style: Style, x: float, y: float, x_sd: Any = None, y_sd: Any = None) -> None:
+def _point(axes: Any, style: Style, name: str, x: float, y: float, x_sd: Any = None, y_sd: Any = None) -> None:
     axes.errorbar([x], [y], xerr=[x_sd or 0], yerr=[y_sd or 0], color=style.colour, linewidth=0.8, alpha=0.6)
-    axes.plot([x], [y], style.marker, color=style.colour, markersize=style.size, markeredgewidth=0)
+    _marker(axes, style, style.size, name, x, y)
+
+
+def _marker(axes: Any, style: Style, size: float, name: str, x: float, y: float) -> None:
+    """A marker, over which a browser shows its name and numbers."""
+    (line,) = axes.plot([x], [y], style.marker, color=style.colour, markersize=size, markeredgewidth=0)
+    line.set_gid(f"{TIP}{name}: {x:.4g}, {y:.4g}")
 
 
 def _grid(axes: Any, axis: str = "both") -> None:
@@ -176,7 +183,7 @@ def id_ood(results: Results) -> list[Panel]:
     def draw(task: str, axes: Any) -> None:
         _grid(axes)
         for row in _of(rows, task=task):
-            _point(axes, style[row["arm"]], row["id"], row["ood"], row["id_sd"], row["ood_sd"])
+            _point(axes, style[row["arm"]], row["arm"], row["id"], row["ood"], row["id_sd"], row["ood_sd"])
         front = sorted((row["id"], row["ood"]) for row in _of(rows, task=task) if (task, row["arm"]) in fronts)
         axes.plot(*zip(*front, strict=True), "--", color=INK, linewidth=0.8, drawstyle="steps-pre", zorder=1)
         _start(axes, views.base_point(results, task))
@@ -215,7 +222,7 @@ def density(results: Results) -> list[Panel]:
                 continue
             axes.plot([row["density"] for row in line], [row[key] for row in line], color=look.colour, linewidth=1)
             for row in line:
-                _point(axes, style[row["arm"]], row["density"], row[key], None, row[f"{key}_sd"])
+                _point(axes, style[row["arm"]], row["arm"], row["density"], row[key], None, row[f"{key}_sd"])
         _levels(axes, [(row[key], row["arm"], style[row["arm"]].colour) for row in _of(flat, task=task)
                        if row[key] is not None])  # fmt: skip
         _logarithmic(axes.xaxis)
@@ -317,7 +324,7 @@ def _paths(
         axes.plot(*zip(*points, strict=True), "-", color=look.colour, linewidth=0.9, alpha=0.75)
         for row in path:
             size = look.size if row["tuned"] else 2.5
-            axes.plot([row[x]], [row[y]], look.marker, color=look.colour, markersize=size, markeredgewidth=0)
+            _marker(axes, look, size, f"{arm}, rate {row['lr']:g}", row[x], row[y])
 
 
 def places(rows: Sequence[Row], results: Results) -> list[Panel]:
@@ -441,7 +448,7 @@ def cost(results: Results) -> list[Panel]:
     def draw(found: list[tuple[Row, float]], label: str, axes: Any) -> None:
         _grid(axes)
         for row, x in found:
-            _point(axes, style[row["arm"]], x, row["id"], None, row["id_sd"])
+            _point(axes, style[row["arm"]], row["arm"], x, row["id"], None, row["id_sd"])
         axes.set_xlim(0, 1.1 * max(x for _, x in found))
         axes.set(xlabel=label, ylabel="accuracy in distribution")
 
