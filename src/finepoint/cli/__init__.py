@@ -47,7 +47,7 @@ FILES = {
         "pull": "fetch an adapter from the hub into a folder",
     },
     "lists": {
-        "data": "list the data recipes, write one as JSON Lines",
+        "data": "list the data recipes, write one; preview files",
         "rules": "list the rules with formula and source",
         "schema": "print the JSON schema of a command's YAML file",
     },

@@ -2,8 +2,9 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
-from finepoint.cli.output import print_json, print_table
+from finepoint.cli.output import print_json, print_marked, print_table
 from finepoint.errors import FinepointError
 from finepoint.runtime.settings import JSON, OVERWRITE, did_you_mean, json_schema, setting
 from finepoint.selection.settings import DEFAULT_RULE
@@ -13,10 +14,18 @@ from finepoint.selection.settings import DEFAULT_RULE
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Fetch the data of a recipe and write it as JSON Lines; without a name, list the recipes."""
+    """Fetch the data of a recipe and write it as JSON Lines; or `preview FILE ..`: what files are read as."""
 
-    name: str | None = setting("the recipe, also without its flag: `finepoint data vader`", None, positional=True)
-    output: str | None = setting("folder to write; required with a name", None)
+    name: str | list[str] | None = setting(
+        "the recipe, also without its flag: `finepoint data vader`; or preview, and files; all recipes where not given",
+        None, positional=True)
+    output: str | None = setting("folder to write; required with a recipe", None)
+    model: str | None = setting("for preview: the model to be trained, in whose tokens lengths are told", None)
+    columns: dict[str, str] = setting(
+        "for preview: what the files' columns are called: prompt=question completion=answer", {})
+    max_length: int | None = setting(
+        "for preview: longest example in tokens; the model's context where not given", None, least=1)
+    examples: int = setting("for preview: so many examples of each file are shown", 3, least=0)
     overwrite: bool = setting(OVERWRITE, False)
     json: bool = setting(JSON, False)
 
@@ -49,21 +58,80 @@ def help_data() -> str:
 def run_data(config: DataConfig) -> None:
     from finepoint.data.recipes.table import recipe
 
-    if config.name is None:
+    name, *files = [config.name] if isinstance(config.name, str) else config.name or [""]
+    if not name:
         _list(config.json)
         return
-    found = recipe(config.name)
+    if name == "preview":
+        _preview(config, files)
+        return
+    found = recipe(name)
+    if files:
+        raise FinepointError(
+            f"{files[0]!r} belongs to no recipe; give one at a time, or `finepoint data preview` files"
+        )
     if config.output is None:
-        raise FinepointError(f"--output is required: the folder that {config.name} shall be written to")
+        raise FinepointError(f"--output is required: the folder that {name} shall be written to")
     counts = found.write(config.output, config.overwrite)
     if config.json:
         print_json({
-            "output": config.output, "rows": counts, "recipe": config.name,
+            "output": config.output, "rows": counts, "recipe": name,
             "licence": found.licence, "source": found.source, "caveat": found.caveat,
         })  # fmt: skip
         return
     print(f"source: {found.source}\nlicence: {found.licence}" + (f"\nnote: {found.caveat}" if found.caveat else ""))
     print_table(["file", "rows"], list(counts.items()), title=config.output)
+
+
+def _preview(config: DataConfig, files: list[str]) -> None:
+    from finepoint.data.preview import preview
+
+    tokenizer, limit = None, config.max_length
+    if config.model:
+        from types import SimpleNamespace
+
+        from finepoint.data.batches import context_length
+        from finepoint.models.loading import load_config, load_tokenizer
+
+        tokenizer = load_tokenizer(config.model)
+        limit = context_length(SimpleNamespace(config=load_config(config.model)), limit)
+    found = preview(files, config.columns, tokenizer, limit, config.examples)
+    if config.json:
+        print_json(found)
+        return
+    for file in found["files"]:
+        _show_file(file)
+    for source, leaked in found["leaks"].items():
+        for other, counts in leaked.items():
+            more = f", {counts['normalised']} more but for case, spaces and punctuation" if counts["normalised"] else ""
+            print(f"{counts['exact']} of {counts['n']} examples of {other} are in {source}{more}")
+
+
+def _show_file(file: dict[str, Any]) -> None:
+    """A file in some lines, and examples of it: what is learned is in colour, or in double brackets."""
+    form = f" by {', '.join(file['form'])}" if file["form"] else ""
+    ignored = f"; ignored: {', '.join(file['ignored'])}" if file["ignored"] else ""
+    taken = f"{file['rows']:,} {KINDS.get(file['kind'], file['kind'])} examples{form}{ignored}"
+    print(f"{file['source']}: {taken}")
+    for unit in ("characters", "tokens"):
+        if found := file.get(unit):
+            learned = f", {found['learned']:,} learned" if found.get("learned") else ""
+            of = f" (of {found['counted']:,} examples)" if found.get("counted", file["rows"]) < file["rows"] else ""
+            print(f"  {unit}: {found['median']:,} in the middle, nine in ten up to {found['most']:,}, longest "
+                  f"{found['longest']:,}; {found['total']:,} in all{of}{learned}")  # fmt: skip
+    if (longer := file.get("longer")) and longer["examples"]:
+        print(f"  longer than {longer['limit']:,} tokens: {longer['examples']:,} examples, {longer['tokens']:,} tokens "
+              f"beyond ({longer['share']:.1%})")  # fmt: skip
+    if file["duplicates"]["normalised"]:
+        print(f"  twice: {file['duplicates']['exact']:,} examples, {file['duplicates']['normalised']:,} but for case, "
+              "spaces and punctuation")  # fmt: skip
+    if file["classes"]:
+        print(f"  classes: {', '.join(f'{name} {count:,}' for name, count in file['classes'].items())}")
+    for pieces in file["examples"]:
+        print_marked(pieces)
+
+
+KINDS = {"labelled": "labelled", "chatpair": "pair (conversations)"}
 
 
 def _list(as_json: bool) -> None:

@@ -45,6 +45,23 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def print_marked(pieces: Sequence[tuple[str, bool]], longest: int = 600) -> None:
+    """A text of pieces under a bar, some of them marked: in colour in a terminal, else in double brackets."""
+    from rich.text import Text
+
+    out, text = console(), Text()
+    for piece, marked in pieces:
+        shown = harmless(piece)
+        shown = shown if len(shown) <= longest else f"{shown[: longest // 2]} .. {shown[-longest // 2 :]}"
+        if out.is_terminal:
+            text.append(shown, "bold green" if marked else "dim")
+        else:
+            text.append(f"[[{shown}]]" if marked else shown)
+    for line in text.split("\n", allow_blank=False):
+        out.print(Text("  | ") + line, soft_wrap=True)
+    out.print()
+
+
 def signed(value: float) -> str:
     """A change with its sign."""
     return f"{value:+.3f}"
