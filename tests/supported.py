@@ -283,7 +283,8 @@ makes it anew; this one is of {date}, with torch {torch} and transformers {trans
   steps in float64, and ended where dense training with a masked gradient ends (to 1e-7 of their way, since many
   models compute parts in float32 whatever they are in), with all other entries untouched. `12 of 14` says that the
   loss of the batches did not reach the other two, whose entries stay as they are. The adapter was saved, loaded,
-  applied and reverted, to the bit.
+  applied and reverted, to the bit. Of models that see or hear and write, the default targets are linear layers of
+  the part that writes; `--targets linear-everywhere` takes those of the other parts as well.
 - **Batches**: `as alone` says that each example has the loss that it has by itself: in batches of unequal rows, in
   packed rows where the model keeps examples apart, and as choices that share their prompt. `yours`: batches of such
   a model come from your own data loader.

@@ -2,7 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import tiny_gemma, tiny_llama
+from conftest import make_tokenizer, tiny_gemma, tiny_llama, write_lines
+from families import FAMILIES
+from finepoint import SparseAdapter
+from finepoint.cli import main
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of
 from finepoint.selection.targets import target_weights
@@ -109,3 +112,41 @@ def test_a_parameter_is_named_in_full_and_a_preset_that_finds_nothing_says_so():
         target_weights(Bare())
     with pytest.raises(FinepointError, match="none: the model has no weights"):
         target_weights(nn.Identity(), "linear")
+
+
+# git and idefics have no part that only writes; blip-2 reads no text without a picture.
+SEEING = [name for name, family in FAMILIES.items()
+          if family.kind == "vision and language" and name not in ("git", "idefics", "blip-2")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ("llava", "qwen2_5_vl") else pytest.mark.slow)
+                                  for n in SEEING])  # fmt: skip
+def test_of_models_that_see_the_part_that_writes_is_the_default(name, tmp_path):
+    model = FAMILIES[name].build().train(False).float()
+    default, everywhere = target_weights(model), target_weights(model, "linear-everywhere")
+    assert default.keys() < everywhere.keys()
+    ids = torch.arange(8, 16)[None]  # text alone
+    loss = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:])
+    loss.backward()
+    reached = {key for key, weight in everywhere.items() if weight.grad is not None and weight.grad.any()}
+    crossing = {key for key in default if "cross_attn" in key or ".layers.1." in key}  # mllama's look at pictures
+    assert reached <= default.keys()
+    assert default.keys() - reached <= (crossing if name == "mllama" else set())
+
+
+def test_of_models_without_another_part_linear_is_everywhere(llama):
+    for model in (llama, FAMILIES["t5"].build(), FAMILIES["clip"].build(), FAMILIES["bert"].build()):
+        assert target_weights(model).keys() == target_weights(model, "linear-everywhere").keys()
+
+
+def test_a_model_that_sees_is_trained_on_text_from_the_command_line(tmp_path):
+    FAMILIES["qwen2_5_vl"].build().save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    rows = [{"prompt": f"Q: {a} + 2 ?\nA:", "completion": f" {a + 2}"} for a in range(4)]
+    data = str(write_lines(tmp_path / "rows.jsonl", rows))
+    model, adapter = str(tmp_path / "m"), str(tmp_path / "a")
+    train = ["train", "--model", model, "--data", data, "--steps", "2", "--density", "0.05", "--lr", "0.01"]
+    assert main([*train, "--output", adapter]) == 0
+    assert {name.split(".layers.")[0] for name in SparseAdapter.load(adapter)} == {"model.language_model"}
+    assert main(["verify", adapter, "--model", model]) == 0
+    assert main(["eval", "--model", model, "--adapter", adapter, "--id", f"sums={data}", "--new-tokens", "2"]) == 0

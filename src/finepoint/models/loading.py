@@ -82,8 +82,8 @@ def load_model(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    factory: Any = transformers.AutoModelForCausalLM
     config = load_config(name)
+    factory = _writes(config)
     if labels:
         factory = transformers.AutoModelForSequenceClassification
         own = class_order(config, labels)
@@ -115,6 +115,15 @@ def load_model(
             raise FinepointError(f"{name!r} is quantised already; leave out --quantise")
         _quantise_blocks_(model, quantise)
     return model
+
+
+def _writes(config: Any) -> Any:
+    """What loads a model that writes text; of those that see or hear as well, the whole model, which reads text alone
+    where it is given nothing else."""
+    seen = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if seen and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def class_order(config: Any, labels: Sequence[str]) -> list[str]:
@@ -229,7 +238,7 @@ def shape_of(name: str, dtype: DType = "auto", device: str = "cpu", quantise: Qu
             kept = torch.float32
         try:
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=kept).eval()
+                model = _writes(config).from_config(config, dtype=kept).eval()
         except ValueError as error:
             raise FinepointError(f"{name!r} is no causal language model: {reason_of(error)}") from error
     if quantise:

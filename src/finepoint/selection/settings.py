@@ -46,7 +46,7 @@ class Choice:
         "what competes with each other: all target entries, or those of one weight or one layer",
         "global", "selection", "which entries")
     targets: TargetsOption = setting(
-        "linear (default), all, attention, mlp, short names (v,o), patterns, or a density for each pattern",
+        "linear (default), attention, mlp, linear-everywhere, all, short names (v,o), patterns, or a density for each",
         "linear", "statistics", "which entries")
     exclude: list[str] = setting(
         "adapter folders whose entries may not be chosen", [], "selection", "which entries", file=True)

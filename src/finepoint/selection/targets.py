@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finepoint.errors import FinepointError
@@ -21,10 +23,11 @@ DELTAS = "finepoint."  # prefix of what a SparseTuner hangs on a model: no weigh
 def target_weights(model: nn.Module, targets: Targets = "linear") -> dict[str, nn.Parameter]:
     """The weights whose entries may be chosen, by qualified name, in the model's own order.
 
-    A pattern is a preset (`linear`: every linear layer of the decoder blocks, expert weights included; `attention`,
-    `mlp`: its two halves; `all`: every floating-point parameter), a short name (`v` or `v_proj`: the weight of every
-    module called that), or a glob over parameter names (`*.bias`) or over modules (`*.v_proj`, their weights).
-    A tied weight appears once, under its first name.
+    A pattern is a preset (`linear`: every linear layer of the decoder blocks, expert weights included, of models that
+    see or hear as well those of the part that writes; `attention`, `mlp`: its two halves; `linear-everywhere`: those of
+    all blocks; `all`: every floating-point parameter), a short name (`v` or `v_proj`: the weight of every module called
+    that), or a glob over parameter names (`*.bias`) or over modules (`*.v_proj`, their weights). A tied weight appears
+    once, under its first name.
 
     Raises:
         FinepointError: a pattern matches no weight (close names are offered), or only weights that are not floating
@@ -42,9 +45,7 @@ def pattern_list(targets: Targets) -> list[str]:
     patterns = targets.split(",") if isinstance(targets, str) else list(targets)
     patterns = [pattern.strip() for pattern in patterns if pattern.strip()]
     if not patterns:
-        raise FinepointError(
-            "targets is empty; give a preset (linear, attention, mlp, all) or patterns like '*.v_proj'"
-        )
+        raise FinepointError(f"targets is empty; give a preset ({', '.join(PRESETS)}) or patterns like '*.v_proj'")
     return patterns
 
 
@@ -74,6 +75,21 @@ def match(model: nn.Module, pattern: str) -> list[str]:
     return trainable
 
 
+def text_part(model: nn.Module) -> str:
+    """Where the part lies that writes, of a model that sees or hears as well; empty where there is no other part."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or config.is_encoder_decoder or config.get_text_config() is config:
+        return ""
+    if model.get_output_embeddings() is None:  # which compares texts and pictures, or tells classes
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+
+
+def _writes(model: nn.Module, name: str) -> bool:
+    return _is_linear(model, name) and name.startswith(text_part(model))
+
+
 def _is_linear(model: nn.Module, name: str) -> bool:
     if block_of(model, name) is None:
         return False
@@ -90,13 +106,14 @@ def _is_linear(model: nn.Module, name: str) -> bool:
 
 
 def _is_attention(model: nn.Module, name: str) -> bool:
-    return _is_linear(model, name) and "attn" in name.replace("attention", "attn")
+    return _writes(model, name) and "attn" in name.replace("attention", "attn")
 
 
 PRESETS: dict[str, Callable[[nn.Module, str], bool]] = {
-    "linear": _is_linear,
+    "linear": _writes,
     "attention": _is_attention,
-    "mlp": lambda model, name: _is_linear(model, name) and not _is_attention(model, name),
+    "mlp": lambda model, name: _writes(model, name) and not _is_attention(model, name),
+    "linear-everywhere": _is_linear,
     "all": lambda model, name: True,
 }
 

@@ -129,7 +129,8 @@ class PlanConfig:
         "share of the target entries to train, in (0, 1]; 0.001 where no count is given", None)
     count: int | None = setting("how many entries to train, instead of density", None)
     targets: TargetsOption = setting(
-        "linear (default), all, attention, mlp, short names (v,o), patterns, or a density for each pattern", "linear")
+        "linear (default), attention, mlp, linear-everywhere, all, short names (v,o), patterns, or a density for each",
+        "linear")
     scoring_memory: float = setting("share of the weights whose gradients are held at a time", 1.0)
     tokens: int = setting("length of every example", 512)
     learned: int | None = setting("how many tokens at the end of every example carry a loss; all where not given", None)
