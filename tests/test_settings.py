@@ -95,7 +95,7 @@ def test_what_studies_set_by_themselves_and_what_may_grow():
     assert {each.name for each in fields(TrainConfig)} >= OWN
     assert names(CompareConfig, "length") == ["arms", "train_on", "seeds", "tuning", "keep_adapters"]
     assert set(names(SequenceConfig, "bits")) == {each.name for each in fields(SequenceConfig)} - {
-        "output", "overlap", "json",
+        "output", "overlap", "ways", "json",
     }  # fmt: skip
 
 
