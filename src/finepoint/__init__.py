@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from finepoint import moved
+from finepoint.runtime import noise
 from finepoint.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ _RENAMED = {
 
 
 moved.install()
+noise.drop()
 
 
 def __getattr__(name: str) -> Any:

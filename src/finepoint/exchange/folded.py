@@ -28,7 +28,7 @@ from finepoint.exchange.overlay import (
     narrowed,
     refuse_other_base,
 )
-from finepoint.models.loading import COMPANIONS, load_as_saved
+from finepoint.models.loading import COMPANIONS, load_as_saved, quietly
 from finepoint.runtime.files import read_json, write_json
 from finepoint.runtime.progress import tracked
 from finepoint.runtime.tensor_files import header_bytes, opened
@@ -226,7 +226,8 @@ def _write_in_memory(source: Source, into: Path) -> dict[str, Any]:
     expected = {name: _digest(weight) for name, weight in model.named_parameters()}
     own = str(model.dtype).removeprefix("torch.")
     try:
-        model.save_pretrained(into, max_shard_size=SHARD)
+        with quietly():
+            model.save_pretrained(into, max_shard_size=SHARD)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise FinepointError(f"transformers cannot save {checkpoint.name}: {reason_of(error)}") from error
     del model

@@ -93,7 +93,7 @@ def load_model(
     elif config.is_encoder_decoder:
         raise FinepointError(f"{name!r} is an encoder-decoder ({config.model_type}), whose decoder alone reads no "
                              "prompts; give a causal language model, or texts with labels")  # fmt: skip
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), quietly():
         torch.manual_seed(seed)
         model, found = _loaded(factory, name, output_loading_info=True, **kwargs)
         _note_drawn_(model, name, found, bool(labels))
@@ -223,7 +223,7 @@ def shape_of(name: str, dtype: DType = "auto", device: str = "cpu", quantise: Qu
     Raises:
         FinepointError: there is no such model, or its checkpoint is quantised.
     """
-    with _quiet():
+    with quietly():
         if name in SHAPES:
             config = transformers.AutoConfig.for_model(**SHAPES[name], dtype=torch.bfloat16)
         else:
@@ -252,7 +252,7 @@ def outline(folder: Path) -> Any:
     Raises:
         FinepointError: transformers has no such model, or cannot read its configuration.
     """
-    with _quiet():
+    with quietly():
         config = _loaded(transformers.AutoConfig, str(folder))
         saved_as = getattr(transformers, (config.architectures or [""])[0], None)
         try:
@@ -276,7 +276,7 @@ def load_as_saved(folder: Path, labels: Sequence[str] = ()) -> Any:
         kwargs |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     else:
         factory = type(outline(folder))
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quietly():
         return _loaded(factory, str(folder), **kwargs).eval()
 
 
@@ -306,7 +306,7 @@ def load_config(name: str) -> Any:
     Raises:
         FinepointError: there is no such model.
     """
-    with _quiet():
+    with quietly():
         return _loaded(transformers.AutoConfig, name)
 
 
@@ -316,7 +316,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         FinepointError: there is no such model.
     """
-    with _quiet():
+    with quietly():
         return _loaded(transformers.AutoTokenizer, name)
 
 
@@ -465,7 +465,7 @@ def _unpacked_gguf(file: Path) -> Path:
     with needing(f"reading {file.name}", "gguf"):
         import gguf  # noqa: F401 - transformers needs it
     logger.warning("converting %s once (about half a minute)", file.name)
-    with alone(folder.parent), partial_folder(folder.parent) as temporary, _quiet():
+    with alone(folder.parent), partial_folder(folder.parent) as temporary, quietly():
         source: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
         config = transformers.GgufConfig(dequantize=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
@@ -502,10 +502,11 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keeps transformers from chatting while it loads; its errors are reported by us."""
     hub = logging.getLogger("huggingface_hub")
     level, hub_level = transformers.utils.logging.get_verbosity(), hub.level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
     hub.setLevel(logging.CRITICAL)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -516,3 +517,7 @@ def _quiet() -> Iterator[None]:
     finally:
         transformers.utils.logging.set_verbosity(level)
         hub.setLevel(hub_level)
+        if bars:
+            with warnings.catch_warnings():  # the hub's may be off by the environment, and stay so
+                warnings.simplefilter("ignore")
+                transformers.utils.logging.enable_progress_bar()

@@ -24,6 +24,7 @@ from finepoint.errors import FinepointError
 from finepoint.runtime import distributed, interruption
 from finepoint.runtime.files import write_text, writing
 from finepoint.runtime.interruption import BrokenOff
+from finepoint.runtime.progress import Bar
 from finepoint.tuner.finite import refuse_not_finite
 
 logger = logging.getLogger(__name__)
@@ -96,12 +97,12 @@ class Watch(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: Any, log: Path, advance: Any, best: Path | None = None, patience: int | None = None,
+        self, trainer: Any, log: Path, bar: Bar, best: Path | None = None, patience: int | None = None,
         summed_up: bool = True,
     ) -> None:  # fmt: skip
         self.trainer = trainer
         self.log = log
-        self.advance = advance
+        self.bar = bar
         self.best = best
         self.patience = patience
         self.summed_up = summed_up
@@ -110,7 +111,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.perf_counter()
-        self.advance(state.global_step)
+        self.bar.start(state.global_step)
         if distributed.is_first():
             cut_log_(self.log, state.global_step)
 
@@ -134,7 +135,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.tokens += Tokens(seconds=time.perf_counter() - self.step_started)
         self.steps += 1
-        self.advance(1)
+        self.bar(1)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # From the history, which a checkpoint brings along, so that a resumed run judges as if it had never stopped.
@@ -155,20 +156,32 @@ class Watch(TrainerCallback):
             self.logged = self.trainer.tokens
         if distributed.is_first() and ("loss" in record or self.summed_up):
             append(self.log, record)
-            _tell(record, state.max_steps)
+            _tell(record, state.max_steps, self.bar)
 
 
-def _tell(record: Mapping[str, Any], steps: int) -> None:
-    """A line on stderr for what is worth one."""
+def _tell(record: Mapping[str, Any], steps: int, bar: Bar) -> None:
+    """Beside the bar, and as a line of the log where it is worth one."""
     step = record["step"]
+    if "loss" in record:
+        bar.tell(figures(record), record["loss"])
     if "eval_loss" in record:
+        last = f"{bar.points[-1]:.4f}" if bar.points else "-"
+        bar.note({"step": step, "training loss": last, "validation loss": f"{record['eval_loss']:.4f}"})
         logger.info("step %d: validation loss %.4f", step, record["eval_loss"])
     elif "grown" in record:
         logger.info("before step %d chosen anew: %d entries stayed, %d gave way to %d others, in %.1f s", step,
                     record["stayed"], record["dropped"], record["grown"], record["refresh_seconds"])  # fmt: skip
     elif "loss" in record and (step % 10 == 0 or step == steps):
-        numbers = ", ".join(f"{name} {record[name]:.4f}" for name in TOLD if name in record)
-        logger.info("step %d of %d: %s", step, steps, numbers)
+        left = f", {bar.left()} left" if step < steps and bar.left() else ""
+        logger.info("step %d of %d: %s%s", step, steps, figures(record), left)
+
+
+def figures(record: Mapping[str, Any]) -> str:
+    """What a step is told by: its loss or reward, the learning rate, the tokens a second."""
+    numbers = [f"{name} {record[name]:.4f}" for name in TOLD if name in record]
+    numbers += [f"rate {record['learning_rate']:.2g}"] if "learning_rate" in record else []
+    numbers += [f"{record['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in record else []
+    return ", ".join(numbers)
 
 
 def refreshes(state: TrainerState) -> list[dict[str, Any]]:

@@ -331,8 +331,8 @@ def carry_out_(
     """
     trainer.keep_adapter = lambda checkpoint, step: run.save(step, checkpoint)
     trainer.remove_callback(PrinterCallback)
-    with progress(doing, run.steps) as advance:
-        watch, last = Watch(trainer, run.folder / LOG, advance, best, patience, summed_up), LastStep(trainer)
+    with progress(doing, run.steps, stays=True) as bar:
+        watch, last = Watch(trainer, run.folder / LOG, bar, best, patience, summed_up), LastStep(trainer)
         trainer.add_callback(watch)
         trainer.add_callback(last)  # after what logs
         try:
