@@ -53,7 +53,7 @@ def test_long_examples_lose_their_beginning_with_one_warning_that_counts(tokeniz
     assert [len(row.ids) for row in rows] == [12, 5, 12]
     assert shown(tokenizer, rows[0])[1] == " x</s>"
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 3 training examples are longer than 12 tokens and lost their beginning"
+        "2 of 3 training examples are longer than 12 tokens and lost their beginning: 52% of all tokens"
     ]
 
 

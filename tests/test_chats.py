@@ -1,17 +1,24 @@
 """Conversations: what is learned is what the assistant says, after what generation asks, whatever the template."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import write_lines
 from finepoint.data.chats import learned_turns, told
-from finepoint.data.examples import Chat, as_examples
-from finepoint.data.tokens import IGNORED, encode, encode_all, encode_prompts
+from finepoint.data.examples import Chat, as_examples, read_examples
+from finepoint.data.leaks import Seen
+from finepoint.data.tokens import IGNORED, encode, encode_all, encode_prompts, learned
 from finepoint.errors import FinepointError
+from finepoint.evaluation.evaluate import evaluate_config
 from finepoint.evaluation.generation import prompt_ids
+from finepoint.evaluation.settings import EvalConfig
+from finepoint.training.context import prepare
+from finepoint.training.settings import TrainConfig
 from test_tokens import warnings
 from tongues import tongue
 
@@ -305,3 +312,23 @@ def test_a_template_that_leaves_out_calls_of_tools_is_refused_also_where_it_name
     for talk in (TALKS["tools"], {"messages": TALKS["tools"]["messages"][:2], "tools": [WEATHER]}):
         with pytest.raises(FinepointError, match="leaves out a part of the assistant's answer"):
             told(tokenizer, as_examples([talk])[0])
+
+
+def test_which_turns_count_is_one_setting_of_training_and_of_evaluation(model_folder, tmp_path):
+    talks = [[user("a"), said("b"), user("c"), said("d")], [user("e"), said("f")]]
+    file = write_lines(tmp_path / "chats.jsonl", [{"messages": turns} for turns in talks])
+    found = {}
+    for turns in ("all", "last", "each"):
+        config = TrainConfig(model=str(model_folder), output=str(tmp_path / turns), data=file, chat_turns=turns)
+        place = prepare(config)
+        found[turns] = [learned_text(place.tokenizer, row).splitlines() for row in place.rows]
+        assert place.seen == Seen.of(read_examples(file))
+        measured = evaluate_config(EvalConfig(model=str(model_folder), id=[f"c={file}"], probe=[f"c={file}"],
+                                              new_tokens=1, chat_turns=turns))  # fmt: skip
+        assert measured["base"]["id"]["c"]["n"] == len(place.rows)
+        assert measured["base"]["probe"]["c"]["tokens"] == sum(map(learned, place.rows))
+    assert {turns: [len(row) for row in rows] for turns, rows in found.items()} == {
+        "all": [2, 1], "last": [1, 1], "each": [1, 1, 1]}  # fmt: skip
+    others = write_lines(tmp_path / "others.jsonl", [{"text": "ab"}])
+    with pytest.raises(FinepointError, match="--chat-turns is for conversations, and the data hold none"):
+        prepare(replace(config, data=others))

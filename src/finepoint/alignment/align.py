@@ -89,6 +89,8 @@ def resolve(config: AlignConfig) -> RunSpec[AlignConfig]:
         raise FinepointError("alignment needs rows to learn from; give --data FILE.jsonl")
     if distributed.launched():
         raise FinepointError("alignment runs in one process; start it without a launcher")
+    if config.chat_turns != "all":
+        raise FinepointError("--chat-turns is for conversations, and alignment learns answers; leave it out")
     spec = resolve_common(config)
     if spec.baseline and (spec.baseline.chooses or not spec.baseline.low_rank):
         raise FinepointError(f"align compares chosen entries with lora or dora, not with {spec.baseline.name!r}")

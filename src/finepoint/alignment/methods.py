@@ -91,7 +91,8 @@ class DPO:
                 return dataset  # in tokens already, by our contract and not by TRL's
 
         limit = context_length(model, self.config.max_length)
-        encoded = self._encoded(model, tokenizer, rows, limit)
+        encoded = self._encoded(model, tokenizer, rows, limit, limit // 4)
+        encoded = [(p, c[: limit - len(p)], r[: limit - len(p)]) for p, c, r in encoded]
         given = DPOConfig(**arguments, beta=beta_of(self.config), max_length=limit, truncation_mode="keep_end")
         return SparseDPOTrainer(
             model, reference, given, processing_class=asking(tokenizer, model),
@@ -99,13 +100,14 @@ class DPO:
         )  # fmt: skip
 
     def _encoded(
-        self, model: Any, tokenizer: Any, rows: Sequence[Preference], limit: int
+        self, model: Any, tokenizer: Any, rows: Sequence[Preference], limit: int, least: int = 1
     ) -> list[tuple[list[int], list[int], list[int]]]:
-        """Tokens of prompts and both answers; a prompt loses its beginning where it does not fit with the longer."""
+        """Tokens of prompts and both answers; a prompt loses its beginning where it does not fit with the longer, but
+        keeps its `least`."""
         encoded = encode_preferences(tokenizer, rows, model)
         warn_of_truncation([len(p) + max(len(c), len(r)) for p, c, r in encoded], limit, "pair")
         front, _ = around(tokenizer)  # which stays, where TRL would cut it off
-        return [(last_of(p, max(1, limit - max(len(c), len(r))), front), c, r) for p, c, r in encoded]
+        return [(last_of(p, max(1, least, limit - max(len(c), len(r))), front), c, r) for p, c, r in encoded]
 
     def measure(self, model: Any, tokenizer: Any, rows: Sequence[Preference]) -> Measured:
         """`accuracy`: share of pairs whose chosen answer is the likelier; `margin`: by how much, in nats, on average.

@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from finepoint.data.examples import REASONING, Chat, Example
 from finepoint.errors import FinepointError, reason_of
+from finepoint.runtime.settings import ChatTurns
 
 REWRITES = "rewrites earlier turns, so the assistant's cannot be located"
 LEAVES_OUT = "leaves out a part of the assistant's answer"
@@ -25,7 +26,6 @@ PIECES = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]|\w+|.", re.DOTALL)
 THOUGHT = "</think>"  # what ends the model's thinking, where it is written into an answer
 CLOSERS = 64  # letters between the last argument of a call and a further one
 
-ChatTurns = Literal["all", "last", "each"]
 Span = tuple[int, int]
 
 
@@ -48,7 +48,7 @@ ODD = {
     "thought": "the chat template leaves out the reasoning before answers of %d of %d conversations, which is not "
                "learned",
     "shown": "the chat template shows earlier answers of %d of %d conversations otherwise than the model is to write "
-             "them, e.g. without reasoning; they are learned as shown (chat turns each: every one as it is written; "
+             "them, e.g. without reasoning; they are learned as shown (--chat-turns each: every one as it is written; "
              "last: none of them)",
     "thinks": "answers of %d of %d conversations reason, and the chat template asks for them without; they are learned "
               "behind the beginning of reasoning, and are to be asked for so (enable_thinking)",
@@ -62,11 +62,11 @@ ODD = {
 def learned_turns(examples: Sequence[Example], turns: ChatTurns) -> list[Example]:
     """The examples, of conversations with those answers to be learned: `all`, the `last`, or `each` in a conversation
     of its own that ends there, as the model is asked for it."""
-    if turns == "all" or not examples or not isinstance(examples[0], Chat):
-        return list(examples)
     found: list[Example] = []
     for chat in examples:
-        assert isinstance(chat, Chat)
+        if turns == "all" or not isinstance(chat, Chat):
+            found.append(chat)
+            continue
         count = len(chat.messages)
         ends = [i + 1 for i, (role, _) in enumerate(chat.messages) if role == "assistant"]
         for end in ends if turns == "each" else [count]:

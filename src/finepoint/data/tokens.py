@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, groupby, pairwise
 from typing import Any
 
-from finepoint.data.chats import ODD, Told, told
+from finepoint.data.chats import ODD, Told, learned_turns, told
 from finepoint.data.examples import (
     Chat,
     Choices,
@@ -36,6 +36,7 @@ from finepoint.errors import FinepointError
 logger = logging.getLogger(__name__)
 IGNORED = -100
 CHUNK = 1000  # texts a call: an encoding holds much more than its token ids
+MUCH = 0.02  # of all tokens: to lose so many is worth a warning
 CHATS = 100  # conversations, of which every beginning is a text
 # What a continuation is encoded behind, to learn its tokens in the middle of a text: nothing, then what seldom melts
 # into it. Tokenizers that begin a text with a space (or a word unlike its rest) need one of the latter.
@@ -67,14 +68,15 @@ def encode_all(
     labels: Sequence[str] = (),
     what: str = "example",
     model: Any = None,
+    whole: bool = True,
 ) -> list[Row]:
-    """Tokenises the examples for training; those longer than `limit` tokens lose their beginning, with one warning;
-    what the tokenizer puts in front of every text stays.
+    """Tokenises the examples for training, in rows of at most `limit` tokens; see `fitted`.
 
     Args:
         labels: the model's classes, in its order.
         what: an example's name in messages.
         model: where given, its embeddings must have every token.
+        whole: long texts become several rows; else all examples lose their beginning, and there is a row of each.
 
     Raises:
         FinepointError: an unknown label, a chat without a chat template or refused by it, an answer without tokens, a
@@ -85,14 +87,26 @@ def encode_all(
     if model is not None:
         refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
     _warn_of_contexts(tokenizer, [split for _, split in encoded if split], len(examples), what)
-    warn_of_truncation([len(row.ids) for row in rows], limit, what)
-    front, _ = around(tokenizer) if any(len(row.ids) > limit for row in rows) else ([], [])
-    rows = [cut(row, limit, front) for row in rows]
+    if whole:
+        rows = list(chain(*fitted(tokenizer, examples, encoded, limit, what)))
+    else:
+        warn_of_truncation([len(row.ids) for row in rows], limit, what)
+        front, _ = around(tokenizer) if any(len(row.ids) > limit for row in rows) else ([], [])
+        rows = [cut(row, limit, front) for row in rows]
     if not any(learned(row) for row in rows):
         raise FinepointError(
             f"no {what} has a token to learn: every label is ignored; are the texts only one token long?"
         )
     return rows
+
+
+def encode_fitting(tokenizer: Any, examples: Sequence[Example], limit: int, what: str = "example") -> list[list[Row]]:
+    """The rows of each example, of at most `limit` tokens, as they are trained; see `fitted`.
+
+    Raises:
+        FinepointError: as for `encode_each`.
+    """
+    return fitted(tokenizer, examples, _encoded(tokenizer, examples, ()), limit, what)
 
 
 def encode_each(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str] = ()) -> list[Row]:
@@ -137,7 +151,7 @@ def encode_preferences(
     Raises:
         FinepointError: as for `encode_all`.
     """
-    answers = [answer for pair in pairs for answer in answers_of(pair)]
+    answers = learned_turns([answer for pair in pairs for answer in answers_of(pair)], "last")
     encoded = _encoded(tokenizer, answers, ())
     splits = [split for _, split in encoded if split]
     rows = [_up_to_its_end(row) for row, _ in encoded]
@@ -449,13 +463,81 @@ def last_of(ids: list[int], limit: int, front: Sequence[int] = ()) -> list[int]:
     return [*front, *ids[len(front) - limit :]]
 
 
+def fitted(
+    tokenizer: Any, examples: Sequence[Example], encoded: Sequence[tuple[Row, Split | None]], limit: int, what: str
+) -> list[list[Row]]:
+    """The rows of each example, of at most `limit` tokens each. What the tokenizer puts in front of every text stays.
+
+    A longer text becomes several rows, one behind the other, of which each but the first begins with the last token of
+    the one before: all of its tokens are learned, each once, but for the very first. A prompt (a conversation) loses
+    its beginning. Where its answer leaves it less than a quarter of the tokens, it keeps that (all of a shorter one),
+    and the answer loses its end. A text with a class loses its beginning. The log says how many and how much.
+    """
+    front, _ = around(tokenizer) if any(len(row.ids) > limit for row, _ in encoded) else ([], [])
+    rows: list[list[Row]] = []
+    lost: list[tuple[int, int]] = []
+    for example, (row, split) in zip(examples, encoded, strict=True):
+        before, size = len(split.context) if split else len(row.ids), len(row.ids)
+        if size > limit and isinstance(example, Text):
+            rows.append(windows(row, limit, front))
+        elif size > limit and isinstance(row.labels, list):
+            room = min(before, room_of_prompt(limit, size - before))
+            rows.append([_joined(cut(_part(row, 0, before), room, front), _part(row, before, before + limit - room))])
+            lost.append((before - room, size - before - (limit - room)))
+        else:
+            rows.append([cut(row, limit, front)])
+            lost.append((max(0, size - limit), 0))
+    total = sum(len(row.ids) for row, _ in encoded)
+    if long := [len(own) for own in rows if len(own) > 1]:
+        logger.info("%d of %d %ss are longer than %d tokens and are taken in several rows, %d in all", len(long),
+                    len(encoded), what, limit, sum(long))  # fmt: skip
+    _tell_of_loss([begin for begin, _ in lost], len(encoded), limit, what, total, "their beginning")
+    _tell_of_loss([end for _, end in lost], len(encoded), limit, what, total, "the end of their answer")
+    return rows
+
+
+def windows(row: Row, limit: int, front: Sequence[int]) -> list[Row]:
+    """A text's row as several of at most `limit` tokens, in which each of its labels stands once."""
+    assert isinstance(row.labels, list)
+    found, at = [_part(row, 0, limit)], limit
+    ahead = list(front) if row.ids[: len(front)] == list(front) and limit > len(front) + 1 else []
+    step = max(1, limit - len(ahead) - 1)
+    while at < len(row.ids):
+        known = [*ahead, row.ids[at - 1]]
+        found.append(_joined(Row(known, [IGNORED] * len(known)), _part(row, at, at + step)))
+        at += step
+    return found
+
+
+def room_of_prompt(limit: int, answer: int) -> int:
+    """How many tokens of a prompt stay before an answer of so many, where a row has `limit`: a quarter at least."""
+    return max(1, limit - answer, limit // 4)
+
+
+def _part(row: Row, start: int, end: int) -> Row:
+    assert isinstance(row.labels, list)
+    return Row(row.ids[start:end], row.labels[start:end])
+
+
+def _joined(one: Row, other: Row) -> Row:
+    assert isinstance(one.labels, list)
+    assert isinstance(other.labels, list)
+    return Row(one.ids + other.ids, one.labels + other.labels)
+
+
 def warn_of_truncation(lengths: Sequence[int], limit: int, what: str) -> None:
-    """Says once how many rows will lose their beginning to the limit."""
-    truncated = sum(length > limit for length in lengths)
-    if truncated:
-        logger.warning(
-            "%d of %d %ss are longer than %d tokens and lost their beginning", truncated, len(lengths), what, limit
-        )
+    """Says once how many rows will lose their beginning to the limit, and how much of all that is."""
+    lost = [max(0, length - limit) for length in lengths]
+    _tell_of_loss(lost, len(lengths), limit, what, sum(lengths), "their beginning")
+
+
+def _tell_of_loss(lost: Sequence[int], count: int, limit: int, what: str, total: int, part: str) -> None:
+    """A line about rows that lose so many tokens each; a warning where that is much."""
+    if shorter := sum(tokens > 0 for tokens in lost):
+        share = sum(lost) / total
+        logger.log(logging.WARNING if share >= MUCH else logging.INFO,
+                   "%d of %d %ss are longer than %d tokens and lost %s: %.2g%% of all tokens", shorter, count, what,
+                   limit, part, 100 * share)  # fmt: skip
 
 
 def _warn_of_contexts(tokenizer: Any, splits: Sequence[Split], count: int, what: str) -> None:

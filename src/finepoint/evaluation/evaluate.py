@@ -9,6 +9,7 @@ from typing import Any
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.scaling import wise_ft
 from finepoint.data.batches import context_length
+from finepoint.data.chats import learned_turns
 from finepoint.data.examples import Example, Labelled, Text, as_examples, read_examples, refuse_other_task, some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
 from finepoint.errors import FinepointError
@@ -235,6 +236,8 @@ def _carried_out(
     leaked = _leaks(given, sets)
     found = given.on(model, tokenizer, config.dtype, config.quantise, config.any_base, config.any_dtype)
     trained = [example for examples in sets["id"].values() for example in examples]
+    sets = {kind: {name: learned_turns(examples, config.chat_turns) for name, examples in of.items()}
+            for kind, of in sets.items()}  # fmt: skip
     evaluation = Evaluation(**sets, max_length=config.max_length, new_tokens=config.new_tokens, harness=harness,
                             protect=protect, generate=config.generate,
                             trained_answers=frequent_answers(trained))  # fmt: skip

@@ -22,6 +22,7 @@ from finepoint.data.tokens import (
     encode_prompts,
     last_of,
     refuse_beyond,
+    room_of_prompt,
     without_special,
 )
 from finepoint.models.probing import REFUSED, agrees
@@ -135,7 +136,7 @@ def written(
         FinepointError: the model's logits are no numbers.
     """
     refuse_beyond(model, tokenizer, prompts)
-    rooms = [max(1, limit - min(new_tokens, size)) for size in needed or [new_tokens] * len(prompts)]
+    rooms = [room_of_prompt(limit, min(new_tokens, size)) for size in needed or [new_tokens] * len(prompts)]
     front, _ = around(tokenizer)
     rows = [last_of(prompt, room, front) for prompt, room in zip(prompts, rooms, strict=True)]
     collator = Collator.of(model, tokenizer, rows)
@@ -297,8 +298,17 @@ def generation_hits(
     warn_of_long_references(tokenizer, learnt, new_tokens)
     answers = written(model, tokenizer, prompts, limit, new_tokens, advance, [len(ids) for ids in learnt])
     texts = learnt_texts(tokenizer, learnt)
-    return [a.text.strip() in {reference(as_written(tokenizer, e)).strip(), text.strip() or None}
+    return [a.text.strip() in right_answers(as_written(tokenizer, e), text)
             for a, e, text in zip(answers, examples, texts, strict=True)]  # fmt: skip
+
+
+def right_answers(example: Example, learnt: str) -> set[str | None]:
+    """The texts that are right: the reference, but for one that only calls tools, and what its learned tokens read as.
+
+    Surrounding spaces aside.
+    """
+    text = reference(example).strip()
+    return {None if isinstance(example, Chat) and not text else text, learnt.strip() or None}
 
 
 def generated(
@@ -347,8 +357,7 @@ def answers_right(example: Example, text: str, learnt: str = "") -> bool:
     if isinstance(example, Choices):
         given = [choice for choice in example.choices if begins_with(text, choice)]
         return bool(given) and max(given, key=len) == example.choices[example.answer]
-    right = {reference(example).strip().casefold(), learnt.strip().casefold() or None}
-    return text.strip().casefold() in right
+    return text.strip().casefold() in {right and right.casefold() for right in right_answers(example, learnt)}
 
 
 def begins_with(text: str, answer: str) -> bool:

@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from finepoint.data.batches import Collator, context_length
-from finepoint.data.examples import Chat, Choices, Completion, Example, Labelled, Text
-from finepoint.data.tokens import IGNORED, around, encode_each, encode_pairs, last_of, refuse_beyond, warn_of_truncation
+from finepoint.data.examples import Chat, Choices, Completion, Example, Labelled
+from finepoint.data.tokens import (
+    IGNORED,
+    around,
+    encode_each,
+    encode_fitting,
+    encode_pairs,
+    last_of,
+    refuse_beyond,
+    warn_of_truncation,
+)
 from finepoint.errors import FinepointError
 from finepoint.evaluation.generation import generation_hits
 from finepoint.evaluation.metrics import by_class, confusion, ratio_error
@@ -204,8 +213,10 @@ def mean_nll(
 ) -> dict[str, Any]:
     """Mean negative log-likelihood, in nats a token, of texts (or of what is learned), and the tokens counted.
 
-    A text longer than the context is cut into windows; the first token of each has nothing before it and is not
-    counted. Of completions and chats the tokens count that training would learn: of a chat the assistant's turns alone.
+    A text longer than the context is scored in windows, of which each but the first begins with the last token of the
+    one before: all of its tokens count but the very first, which has nothing before it. Of completions and chats the
+    tokens count that training would learn: of a chat the assistant's turns alone. What does not fit is left out as it
+    is there (see `fitted`), and the log says how much.
 
     Returns:
         `nll`; `stderr`, its standard error over the examples (see `ratio_error`; None of one example); `tokens`.
@@ -216,24 +227,17 @@ def mean_nll(
     limit = context_length(model, max_length)
     requests, learned = [], []
     owners: list[int] = []
-    for place, (example, row) in enumerate(zip(examples, encode_each(tokenizer, examples), strict=True)):
+    # The last token of a row is predicted and not read.
+    for place, row in ((i, row) for i, own in enumerate(encode_fitting(tokenizer, examples, limit + 1)) for row in own):
         assert isinstance(row.labels, list)
-        if isinstance(example, Text):
-            ids = row.ids
-            windows = [(ids[at : at + 1], ids[at + 1 : at + limit]) for at in range(0, len(ids), limit)]
-            requests += [window for window in windows if window[1]]
-            learned += [[True] * len(window[1]) for window in windows if window[1]]
-        else:
-            kept = [label != IGNORED for label in row.labels]
-            if any(kept[1:]):  # nothing predicts the first
-                first = max(1, kept.index(True))
-                requests.append((row.ids[:first], row.ids[first:]))
-                learned.append(kept[first:])
-        owners += [place] * (len(requests) - len(owners))
+        kept = [label != IGNORED for label in row.labels]
+        if any(kept[1:]):  # nothing predicts the first
+            first = max(1, kept.index(True))
+            requests.append((row.ids[:first], row.ids[first:]))
+            learned.append(kept[first:])
+            owners.append(place)
     found = token_log_likelihoods(model, tokenizer, requests, limit, advance)
-    # A row that lost its beginning may have lost some of what is learned, too.
-    parts = [values[torch.tensor(kept[len(kept) - len(values) :], dtype=torch.bool)]
-             for values, kept in zip(found, learned, strict=True)]  # fmt: skip
+    parts = [values[torch.tensor(kept, dtype=torch.bool)] for values, kept in zip(found, learned, strict=True)]
     values = torch.cat([torch.empty(0), *parts])
     if not len(values):
         raise FinepointError("no example has a token whose likelihood could be measured; are the texts one token long?")

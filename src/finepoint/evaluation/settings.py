@@ -5,7 +5,18 @@ Nothing heavy is imported here, so that help is instant.
 
 from dataclasses import dataclass
 
-from finepoint.runtime.settings import ANY_BASE, JSON, LARGEST_SEED, MODEL, OVERWRITE, DType, Quantise, setting
+from finepoint.runtime.settings import (
+    ANY_BASE,
+    CHAT_TURNS,
+    JSON,
+    LARGEST_SEED,
+    MODEL,
+    OVERWRITE,
+    ChatTurns,
+    DType,
+    Quantise,
+    setting,
+)
 
 # fmt: off
 
@@ -33,6 +44,7 @@ class EvalConfig:
     limit: int | None = setting(
         "at most so many examples of each set, always the same; of each task the first", None, least=1)
     max_length: int | None = setting("longest example in tokens; the model's context where not given", None, least=1)
+    chat_turns: ChatTurns = setting(CHAT_TURNS, "all")
     scale: list[float] = setting(
         "strengths at which each adapter is measured too (WiSE-FT), e.g. 0.25 0.5: base + strength x change", [])
     generate: int = setting(

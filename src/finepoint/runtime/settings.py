@@ -15,6 +15,7 @@ from finepoint.errors import FinepointError
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantise = Literal["int8", "int4", "nf4"]
+ChatTurns = Literal["all", "last", "each"]
 # What many commands say of the same setting.
 MODEL = "a folder, a hub id, a .gguf file, smollm2, or gemma3-270m"
 DATA = (
@@ -24,6 +25,10 @@ DATA = (
 JSON = "print one JSON object on stdout"
 OVERWRITE = "allow an output folder that holds something"
 COMPACT = "write positions as gaps, in one or two bytes each instead of four; as exact"
+CHAT_TURNS = (
+    "which of the assistant's turns count in a conversation: all, the last, or each in a conversation of its own that "
+    "ends there, as the model is asked for it"
+)
 ANY_BASE = "take a model that is another than the adapter's base beside the entries it changes"
 Known = TypeVar("Known")
 LARGEST_SEED = 2**32 - 1  # numpy's

@@ -8,11 +8,13 @@ from typing import Literal
 
 from finepoint.data.sources import place_or_rows
 from finepoint.runtime.settings import (
+    CHAT_TURNS,
     DATA,
     JSON,
     LARGEST_SEED,
     MODEL,
     OVERWRITE,
+    ChatTurns,
     DType,
     Quantise,
     TargetsOption,
@@ -70,6 +72,7 @@ class SelectConfig(Choice):
         "what the data's columns are called: prompt=question completion=answer; a validation file without any of them "
         "is read as it is",
         {}, "statistics", "files", file=True)
+    chat_turns: ChatTurns = setting(CHAT_TURNS, "all", "statistics", "files")
     protect: str | None = setting(
         "text whose predictions are to be kept, a file like those of --data, news, or novels: rules may look at it "
         "(gain), and training holds the model to its base there",

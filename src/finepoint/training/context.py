@@ -19,7 +19,17 @@ from finepoint.adapters.adapter import ANY_BASE, SparseAdapter
 from finepoint.adapters.fingerprint import contents_of, fingerprint
 from finepoint.adapters.format import write
 from finepoint.data.batches import Collator, Packer, context_length
-from finepoint.data.examples import Example, Labelled, label_names, read_examples, read_parts, refuse_other_task, some
+from finepoint.data.chats import learned_turns
+from finepoint.data.examples import (
+    Chat,
+    Example,
+    Labelled,
+    label_names,
+    read_examples,
+    read_parts,
+    refuse_other_task,
+    some,
+)
 from finepoint.data.leaks import Seen
 from finepoint.data.recipes.table import text_file
 from finepoint.data.sources import name_of
@@ -75,6 +85,8 @@ def prepare(config: SelectConfig) -> TrainingContext:
     labels = label_names(examples)
     if len(labels) == 1:
         raise FinepointError(f"{name_of(config.data)} knows only the label {labels[0]!r}; a classifier needs two")
+    if config.chat_turns != "all" and not any(isinstance(example, Chat) for example in examples[:1]):
+        raise FinepointError("--chat-turns is for conversations, and the data hold none; leave it out")
     tokenizer = load_tokenizer(config.model)
     if labels:
         labels = class_order(load_config(config.model), labels)
@@ -102,10 +114,11 @@ def training_context(
 ) -> TrainingContext:
     """A context around a model that is loaded already."""
     limit = context_length(model, config.max_length)
+    examples, given = learned_turns(examples, config.chat_turns), examples
     rows = encode_all(tokenizer, examples, limit, labels, "training example", model) if examples else []
     collator = Collator.of(model, tokenizer, [row.ids for row in rows])
     form = type(examples[0]).__name__.lower() if examples else ""
-    return TrainingContext(model, tokenizer, list(labels), rows, collator, Seen.of(examples), form)
+    return TrainingContext(model, tokenizer, list(labels), rows, collator, Seen.of(given), form)
 
 
 @lru_cache(maxsize=1)
@@ -237,7 +250,7 @@ def rows_to_keep(
     if isinstance(examples[0], Labelled):
         raise FinepointError(CLASSIFIERS)
     limit = min(TOKENS_KEPT, context_length(model, max_length))
-    rows = encode_all(tokenizer, examples, limit, what="protected example", model=model)
+    rows = encode_all(tokenizer, examples, limit, what="protected example", model=model, whole=False)
     if not (found := [row for row in rows if learned(row) > 0]):
         raise FinepointError(f"{source} has no token to keep the prediction of")
     return found
