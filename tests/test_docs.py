@@ -69,7 +69,9 @@ def test_messages_explained_are_those_of_the_code():
 
 
 def test_files_that_pages_name_exist():
-    files = [path for folder in ("src", "tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py")]
+    files = [
+        path for folder in ("src", "tests", "benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.py")
+    ]
     name = r"((?:[a-z_]+/)*[a-z_0-9]+\.py)"
     pages = [path.read_text() for path in DOCS.rglob("*.md")]
     named = {found for page in pages for found in re.findall(rf"`{name}`", page)}
