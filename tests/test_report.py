@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from browser import CHROMIUM, Browser
+from conftest import tiny_llama
+from finepoint import save, sparsify, train
 from finepoint.cli import main
 from finepoint.errors import FinepointError
 from finepoint.reporting.report import write_report
@@ -32,6 +34,7 @@ from finepoint.reporting.text import headline
 from finepoint.reporting.views import paths, summary
 from finepoint.studies.results import read_results
 from finepoint.studies.settings import ReportConfig
+from finepoint.training.settings import TrainConfig
 from studies import arm, put, write_study
 
 FIGURES = ["id-ood", "density", "ood-change", "forgetting", "loss-kl", "places", "overlap", "cost", "losses"]
@@ -383,6 +386,35 @@ def test_names_of_baselines_do_not_lie_on_one_another(browser, tmp_path):
     for i in range(6):
         assert f">lora{i}</text>" in page_of(found)
     assert browser.value(OVERLAPPING % "#figure-density") == []
+
+
+def test_a_run_has_a_page_with_its_curves_and_places(browser, model_folder, choice_file, tmp_path):
+    record = train(TrainConfig(model=str(model_folder), data=choice_file, validation=choice_file, eval_every=3, steps=6,
+                               batch_size=8, density=0.05, lr=1e-2, output=str(tmp_path / "run")))  # fmt: skip
+    found = write_report(ReportConfig(folder=[str(tmp_path / "run")], output=str(tmp_path / "page")))
+    assert found["left_out"] == {}
+    with (tmp_path / "page" / "data" / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert next(float(row["loss"]) for row in rows if row["loss"]) == pytest.approx(record["first_loss"])
+    assert min(float(row["validation_loss"]) for row in rows if row["validation_loss"]) == record["validation_loss"]
+    with (tmp_path / "page" / "data" / "modules.csv").open() as file:
+        assert sum(int(row["entries"]) for row in csv.DictReader(file)) == record["trained"]
+    browser.look(390, "dark")
+    browser.open(found["report"])
+    assert browser.complaints() == []
+    assert browser.value("document.documentElement.scrollWidth") <= 390
+    assert f"{record['trained']:,}" in page_of(found)
+
+
+def test_an_adapter_alone_has_a_page_and_nothing_is_told_of_a_training(tmp_path):
+    model = sparsify(tiny_llama(), "random", 0.05)
+    save(model, tmp_path / "a")
+    found = write_report(ReportConfig(folder=[str(tmp_path / "a")], output=str(tmp_path / "page")))
+    assert found["figures"] == ["places"]
+    assert "Where the change lies" in page_of(found)
+    assert "The adapter changes nothing" in page_of(found)
+    with pytest.raises(FinepointError, match="holds no study"):
+        write_report(ReportConfig(folder=[str(tmp_path)], output=str(tmp_path / "other")))
 
 
 def test_the_browser_of_these_tests_sees_complaints_and_requests(browser, tmp_path):

@@ -24,12 +24,12 @@ def run_demo(config: DemoConfig) -> None:
         return
     print_demo(found)
     print(f"\n{time.perf_counter() - started:.0f} s in all; adapters and data are in {config.output}. Next:\n"
-          f"  finepoint inspect {config.output}/gallop\n"
-          f"  finepoint verify {config.output}/gallop --model smollm2")  # fmt: skip
+          f"  finepoint inspect {config.output}/random-held\n"
+          f"  finepoint chat --model smollm2 --adapter {config.output}/random-held")  # fmt: skip
 
 
 def print_demo(found: dict[str, Any]) -> None:
-    """The table of the demo: a column for the base and for each rule."""
+    """The table of the demo: a column for the base and for each arm."""
     base, runs = found["base"], found["runs"]
     settings = found["settings"]
     rows: list[list[Any]] = []
@@ -40,17 +40,21 @@ def print_demo(found: dict[str, Any]) -> None:
             row = [f"{name} ({kind.upper() if kind != 'probe' else kind}), {what}", f"{scores[measure]:.3f}{error}"]
             row += [f"{r[kind][name][measure]:.3f} ({signed(r[f'{kind}_change'][name])})" for r in runs.values()]
             rows.append(row)
+            if kind == "probe":
+                rows.append(
+                    [f"{name} (probe), KL to the base", "-", *(f"{r[kind][name]['kl']:.4f}" for r in runs.values())]
+                )
     means = [r["ood_mean"] for r in runs.values()]
     row = ["mean OOD accuracy", f"{means[0]['base']:.3f}"]
     rows.append(row + [f"{mean['adapted']:.3f} ({signed(mean['change'])})" for mean in means])
-    rows.append(["trained weights", "-", *(f"{r['trained']:,}" for r in runs.values())])
+    rows.append(["trained numbers", "-", *(f"{r['trained']:,}" for r in runs.values())])
     rows.append(["adapter", "-", *(f"{r['adapter_bytes'] / 1e6:.2f} MB" for r in runs.values())])
     rows.append(["time, selection + training", "-",
                  *(f"{r['selection_seconds']:.0f} + {r['train_seconds']:.0f} s" for r in runs.values())])  # fmt: skip
     rows.append(["peak memory", "-", *(f"{r['peak_bytes'] / 2**30:.2f} GiB" for r in runs.values())])
     title = (f"SmolLM2-135M, density {settings['density']:g}, {settings['steps']} steps of 16, {settings['dtype']}, "
              f"seed {settings['seed']}")  # fmt: skip
-    print_table(["", "base", *(f"{rule} (lr {r['lr']:g})" for rule, r in runs.items())], rows, title=title)
+    print_table(["", "base", *(f"{arm} (lr {r['lr']:g})" for arm, r in runs.items())], rows, title=title)
 
 
 def run_train(config: TrainConfig) -> None:

@@ -112,7 +112,7 @@ class ChatConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Fine-tune SmolLM2-135M on movie reviews with GaLLoP and at random, and compare both with the base."""
+    """Fine-tune SmolLM2-135M on movie reviews: LoRA, random entries, and these held to the base on other text."""
 
     output: str = setting("folder to write", "runs/demo")
     steps: int = setting("optimizer steps of each run", 40, least=1)

@@ -487,6 +487,21 @@ def losses(results: Results) -> list[Panel]:
     ]  # fmt: skip
 
 
+def curve(title: str, points: Sequence[tuple[float, float]], smoothed: bool) -> Panel:
+    """One quantity along the steps of a run; with its mean over a tenth of the run where single steps are noisy."""
+
+    def draw(axes: Any) -> None:
+        _grid(axes)
+        steps, values = zip(*points, strict=True)
+        thin = {"linewidth": 0.6, "alpha": 0.5} if smoothed else {"linewidth": 1.3}
+        axes.plot(steps, values, "-" if len(points) > 1 else "o", color=ARM_COLOURS[0], **thin)
+        if smoothed:
+            axes.plot(steps, smooth(values), color=ARM_COLOURS[0])
+        axes.set(xlabel="step", ylabel=title)
+
+    return panel(title, draw)
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """The mean of each value and those before it, over a tenth of the run."""
     window = max(1, len(values) // 10)

@@ -1,4 +1,4 @@
-"""`finepoint report`: the page of a study, of a sequence of tasks, or of adapters side by side."""
+"""`finepoint report`: the page of a study, of a sequence of tasks, of a run, or of adapters side by side."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from finepoint.reporting.page import PAGE, Drawing, Page, Section, cleared, draw
 from finepoint.reporting.tables import between, change, fixed, general, size, table, text, whole
 from finepoint.reporting.text import DEFINITIONS, headline
 from finepoint.reporting.views import Row
-from finepoint.studies.results import SEQUENCE, Results, read_results
+from finepoint.studies.results import SEQUENCE, STUDY, Results, read_results
 from finepoint.studies.settings import ReportConfig
 
 
@@ -28,13 +28,25 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
         raise FinepointError("--output is required: adapters side by side belong into no one's folder")
     place = Path(config.output) if config.output else first / "report"
     figures = drawing_package()
-    if others or (first / SEQUENCE).is_file():
-        from finepoint.reporting.side_by_side import adapters_page, sequence_page  # reads adapters, which takes torch
-
-        page = adapters_page(config.folder, figures) if others else sequence_page(first, figures)
-    else:
+    if not others and (first / STUDY).is_file():
         page = study_page(read_results(first), figures)
+    else:
+        page = _page_of_adapters(config.folder, figures)
     return write_page(page, cleared(place)) | {"summary": page.data.get("summary", [])}
+
+
+def _page_of_adapters(folders: Sequence[str], figures: Any) -> Page:
+    from finepoint.reporting.one_run import is_run, run_page  # they read adapters, which takes torch
+    from finepoint.reporting.side_by_side import adapters_page, sequence_page
+
+    first = Path(folders[0])
+    if len(folders) > 1:
+        return adapters_page(folders, figures)
+    if (first / SEQUENCE).is_file():
+        return sequence_page(first, figures)
+    if is_run(first):
+        return run_page(first, figures)
+    return study_page(read_results(first), figures)  # which says what is missing
 
 
 def study_page(results: Results, figures: Any) -> Page:

@@ -13,7 +13,7 @@ from finepoint.errors import FinepointError
 from finepoint.runtime.files import VERSION, read_json, refuse_version
 
 FORMAT = 1
-SEQUENCE, SEQUENCE_RESULT = "sequence.json", "result.json"
+STUDY, SEQUENCE, SEQUENCE_RESULT = "study.json", "sequence.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ def read_results(folder: str | Path) -> Results:
         FinepointError: there is no study in the folder, none of its runs finished, or a file is damaged.
     """
     place = Path(folder)
-    if not (place / "study.json").is_file():
+    if not (place / STUDY).is_file():
         raise FinepointError(f"{place} holds no study (no study.json); give the --output of `finepoint compare`")
-    study = _read(place / "study.json")
-    refuse_version(place / "study.json", study.get("format"), FORMAT)
+    study = _read(place / STUDY)
+    refuse_version(place / STUDY, study.get("format"), FORMAT)
     for key in ("config", "arms", "tasks"):
         if key not in study:
             raise FinepointError(f"{place / 'study.json'} lacks {key!r}; run `finepoint compare` again")

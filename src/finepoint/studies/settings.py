@@ -91,10 +91,10 @@ The same command goes on where it stopped."""
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write the page of a study, of a sequence, or of adapters side by side: figures, tables, and their data."""
+    """Write the page of a study, a sequence, a run, or of adapters side by side: figures, tables, and their data."""
 
     folder: list[str] = setting(
-        "the --output of `finepoint compare`, finished or not, or of `finepoint sequence`; or several adapters",
+        "the --output of `finepoint compare`, finished or not, of `sequence` or of `train`; or several adapters",
         positional=True)
     output: str | None = setting(
         "folder to write; DIR/report where not given; an earlier report there is replaced", None)
