@@ -218,6 +218,7 @@ def test_rewards(answer, reference, expected):
             ["--method", "dpo", "--data", "PAIRS", "--protect", "SUMS", "--baseline", "lora"],
             "--protect-by kl or replay",
         ),
+        (["--method", "dpo", "--data", "PAIRS", "--baseline", "lora", "--density", "0.1"], "leave out --density"),
         (["--method", "dpo", "--data", "PAIRS", "--patience", "2"], "--patience"),
     ],
 )

@@ -2,20 +2,29 @@
 
 import inspect
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 
 import pytest
 import yaml
 
+from finepoint.adapters.combining import METHODS as MERGE_METHODS
+from finepoint.alignment.methods import REWARDS
 from finepoint.alignment.settings import AlignConfig
+from finepoint.baselines.registry import BASELINES
 from finepoint.cli import COMMANDS, command_named, main
+from finepoint.cli.adapters import ExportConfig, MergeConfig
 from finepoint.cli.options import flags, help_text, parse
+from finepoint.data.sources import SOURCES
 from finepoint.errors import FinepointError
+from finepoint.exchange.layouts import LAYOUTS, layout_named
 from finepoint.runtime.settings import deciding, json_schema, names, sections, setting
 from finepoint.studies.settings import CompareConfig, SequenceConfig
 from finepoint.studies.sharing import key
 from finepoint.studies.study import OWN
 from finepoint.training.checkpoints import decisive, refuse_others
+from finepoint.training.keep import PROTECTIONS
+from finepoint.training.loss import LOSSES
 from finepoint.training.settings import TrainConfig
 
 
@@ -72,6 +81,29 @@ def test_every_setting_is_explained_and_has_its_place():
         assert sum(len(members) for _, members in sections(known)) == len(fields(known))
         headings = [heading for heading, _ in sections(known)]
         assert headings == [""] or ("" not in headings and len(headings) > 3), command
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "registry"),
+    [(TrainConfig, "baseline", BASELINES), (TrainConfig, "protect_by", PROTECTIONS), (TrainConfig, "loss", LOSSES),
+     (AlignConfig, "reward", REWARDS), (MergeConfig, "how", MERGE_METHODS), (ExportConfig, "format", LAYOUTS),
+     (TrainConfig, "data", SOURCES), (TrainConfig, "protect_strength", PROTECTIONS)],
+)  # fmt: skip
+def test_help_names_all_that_a_setting_can_be(config, field, registry):
+    assert layout_named("merged")  # the formats are found when they are first asked for
+    meaning = next(each.metadata["meaning"] for each in fields(config) if each.name == field)
+    assert registry
+    assert [name for name in registry if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", meaning)] == []
+
+
+def test_help_tells_every_strength_of_a_protection():
+    meaning = next(each.metadata["meaning"] for each in fields(TrainConfig) if each.name == "protect_strength")
+    told = {
+        name: float(strength)
+        for names, strength in re.findall(r"((?:\w+(?:, | and )?)+?) ([\d.]+)", meaning.removeprefix("how strongly; "))
+        for name in re.split(", | and ", names)
+    }
+    assert told == {name: known.strength for name, known in PROTECTIONS.items()}
 
 
 def test_no_class_has_more_than_twenty_some_settings_of_its_own():

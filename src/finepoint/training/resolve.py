@@ -47,8 +47,6 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
     if config.data is None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
     spec = resolve_common(config)
-    if spec.baseline:
-        _refuse_unused(config, spec.baseline)
     needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
     for name, given in needing:
         if given and config.validation is None:
@@ -132,28 +130,27 @@ def _check_refresh(config: TrainConfig) -> None:
 
 
 def _check_baseline(config: Training, baseline: Baseline) -> None:
-    """Refuses what no baseline of that kind does."""
+    """Refuses what no baseline of that kind does, and settings that only choosing entries has."""
     if config.quantise:
         raise FinepointError(f"quantise is for choosing entries, and baseline {baseline.name!r} trains float weights; "
                              "leave out quantise or the baseline")  # fmt: skip
     if baseline.low_rank and getattr(config, "round_to", None):
         raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
-
-
-def _refuse_unused(config: TrainConfig, baseline: Baseline) -> None:
-    """Refuses settings that only choosing entries has."""
-    for name, default in reversed(unused_by(baseline).items()):
+    for name, default in reversed(unused_by(baseline, type(config)).items()):
         if getattr(config, name) != default:
             raise FinepointError(f"{name} is for choosing entries, which baseline {baseline.name!r} does not do; "
                                  f"leave out --{name.replace('_', '-')} or --baseline")  # fmt: skip
 
 
-def unused_by(baseline: Baseline) -> dict[str, Any]:
+def unused_by(baseline: Baseline, config: type[Training] = TrainConfig) -> dict[str, Any]:
     """The settings of choosing entries that a baseline does not look at, and their defaults."""
-    entries = {known.name: default_of(known) for known in dict(sections(TrainConfig))["which entries"]}
+    grouped = dict(sections(config))
+    entries = {known.name: default_of(known) for known in [*grouped["scoring"], *grouped["which entries"]]}
     used = {"targets"} if baseline.low_rank else set()
     if baseline.chooses:
         used |= set(entries) - {"targets", "refresh", "dropped"}
+    if baseline.fisher:  # its pass over the examples is one like that of scoring
+        used |= {"scoring_examples", "scoring_memory"}
     return {name: default for name, default in entries.items() if name not in used}
 
 
