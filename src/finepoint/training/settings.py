@@ -49,7 +49,8 @@ class Training(SelectConfig):
         "along)",
         "anchor", "bits", "what is kept")
     protect_strength: float | None = setting(
-        "how strongly; anchor and empirical 1000, l2 0.03, kl and replay 1 where not given", None, "bits", "what is kept", least=0)
+        "how strongly; anchor and empirical 1000, l2 0.03, kl and replay 1 where not given",
+        None, "bits", "what is kept", least=0)
     protect_share: float = setting(
         "for kl and replay: so many of these texts take part in a step, for each training example in it",
         0.25, "bits", "what is kept", above=0)
