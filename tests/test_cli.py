@@ -103,7 +103,7 @@ def test_select_inspect_verify_rules(finepoint, trained, model_folder):
     assert rules["random"]["also"] == ["sparta"]
     assert rules["baselines"]["mofo"] == {
         "formula": "every weight; a step moves the largest |momentum| of each tensor",
-        "source": "MoFO, arXiv:2407.20999", "options": {"share": 0.15}, "lr": 1e-5,
+        "source": "MoFO, arXiv:2407.20999", "options": {"share": 0.15}, "lr": 3e-5,
     }  # fmt: skip
     table = finepoint("rules").stdout
     assert "|mean g|" in table

@@ -17,6 +17,7 @@ class AlignConfig(Training):
     """Align a model by preferences (DPO) or rewards (GRPO) through TRL, on chosen entries; measured on both sides."""
 
     RATES = (1e-4, 3e-3)
+    FACTORS = 1e-4
 
     method: Literal["dpo", "grpo"] = setting(
         "dpo learns from pairs of answers, grpo from a reward for answers the model samples itself",

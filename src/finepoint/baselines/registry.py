@@ -130,12 +130,12 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-@baseline("every weight", "full fine-tuning", 1e-5)
+@baseline("every weight", "full fine-tuning", 3e-5)
 def full(context: BaselineContext) -> Method:
     return Method(DenseTuner(context.model, _all(context.model)))
 
 
-@baseline("the output matrix alone", "head only", 1e-4, rates=(1e-5, 3e-5, 1e-4, 3e-4))
+@baseline("the output matrix alone", "head only", 3e-4, rates=(1e-5, 3e-5, 1e-4, 3e-4))
 def head(context: BaselineContext) -> Method:
     if context.head:
         return Method(DenseTuner(context.model, context.head))
@@ -153,7 +153,7 @@ def bitfit(context: BaselineContext) -> Method:
     return Method(DenseTuner(context.model, [*vectors, *context.head]))
 
 
-@baseline("half of each block's matrices, drawn by the seed", "HFT, arXiv:2404.18466", 1e-5)
+@baseline("half of each block's matrices, drawn by the seed", "HFT, arXiv:2404.18466", 3e-5)
 def random_half(context: BaselineContext) -> Method:
     names = half_of_matrices(context.model, context.seed)
     return Method(DenseTuner(context.model, [*names, *context.head]))
@@ -162,12 +162,12 @@ def random_half(context: BaselineContext) -> Method:
 LOW_RANK = {"rank": 8.0, "alpha": 16.0, "dropout": 0.0}
 
 
-@baseline("W + (alpha/rank) B A", "LoRA, arXiv:2106.09685", 1e-4, LOW_RANK, low_rank=True, rates=FACTOR_RATES)
+@baseline("W + (alpha/rank) B A", "LoRA, arXiv:2106.09685", 1e-3, LOW_RANK, low_rank=True, rates=FACTOR_RATES)
 def lora(context: BaselineContext) -> Method:
     return Method(_low_rank(context, context.head))
 
 
-@baseline("m (W + (alpha/rank) B A) / |W + (alpha/rank) B A|, by rows", "DoRA, arXiv:2402.09353", 1e-4, LOW_RANK,
+@baseline("m (W + (alpha/rank) B A) / |W + (alpha/rank) B A|, by rows", "DoRA, arXiv:2402.09353", 1e-3, LOW_RANK,
           low_rank=True, rates=FACTOR_RATES)  # fmt: skip
 def dora(context: BaselineContext) -> Method:
     return Method(_low_rank(context, context.head, dora=True))
@@ -185,7 +185,7 @@ def _low_rank(context: BaselineContext, head: Sequence[str], **more: Any) -> Pef
     )
 
 
-@baseline("W + sparse + (alpha/rank) B A; entries by --rule, their rate is ratio x lr", "RoSA, arXiv:2401.04679", 1e-4,
+@baseline("W + sparse + (alpha/rank) B A; entries by --rule, their rate is ratio x lr", "RoSA, arXiv:2401.04679", 1e-3,
           LOW_RANK | {"ratio": 1.0}, chooses=True, low_rank=True, rates=FACTOR_RATES)  # fmt: skip
 def rosa(context: BaselineContext) -> Method:
     whole = {name: torch.arange(context.model.get_parameter(name).numel()) for name in context.head}
@@ -203,7 +203,7 @@ def rosa(context: BaselineContext) -> Method:
     return Method(HybridTuner(sparse, low_rank, context.head), optimizer=optimizer)
 
 
-@baseline("every weight; loss + (strength/2) sum F (w - w0)^2", "EWC, arXiv:1612.00796", 1e-5, {"strength": 1000.0},
+@baseline("every weight; loss + (strength/2) sum F (w - w0)^2", "EWC, arXiv:1612.00796", 3e-5, {"strength": 1000.0},
           fisher=True)  # fmt: skip
 def ewc(context: BaselineContext) -> Method:
     weights = {name: weight for name, weight in context.model.named_parameters() if name not in context.head}
@@ -214,7 +214,7 @@ def ewc(context: BaselineContext) -> Method:
     return Method(tuner, penalty=Anchor(tuner.trained, fisher, context.options["strength"], start))
 
 
-@baseline("every weight; a step moves the largest |momentum| of each tensor", "MoFO, arXiv:2407.20999", 1e-5,
+@baseline("every weight; a step moves the largest |momentum| of each tensor", "MoFO, arXiv:2407.20999", 3e-5,
           {"share": 0.15})  # fmt: skip
 def mofo(context: BaselineContext) -> Method:
     tuner = DenseTuner(context.model, _all(context.model))

@@ -23,6 +23,7 @@ from finepoint.huggingface.session import ATTACHED, SESSION, Results, Session, a
 from finepoint.models.loading import from_bitsandbytes_, head_of
 from finepoint.models.weights import in_memory
 from finepoint.selection.passes import Batch, label_count, on_device, split
+from finepoint.selection.rates import usual_rate
 from finepoint.selection.reach import name_unreached
 from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Scope, Selection, refuse_excluded, select
@@ -79,13 +80,12 @@ def sparsify(
         rule: a name from `finepoint.RULES`, or `module:function`.
         density: share of the target entries, in (0, 1]; 0.001 where neither it nor `count` is given.
         data: what rules that look at gradients score on: a JSON Lines file, examples (as in its lines), rows of
-            `input_ids`, or ready batches; of the latter two their masks say what counts. Other rules need none.
+            `input_ids`, or ready batches, all of them; of these two masks say what counts. Other rules need none.
         tokenizer: turns examples into tokens; not needed for the latter two.
         indices: entries to train, by weight name (a selection, an adapter), instead of choosing by a rule.
         whole: names of weights to train and store whole. Where not given, those of a head that puts out something else
             than words (a classifier's `score.weight`), which no checkpoint of the base holds; `()` for none.
-        scoring_examples, batch_size: how many examples gradients are taken over, a share where below 1, and how many at
-            a time. Ready batches are all used.
+        scoring_examples, batch_size: how many examples (a share below 1) gradients are taken over, how many at a time.
         refreshable: entries of any target weight may be chosen later, by `tuner_of(model).choose_`. A stock trainer's
             checkpoint can be resumed only as long as the entries are those of the beginning.
         audit: try on the model that every chosen entry gets the gradient of its own loss: on the first batch of `data`,
@@ -120,6 +120,7 @@ def sparsify(
         model, chosen, target_weights(model, targets) if refreshable else (), audit=audit and not batches
     )
     _audit_(tuner, batches[:1] if audit else [])
+    _want_(tuner, indices, structure)
     attach(model, Session(tuner, info | _hold_(tuner, kept, seed, protect_strength), whole, _seen(data)))
     return model
 
@@ -134,6 +135,13 @@ def _selected(
     found = select(model, batches, text=isinstance(data, str | Path), **choice)
     name_unreached(model, {} if batches else found)  # what it will be trained on is not known
     return found, batches
+
+
+def _want_(tuner: SparseTuner, chosen: Any, structure: str) -> None:
+    """Has a rate told that is far too small for what a rule has chosen."""
+    if isinstance(chosen, Selection):
+        usual = usual_rate(rule_named(chosen.rule), chosen.statistics["density"], structure)
+        tuner.want_(usual, f"those of rule {chosen.rule}")
 
 
 def _hold_(tuner: SparseTuner, kept: Sequence[Batch], seed: int, strength: float) -> dict[str, Any]:

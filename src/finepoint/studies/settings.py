@@ -67,7 +67,7 @@ The same command goes on where it stopped."""
     rule: str = setting("which entries; `finepoint rules` lists them", DEFAULT_RULE, "bits")
     density: float = setting("share of the target entries that each task trains", 0.001, "bits")
     lr: float | None = setting(
-        "learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others", None, "bits")
+        "learning rate; where not given, as `finepoint train` chooses it by rule and density", None, "bits")
     overlap: Literal["exclude", "allow", "both"] = setting(
         "exclude entries that earlier tasks own, allow them, or both ways one after the other", "both", "length")
     ways: list[Literal["exclude", "allow", "anchored", "exclude-anchored", "lora", "full", "full-anchored"]] = setting(

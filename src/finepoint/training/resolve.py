@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from finepoint.adapters.format import CONFIG
 from finepoint.baselines.registry import Baseline, baseline_named, options_of
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
+from finepoint.runtime.files import read_json
 from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
+from finepoint.selection.rates import usual_rate
 from finepoint.selection.rules import rule_named
 from finepoint.selection.structure import check_structure
 from finepoint.training.keep import Protection, protection_named, protection_of
@@ -95,18 +99,31 @@ def resolve_common(config: Told) -> RunSpec[Told]:
     check_structure(config.structure)
     if config.baseline_options and not config.baseline:
         raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
-    by_gradient, blind = config.RATES
     if config.baseline:
         baseline = baseline_named(config.baseline)
         _check_baseline(config, baseline)
-        spec = RunSpec(config, config.lr or baseline.lr, baseline, options_of(baseline, config.baseline_options))
+        lr = config.FACTORS or baseline.lr
+        spec = RunSpec(config, config.lr or lr, baseline, options_of(baseline, config.baseline_options))
     else:
-        lr = by_gradient if rule_named(config.rule).needs_data else blind
-        spec = RunSpec(config, config.lr or lr, None, {})
+        spec = RunSpec(config, config.lr or rate_of(config), None, {})
     if not (protection := protection_of(config, spec.baseline)):
         return spec
     strength = protection.strength if config.protect_strength is None else config.protect_strength
     return replace(spec, protection=protection, strength=strength)
+
+
+def rate_of(config: Training) -> float:
+    """The learning rate of chosen entries where none is given; of `--indices`, what their folder says of them counts.
+
+    Raises:
+        FinepointError: there is no such rule.
+    """
+    told = Path(config.indices or "") / CONFIG
+    info = read_json(told).get("info", {}) if config.indices and told.is_file() else {}
+    rule, density = rule_named(info.get("rule") or config.rule), info.get("density") or config.density
+    if config.RATES:
+        return config.RATES[0 if rule.needs_data else 1]
+    return usual_rate(rule, density if isinstance(density, float | int) else None, config.structure)
 
 
 def _check_refresh(config: TrainConfig) -> None:

@@ -30,6 +30,7 @@ from finepoint.runtime.devices import peak_bytes, reset_peak
 from finepoint.runtime.files import claim_folder, refuse_model_folder, write_record
 from finepoint.runtime.progress import progress
 from finepoint.selection.passes import Batch, on_device
+from finepoint.selection.rates import slow
 from finepoint.training.budget import Holding
 from finepoint.training.callbacks import LOG, LastStep, Watch, left_by, marked, refreshes, validation_losses
 from finepoint.training.checkpoints import (
@@ -58,7 +59,7 @@ from finepoint.training.earlier import EARLIER, EarlierTasks
 from finepoint.training.keep import Protected, texts_a_step
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
-from finepoint.training.resolve import RunSpec, Told, check_processes, resolve, steps_of
+from finepoint.training.resolve import RunSpec, Told, check_processes, rate_of, resolve, steps_of
 from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import CHECKPOINTING, SparseCheckpoints, SparseTrainer, shared_arguments
@@ -220,6 +221,8 @@ def _fit(
         rows = [row for row in place.rows if learned(row)]
         steps = steps_of(config, len(rows))
         make, facts = partial(_method, spec, steps), _unusual(config)
+        if keeps and not spec.baseline and (told := slow(spec.lr, rate_of(config), f"those of rule {config.rule}")):
+            logger.warning(told)
         with begun(spec, place, folder, saved, make, rows, steps, keeps, earlier, **facts) as run:
             results = _train_by_loss(run, rows, validation, packer)
             results |= run.outcome()

@@ -18,8 +18,10 @@ Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 class Training(SelectConfig):
     """What training entries by a loss, by preferences and by rewards have in common."""
 
-    RATES: ClassVar[tuple[float, float]]
-    """default learning rates: for rules that look at gradients, and for the others"""
+    RATES: ClassVar[tuple[float, float] | None] = None
+    """default learning rates: for rules that look at gradients, and for the others; None: as `selection.rates` says"""
+    FACTORS: ClassVar[float | None] = None
+    """default learning rate of low-rank factors; the baseline's if None"""
 
     validation: str | list[str] | None = setting(
         "examples to evaluate on while training, like --data", None, "length", "files", file=True)
@@ -33,7 +35,8 @@ class Training(SelectConfig):
     baseline_options: dict[str, float] = setting(
         "the baseline's options, e.g. rank=8 alpha=16", {}, "bits", "instead of entries")
     lr: float | None = setting(
-        "learning rate; 3e-4 for rules that look at gradients, 1e-2 for the others; a baseline has its own",
+        "learning rate; where not given, by rule and density: at random 0.03 for 0.001, 0.01 for 0.01; 3e-4 for "
+        "rules that look at gradients; gain 0.003 and 0.001, three times that for columns; a baseline has its own",
         None, "bits", "training")
     steps: int | None = setting("optimizer steps; epochs where not given", None, "length", "training", least=1)
     accumulation: int = setting("batches added up for one step", 1, "bits", "training", least=1)
@@ -76,8 +79,6 @@ class Training(SelectConfig):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Training):
     """Choose entries, train them in place, save them as an adapter."""
-
-    RATES = (3e-4, 1e-2)
 
     data: str | list[str] | None = setting(DATA, None, "statistics", "files", file=True)
     density: float | Literal["auto"] | None = setting(  # type: ignore[assignment]  # wider than select's

@@ -44,6 +44,8 @@ class Deltas(nn.ModuleDict):
         """whether somebody else calls `average_`"""
         self.beside_shards = any(member.sharded for member in entries.values())
         self.spot_checks: SpotChecks | None = None
+        self.wanted: tuple[float, str] | None = None
+        """until the first step: the learning rate that these entries usually want, and what they are"""
         self.running = 0
         """the id of the module, out of those that tell, in whose forward we are"""
         for member in entries.values():

@@ -1,5 +1,6 @@
 """Weights that follow what is trained beside them: around every torch optimizer's step, by two global hooks."""
 
+import logging
 import weakref
 from collections.abc import Iterator
 from functools import lru_cache
@@ -10,8 +11,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
+from finepoint.selection.rates import slow
 from finepoint.tuner.finite import refuse_not_finite
 
+logger = logging.getLogger(__name__)
 _LIVE: "weakref.WeakSet[nn.ModuleDict]" = weakref.WeakSet()
 
 
@@ -39,6 +42,13 @@ def _stepped(optimizer: Optimizer) -> Iterator[tuple[nn.ModuleDict, dict[str, nn
     for container in live:
         yield container, {name: member for name, member in container.items()
                           if any(id(parameter) in stepped for parameter in member._parameters.values())}  # fmt: skip
+
+
+def _rate(optimizer: Optimizer, members: dict[str, nn.Module]) -> float:
+    """The largest learning rate of the modules' parameters; before a schedule, if there is one."""
+    ours = {id(parameter) for member in members.values() for parameter in member.parameters(recurse=False)}
+    return max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
+               if any(id(parameter) in ours for parameter in group["params"]))  # fmt: skip
 
 
 def _pull_(member: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -76,6 +86,10 @@ def _register() -> None:
             refuse_not_finite(trained, "; the step was not taken and the weights are as they were")
             if members and (checks := getattr(container, "spot_checks", None)):
                 checks.before_step()
+            if members and (wanted := getattr(container, "wanted", None)):
+                container.wanted = None  # type: ignore[assignment]
+                if told := slow(_rate(optimizer, members), *wanted):
+                    logger.warning(told)
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for container, members in _stepped(optimizer):

@@ -208,6 +208,14 @@ class SparseTuner(Tuner):
             entries = self.entries[name]
             entries.pull = (strength * found).to(entries.delta)
 
+    def want_(self, rate: float, what: str) -> None:
+        """Has the first step of an optimizer whose learning rate is far below this one told.
+
+        Args:
+            what: the entries, in words.
+        """
+        self._deltas.wanted = rate, what
+
     def end_check(self) -> None:
         """Ends the look at a step that is going on, after which the deltas alone have gradients."""
         if self._deltas.spot_checks:
