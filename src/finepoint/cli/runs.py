@@ -66,6 +66,10 @@ def run_train(config: TrainConfig) -> None:
     else:
         from finepoint.training.run import train
 
+    if config.fit:
+        from finepoint.memory.fit import fitted
+
+        config = fitted(config)
     record = train(config)
     if not distributed.is_first():
         return
@@ -160,10 +164,11 @@ def run_plan(config: PlanConfig) -> None:
     from finepoint.memory.plan import PARTS, plan
 
     found = plan(config)
+    verdict = fits_here(config, found)
     passes = {"selection": found.selection, "training": found.training}
     peaks = {f"{name}_peak_bytes": parts and sum(parts.values()) for name, parts in passes.items()}
     if config.json:
-        print_json({"model": config.model, **asdict(found), **peaks})
+        print_json({"model": config.model, **asdict(found), **peaks, **verdict})
         return
     print(
         f"{config.model}: {found.parameters:,} parameters in {found.dtype} on {found.device}; {found.trained:,} of "
@@ -177,6 +182,28 @@ def run_plan(config: PlanConfig) -> None:
     ]
     rows.append(["peak", *(sum(parts.values()) / 2**30 for parts in shown.values())])
     print_table(["GiB, at the peak", *shown], rows)
+    if told := verdict["verdict"]:
+        print(told)
+
+
+def fits_here(config: PlanConfig, found: Any) -> dict[str, Any]:
+    """Whether a plan fits this machine, with a margin, and what would; nothing is said of a device that is not here."""
+    from finepoint.memory.fit import MARGIN, WAY_OUT, fitting
+    from finepoint.runtime.devices import here, room_bytes
+
+    room = room_bytes(found.device) if here(found.device) else None
+    if room is None:
+        return {"room_bytes": None, "fits": None, "verdict": ""}
+    peak = max(sum(parts.values()) for parts in (found.selection, found.training) if parts)
+    there, fits = f"{room / 2**30:.2f} GiB there", peak * MARGIN <= room
+    if fits:
+        verdict = f"It fits: {peak / 2**30:.2f} GiB planned, {there}."
+    elif other := fitting(config, config.batch_size, room):
+        verdict = (f"It does not fit: {peak / 2**30:.2f} GiB planned, {there}. {other} would ({other.peak / 2**30:.2f} "
+                   "GiB); finepoint train --fit chooses by itself.")  # fmt: skip
+    else:
+        verdict = f"It does not fit: {peak / 2**30:.2f} GiB planned, {there}, and neither does one example; {WAY_OUT}."
+    return {"room_bytes": room, "fits": fits, "verdict": verdict}
 
 
 def run_eval(config: EvalConfig) -> None:

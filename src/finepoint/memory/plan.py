@@ -11,9 +11,9 @@ Not counted: memory inside single operators, an allocator's fragmentation, the d
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -37,8 +37,11 @@ from finepoint.selection.select import SLICE, budgets, score
 from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.targets import target_weights
 from finepoint.selection.warmup import warm_up_
+from finepoint.training.context import TOKENS_KEPT, TOKENS_READ
+from finepoint.training.keep import PROTECTIONS
 from finepoint.training.run import CHECKPOINTING  # the process that trains has it in memory, and this one stands for it
-from finepoint.training.settings import PlanConfig
+from finepoint.training.settings import PlanConfig, TrainConfig
+from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.tuner import SparseTuner
 
 PARTS = {
@@ -50,6 +53,7 @@ PARTS = {
     "optimizer": "optimizer state (AdamW)",
     "activations": "saved activations",
     "logits_and_loss": "logits and loss",
+    "kept": "what is held of text to keep",
     "backward": "backward pass: gradients, recomputed activations",
 }
 HALF = (torch.bfloat16, torch.float16)
@@ -155,16 +159,46 @@ def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device:
             for delta in tuner.parameters():
                 delta.register_post_accumulate_grad_hook(lambda d: tracker.hold([d.grad], "trained_entries"))
             optimizer = torch.optim.AdamW(tuner.parameters())
+            pull = _pull(config, model, tuner, tracker)
             for _ in range(2):  # the first has no state yet
                 tracker.reset_peak()
                 batch = on_device(_batch(config, model, config.batch_size), model.device)
                 model(**batch).loss.backward()
+                pull()
                 tracker.enter("optimizer")
                 optimizer.step()
                 optimizer.zero_grad()
                 tracker.hold([entries.written for entries in tuner.entries.values()], "trained_entries")
         del chosen
         return _by_part(tracker)
+
+
+def _pull(config: PlanConfig, model: Any, tuner: SparseTuner, tracker: MemoryTracker) -> Callable[[], None]:
+    """What holds a training to its base, at each step; what it keeps is held from now on."""
+    tracker.enter("kept")
+    if config.protect_by is None:
+        return lambda: None
+    known = PROTECTIONS[config.protect_by]
+    if not known.beside:
+        read = known.reads
+        fisher = {name: torch.empty_like(value if read else value[:1]) for name, value in tuner.trained().items()}
+        anchor = Anchor(tuner.trained, fisher, known.strength)
+
+        def pull() -> None:
+            tracker.enter("kept")
+            anchor.add_()
+
+        return pull
+    text = replace(config, tokens=min(TOKENS_KEPT, context_length(model, None)), learned=None)
+    width = model.get_input_embeddings().embedding_dim
+    # The states that the base's head is given, of all texts.
+    states = torch.empty(TrainConfig.protect_examples, text.tokens, width, dtype=model.dtype, device=model.device)
+    some = max(1, round(TrainConfig.protect_share * config.batch_size))
+
+    def beside(states: Tensor | None = states if config.protect_by == "kl" else None) -> None:
+        model(**on_device(_batch(text, model, some), model.device)).loss.backward()
+
+    return beside
 
 
 def _selection(
@@ -187,7 +221,11 @@ def _selection(
                 deque(warm_up_(model, weights, [batch], 2, 1e-5, list(warm)), maxlen=0)
             return _by_part(tracker)
         top = _TopK(sum(counts.values()), in_memory=device == "cpu")
-        for name, statistics in stream_statistics(model, weights, [batch], rule.needs, config.scoring_memory):
+        text = replace(config, tokens=min(TOKENS_READ, config.tokens), learned=None)
+        kept = [_batch(text, model, 1)] if rule.needs_kept else []
+        for name, statistics in stream_statistics(
+            model, weights, [batch], rule.needs, config.scoring_memory, kept=kept
+        ):
             tracker.enter("top_k")
             values = score(rule, name, weights[name], statistics, 0, {})
             gradient = None if statistics.gradient is None else statistics.gradient.abs()

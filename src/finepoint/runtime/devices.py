@@ -55,6 +55,36 @@ def resident_bytes() -> int:
     return _of_process("VmRSS")
 
 
+def here(device: str) -> bool:
+    """Whether this machine has such a device."""
+    return device == "cpu" or torch.cuda.is_available()
+
+
+def room_bytes(device: str) -> int | None:
+    """The memory that this process can hold in all, with what it holds now: on a GPU, or in RAM, where a container's
+    limit counts; None where the system does not tell."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    found = _told(Path("/proc/meminfo"), "MemAvailable:", 1024)
+    if found is None:
+        return None
+    groups = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        free = int((groups / "memory.max").read_text()) - int((groups / "memory.current").read_text())
+        found = min(found, max(0, free) + (_told(groups / "memory.stat", "inactive_file", 1) or 0))
+    return found + resident_bytes()
+
+
+def _told(file: Path, name: str, unit: int) -> int | None:
+    """A number of the system's, by the name in front of it."""
+    with suppress(OSError):
+        for line in file.read_text().splitlines():
+            if line.split()[:1] == [name]:
+                return int(line.split()[1]) * unit
+    return None
+
+
 def _of_process(quantity: str) -> int:
     """VmRSS or VmHWM, see proc(5)."""
     with suppress(OSError):

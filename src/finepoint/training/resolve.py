@@ -48,6 +48,9 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
     """
     if config.density == "auto":
         raise FinepointError("density 'auto' is a search over many runs; call finepoint.studies.density.train_auto")
+    if config.fit:
+        raise FinepointError("--fit is of the command finepoint train; in Python: "
+                             "train(finepoint.memory.fit.fitted(config))")  # fmt: skip
     if config.data is None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
     spec = resolve_common(config)

@@ -115,6 +115,9 @@ class TrainConfig(Training):
     packing: bool = setting(
         "several examples in a row, each as if it were alone: the same batches with less padding",
         False, "bits", "training")
+    fit: bool = setting(
+        "choose batch size, accumulation and gradient checkpointing for the memory there is; a step keeps its "
+        "batch-size x accumulation examples", False, section="memory")
     eval_every: int | None = setting(
         "steps between evaluations on the validation examples; a fifth of the run where not given",
         None, "length", "while it runs", least=1)
@@ -140,6 +143,8 @@ class PlanConfig:
     padded: bool = setting(
         "examples differ in length (the longest has so many tokens), so that attention needs a mask", True)
     gradient_checkpointing: bool = setting("recompute activations in the backward pass", False)
+    protect_by: Literal["anchor", "empirical", "l2", "kl", "replay"] | None = setting(
+        "training is held to its base in this way", None)
     dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
     quantise: Quantise | None = setting(
         "the linear layers of the base are held in int8 or int4 (torchao) or nf4 (bitsandbytes)", None)
