@@ -136,7 +136,7 @@ def _asked(config: TrainConfig) -> PlanConfig:
         raise FinepointError(f"--fit plans the training of entries at one density; leave it out, or {what}")
     if distributed.launched():
         raise FinepointError("--fit plans for one process; start it without a launcher, or give --batch-size")
-    examples = read_examples(config.data)
+    examples = read_examples(config.data, config.columns, config.seed)
     if any(isinstance(example, Labelled) for example in examples):
         raise FinepointError("--fit plans for language models, and these are examples of classes; leave it out")
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"

@@ -150,7 +150,7 @@ def _earlier(state: SequenceState, settings: TrainConfig, before: Sequence[str])
     config, limit = state.config, context_length(state.model, settings.max_length)
     rows = {}
     for task in before:
-        examples = some(read_examples(config.tasks[task]["train"]), config.earlier_examples)
+        examples = some(read_examples(config.tasks[task]["train"], settings.columns), config.earlier_examples)
         found = encode_all(state.tokenizer, examples, limit, what=f"example of {task}", model=state.model)
         rows[task] = [row for row in found if learned(row)]
     return EarlierTasks(rows, config.earlier_strength, settings.seed)
