@@ -275,3 +275,16 @@ def test_numbers_that_no_run_could_have_are_one_line(command, flags, capsys):
         assert main([command, *given, flag, str(value)]) == 2
         name = flag.removeprefix("--").replace("-", "_")
         assert capsys.readouterr().err.startswith(f"finepoint {command}: {name} is {value}")
+
+
+@pytest.mark.parametrize("command", ["select", "train", "plan", "sequence"])
+@pytest.mark.parametrize("density", ["0", "7"])
+def test_a_density_that_is_no_share_is_refused_before_anything_is_loaded(command, density):
+    code = ("import sys; from finepoint.cli import main; status = main(sys.argv[1:]); "
+            "assert 'torch' not in sys.modules; sys.exit(status)")  # fmt: skip
+    given = ["--model", "nowhere", "--output", "nothing", "--density", density]
+    given += {"plan": given[2:4], "sequence": ["--tasks", "{}"]}.get(command, ["--data", "nowhere.jsonl"])
+    given = [part for part in given if command != "plan" or part not in ("--output", "nothing")]
+    done = subprocess.run([sys.executable, "-c", code, command, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"density is {float(density)}; it is a share of the target entries, in (0, 1]" in done.stderr

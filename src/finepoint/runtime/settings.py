@@ -5,6 +5,7 @@ heavy is imported, so that help is instant.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from difflib import get_close_matches
@@ -42,10 +43,14 @@ SECTIONS = ("", "files", "which entries", "scoring", "what is kept", "instead of
 """The headings of `--help`, in this order."""
 
 
+SHARE: dict[str, Any] = {"above": 0, "most": 1, "within": "it is a share of the target entries, in (0, 1]"}
+"""the bounds of a density"""
+
+
 def setting(
     meaning: str, default: Any = MISSING, decides: Decides = "nothing", section: str = "", *,
     file: bool = False, positional: bool = False, also: str = "",
-    least: float | None = None, above: float | None = None, most: float | None = None,
+    least: float | None = None, above: float | None = None, most: float | None = None, within: str = "",
 ) -> Any:  # fmt: skip
     """A field of a command's settings: a flag, and a key of its YAML.
 
@@ -58,13 +63,21 @@ def setting(
         positional: on the command line it needs no flag.
         also: another name, which only flags know.
         least, above, most: bounds of a number that any run could have; `above` is not one of them.
+        within: what is said of these bounds, where "give at most 1" would not be clear.
     """
     assert section in SECTIONS, section
     metadata = {"meaning": meaning, "decides": decides, "section": section, "file": file, "positional": positional,
-                "also": also, "least": least, "above": above, "most": most}  # fmt: skip
+                "also": also, "least": least, "above": above, "most": most, "within": within}  # fmt: skip
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+LIMITS = (
+    ("least", operator.ge, "give at least {}"),
+    ("above", operator.gt, "give a number above {}"),
+    ("most", operator.le, "give at most {}"),
+)
 
 
 def refuse_out_of_range(config: Any) -> None:
@@ -77,12 +90,9 @@ def refuse_out_of_range(config: Any) -> None:
         name, value, told = known.name, getattr(config, known.name), known.metadata
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        if told["least"] is not None and not value >= told["least"]:
-            raise FinepointError(f"{name} is {value}; give at least {told['least']}")
-        if told["above"] is not None and not value > told["above"]:
-            raise FinepointError(f"{name} is {value}; give a number above {told['above']}")
-        if told["most"] is not None and not value <= told["most"]:
-            raise FinepointError(f"{name} is {value}; give at most {told['most']}")
+        for key, holds, words in LIMITS:
+            if told[key] is not None and not holds(value, told[key]):
+                raise FinepointError(f"{name} is {value}; {told['within'] or words.format(told[key])}")
 
 
 def refuse_without(config: Any, needed: str, others: Iterable[str], what: str = "FILE") -> None:

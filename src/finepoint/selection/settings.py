@@ -14,6 +14,7 @@ from finepoint.runtime.settings import (
     LARGEST_SEED,
     MODEL,
     OVERWRITE,
+    SHARE,
     ChatTurns,
     DType,
     Quantise,
@@ -37,7 +38,7 @@ class Choice:
     rule_options: dict[str, float] = setting("the rule's options, e.g. epsilon=1e-6", {}, "selection", "which entries")
     density: float | None = setting(
         "share of the target entries to train, in (0, 1]; 0.001 where no count is given",
-        None, "selection", "which entries")
+        None, "selection", "which entries", **SHARE)
     count: int | None = setting("how many entries to train, instead of density", None, "selection", "which entries")
     structure: str = setting(
         "entry, or whole groups: row, column, block:RxC, head; density and count then are of groups",

@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finepoint.errors import FinepointError
@@ -77,12 +76,15 @@ def match(model: nn.Module, pattern: str) -> list[str]:
 
 def text_part(model: nn.Module) -> str:
     """Where the part lies that writes, of a model that sees or hears as well; empty where there is no other part."""
+    transformer: Any = model
     config: Any = getattr(model, "config", None)
-    if not isinstance(model, PreTrainedModel) or config.is_encoder_decoder or config.get_text_config() is config:
+    if not hasattr(model, "get_decoder") or not hasattr(config, "get_text_config"):
+        return ""  # no model of transformers
+    if config.is_encoder_decoder or config.get_text_config() is config:
         return ""
-    if model.get_output_embeddings() is None:  # which compares texts and pictures, or tells classes
+    if transformer.get_output_embeddings() is None:  # which compares texts and pictures, or tells classes
         return ""
-    decoder = model.get_decoder()
+    decoder = transformer.get_decoder()
     return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finepoint.runtime.settings import JSON, LARGEST_SEED, DType, Quantise, setting
+from finepoint.runtime.settings import JSON, LARGEST_SEED, SHARE, DType, Quantise, setting
 from finepoint.selection.settings import DEFAULT_RULE
 
 # fmt: off
@@ -65,7 +65,7 @@ The same command goes on where it stopped."""
         "files by task, in the order of training, e.g. {movies: {train: F, test: F}, words: {..}}", decides="bits")
     output: str = setting("folder to write")
     rule: str = setting("which entries; `finepoint rules` lists them", DEFAULT_RULE, "bits")
-    density: float = setting("share of the target entries that each task trains", 0.001, "bits")
+    density: float = setting("share of the target entries that each task trains", 0.001, "bits", **SHARE)
     lr: float | None = setting(
         "learning rate; where not given, as `finepoint train` chooses it by rule and density", None, "bits")
     overlap: Literal["exclude", "allow", "both"] = setting(

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from finepoint.runtime.settings import COMPACT, DATA, JSON, DType, Quantise, TargetsOption, setting
+from finepoint.runtime.settings import COMPACT, DATA, JSON, SHARE, DType, Quantise, TargetsOption, setting
 from finepoint.selection.settings import DEFAULT_RULE, SelectConfig
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
@@ -83,7 +83,7 @@ class TrainConfig(Training):
     data: str | list[str] | None = setting(DATA, None, "statistics", "files", file=True)
     density: float | Literal["auto"] | None = setting(  # type: ignore[assignment]  # wider than select's
         "share of the target entries to train, in (0, 1]; auto searches a good one, 0.001 if none",
-        None, "selection", "which entries")
+        None, "selection", "which entries", **SHARE)
     fisher_data: str | None = setting(
         "for ewc: examples of what is not to be forgotten, a file like those of --data",
         None, "bits", "files", file=True)
@@ -131,7 +131,7 @@ class PlanConfig:
         "a folder, hub id, .gguf file, smollm2, gemma3-270m, llama-3-8b or gemma-2b; only its shape is read")
     rule: str = setting("a rule that looks at no example has no selection pass", DEFAULT_RULE)
     density: float | None = setting(
-        "share of the target entries to train, in (0, 1]; 0.001 where no count is given", None)
+        "share of the target entries to train, in (0, 1]; 0.001 where no count is given", None, **SHARE)
     count: int | None = setting("how many entries to train, instead of density", None)
     targets: TargetsOption = setting(
         "linear (default), attention, mlp, linear-everywhere, all, short names (v,o), patterns, or a density for each",
