@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import version
+from itertools import product
 
 import pytest
 
@@ -288,3 +290,27 @@ def test_a_density_that_is_no_share_is_refused_before_anything_is_loaded(command
     done = subprocess.run([sys.executable, "-c", code, command, *given], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"density is {float(density)}; it is a share of the target entries, in (0, 1]" in done.stderr
+
+
+def test_the_doctor_says_what_is_there_and_what_is_fast(monkeypatch, capsys):
+    from finepoint.tuner import doctor
+
+    monkeypatch.setattr(doctor, "SHAPES", ((8, 12, 16),))
+    monkeypatch.setattr(doctor, "TURNS", 1)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == version("torch")
+    assert found["machine"]["cores"] >= 1
+    assert {(row["dtype"], row["density"]) for row in found["kernels"]} == set(
+        product(("float32", "bfloat16"), doctor.DENSITIES)
+    )
+    for row in found["kernels"]:
+        assert row["taken"] in row
+        assert all(value > 0 for name, value in row.items() if name.startswith("by_"))
+    monkeypatch.setattr(doctor, "numba_kernels", lambda: None)
+    monkeypatch.setattr(doctor, "cpu_has_bf16", lambda: False)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    if not found["machine"]["GPU"]:
+        assert "pip install 'finepoint[cpu]'" in text
+        assert "no bfloat16 arithmetic" in text

@@ -50,6 +50,7 @@ FILES = {
         "data": "list the data recipes, write one; preview files",
         "rules": "list the rules with formula and source",
         "schema": "print the JSON schema of a command's YAML file",
+        "doctor": "say what this machine has, which kernels are fast on it, and what will be slow",
     },
 }
 COMMANDS = {name: what for commands in FILES.values() for name, what in commands.items()}

@@ -1,4 +1,4 @@
-"""Commands that tell what there is: data, rules, schema."""
+"""Commands that tell what there is: data, rules, schema, doctor."""
 
 import logging
 from dataclasses import dataclass
@@ -43,6 +43,13 @@ class SchemaConfig:
 
     name: str = setting("the command, also without its flag: `finepoint schema train`", positional=True)
     json: bool = setting("print one JSON object on stdout, as it does in any case", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Say what this machine has, which kernels are the fastest on it (measured: some seconds), and what is slow."""
+
+    json: bool = setting(JSON, False)
 
 
 # fmt: on
@@ -204,3 +211,24 @@ def run_schema(config: SchemaConfig) -> None:
     if config.name not in COMMANDS:
         raise FinepointError(f"no command {config.name!r}{did_you_mean(config.name, COMMANDS)}")
     print_json(json_schema(command_named(config.name).config, f"finepoint {config.name}"))
+
+
+def run_doctor(config: DoctorConfig) -> None:
+    from finepoint.tuner.doctor import diagnosis
+
+    found = diagnosis()
+    if config.json:
+        print_json(found)
+        return
+    print_table(["package", "version"], [[name, known or "not installed"] for name, known in found["versions"].items()])
+    print()
+    words = {True: "yes", False: "no", None: "none"}
+    facts = [[name, words[value] if value is None or isinstance(value, bool) else value]
+             for name, value in found["machine"].items()]  # fmt: skip
+    print_table(["machine", ""], facts)
+    print()
+    columns = list(dict.fromkeys(name for row in found["kernels"] for name in row))
+    rows = [[row.get(name, "-") for name in columns] for row in found["kernels"]]
+    print_table(columns, rows, title="Gradients of chosen entries: the kernel that is taken; milliseconds of each")
+    for sentence in found["slow"] or ["nothing that is known to be slow"]:
+        print(f"\n{sentence}")

@@ -493,10 +493,10 @@ def _forget_quantizer_(model: Any) -> None:
 
 def _is_slow(dtype: torch.dtype, device: str) -> bool:
     """Whether a device computes in this dtype only by way of another."""
-    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _cpu_has_bf16()
+    return device == "cpu" and dtype in (torch.bfloat16, torch.float16) and not cpu_has_bf16()
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at speed; without, a training step takes 40 times as long."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
