@@ -1,7 +1,10 @@
 """One contract for text and tokens, over a family of tokenizers: what is trained, scored and asked is the text."""
 
+import hashlib
+import json
 import logging
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from finepoint.data.tokens import (
     asking,
     encode,
     encode_all,
+    encode_each,
     encode_pair,
     encode_preferences,
     padding_id,
@@ -27,6 +31,7 @@ from finepoint.evaluation.generation import Written, generation_hits, prompt_ids
 from finepoint.evaluation.scoring import choice_likelihoods
 from finepoint.models.loading import load_tokenizer
 from finepoint.models.packages import cache_folder
+from finepoint.training.checkpoints import digest_of
 from tongues import EXACT, MAKERS, tongue
 
 BROAD = 1 << 30
@@ -459,3 +464,13 @@ def test_choices_are_scored_after_what_stands_in_front(monkeypatch):
 def test_classes_see_the_whole_text():
     tokenizer = tongue("wordpiece")
     assert encode(tokenizer, Labelled("the play", "b"), ["a", "b"]) == Row(tokenizer("the play")["input_ids"], 1)
+
+
+def test_many_examples_are_the_same_rows_in_parts(tokenizer, monkeypatch):
+    examples = [Completion("ab" * (i % 5 + 1), "c d") for i in range(23)] + [Text("abc")] * 4
+    whole = encode_each(tokenizer, examples)
+    monkeypatch.setattr("finepoint.data.tokens.PART", 5)
+    assert encode_each(tokenizer, examples) == whole
+    plain = hashlib.sha256(json.dumps(whole, default=asdict).encode()).hexdigest()[:16]
+    assert digest_of(whole) == plain  # of the whole list at once, as earlier checkpoints have it
+    assert digest_of([]) == hashlib.sha256(b"[]").hexdigest()[:16]

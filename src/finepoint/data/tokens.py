@@ -14,6 +14,7 @@ import logging
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, pairwise
@@ -32,18 +33,21 @@ from finepoint.data.examples import (
     answers_of,
 )
 from finepoint.errors import FinepointError
+from finepoint.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
 CHUNK = 1000  # texts a call: an encoding holds much more than its token ids
 MUCH = 0.02  # of all tokens: to lose so many is worth a warning
+PART = 10_000  # examples at a time: on the way to a row there are several more lists of its tokens
+_NUMBERS: list[int] = []
 CHATS = 100  # conversations, of which every beginning is a text
 # What a continuation is encoded behind, to learn its tokens in the middle of a text: nothing, then what seldom melts
 # into it. Tokenizers that begin a text with a space (or a word unlike its rest) need one of the latter.
 ANCHORS = ("", "\n", ".", "a", "0", "q", "z")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One example in tokens: labels as long as the ids (-100: not learned), or one class."""
 
@@ -51,7 +55,7 @@ class Row:
     labels: list[int] | int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Split:
     """A prompt and its answer in tokens."""
 
@@ -214,8 +218,16 @@ def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of texts without what the tokenizer puts around one."""
     found: list[list[int]] = []
     for at in range(0, len(texts), CHUNK):
-        found += tokenizer(list(texts[at : at + CHUNK]), add_special_tokens=False)["input_ids"]
+        part = tokenizer(list(texts[at : at + CHUNK]), add_special_tokens=False, return_attention_mask=False)
+        found += map(_of_shared_numbers, part["input_ids"])
     return found
+
+
+def _of_shared_numbers(ids: list[int]) -> list[int]:
+    """The same list of the same objects for the same tokens: a tokenizer makes each of 28 bytes, every time anew."""
+    while ids and max(ids) >= len(_NUMBERS):
+        _NUMBERS.extend(range(len(_NUMBERS), 2 * len(_NUMBERS) + 1024))
+    return list(map(_NUMBERS.__getitem__, ids))
 
 
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -256,24 +268,35 @@ def as_written(tokenizer: Any, example: Example) -> Example:
 def _encoded(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str]) -> list[tuple[Row, Split | None]]:
     """Each example in tokens, and where it has a prompt, what stands before its (last) answer."""
     found: list[tuple[Row, Split | None]] = []
-    for kind, group in groupby(examples, type):
-        part: Any = list(group)
-        if kind is Completion:
-            splits = _splits(tokenizer, [(e.prompt, e.completion) for e in part], [e.where for e in part])
-            found += [(_answered(split, tokenizer.eos_token_id), split) for split in splits]
-        elif kind is Choices:
-            splits = _splits(tokenizer, [(e.prompt, e.choices[e.answer]) for e in part], [e.where for e in part])
-            found += [(_answered(split, None), split) for split in splits]
-        elif kind is Chat:
-            found += _encoded_chats(tokenizer, part)
-        elif kind is Text:
-            rows = encode_texts(tokenizer, [e.text for e in part])
-            found += [(Row(ids, [IGNORED, *ids[1:]]), None) for ids in rows]
-        else:
-            known = [_class_of(e, labels) for e in part]
-            rows = encode_texts(tokenizer, [e.text for e in part])
-            found += [(Row(ids, label), None) for ids, label in zip(rows, known, strict=True)]
+    with progress("tokens", len(examples)) if len(examples) > PART else nullcontext(lambda done: None) as advance:
+        for kind, group in groupby(examples, type):
+            alike: Any = list(group)
+            size = len(alike) if kind is Chat else PART  # what is odd about conversations is counted over all
+            for at in range(0, len(alike), size):
+                found += _encoded_alike(tokenizer, kind, alike[at : at + size], labels)
+                advance(min(size, len(alike) - at))
     return found
+
+
+def _encoded_alike(
+    tokenizer: Any, kind: type, part: Sequence[Any], labels: Sequence[str]
+) -> list[tuple[Row, Split | None]]:
+    """`_encoded` of examples of one form."""
+    if kind is Completion:
+        end = tokenizer.eos_token_id
+        splits = _splits(tokenizer, [(e.prompt, e.completion) for e in part], [e.where for e in part])
+        return [(_answered(split, end), split) for split in splits]
+    if kind is Choices:
+        splits = _splits(tokenizer, [(e.prompt, e.choices[e.answer]) for e in part], [e.where for e in part])
+        return [(_answered(split, None), split) for split in splits]
+    if kind is Chat:
+        return [*_encoded_chats(tokenizer, part)]
+    if kind is Text:
+        rows = encode_texts(tokenizer, [e.text for e in part])
+        return [(Row(ids, [IGNORED, *ids[1:]]), None) for ids in rows]
+    known = [_class_of(e, labels) for e in part]
+    rows = encode_texts(tokenizer, [e.text for e in part])
+    return [(Row(ids, label), None) for ids, label in zip(rows, known, strict=True)]
 
 
 def _class_of(example: Labelled, labels: Sequence[str]) -> int:
@@ -308,7 +331,8 @@ def _splits(tokenizer: Any, pairs: Sequence[tuple[str, str]], where: Sequence[st
             context, tail = whole[:cut], whole[cut:]
         else:
             context = head
-        found.append(Split(_in_front(front, context) + context, tail, front + head + behind))
+        context, given = _in_front(front, context) + context, front + head + behind
+        found.append(Split(context, tail, context if context == given else given))
     return found
 
 
@@ -448,6 +472,8 @@ def learned(row: Row) -> int:
 
 def cut(row: Row, limit: int, front: Sequence[int] = ()) -> Row:
     """A row's last `limit` tokens; see `last_of`."""
+    if len(row.ids) <= limit:
+        return row
     ids = last_of(row.ids, limit, front)
     if isinstance(row.labels, int):
         return Row(ids, row.labels)
