@@ -110,6 +110,10 @@ def _run(command: str, arguments: list[str]) -> int:
             if distributed.launched() and command not in TOGETHER:
                 raise FinepointError(f"{command} runs in one process; start it without torchrun or accelerate launch")
             status = known.run(config)
+            if not status and distributed.is_first():
+                from finepoint.cli.next_step import say_next
+
+                say_next(command, config)
     except FinepointError as error:
         who = "" if distributed.is_first() else f"process {distributed.rank()}: "
         print(f"finepoint {command}: {who}{error}", file=sys.stderr)

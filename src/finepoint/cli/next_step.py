@@ -1,0 +1,101 @@
+"""What to do next: after each command that is done, one line of the log with the next sensible command."""
+
+import logging
+import shlex
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from finepoint.runtime.settings import default_of
+
+logger = logging.getLogger(__name__)
+CONFIG = "finepoint_config.json"  # what an adapter says of itself
+Words = list[str] | None
+
+
+def say_next(command: str, config: Any) -> None:
+    """The line, where there is a next command; not with `--json`, whose reader is a program."""
+    words = None if getattr(config, "json", False) or command not in NEXT else NEXT[command](config)
+    if words:
+        logger.info("next: %s", shlex.join(["finepoint", *words]))
+
+
+def _train(config: Any) -> Words:
+    return _try(config.model, config.output, config.dtype, config.quantise, getattr(config, "validation", None))
+
+
+def _select(config: Any) -> Words:
+    data = config.data if isinstance(config.data, str) else "FILE"
+    return ["train", "--model", config.model, "--data", data, "--indices", config.output,
+            "--output", f"{config.output.rstrip('/')}-trained"]  # fmt: skip
+
+
+def _plan(config: Any) -> Words:
+    """The run that was planned, with what was said of it."""
+    from finepoint.training.settings import TrainConfig
+
+    alike = {known.name: default_of(known) for known in fields(TrainConfig)}
+    said = {name: getattr(config, name, default) for name, default in alike.items()}
+    said = {name: value for name, value in said.items() if name not in ("model", "data", "output")}
+    flags = [word for name, value in said.items() if value != alike[name] and type(value) in (str, int, float)
+             for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+    return ["train", "--model", config.model, "--data", "FILE", "--output", "DIR", *flags]
+
+
+def _eval(config: Any) -> Words:
+    if len(config.adapter) != 1:
+        return None
+    if _is_classifier(config.adapter[0]):
+        return ["export", "--model", config.model, "--adapter", config.adapter[0], "--format", "merged",
+                "--output", "merged"]  # fmt: skip
+    return _try(config.model, config.adapter[0], config.dtype, config.quantise)
+
+
+def _try(model: str, adapter: str, dtype: str | None, quantise: str | None, validation: Any = None) -> Words:
+    """Measure it where there are examples that it was not trained on, or where nothing else can be done; else talk."""
+    loaded = ["--dtype", dtype] if dtype not in (None, "auto") else []
+    loaded += ["--quantise", quantise] if quantise else []
+    if isinstance(validation, str) or _is_classifier(adapter):
+        measured = f"validation={validation}" if isinstance(validation, str) else "test=FILE"
+        return ["eval", "--model", model, "--adapter", adapter, "--id", measured, *loaded]
+    if quantise:  # whose entries cannot be switched
+        return ["generate", "--model", model, "--adapter", adapter, "--base", "--prompt", "..", *loaded]
+    return ["chat", "--model", model, "--adapter", adapter, *loaded]
+
+
+def _is_classifier(adapter: str) -> bool:
+    from finepoint.runtime.files import read_json
+
+    file = Path(adapter) / CONFIG
+    return file.is_file() and read_json(file).get("info", {}).get("task") == "classification"
+
+
+def _data(config: Any) -> Words:
+    names = [config.name] if isinstance(config.name, str) else config.name or []
+    files = names[1:] if names[:1] == ["preview"] else []
+    if config.output and not files:
+        files = [str(path) for path in sorted(Path(config.output).glob("*-train.jsonl"))]
+    return (
+        ["train", "--model", config.model or "MODEL", "--data", files[0], "--output", "adapters/mine"]
+        if files
+        else None
+    )
+
+
+NEXT: dict[str, Callable[[Any], Words]] = {
+    "train": _train,
+    "align": _train,
+    "select": _select,
+    "eval": _eval,
+    "plan": _plan,
+    "sequence": lambda config: ["report", config.output],
+    "merge": lambda config: None if config.dry_run else ["inspect", config.output],
+    "scale": lambda config: _try(config.model, config.output, config.dtype, config.quantise),
+    "extract": lambda config: ["verify", config.output, "--model", config.base],
+    "import": lambda config: ["verify", config.output, "--model", config.model],
+    "inspect": lambda config: ["verify", config.folder, "--model", "MODEL"],
+    "verify": lambda config: _try(config.model, config.folder, config.dtype, config.quantise),
+    "data": _data,
+}
+"""`demo` and `compare` say it beside their results; after the others nothing follows of itself"""
