@@ -11,6 +11,8 @@ from conftest import write_lines
 from finepoint.data.examples import Choices, Completion, Labelled, Text, read_examples
 from finepoint.data.sources import SOURCES, Given, ending_of, place_or_rows
 from finepoint.errors import FinepointError
+from finepoint.models.packages import digest
+from finepoint.studies.compare import contents_at
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -198,3 +200,17 @@ def test_rows_that_python_holds_are_taken_where_a_file_is():
         read_examples(3)
     with pytest.raises(FinepointError, match="list of 0 rows in memory holds no example"):
         read_examples([])
+
+
+def test_a_study_knows_data_by_content(tmp_path):
+    file = write(tmp_path / "d.jsonl")
+    assert contents_at(str(file)) == digest(file)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    columns = {"prompt": "q", "completion": "a"}
+    write(folder / "d.csv", [{"q": "x", "a": "y", "more": i} for i in range(2)])
+    before = contents_at(str(folder), columns)
+    write(folder / "d.csv", [{"q": "x", "a": "y", "more": 7} for _ in range(2)])
+    assert contents_at(str(folder), columns) == before  # what is not read does not count
+    write(folder / "d.csv", [{"q": "x", "a": "z"} for _ in range(2)])
+    assert contents_at(str(folder), columns) != before

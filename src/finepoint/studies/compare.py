@@ -230,12 +230,16 @@ def manifest_of(study: Study) -> dict[str, Any]:
     files = [path for task in config.tasks.values() for path in task.values()] + list(config.probes.values())
     settings = (config.train, *(arm.train for arm in study.arms))
     files += [text_file(told[name]) for told in settings for name in ("protect", "fisher_data") if told.get(name)]
-    return {"format": FORMAT, **described(study), "data": {path: contents_at(path) for path in sorted(set(files))}}
+    return {
+        "format": FORMAT,
+        **described(study),
+        "data": {path: contents_at(path, config.train.get("columns")) for path in sorted(set(files))},
+    }
 
 
-def contents_at(path: str) -> str:
+def contents_at(path: str, columns: Mapping[str, str] | None = None) -> str:
     """What is known of data: a file's bytes; of anything else, which may be a folder or on the hub, the examples."""
-    return digest(Path(path)) if Path(path).is_file() else digest_of(read_examples(path))
+    return digest(Path(path)) if Path(path).is_file() else digest_of(read_examples(path, columns))
 
 
 def _arms_before(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
