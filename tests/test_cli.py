@@ -218,7 +218,7 @@ def test_flags_that_cannot_be_read(arguments, message):
     [
         ("ouput: x\n", "there is no key 'ouput'; did you mean output?"),
         ("- a\n- b\n", "the file of --config must hold `flag: value` lines"),
-        ("steps: many\n", "option --steps: expected int, got many"),
+        ("steps: many\n", "c.yaml:1: steps: expected int, got many"),
     ],
 )
 def test_files_of_flags_that_cannot_be_read(content, message, tmp_path):

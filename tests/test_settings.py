@@ -168,7 +168,8 @@ def main_exits(arguments):
 @pytest.mark.parametrize(
     ("flag", "hint"),
     [("--batch_sise=2", "did you mean --batch-size"), ("--learning_rate", "did you mean --lr"),
-     ("--densty=1", "no flag --densty; did you mean --density")],
+     ("--densty=1", "no flag --densty; did you mean --density"), ("--lerning_rate=1", "no flag --lerning_rate; did you "
+      "mean --lr"), ("--batch_size=x", "option --batch_size: expected int"), ("--batch_size", "--batch_size needs")],
 )  # fmt: skip
 def test_unknown_flags_are_spelled_as_given(flag, hint):
     with pytest.raises(FinepointError, match=hint):
@@ -179,6 +180,12 @@ def test_unknown_flags_are_spelled_as_given(flag, hint):
     ("text", "told"),
     [("model: m\nbatch-size: 2\n", ":2: there is no key 'batch-size'; did you mean batch_size"),
      ("model: m\n\ndensty: 1\n", ":3: there is no key 'densty'; did you mean density"),
+     ("model: m\nlerning_rate: 1\n", ":2: there is no key 'lerning_rate'; did you mean lr"),
+     ("model: m\nlr: 1\n\nmodel: n\n", ":4: 'model' stands in line 1 too"),
+     ("rule_options: {a: 1,\n  a: 2}\n", ":2: 'a' stands in line 1 too"),
+     ("model: m\noutput: o\nlr: abc\n", ":3: lr: expected float, got abc"),
+     ("model: m\noutput: o\nschedule: liner\n", ":3: schedule: expected one of 'linear', "),
+     ("model: m\noutput: o\nmethod: dpo\nbatch_size: 0\n", ":4: batch_size is 0; give at least 1"),
      ("model: [m\nlr: 1\n", "no YAML"), ("- model\n", "must hold `flag: value` lines")],
 )  # fmt: skip
 def test_unknown_keys_are_told_with_file_and_line(tmp_path, text, told):
@@ -189,3 +196,34 @@ def test_unknown_keys_are_told_with_file_and_line(tmp_path, text, told):
     assert told in str(raised.value)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+STUDY = """model: m
+output: o
+tasks: {words: {train: f, validation: f, test: f}}
+arms:
+- {rule: random, train: {steps: 3}}
+- &same {rule: random,
+   density: 0.1}
+- {<<: *same, density: 0.2}
+train: {steps: 3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [("validation: f", "valdation: f", ":3: there is no key 'valdation' in tasks; did you mean validation"),
+     ("   density", "   densty", ":7: there is no key 'densty' in arms; did you mean density"),
+     ("{<<: *same, density", "{<<: *same, densty", ":8: there is no key 'densty' in arms"),
+     ("random, train: {steps", "random, train: {stps", ":5: there is no key 'stps' in train; did you mean steps"),
+     ("\ntrain: {steps: 3}", "\ntrain:\n  max_stps: 3", ":10: there is no key 'max_stps' in train; did you")],
+)  # fmt: skip
+def test_keys_inside_of_a_studys_mappings_are_told_with_file_and_line(tmp_path, right, wrong, told):
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY)
+    assert parse(CompareConfig, "compare", ["--config", str(file)]).arms[2] == {"rule": "random", "density": 0.2}
+    assert STUDY.count(right) == 1
+    file.write_text(STUDY.replace(right, wrong))
+    with pytest.raises(FinepointError) as raised:
+        parse(CompareConfig, "compare", ["--config", str(file)])
+    assert f"{file}{told}" in str(raised.value)

@@ -67,7 +67,7 @@ class SparseAdapter(Contents):
 
     @staticmethod
     def read(folder: str | Path) -> "SparseAdapter":
-        """`load`, without a word where its training did not come to an end."""
+        """Like `load`, without the warning for unfinished training."""
         return SparseAdapter(**vars(read(folder)))
 
     def problems(self, model: nn.Module) -> list[str]:
@@ -118,7 +118,7 @@ class SparseAdapter(Contents):
         return f"; it was quantised: --quantise {bits}" if wanted else ""
 
     def _other_classes(self, model: nn.Module) -> list[str]:
-        """That a classifier names its classes otherwise, or in another order; names that nobody gave say nothing."""
+        """A line if the classifier's classes have other names or another order; default names (LABEL_0) are ignored."""
         told = getattr(getattr(model, "config", None), "id2label", None)
         labels = list(self.info.get("labels") or ()) if self.info.get("task") == "classification" else []
         if not told or not labels:
@@ -335,7 +335,7 @@ def base_beneath(model: nn.Module, like: Fingerprint | None = None) -> Fingerpri
     """The fingerprint of the base beneath the adapters that are applied to a model.
 
     Args:
-        like: what it is to be compared with: what that does not know is left out.
+        like: the fingerprint it is to be compared with; weights missing from `like` are skipped.
     """
     without = like.unknown if like else ()
     return fingerprint(contents_of(model), moved_by_adapters(model), like.one_in if like else None, without)

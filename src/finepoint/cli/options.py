@@ -8,8 +8,9 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from itertools import pairwise
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -58,29 +59,50 @@ def parse(
         raise SystemExit(0)
     known = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
     printed = "--print-config" in arguments
+    lines: dict[str, tuple[str, str]] = {}
     for file in _files(arguments):
-        check_keys(file, known)
+        lines |= check_keys(file, known)
     spelled = spell([word for word in arguments if word != "--print-config"], known)
-    _refuse_unknown(spelled, known, command)
+    written = _written(arguments)
+    _refuse_unknown(spelled, known, command, written)
     try:
         values = parser.parse_args(spelled).as_dict()
     except (argparse.ArgumentError, ValueError, TypeError, OSError) as error:
-        raise FinepointError(_plain(str(error))) from error
+        raise FinepointError(_where(_plain(str(error)), lines, written)) from error
     values.pop("config", None)
     if printed:
         ordered = {known.name: values[known.name] for _, members in sections(config) for known in members}
         print(yaml.safe_dump(json.loads(json.dumps(ordered)), sort_keys=False), end="")
         raise SystemExit(0)
     found = config(**values)
-    refuse_out_of_range(found)
+    try:
+        refuse_out_of_range(found)
+    except FinepointError as error:
+        raise FinepointError(_where(str(error), lines, written)) from error
     return found
 
 
-def check_keys(file: str, known: Collection[str]) -> None:
-    """Refuses a YAML file that cannot be read, or has a key that is no setting.
+def _written(arguments: Sequence[str]) -> dict[str, str]:
+    """The flags by their settings, as the user has spelt them."""
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    return {flag[2:].replace("-", "_"): flag for flag in flags}
+
+
+def _where(message: str, lines: Mapping[str, tuple[str, str]], written: Mapping[str, str]) -> str:
+    """A message on a setting's value, with where the value stands: its line in a file, or the flag as it was typed."""
+    told = re.match(r"option --([\w-]+)|(\w+) is ", message)
+    name = (told[1] or told[2]).replace("-", "_") if told else ""
+    place, value = lines.get(name, ("", ""))
+    if place and (name not in written or message.endswith(f"got {value}")):
+        return f"{place}: {message.replace(f'option {_flag(name)}', name)}"
+    return message.replace(_flag(name), written.get(name, _flag(name))) if name else message
+
+
+def check_keys(file: str, known: Mapping[str, Field[Any]]) -> dict[str, tuple[str, str]]:
+    """Where each setting stands in a YAML file, as FILE:LINE, and the text of its value.
 
     Raises:
-        FinepointError: file, line, what is wrong.
+        FinepointError: the file cannot be read, has a key that is no setting, or one twice; with file and line.
     """
     try:
         with open(file, encoding="utf-8") as text:
@@ -93,10 +115,41 @@ def check_keys(file: str, known: Collection[str]) -> None:
         raise FinepointError(f"{file}{where}: no YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(found, yaml.MappingNode):
         raise FinepointError(f"{file}: the file of --config must hold `flag: value` lines")
-    for key, _ in found.value:
-        if key.value not in known:
-            hint = did_you_mean(_here(str(key.value), known), known, spell=str)
-            raise FinepointError(f"{file}:{key.start_mark.line + 1}: there is no key {key.value!r}{hint}")
+    _check_mapping(file, found, {name: field.metadata["keys"] for name, field in known.items()})
+    return {key.value: (_line(file, key), str(value.value)) for key, value in found.value}
+
+
+def _line(file: str, node: yaml.Node) -> str:
+    return f"{file}:{node.start_mark.line + 1}"
+
+
+def _check_mapping(file: str, node: yaml.Node, keys: Mapping[str, Any] | None, inside: str = "") -> None:
+    """Refuses keys that a mapping, or one of a list, or one inside of them, cannot have, and keys written twice.
+
+    Args:
+        keys: those it can have; see `setting`.
+        inside: how a message calls the mapping.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_mapping(file, item, keys, inside)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name = str(key.value)
+        if name == "<<" and inside:  # YAML's own way to take over another mapping
+            continue
+        if name in lines:
+            raise FinepointError(
+                f"{_line(file, key)}: {name!r} stands in line {lines[name]} too; leave out one of them"
+            )
+        lines[name] = key.start_mark.line + 1
+        if keys is not None and name not in keys and "*" not in keys:
+            hint = did_you_mean(_here(name, keys), keys, spell=str)
+            raise FinepointError(f"{_line(file, key)}: there is no key {name!r}{inside}{hint}")
+        below = keys.get(name, keys.get("*")) if keys is not None else None
+        _check_mapping(file, value, below, inside if keys and "*" in keys else f" in {name}")
 
 
 def _files(arguments: Sequence[str]) -> Iterator[str]:
@@ -119,7 +172,7 @@ def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
             flag, equals, value = word[2:].partition("=")
             name = also.get(flag, flag.replace("-", "_"))
             if given.get(name) and name in known and not _kinds(known[name]) & {list, dict, bool}:
-                raise FinepointError(f"{_flag(name)} is given twice")
+                raise FinepointError(f"--{flag} is given twice")
             given.setdefault(name, [])
             if equals:
                 given[name].append(value)
@@ -128,22 +181,27 @@ def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
             given.setdefault(name, []).append(word)
         else:
             given[name].append(word)
-    return [f"--{name}={_value(name, values, known.get(name))}" for name, values in given.items()]
+    written = _written(arguments)
+    return [
+        f"--{name}={_value(written.get(name, _flag(name)), values, known.get(name))}" for name, values in given.items()
+    ]
 
 
-def _refuse_unknown(spelled: Sequence[str], known: Collection[str], command: str) -> None:
+def _refuse_unknown(spelled: Sequence[str], known: Collection[str], command: str, written: Mapping[str, str]) -> None:
     """Refuses a flag that the command does not have, with the one that may be meant."""
     for word in spelled:
         name = word[2:].partition("=")[0]
         if name not in known and name != "config":
             lists = f"`finepoint {command} --help` lists the flags"
             hint = did_you_mean(_here(name, known), known, lists, spell=_flag)
-            raise FinepointError(f"there is no flag {_flag(name)}{hint}")
+            raise FinepointError(f"there is no flag {written.get(name, _flag(name))}{hint}")
 
 
 def _here(name: str, known: Collection[str]) -> str:
-    """What another library's name for a setting is here, or the name itself."""
-    return ELSEWHERE[name] if ELSEWHERE.get(name) in known else name
+    """What another library's name for a setting, perhaps misspelt, is here; or the name itself."""
+    elsewhere = {theirs: ours for theirs, ours in ELSEWHERE.items() if ours in known}
+    near = get_close_matches(name, [*known, *elsewhere], 1)
+    return elsewhere[near[0]] if near and near[0] not in known else name
 
 
 def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:
@@ -162,13 +220,13 @@ def _positional(word: str, known: dict[str, Field[Any]]) -> str:
     raise FinepointError(f"{word!r} belongs to no flag; `--help` lists the flags and what they take")
 
 
-def _value(name: str, values: list[str], field: Field[Any] | None) -> str:
+def _value(flag: str, values: list[str], field: Field[Any] | None) -> str:
     if field is None:  # unknown, or --config: the parser will say
         return " ".join(values)
     if field.type is bool:
         return values[-1] if values else "true"
     if not values:
-        raise FinepointError(f"{_flag(name)} needs a value")
+        raise FinepointError(f"{flag} needs a value")
     kinds = _kinds(field)
     if dict in kinds and all("=" in value for value in values):
         texts = field.type == dict[str, str]
@@ -178,7 +236,7 @@ def _value(name: str, values: list[str], field: Field[Any] | None) -> str:
     if list in kinds and not (len(values) == 1 and _is_json(values[0])):
         return json.dumps(values) if str not in kinds or len(values) > 1 else values[0]
     if len(values) > 1:
-        raise FinepointError(f"{_flag(name)} takes one value, got {' '.join(values)}")
+        raise FinepointError(f"{flag} takes one value, got {' '.join(values)}")
     return values[0]
 
 

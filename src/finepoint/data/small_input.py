@@ -14,7 +14,7 @@ FRAMES = 16  # more than the ten that are masked at a time
 
 
 def made_up(model: Any) -> dict[str, Any] | None:
-    """What the model's forward takes: a few random tokens, an image or a sound; None where nothing tells what it takes.
+    """What the model's forward takes: a few random tokens, an image or a sound; None if the config does not say what.
 
     No state of any random generator is touched.
     """
@@ -27,7 +27,7 @@ def made_up(model: Any) -> dict[str, Any] | None:
         inputs: dict[str, Any] = make(model, draw)
         if model.config.is_encoder_decoder and "decoder_input_ids" in taken:
             inputs["decoder_input_ids"] = _tokens(model, draw)["input_ids"]
-    except (AttributeError, NotImplementedError, TypeError):  # the configuration tells it otherwise
+    except (AttributeError, NotImplementedError, TypeError):  # this config uses other field names
         return None
     place = next(model.parameters())
     inputs = {name: _like(value, place) for name, value in inputs.items()}

@@ -52,7 +52,7 @@ class Checkpoint:
     ties: dict[str, tuple[str, ...]]
     """all names of a weight of the model, by each of them; the first is the one adapters use"""
     any_base: bool = False
-    """whether an adapter goes onto it that was trained on a base that is another beside the entries it changes"""
+    """whether to accept an adapter whose base differs outside the changed entries"""
     prints: dict[tuple[int, str | None], Fingerprint] = field(default_factory=dict)
     """what `fingerprint` has found, by its arguments"""
 

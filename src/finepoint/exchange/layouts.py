@@ -27,12 +27,12 @@ class Source:
 
     @cached_property
     def sparse(self) -> SparseAdapter:
-        """The adapter, read once; LoRA and DoRA are none."""
+        """The adapter, read once; fails for LoRA and DoRA."""
         return SparseAdapter.load(self.adapter)
 
     @cached_property
     def patches(self) -> dict[str, Patch]:
-        """The adapter laid over the base's files, weight by weight; LoRA and DoRA have none."""
+        """The adapter laid over the base's files, weight by weight; fails for LoRA and DoRA."""
         return lay_over(self.sparse, self.checkpoint)
 
 

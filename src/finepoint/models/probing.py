@@ -22,9 +22,11 @@ REFUSED = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError)
 """what a model raises that cannot compute a batch as it is"""
 CONTEXTS = ("max_position_embeddings", "max_seq_len")  # what configurations call the longest text they take
 LENGTHS = (6, 150)  # of the rows to try where no data are given: longer than the windows of local attention
-# How far rounding may lie from the right value: of the scale, in units of precision, for certain and at most; and of
-# what leaks in the control, at a position and, in half precision, in the mean.
-ROUNDING, NOISE, LEAKING, HALF = 16, 1024, 0.05, 0.1
+# How far logits may differ before two ways of computing them count as different.
+ROUNDING = 16  # up to so many times the dtype's precision, relative to the logits' scale: certainly rounding
+NOISE = 1024  # up to so many times: rounding only where it is small beside the control, in which padding does leak
+LEAKING = 0.05  # small beside the control: this share of the control's difference, at any position
+HALF = 0.1  # the same for half precision, of the mean over the positions
 FLOAT32 = torch.finfo(torch.float32).eps
 Side = Literal["left", "right", "none"]
 
@@ -48,7 +50,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside, the model is frozen, in eval mode and without gradients; afterwards it is exactly as before.
 
     That covers requires_grad, gradients, the train/eval mode of every module, the random state of every device and
-    whether configurations ask for a cache, which there is none of inside.
+    the configurations' `use_cache`, which is off inside.
     """
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
@@ -116,7 +118,7 @@ def accepted(model: Any) -> Set[str]:
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int, side: Side) -> Tensor:
-    """Rows as one tensor, (rows, longest) int64, filled on one side; with `none` they are of one length."""
+    """Rows as one tensor, (rows, longest) int64, filled on one side; with side `none` rows must have equal length."""
     width = max(len(row) for row in rows)
     assert side != "none" or all(len(row) == width for row in rows)
     found = torch.full((len(rows), width), filler)

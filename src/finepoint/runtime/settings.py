@@ -51,6 +51,7 @@ def setting(
     meaning: str, default: Any = MISSING, decides: Decides = "nothing", section: str = "", *,
     file: bool = False, positional: bool = False, also: str = "",
     least: float | None = None, above: float | None = None, most: float | None = None, within: str = "",
+    keys: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """A field of a command's settings: a flag, and a key of its YAML.
 
@@ -64,10 +65,13 @@ def setting(
         also: another name, which only flags know.
         least, above, most: bounds of a number that any run could have; `above` is not one of them.
         within: what is said of these bounds, where "give at most 1" would not be clear.
+        keys: the names that a mapping may have, or each mapping of a list, and below each name the keys of its own
+            (None: any); the name "*" stands for all names.
     """
     assert section in SECTIONS, section
     metadata = {"meaning": meaning, "decides": decides, "section": section, "file": file, "positional": positional,
-                "also": also, "least": least, "above": above, "most": most, "within": within}  # fmt: skip
+                "also": also, "least": least, "above": above, "most": most, "within": within,
+                "keys": keys}  # fmt: skip
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -121,7 +121,7 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def _refuse_other_search(config: TrainConfig, place: TrainingContext, search: Path) -> None:
-    """Writes down what decides the trials of a search; one that goes on has the same, or its trials do not compare.
+    """Records the settings of a search; resuming it needs the same ones, otherwise its trials are not comparable.
 
     Raises:
         FinepointError: another setting, or other examples, than those it was begun with.
@@ -144,7 +144,7 @@ def _refuse_other_search(config: TrainConfig, place: TrainingContext, search: Pa
 
 
 def _move_up(source: Path, folder: Path) -> None:
-    """The winner's files become those of the output, but for its record: a search that is killed here goes on here."""
+    """Moves the winner's files to the output; the record is written last, so an interrupted search resumes."""
     for path in source.iterdir():
         if path.name != RECORD:
             path.replace(folder / path.name)

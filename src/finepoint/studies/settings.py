@@ -3,11 +3,19 @@
 Nothing heavy is imported here, so that help is instant.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from finepoint.runtime.settings import JSON, LARGEST_SEED, SHARE, DType, Quantise, setting
 from finepoint.selection.settings import DEFAULT_RULE
+from finepoint.training.settings import TrainConfig
+
+# The keys of the mappings in a study's file.
+TRAIN: dict[str, Any] = dict.fromkeys(each.name for each in fields(TrainConfig))
+ARM: dict[str, Any] = dict.fromkeys(
+    ["name", "rule", "baseline", "density", "options", "lrs", "wise_ft", "lines"]
+) | {"train": TRAIN}  # fmt: skip
+TASKS = {"*": dict.fromkeys(["train", "validation", "test"])}
 
 # fmt: off
 
@@ -20,10 +28,11 @@ The same command goes on where it stopped; finished cells are never run again, f
 
     model: str = setting("a folder, a hub id, a .gguf file, or smollm2", decides="bits")
     tasks: dict[str, dict[str, str]] = setting(
-        "files by task, e.g. {movies: {train: F, validation: F, test: F}, tweets: {test: F}}", decides="bits")
+        "files by task, e.g. {movies: {train: F, validation: F, test: F}, tweets: {test: F}}", decides="bits",
+        keys=TASKS)
     arms: list[dict[str, Any]] = setting(
         "what is compared, e.g. [{rule: gallop, density: [0.001, 0.01]}, {baseline: lora, options: {rank: 8}}]",
-        decides="length")
+        decides="length", keys=ARM)
     output: str = setting("folder of the study")
     probes: dict[str, str] = setting("files of text by name, whose likelihood shows forgetting", {}, "bits")
     train_on: list[str] = setting(
@@ -33,7 +42,7 @@ The same command goes on where it stopped; finished cells are never run again, f
     tuning: Literal["best", "one-se"] = setting(
         "best validation accuracy, or one-se: the smallest rate within one standard error of it", "best", "length")
     train: dict[str, Any] = setting(
-        "settings of finepoint train that all arms share, e.g. {steps: 40, eval_every: 10}", {}, "bits")
+        "settings of finepoint train that all arms share, e.g. {steps: 40, eval_every: 10}", {}, "bits", keys=TRAIN)
     validation_limit: int | None = setting("at most so many examples of each validation set", None, "bits", least=1)
     test_limit: int | None = setting("at most so many examples of each test set", None, "bits", least=1)
     probe_limit: int | None = setting("at most so many texts of each probe", None, "bits", least=1)
@@ -62,7 +71,8 @@ The same command goes on where it stopped."""
 
     model: str = setting("a folder, a hub id, a .gguf file, or smollm2", decides="bits")
     tasks: dict[str, dict[str, str]] = setting(
-        "files by task, in the order of training, e.g. {movies: {train: F, test: F}, words: {..}}", decides="bits")
+        "files by task, in the order of training, e.g. {movies: {train: F, test: F}, words: {..}}", decides="bits",
+        keys=TASKS)
     output: str = setting("folder to write")
     rule: str = setting("which entries; `finepoint rules` lists them", DEFAULT_RULE, "bits")
     density: float = setting("share of the target entries that each task trains", 0.001, "bits", **SHARE)
@@ -79,7 +89,7 @@ The same command goes on where it stopped."""
         "for anchored ways: so many training examples of each earlier task are read, always the same", 64, "bits",
         least=1)
     earlier_strength: float = setting("for anchored ways: how strongly earlier tasks are held", 1000.0, "bits", least=0)
-    train: dict[str, Any] = setting("further settings of finepoint train, e.g. {steps: 60}", {}, "bits")
+    train: dict[str, Any] = setting("further settings of finepoint train, e.g. {steps: 60}", {}, "bits", keys=TRAIN)
     test_limit: int | None = setting("at most so many examples of each test set", None, "bits", least=1)
     new_tokens: int = setting("most tokens to generate where an answer is written", 8, "bits", least=1)
     seed: int = setting(

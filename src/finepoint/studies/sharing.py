@@ -65,7 +65,7 @@ def _select(config: TrainConfig, place: TrainingContext, made: Path, store: Path
 
 
 def _keep(statistics: Iterable[tuple[str, Statistics]], folder: Path) -> None:
-    """Writes every weight's statistics as it comes, so that no more than the stream holds is ever held."""
+    """Writes each weight's statistics as soon as they are computed, so that few are in memory at a time."""
     started = time.perf_counter()
     for name, found in statistics:
         tensors = {what: tensor for what, tensor in vars(found).items() if tensor is not None}

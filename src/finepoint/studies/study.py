@@ -11,7 +11,7 @@ from finepoint.runtime.settings import deciding, did_you_mean, fits, spelled
 from finepoint.selection.rules import rule_named
 from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.studies.results import best_lr
-from finepoint.studies.settings import CompareConfig
+from finepoint.studies.settings import ARM, TASKS, CompareConfig
 from finepoint.training.resolve import resolve, unused_by
 from finepoint.training.settings import TrainConfig
 
@@ -147,9 +147,9 @@ def described(study: Study) -> dict[str, Any]:
 
 def _arms(entry: Mapping[str, Any]) -> Iterator[Arm]:
     """The arms that one entry of the configuration stands for: one for each of its densities."""
-    known = {"name", "rule", "baseline", "density", "options", "lrs", "train", "wise_ft", "lines"}
-    if unknown := sorted(set(entry) - known):
-        raise FinepointError(f"an arm has no setting {unknown[0]!r}; its settings: {', '.join(sorted(known))}")
+    if unknown := sorted(set(entry) - set(ARM)):
+        told = did_you_mean(unknown[0], ARM, f"its settings: {', '.join(sorted(ARM))}")
+        raise FinepointError(f"an arm has no setting {unknown[0]!r}{told}")
     chooses = "baseline" in entry and baseline_named(entry["baseline"]).chooses
     if ("rule" in entry) == ("baseline" in entry) and not chooses:
         raise FinepointError(f"arm {dict(entry)} must name either a rule or a baseline")
@@ -206,8 +206,9 @@ def _check_settings(settings: Mapping[str, Any], where: str) -> None:
 
 def _trained_tasks(config: CompareConfig) -> tuple[str, ...]:
     for name, files in config.tasks.items():
-        if unknown := sorted(set(files) - {"train", "validation", "test"}):
-            raise FinepointError(f"task {name!r} has a set {unknown[0]!r}; a task has train, validation and test")
+        if unknown := sorted(set(files) - set(TASKS["*"])):
+            told = did_you_mean(unknown[0], TASKS["*"], "a task has train, validation and test")
+            raise FinepointError(f"task {name!r} has a set {unknown[0]!r}{told}")
         if "test" not in files:
             raise FinepointError(f"task {name!r} has no test set; give test: FILE.jsonl")
     whole = [name for name, files in config.tasks.items() if {"train", "validation"} <= set(files)]

@@ -1,8 +1,9 @@
 """The loss of a causal model from the states its head sees: the head runs only where a label is, a chunk at a time.
 
-Logits are positions x vocabulary, and a loss needs them with a float32 copy and a gradient: with a large vocabulary
-they outweigh everything else in memory. Here those of at most `CHUNK` positions are alive: a chunk's gradient is taken
-as soon as its loss is known, within the forward pass, so that nothing is computed twice.
+Logits are positions x vocabulary, and computing a loss also needs a float32 copy of the logits and their gradient:
+with a large vocabulary they take more memory than everything else. Here the logits of at most `CHUNK` positions exist
+at a time: a chunk's gradient is taken as soon as its loss is known, within the forward pass, so nothing is computed
+twice.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ def completion_loss(
     head = plain_head(model)
     labels = batch["labels"]
     if measure is nll and (head is None or labels.ndim != 2):
-        # Some models divide by the labels of a step when told how many, others do not listen: none is asked to.
+        # Some models ignore `num_items_in_batch`, so we never pass it and always rescale here.
         loss = model(**batch).loss
         return loss if items is None else loss * (label_count(batch) / items)
     states = states_of(model, head, batch)
@@ -110,10 +111,10 @@ def completion_loss(
 
 
 def refuse_unweighable(model: Any, loss: str, labels: Sequence[str]) -> None:
-    """Refuses to weigh the tokens of a model whose own loss is more than that of its tokens.
+    """Refuses to weigh the tokens of a model whose own loss is not the sum of its tokens' losses.
 
     Raises:
-        FinepointError: it is, or there are no tokens: these are classes.
+        FinepointError: the model's loss has further terms, or it is a classifier or an encoder-decoder.
     """
     if loss_named(loss).measure is nll:
         return

@@ -1,4 +1,4 @@
-"""What a run is told: refused where it cannot be done, and spelled out where it is left open."""
+"""Checks the settings of a run and fills in the defaults."""
 
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -84,7 +84,7 @@ def _check_budget(config: TrainConfig) -> None:
         raise FinepointError(f"--disturb-at-most scales entries that are chosen once; leave it out, or {other}; "
                              "`finepoint scale` keeps a budget afterwards")  # fmt: skip
     if config.protect_strength == 0:
-        raise FinepointError("--disturb-at-most adapts a strength, and 0 stays 0; give another --protect-strength")
+        raise FinepointError("--disturb-at-most adapts the strength by factors; it needs a --protect-strength above 0")
 
 
 def resolve_common(config: Told) -> RunSpec[Told]:

@@ -324,7 +324,7 @@ def carry_out_(
     run: Run[Any], trainer: SparseCheckpoints, doing: str, best: Path | None = None, patience: int | None = None,
     summed_up: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Has a trainer do a run's steps; what it leaves is kept where it is interrupted or meets a number that is none.
+    """Runs a trainer's steps; what is trained so far is saved if the run is interrupted or a NaN appears.
 
     Args:
         best, patience, summed_up: as for `Watch`.
@@ -408,7 +408,7 @@ def _leaks(config: TrainConfig, place: TrainingContext, alone: bool) -> dict[str
     """How many training examples are among the validation examples, where there are any.
 
     Args:
-        alone: the run is none of a study, which says it once for all.
+        alone: the run is not part of a study (a study warns once for all its runs).
     """
     if not place.seen:
         return {}

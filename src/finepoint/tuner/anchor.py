@@ -14,8 +14,8 @@ class Anchor:
     Args:
         trained: gives what is trained, by name; asked anew at every step.
         fisher: F by these names, of the same shapes or one number; what has none is not held back.
-        start: w0 by these names; none where it is deltas that are trained, which start from 0.
-        anew: measures F where other entries than before are trained; for the first ones too, if `fisher` is empty.
+        start: w0 by these names; empty when deltas are trained, since they start from 0.
+        anew: recomputes F after the set of trained entries has changed; at the first step too, if `fisher` is empty.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """A gradient that is NaN or infinite stops training before the step that would carry it into the weights.
 
-A model whose logits are no numbers is not measured either.
+Likewise, a model with NaN or infinite logits is not evaluated.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from finepoint.runtime import distributed
 
 
 class TrainingFailedError(FinepointError):
-    """The training itself came to nothing: its settings are to blame, not the data or the disk."""
+    """Training failed because of its settings, not because of the data or the disk."""
 
 
 class NotFiniteError(TrainingFailedError):
@@ -32,7 +32,7 @@ def refuse_not_finite(trained: Mapping[str, nn.Parameter], when: str) -> None:
         if parameter.grad is not None:
             own = distributed.own_rows(parameter.grad)[0] if distributed.is_sharded(parameter.grad) else parameter.grad
             finite[own.device][name] = own.isfinite().all()
-    # One answer for all of a device, which is waited for once; whose gradient it is matters only where it is not.
+    # One synchronisation per device; which parameter it was is looked up only when the check fails.
     for answers in finite.values():
         if not bool(torch.stack(list(answers.values())).all()):
             name = next(name for name, answer in answers.items() if not answer)
