@@ -66,7 +66,7 @@ def _run(config: DemoConfig, folder: Path) -> dict[str, Any]:
 
 
 def train_config(arm: str, config: DemoConfig, folder: Path) -> TrainConfig:
-    """One run of the demo; the runs differ only in rule and learning rate, as `ARMS` says."""
+    """One run of the demo; the runs differ only in what `ARMS` sets."""
     return TrainConfig(
         model="smollm2",
         data=str(folder / "data" / "movies-train.jsonl"),
