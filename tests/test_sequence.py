@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import assert_same_tensors, write_lines
 from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.peft import load_merged
+from finepoint.data.examples import read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.evaluation.metrics import sequence_metrics
-from finepoint.models.loading import load_model
+from finepoint.evaluation.scoring import accuracy
+from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.reporting.report import write_report
 from finepoint.studies import sequence
 from finepoint.studies.sequence import run_sequence, values_of
@@ -67,10 +71,6 @@ def test_random_choices_of_the_tasks_share_what_chance_gives(config):
 
 def test_the_matrix_is_that_of_adapters_applied_one_after_the_other(config):
     """Without the sequence's own code: load what it left, apply, score."""
-    from finepoint.data.examples import read_examples, some
-    from finepoint.evaluation.scoring import accuracy
-    from finepoint.models.loading import load_tokenizer
-
     found = run_sequence(config)
     tokenizer = load_tokenizer(config.model)
     tests = {name: some(read_examples(files["test"]), 24) for name, files in config.tasks.items()}
@@ -135,7 +135,7 @@ def test_the_model_is_the_base_again_between_ways(config, monkeypatch):
     [({"tasks": {"a": {"train": "x", "test": "x"}}}, "two tasks or more"), ({"train": {"lr": 1}}, "'lr'"),
      ({"tasks": {"a": {"train": "x"}, "b": {"train": "x", "test": "x"}}}, "give train and test"),
      ({"rule": "galop"}, "did you mean"), ({"train": {"stepz": 1}}, "'stepz'"),
-     ({"ways": ["anchord"]}, "did you mean 'anchored'"), ({"rates": {"lora-on": 1}}, "unknown way 'lora-on'"),
+     ({"ways": ["anchord"]}, "did you mean 'anchored'"), ({"rates": {"lora2": 1}}, "unknown way 'lora2'"),
      ({"ways": ["allow"], "overlap": "allow"}, "leave out one of them"),
      ({"ways": ["anchored"], "train": {"refresh": "every:2"}}, "leave out refresh"),
      ({"ways": ["lora"], "train": {"protect": "news"}}, "way lora: --protect-by anchor holds weights")],
@@ -218,8 +218,8 @@ def test_a_held_sequence_goes_on_where_it_stopped(config, tmp_path, monkeypatch)
 
 
 def test_other_methods_take_the_same_way(config):
-    """LoRA for each task, every weight, and EWC on every weight."""
-    ways = ["lora", "full", "full-anchored"]
+    """LoRA for each task, one trained on, every weight, and EWC on every weight."""
+    ways = ["lora", "lora-on", "full", "full-anchored"]
     config = only(config, "first", "second", ways=ways, rates=dict.fromkeys(ways, 1e-3), earlier_examples=4,
                   earlier_strength=1e6)  # fmt: skip
     found = run_sequence(config)
@@ -230,6 +230,18 @@ def test_other_methods_take_the_same_way(config):
     far, near = (moved({name: change.numbers - one[name].numbers for name, change in each.items()})
                  for each in (free, held))  # fmt: skip
     assert near < far
+    begin, goes_on = (load_file(f"{config.output}/{folder}/adapter_model.safetensors")
+                      for folder in ("first-lora/first", "lora-on/second"))  # fmt: skip
+    # Each of the two steps that have a rate moves a factor by as much as that, or a little more.
+    assert all((goes_on[name] - begin[name]).abs().max() < 3e-3 for name in begin)
+    assert any(begin[name].abs().max() > 0 for name in begin if "lora_B" in name)
+    model = load_model(config.model)
+    one_lora = load_merged(f"{config.output}/lora-on/second", model)
+    one_lora.apply(model)
+    tests = {name: some(read_examples(files["test"]), 4) for name, files in config.tasks.items()}
+    tokenizer = load_tokenizer(config.model)
+    row = [accuracy(model, tokenizer, examples)["accuracy"] for examples in tests.values()]
+    assert found["lora-on"]["matrix"][1] == row
     assert write_report(ReportConfig(folder=[config.output]))["figures"] == ["accuracies"]
 
 

@@ -14,9 +14,10 @@ from finepoint.adapters.change import Change
 from finepoint.adapters.fingerprint import FINGERPRINT
 from finepoint.adapters.format import CONFIG
 from finepoint.adapters.peft import PEFT_TENSORS, transposed_layers, updates
-from finepoint.errors import FinepointError, needing
+from finepoint.errors import FinepointError, needing, reason_of
 from finepoint.runtime.devices import in_float64, norm_of
 from finepoint.runtime.files import move_files, partial_folder, write_json, writing
+from finepoint.runtime.tensor_files import opened
 from finepoint.tuner.interface import Tuner
 from finepoint.tuner.tuner import CONTAINER, SparseTuner
 
@@ -108,6 +109,23 @@ class PeftTuner(Tuner):
             write_json(made / CONFIG, {"info": adapter.info, **self._known(adapter)})
             move_files(made, folder)
         return [folder / PEFT_TENSORS]
+
+    def start_from_(self, folder: Path) -> None:
+        """Goes on from the factors that `save` wrote.
+
+        Raises:
+            FinepointError: they are of other layers, or another rank.
+        """
+        from peft import set_peft_model_state_dict
+
+        with opened(folder / PEFT_TENSORS) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        try:
+            missed = set_peft_model_state_dict(self._peft, tensors).unexpected_keys
+        except RuntimeError as error:
+            raise FinepointError(f"{folder} cannot be gone on from: {reason_of(error)}") from error
+        if missed:
+            raise FinepointError(f"{folder} cannot be gone on from: it is of another layer, {missed[0]}")
 
     def _known(self, adapter: SparseAdapter) -> dict[str, Any]:
         """What is written of the base beneath the factors."""

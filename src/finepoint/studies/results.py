@@ -28,6 +28,9 @@ class Way:
     baseline: str = ""
     """trained instead of chosen entries"""
 
+    goes_on: bool = False
+    """one adapter is trained on and on, instead of one a task"""
+
     @property
     def first(self) -> str:
         """The folder of the first task, which has no earlier ones: it is trained, and measured, once for all ways of
@@ -41,6 +44,7 @@ WAYS = {
     "anchored": Way("overlap allowed, earlier tasks anchored", anchored=True),
     "exclude-anchored": Way("each task on entries of its own, earlier tasks anchored", exclude=True, anchored=True),
     "lora": Way("LoRA for each task", baseline="lora"),
+    "lora-on": Way("one LoRA, trained on from task to task", baseline="lora", goes_on=True),
     "full": Way("every weight", baseline="full"),
     "full-anchored": Way("every weight, earlier tasks anchored (EWC)", anchored=True, baseline="full"),
 }

@@ -108,6 +108,8 @@ def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
     try:
         for task in state.tasks:
             place = state.adapter_folder(way, task)
+            if WAYS[way].goes_on and adapters:
+                adapters[-1].revert(state.model)
             if not (place / RECORD).is_file():
                 _train(state, way, task, place)
             adapter = load_merged(place, state.model) if is_peft(place) else SparseAdapter.load(place)
@@ -142,7 +144,8 @@ def _train(state: SequenceState, way: str, task: str, place: Path) -> None:
     examples = read_examples(settings.data, settings.columns)
     where: TrainingContext = training_context(settings, state.model, state.tokenizer, examples)
     logger.info("training %s, %s", task, WAYS[way].title)
-    fit(settings, where, _earlier(state, settings, before) if before and WAYS[way].anchored else None)
+    earlier = _earlier(state, settings, before) if before and WAYS[way].anchored else None
+    fit(settings, where, earlier, state.adapter_folder(way, before[-1]) if before and WAYS[way].goes_on else None)
 
 
 def _earlier(state: SequenceState, settings: TrainConfig, before: Sequence[str]) -> EarlierTasks:

@@ -80,9 +80,11 @@ The same command goes on where it stopped."""
         "learning rate; where not given, as `finepoint train` chooses it by rule and density", None, "bits")
     overlap: Literal["exclude", "allow", "both"] = setting(
         "exclude entries that earlier tasks own, allow them, or both ways one after the other", "both", "length")
-    ways: list[Literal["exclude", "allow", "anchored", "exclude-anchored", "lora", "full", "full-anchored"]] = setting(
+    ways: list[Literal[
+        "exclude", "allow", "anchored", "exclude-anchored", "lora", "lora-on", "full", "full-anchored"]] = setting(
         "instead of overlap: which of exclude, allow; anchored, exclude-anchored (what each earlier task has left is "
-        "held back where its examples need it: EWC); lora, full, full-anchored", [], "length")
+        "held back where its examples need it: EWC); lora, lora-on (one, trained on), full, full-anchored",
+        [], "length")
     rates: dict[str, float] = setting(
         "learning rates by way, e.g. lora=1e-3; lr or the default where not given", {}, "bits")
     earlier_examples: int = setting(

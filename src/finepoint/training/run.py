@@ -190,7 +190,10 @@ def train(config: TrainConfig, context: TrainingContext | None = None) -> dict[s
 
 
 def fit(
-    config: TrainConfig, context: TrainingContext | None = None, earlier: EarlierTasks | None = None
+    config: TrainConfig,
+    context: TrainingContext | None = None,
+    earlier: EarlierTasks | None = None,
+    start: Path | None = None,
 ) -> tuple[dict[str, Any], SparseAdapter]:
     """`train`, which also returns the trained change: of every method in one form, so that all are measured alike.
 
@@ -198,6 +201,7 @@ def fit(
 
     Args:
         earlier: tasks whose adapters are applied to the context's model, and that are held to.
+        start: the folder of an adapter of the same method, to go on from.
 
     Returns:
         The record, and the change: that of the chosen entries, or of a baseline's whole weights (LoRA's merged).
@@ -205,11 +209,15 @@ def fit(
     Raises:
         FinepointError: as for `train`.
     """
-    return _fit(config, context, keeps=False, earlier=earlier)
+    return _fit(config, context, keeps=False, earlier=earlier, start=start)
 
 
 def _fit(
-    config: TrainConfig, context: TrainingContext | None, keeps: bool, earlier: EarlierTasks | None = None
+    config: TrainConfig,
+    context: TrainingContext | None,
+    keeps: bool,
+    earlier: EarlierTasks | None = None,
+    start: Path | None = None,
 ) -> tuple[dict[str, Any], SparseAdapter]:
     spec = resolve(config)
     with claimed(config, keeps) as folder:
@@ -224,6 +232,8 @@ def _fit(
         if keeps and not spec.baseline and (told := slow(spec.lr, rate_of(config), f"those of rule {config.rule}")):
             logger.warning(told)
         with begun(spec, place, folder, saved, make, rows, steps, keeps, earlier, **facts) as run:
+            if start:
+                run.method.tuner.start_from_(start)
             results = _train_by_loss(run, rows, validation, packer)
             results |= run.outcome()
             adapter, size = run.save()

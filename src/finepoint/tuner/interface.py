@@ -75,6 +75,10 @@ class Tuner(Protocol):
         """Contexts in which the model computes what it computes now, before it is trained: DPO's reference."""
         raise self._cannot("give a reference model")
 
+    def start_from_(self, folder: Path) -> None:
+        """Goes on from what `save` wrote of a method like this one; what `revert_` goes back to is the base still."""
+        raise self._cannot("go on from another adapter")
+
     def round_(self, dtype: torch.dtype) -> None:
         """Rounds what is trained to a narrower dtype, as if nothing wider were kept."""
         raise self._cannot("be rounded after its steps")
