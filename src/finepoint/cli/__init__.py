@@ -52,6 +52,9 @@ FILES = {
         "schema": "print the JSON schema of a command's YAML file",
         "doctor": "say what this machine has, which kernels are fast on it, and what will be slow",
     },
+    "completion": {
+        "completion": "print what has bash, zsh or fish complete flags",
+    },
 }
 COMMANDS = {name: what for commands in FILES.values() for name, what in commands.items()}
 
@@ -161,7 +164,7 @@ def module_of(name: str) -> ModuleType:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<9} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
     return (
         "usage: finepoint COMMAND [--config FILE.yaml] [--flag value ..]\n\n"
         "Sparse fine-tuning: train a chosen handful of a model's own weights, in place.\n\n"
