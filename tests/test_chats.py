@@ -285,6 +285,8 @@ def test_a_turn_of_weight_0_is_read_and_not_learned():
             [user("a"), said("b"), user("c"), said("d", weight=0)]]  # fmt: skip
     found = [encode(tokenizer, chat) for chat in as_examples([{"messages": turns} for turns in rows])]
     assert [learned_text(tokenizer, row) for row in found] == ["d</s>", "b</s>"]
+    for turns in rows:
+        assert len(learned_turns(as_examples([{"messages": turns}]), "each")) == 1
 
 
 @pytest.mark.parametrize(("turn", "problem"), [

@@ -68,7 +68,8 @@ def learned_turns(examples: Sequence[Example], turns: ChatTurns) -> list[Example
             found.append(chat)
             continue
         count = len(chat.messages)
-        ends = [i + 1 for i, (role, _) in enumerate(chat.messages) if role == "assistant"]
+        learned = [not rest or bool(json.loads(rest).get("weight", 1)) for rest in chat.more or [""] * count]
+        ends = [i + 1 for i, (role, _) in enumerate(chat.messages) if role == "assistant" and learned[i]]
         for end in ends if turns == "each" else [count]:
             found.append(replace(chat, messages=chat.messages[:end], more=chat.more[:end], last=True))
     return found
