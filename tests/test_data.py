@@ -202,6 +202,8 @@ def test_of_several_forms_the_one_with_most_keys_is_read_and_named_columns_decid
     assert read_examples([{"prompt": "p", "completion": "c"}], {"prompt": "q", "completion": "a"}, need=True)
     with pytest.raises(FinepointError, match=r"the keys \['text'\]; expected"):
         as_examples([{"text": "t"}], {"nonsense": "text"})
+    swapped = {"prompt": "completion", "completion": "prompt"}
+    assert as_examples([{"prompt": "p", "completion": "c"}], swapped) == [Completion("c", "p")]
 
 
 PREFERENCES = {

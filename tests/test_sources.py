@@ -194,6 +194,8 @@ def test_rows_that_python_holds_are_taken_where_a_file_is():
         assert read_examples(held) == read_examples(deepcopy(held)) == read_examples(pickle.loads(pickle.dumps(held)))
         assert read_examples(held) == EXPECTED
     assert read_examples(table) == EXPECTED
+    gaps = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "input": "x"}]
+    assert read_examples(type(frame)(gaps)) == [*read_examples(gaps[:1]), *read_examples(gaps[1:])]
     with pytest.raises(FinepointError, match="a DatasetDict with the keys train; give rows"):
         read_examples(datasets.DatasetDict(train=table))
     with pytest.raises(FinepointError, match="data is a int"):

@@ -291,7 +291,7 @@ def taken_for(
         lacking = next(column for column in columns.values() if column not in shape)
         raise FinepointError(f"{where}: there is no column {lacking!r}{did_you_mean(lacking, shape)}; "
                              f"there are {', '.join(shape)}")  # fmt: skip
-    keys = ({*shape} | set(columns) if there else {*shape}) - set(renamed.values())
+    keys = ({*shape} - set(renamed.values())) | set(columns) if there else {*shape}
     ranked = sorted(forms, key=lambda form: (not (there and set(form) <= set(columns)), -len(form)))
     fitting = [form for form in ranked if keys >= set(form) and (not there or set(columns) <= {*form, *OPTIONAL[form]})]
     wanted = fitting[0] if fitting else None
@@ -330,7 +330,9 @@ def _near(given: str, meant: str) -> bool:
 @lru_cache(maxsize=256)
 def _tell_ignored(origin: str, form: str, ignored: tuple[str, ...]) -> None:
     """Says once what of a file is not read."""
-    logger.info("ignoring the columns %s of %s, which is read as %s", ", ".join(ignored), origin, form)
+    logger.info(
+        "ignoring the columns %s of %s, which is read as %s", ", ".join(name or "''" for name in ignored), origin, form
+    )
 
 
 def _kind(example: Any) -> str:

@@ -303,10 +303,16 @@ def of_memory(data: Any) -> Iterable[Any]:
     if hasattr(data, "with_format") and getattr(data, "column_names", None):
         return (row for _, row in of_table("data", data))
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas
-        return data.to_dict("records")
+        return [{name: _filled(value) for name, value in row.items()} for row in data.to_dict("records")]
     if not isinstance(data, Iterable):
         raise FinepointError(f"data is a {type(data).__name__}; expected a file, a Dataset, a frame, or rows")
     return data
+
+
+def _filled(value: Any) -> Any:
+    """A cell of a data frame, None where it is one of the things that stand for nothing there."""
+    nothing = (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
+    return None if nothing else value
 
 
 class Given(str):
