@@ -82,6 +82,9 @@ def test_files_that_pages_name_exist():
     assert len(named) > 140
     missing = {found for found in named if not any(str(path).endswith(f"/{found}") for path in files)}
     assert missing == {"convert_hf_to_gguf.py"}  # llama.cpp's
+    house = ROOT / "src" / "finepoint"
+    ours = {str(path.relative_to(house)) for path in house.rglob("*.py") if path.name != "__init__.py"}
+    assert {path for path in ours if path not in named | set(re.findall(r"`(\w+\.py)`", design))} == set()
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from finepoint.data.sources import SOURCES
 from finepoint.errors import FinepointError
 from finepoint.exchange.layouts import LAYOUTS, layout_named
 from finepoint.runtime.settings import deciding, json_schema, names, sections, setting
+from finepoint.selection.rules import RULES
 from finepoint.studies.settings import CompareConfig, SequenceConfig
 from finepoint.studies.sharing import key
 from finepoint.studies.study import OWN
@@ -227,3 +228,11 @@ def test_keys_inside_of_a_studys_mappings_are_told_with_file_and_line(tmp_path, 
     with pytest.raises(FinepointError) as raised:
         parse(CompareConfig, "compare", ["--config", str(file)])
     assert f"{file}{told}" in str(raised.value)
+
+
+def test_settings_and_rules_print_small():
+    assert repr(TrainConfig(model="m", output="o", lr=0.1)) == "TrainConfig(model='m', output='o', lr=0.1)"
+    assert "rule=" in repr(AlignConfig(method="dpo", model="m", output="o", rule="gallop"))
+    lines = repr(RULES).splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(RULES)
+    assert "0x" not in repr(RULES)

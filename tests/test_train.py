@@ -370,8 +370,9 @@ def test_rounding_loses_steps_that_deltas_keep(config):
         train(replace(config, rule="random", density=None, baseline="lora", round_to="bfloat16", overwrite=True))
 
 
-def test_from_the_command_to_the_formula_are_four_files_and_eight_calls(model_folder, choice_file, tmp_path):
-    """The way that a reader takes: docs/design.md says it."""
+def test_from_run_train_to_the_formula_are_four_files_and_eight_calls(model_folder, choice_file, tmp_path):
+    """The way that a reader takes from `run_train` of cli/runs.py on, as docs/design.md says; the console script adds
+    cli/__init__.py."""
     from finepoint.tuner import autograd, tuner
 
     met = []

@@ -12,7 +12,7 @@ from finepoint.training.settings import Training
 # fmt: off
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AlignConfig(Training):
     """Align a model by preferences (DPO) or rewards (GRPO) through TRL, on chosen entries; measured on both sides."""
 

@@ -84,6 +84,15 @@ LIMITS = (
 )
 
 
+class Printed:
+    """Settings that print only what is not at its default."""
+
+    def __repr__(self) -> str:
+        given = [(known.name, getattr(self, known.name), default_of(known)) for known in fields(self)]  # type: ignore[arg-type]
+        told = [f"{name}={value!r}" for name, value, default in given if default is MISSING or value != default]
+        return f"{type(self).__name__}({', '.join(told)})"
+
+
 def refuse_out_of_range(config: Any) -> None:
     """Refuses numbers that no run could have, or that would silently mean something else.
 

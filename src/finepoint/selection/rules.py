@@ -53,6 +53,9 @@ class Rule:
     package: str = OURS
     """what it comes from: finepoint, a package with its version, or a module"""
 
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.formula} ({self.source})"
+
     @property
     def needs(self) -> tuple[str, ...]:
         """Which of `NEEDS` the function asks for."""
@@ -74,7 +77,14 @@ class Rule:
         return any(need in FROM_KEPT for need in self.needs)
 
 
-RULES: dict[str, Rule] = {}
+class _Rules(dict[str, Rule]):
+    """The rules by name; printed a line each."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.values()))
+
+
+RULES: dict[str, Rule] = _Rules()
 """The rules by name, each with its function, formula and source."""
 ALIASES = {"sparta": "random", "saft": "gradient"}
 

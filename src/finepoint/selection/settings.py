@@ -17,6 +17,7 @@ from finepoint.runtime.settings import (
     SHARE,
     ChatTurns,
     DType,
+    Printed,
     Quantise,
     TargetsOption,
     setting,
@@ -28,8 +29,8 @@ DEFAULT_RULE = "random"
 # fmt: off
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Choice(Printed):
     """Which entries of a model are chosen."""
 
     rule: str = setting(
@@ -61,7 +62,7 @@ class Choice:
         "exact (exactly so many entries) or sampled (about as many, lean SAFT)", "exact", "selection", "scoring")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SelectConfig(Choice):
     """Choose which entries to train and write them as an adapter that changes nothing yet."""
 

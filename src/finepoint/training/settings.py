@@ -14,7 +14,7 @@ Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 # fmt: off
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Training(SelectConfig):
     """What training entries by a loss, by preferences and by rewards have in common."""
 
@@ -76,7 +76,7 @@ class Training(SelectConfig):
     compact: bool = setting(COMPACT, False, section="the adapter")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TrainConfig(Training):
     """Choose entries, train them in place, save them as an adapter."""
 
