@@ -25,7 +25,7 @@ from finepoint.runtime import distributed
 from finepoint.training.callbacks import LOG, Watch, read_log
 from finepoint.training.context import TrainingContext, entries_for, training_context
 from finepoint.training.resolve import RunSpec, resolve_common
-from finepoint.training.run import Run, audit_, begun, carry_out_, claimed, saved_by, yardstick
+from finepoint.training.run import Run, audit_, baseline_method, begun, carry_out_, claimed, saved_by
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import shared_arguments
 from finepoint.tuner.audit import outcome
@@ -53,20 +53,20 @@ def align(config: AlignConfig) -> dict[str, Any]:
         rows = alignment.read(config.data, need=True)
         measured_on = name_of(config.validation or config.data)
         held_out = some(alignment.read(config.validation) if config.validation else rows, config.validation_limit)
-        place = prepare(config, alignment, rows)
-        assert place.seen is not None
-        leaked = leaks(place.seen, {Path(measured_on).name: held_out})
+        context = prepare(config, alignment, rows)
+        assert context.seen is not None
+        leaked = leaks(context.seen, {Path(measured_on).name: held_out})
         warn_of_leaks(leaked)
         make = partial(_method, spec)
         facts: dict[str, Any] = {"method": config.method, "beta": beta_of(config)}
-        with begun(spec, place, folder, saved, make, rows, config.steps or 0, **facts) as run:
-            reference = Reference(place.model, run.method.tuner.as_it_is())
-            before = alignment.measure(place.model, place.tokenizer, held_out)
+        with begun(spec, context, folder, saved, make, rows, config.steps or 0, **facts) as run:
+            reference = Reference(context.model, run.method.tuner.as_it_is())
+            before = alignment.measure(context.model, context.tokenizer, held_out)
             logger.info("before: %s", _told(before.means))
             results = _train(run, alignment, rows, reference)
             results |= run.outcome(", or no answer was worth more than another")
             run.save()  # whatever comes of the measuring
-            after = alignment.measure(place.model, place.tokenizer, held_out)
+            after = alignment.measure(context.model, context.tokenizer, held_out)
             logger.info("after: %s", _told(after.means))
             measured = {"results": {Path(measured_on).stem: after.means}}
             _, size = replace(run, facts=run.facts | measured).save()
@@ -116,14 +116,14 @@ def prepare(config: AlignConfig, alignment: Alignment, rows: list[Any]) -> Train
 
 
 def _method(
-    spec: RunSpec[AlignConfig], place: TrainingContext, head: list[str], base: Fingerprint, resumed: Path | None
+    spec: RunSpec[AlignConfig], context: TrainingContext, head: list[str], base: Fingerprint, resumed: Path | None
 ) -> tuple[Method, dict[str, Any]]:
     """What trains, and how its entries were chosen."""
     if spec.baseline:
-        return yardstick(spec, place, head)
-    indices, chosen = entries_for(spec.config, place, resumed)
-    tuner = SparseTuner(place.model, indices, audit=False, base=base)
-    audit_(spec.config, place, tuner, lambda batch: outcome(place.model(**batch)))
+        return baseline_method(spec, context, head)
+    indices, chosen = entries_for(spec.config, context, resumed)
+    tuner = SparseTuner(context.model, indices, audit=False, base=base)
+    audit_(spec.config, context, tuner, lambda batch: outcome(context.model(**batch)))
     if not spec.config.no_audit:
         tuner.check_steps()  # TRL's loss does things with the model that the audit has not seen
     return Method(tuner), chosen
@@ -131,7 +131,7 @@ def _method(
 
 def _train(run: Run[AlignConfig], alignment: Alignment, rows: list[Any], reference: Reference) -> dict[str, Any]:
     """Trains, followed by trackers; returns what the record says of it."""
-    place, spec = run.place, run.spec
+    context, spec = run.context, run.spec
     set_seed(spec.config.seed)
     with _quiet(), tracked(spec.config, run.folder, run.done()) as (tracking, followers):
         arguments = shared_arguments(spec, run.folder, run.steps) | tracking | {
@@ -139,12 +139,12 @@ def _train(run: Run[AlignConfig], alignment: Alignment, rows: list[Any], referen
             "use_cpu": on_cpu(),
             "dataloader_pin_memory": not on_cpu(),
         }  # fmt: skip
-        trainer = alignment.trainer(place.model, place.tokenizer, rows, reference, arguments)
+        trainer = alignment.trainer(context.model, context.tokenizer, rows, reference, arguments)
         trainer.method, trainer.settings = run.method, run.settings
         for follower in followers:
             trainer.add_callback(follower)
         # Answers are sampled as --temperature says: other settings, such as beams, are no part of the gradient.
-        with sampling_plainly(place.model, place.tokenizer):
+        with sampling_plainly(context.model, context.tokenizer):
             return carry_out_(run, trainer, "aligning", summed_up=False)
 
 

@@ -1,1 +1,1 @@
-"""The yardsticks: dense and low-rank fine-tuning through the same loop."""
+"""What choosing entries is compared with: dense and low-rank fine-tuning through the same loop."""

@@ -1,4 +1,4 @@
-"""DenseTuner: whole weights trained in place, as full fine-tuning does; the yardstick beside SparseTuner.
+"""DenseTuner: whole weights trained in place, as full fine-tuning does; what SparseTuner is compared with.
 
 Weights of float32 and float64 are trained themselves. Half-precision weights get float32 masters, which hang on the
 model where optimizers and gradient clipping find them: a gradient moves onto its master as soon as it is made, and the

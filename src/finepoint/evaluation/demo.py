@@ -48,19 +48,19 @@ def _run(config: DemoConfig, folder: Path) -> dict[str, Any]:
     arms = {arm: train_config(arm, config, folder) for arm in ARMS if arm != "lora" or find_spec("peft")}
     if "lora" not in arms:
         logger.warning("LoRA is left out: it needs PEFT; pip install peft")
-    place = prepare(arms["random"])
-    logger.info("model: SmolLM2-135M-Instruct in %s; training examples: %d", place.model.dtype, len(place.rows))
-    base = evaluation.scores(place.model, place.tokenizer, "base")
-    found: dict[str, Any] = {"base": base, "runs": {}, "train_examples": len(place.rows)}
+    context = prepare(arms["random"])
+    logger.info("model: SmolLM2-135M-Instruct in %s; training examples: %d", context.model.dtype, len(context.rows))
+    base = evaluation.scores(context.model, context.tokenizer, "base")
+    found: dict[str, Any] = {"base": base, "runs": {}, "train_examples": len(context.rows)}
     for arm, run in arms.items():
         logger.info("%s: %d steps at learning rate %g", arm, run.steps, run.lr)
-        record, adapter = fit(run, place)
-        scores = evaluation.compared(place.model, place.tokenizer, base, adapter, arm)
+        record, adapter = fit(run, context)
+        scores = evaluation.compared(context.model, context.tokenizer, base, adapter, arm)
         facts = ("trained", "adapter_bytes", "seconds", "train_seconds", "selection_seconds", "peak_bytes", "lr",
                  "update_norm", "changed")  # fmt: skip
         found["runs"][arm] = scores | {fact: record[fact] for fact in facts}
     found["settings"] = {"model": "smollm2", "density": ARMS["random"]["density"], "steps": config.steps,
-                         "dtype": str(place.model.dtype).removeprefix("torch."), "seed": 0}  # fmt: skip
+                         "dtype": str(context.model.dtype).removeprefix("torch."), "seed": 0}  # fmt: skip
     write_json(folder / "demo.json", found)
     return found
 

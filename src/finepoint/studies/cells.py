@@ -58,7 +58,7 @@ class WorkerState:
     """what `measure_base` found"""
     model: Any = None
     tokenizer: Any = None
-    places: dict[tuple[str, int | None], TrainingContext] = field(default_factory=dict)
+    contexts: dict[tuple[str, int | None], TrainingContext] = field(default_factory=dict)
     sets: dict[tuple[str, int | None], list[Example]] = field(default_factory=dict)
 
     @staticmethod
@@ -72,12 +72,12 @@ class WorkerState:
         model = load_model(config.model, config.dtype, quantise=config.quantise)
         return WorkerState(study, Path(config.output), model=model, tokenizer=load_tokenizer(config.model))
 
-    def place(self, config: TrainConfig, task: str) -> TrainingContext:
+    def context(self, config: TrainConfig, task: str) -> TrainingContext:
         known = (task, config.max_length)
-        if known not in self.places:
+        if known not in self.contexts:
             examples = self.examples(name_of(config.data), None)
-            self.places[known] = training_context(config, self.model, self.tokenizer, examples)
-        return self.places[known]
+            self.contexts[known] = training_context(config, self.model, self.tokenizer, examples)
+        return self.contexts[known]
 
     def examples(self, path: str, limit: int | None) -> list[Example]:
         if (path, limit) not in self.sets:
@@ -165,13 +165,13 @@ def run_cell(worker: WorkerState, cell: Cell) -> dict[str, Any]:
     started = datetime.now(UTC)
     output = worker.folder / "adapters" / cell.id
     config = train_config(worker.study, cell, str(output))
-    place = worker.place(config, cell.task)
+    context = worker.context(config, cell.task)
     selection: dict[str, Any] = {}
     chosen_in = None
     if config.baseline is None:
-        chosen_in, selection = shared_selection(config, place, worker.folder)
+        chosen_in, selection = shared_selection(config, context, worker.folder)
         config = replace(config, indices=str(chosen_in))
-    record, adapter = fit(config, place)
+    record, adapter = fit(config, context)
     found = measured(worker, cell.task, adapter)
     arm = worker.study.arm(cell.arm)
     log = read_log(output / LOG)

@@ -88,10 +88,10 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
         (folder / RECORD).unlink(missing_ok=True)
     elif (folder / RECORD).is_file():
         raise FinepointError(f"the search in {folder} is done; its losses are in {folder / RECORD}")
-    place = prepare(config)
-    judged = _judged_rows(config, place)
-    _refuse_other_search(config, place, folder / "search")
-    steps = steps_of(config, sum(learned(row) > 0 for row in place.rows))
+    context = prepare(config)
+    judged = _judged_rows(config, context)
+    _refuse_other_search(config, context, folder / "search")
+    steps = steps_of(config, sum(learned(row) > 0 for row in context.rows))
     lrs = (config.lr,) if config.lr else GRADIENT_RATES if rule_named(config.rule).needs_data else BLIND_RATES
     pairs = [(density, lr) for density in DENSITIES for lr in lrs]
     found: list[dict[str, Any]] = []
@@ -102,7 +102,7 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
         looks = config.eval_every if share == 1 else max(1, length // 2)
         trials = [Trial(density, lr, length) for density, lr in pairs]
         settings = replace(config, eval_every=looks)
-        rung = [_run(settings, place, judged, trial, folder / "search") for trial in trials]
+        rung = [_run(settings, context, judged, trial, folder / "search") for trial in trials]
         found += rung
         if share < 1:
             _forget_adapters(folder / "search")
@@ -113,14 +113,14 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
     search = [{name: trial[name] for name in trial if name != "losses"} for trial in found]
     record = read_record(best_run / RECORD) | {"search": search}
     _move_up(best_run, folder)
-    if place.seen:
-        place.seen.save(folder)
+    if context.seen:
+        context.seen.save(folder)
     write_record(folder / RECORD, record)  # says that the search is done
     _tidy(folder / "search")
     return record
 
 
-def _refuse_other_search(config: TrainConfig, place: TrainingContext, search: Path) -> None:
+def _refuse_other_search(config: TrainConfig, context: TrainingContext, search: Path) -> None:
     """Records the settings of a search; resuming it needs the same ones, otherwise its trials are not comparable.
 
     Raises:
@@ -128,7 +128,7 @@ def _refuse_other_search(config: TrainConfig, place: TrainingContext, search: Pa
     """
     validation = some(read_examples(config.validation, config.columns), config.validation_limit)
     files = [Path(folder) / TENSORS for folder in config.exclude]
-    settings = decisive(config, place.rows, fingerprint(contents_of(place.model))) | {
+    settings = decisive(config, context.rows, fingerprint(contents_of(context.model))) | {
         **deciding(config, "length", files=False), "validation examples": digest_of(validation),
         "entries excluded": [digest(file) if file.is_file() else str(file) for file in files],  # or a hub's
     }  # fmt: skip
@@ -139,8 +139,8 @@ def _refuse_other_search(config: TrainConfig, place: TrainingContext, search: Pa
         logger.warning("the search in %s was begun by an earlier finepoint, which did not write down its settings: "
                        "give the same ones", search)  # fmt: skip
     write_record(file, settings)
-    if place.seen:
-        warn_of_leaks(leaks(place.seen, {"validation": validation}))
+    if context.seen:
+        warn_of_leaks(leaks(context.seen, {"validation": validation}))
 
 
 def _move_up(source: Path, folder: Path) -> None:
@@ -196,7 +196,9 @@ def _as_good(losses: Sequence[float], lowest: Sequence[float]) -> bool:
     return bool(above.mean() <= (above.std(ddof=1) / len(above) ** 0.5 if len(above) > 1 else 0.0))
 
 
-def _run(config: TrainConfig, place: TrainingContext, judged: list[Row], trial: Trial, folder: Path) -> dict[str, Any]:
+def _run(
+    config: TrainConfig, context: TrainingContext, judged: list[Row], trial: Trial, folder: Path
+) -> dict[str, Any]:
     """One trial: its settings, its losses, and its over-fitting: how far the last validation loss lies above the best.
 
     A trial that diverges has an error instead.
@@ -206,34 +208,34 @@ def _run(config: TrainConfig, place: TrainingContext, judged: list[Row], trial: 
         return done
     settings = replace(config, density=trial.density, lr=trial.lr, steps=trial.steps, keep="best", save_every=None,
                        resume=False, overwrite=True, output=str(folder / trial.id))  # fmt: skip
-    indices, _ = shared_selection(settings, place, folder)
+    indices, _ = shared_selection(settings, context, folder)
     try:
-        record, adapter = fit(replace(settings, indices=str(indices)), place)
+        record, adapter = fit(replace(settings, indices=str(indices)), context)
     except TrainingFailedError as error:  # not a full disk, after which the trial is to be tried again
         found = asdict(trial) | dict.fromkeys((*KEPT_FACTS, "kl")) | {"error": str(error)}
     else:
         overfit = record["last_validation_loss"] - record["validation_loss"]
         found = asdict(trial) | {name: record[name] for name in KEPT_FACTS} | {"overfit": overfit}
-        found |= _judged(place, judged, adapter)
+        found |= _judged(context, judged, adapter)
     logger.info("density %g, lr %g, %d steps: validation loss %s, KL on prompts %s", trial.density, trial.lr,
                 trial.steps, found["validation_loss"], found["kl"])  # fmt: skip
     write_json(path, found)
     return found
 
 
-def _judged_rows(config: TrainConfig, place: TrainingContext) -> list[Row]:
+def _judged_rows(config: TrainConfig, context: TrainingContext) -> list[Row]:
     """The ends of some validation examples; none of a classifier, which has no prompts whose predictions could stay."""
-    given = rows_of(config, place, config.validation, "validation example", config.validation_limit) or []
+    given = rows_of(config, context, config.validation, "validation example", config.validation_limit) or []
     ends = [Row(row.ids[-WINDOW:], row.labels[-WINDOW:]) for row in given if isinstance(row.labels, list)]
     return scoring_rows(ends, JUDGED, config.seed)
 
 
-def _judged(place: TrainingContext, rows: list[Row], adapter: SparseAdapter) -> dict[str, Any]:
+def _judged(context: TrainingContext, rows: list[Row], adapter: SparseAdapter) -> dict[str, Any]:
     """`losses` of these examples under a trial's adapter, and `kl` to the base on their prompts.
 
     Without examples, or where texts are learned from their first token, `kl` is None.
     """
     if not rows:
         return {"losses": [], "kl": None}
-    losses, kl = learned_and_disturbed(place.model, place.collator, rows, adapter)
+    losses, kl = learned_and_disturbed(context.model, context.collator, rows, adapter)
     return {"losses": losses.tolist(), "kl": kl}

@@ -24,7 +24,7 @@ from finepoint.training.settings import TrainConfig
 from finepoint.tuner.tuner import SparseTuner
 
 
-def shared_selection(config: TrainConfig, place: TrainingContext, folder: Path) -> tuple[Path, dict[str, Any]]:
+def shared_selection(config: TrainConfig, context: TrainingContext, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The folder of a selection that any cell may use as `indices`, and what it took: `seconds`, `statistics`.
 
     Made by whoever comes first; others wait for it. `seconds` counts the gradients as if they had been made for this
@@ -33,11 +33,11 @@ def shared_selection(config: TrainConfig, place: TrainingContext, folder: Path) 
     made = folder / "selections" / key(config, "statistics", "selection")
     with alone(made):
         if not (made / "selection.json").is_file():
-            _select(config, place, made, folder / "statistics")
+            _select(config, context, made, folder / "statistics")
     return made, read_record(made / "selection.json")
 
 
-def _select(config: TrainConfig, place: TrainingContext, made: Path, store: Path) -> None:
+def _select(config: TrainConfig, context: TrainingContext, made: Path, store: Path) -> None:
     needs = [need for need in STATISTICS if need in rule_named(config.rule).needs]
     # What a warm-up finds depends on the rule's options, too.
     options = config.rule_options if {"movement", "change"} & set(needs) else None
@@ -55,11 +55,11 @@ def _select(config: TrainConfig, place: TrainingContext, made: Path, store: Path
             yield path.stem, Statistics(**_read(path))
 
     started = time.perf_counter()
-    selection = select_for(config, place, stream if needs else stream_statistics)
+    selection = select_for(config, context, stream if needs else stream_statistics)
     seconds = time.perf_counter() - started + spent
-    with SparseTuner(place.model, selection, audit=False) as tuner:
+    with SparseTuner(context.model, selection, audit=False) as tuner:
         facts = {name: value for name, value in selection.statistics.items() if name != "weights"}
-        head = new_head(place.model) if place.labels else []
+        head = new_head(context.model) if context.labels else []
         write(tuner.adapter("delta", head, {"rule": selection.rule, "selection": facts}), made)
     write_record(made / "selection.json", {"seconds": round(seconds, 2), "statistics": selection.statistics})
 

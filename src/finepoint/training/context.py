@@ -101,12 +101,12 @@ def prepare(config: SelectConfig) -> TrainingContext:
         distributed.check_alike("the base model", [json.dumps(fingerprint(contents_of(model)).as_json()).encode()])
     if wanted():
         shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
-    place = training_context(config, model, tokenizer, examples, labels)
-    place = replace(place, sources=[part.told() for part in parts])
-    if labels and not place.collator.positions and not counts_from_zero(model, place.rows[0].ids):
+    context = training_context(config, model, tokenizer, examples, labels)
+    context = replace(context, sources=[part.told() for part in parts])
+    if labels and not context.collator.positions and not counts_from_zero(model, context.rows[0].ids):
         raise FinepointError(f"{type(model).__name__} numbers its positions by the padding token, and such encoders "
                              "are trained in Python alone; use finepoint.sparsify, or another encoder")  # fmt: skip
-    return place
+    return context
 
 
 def training_context(
@@ -150,7 +150,7 @@ def shard_(model: Any, device: str) -> None:
 
 def select_for(
     config: SelectConfig,
-    place: TrainingContext,
+    context: TrainingContext,
     stream: Callable[..., Any] = stream_statistics,
     taken: Sequence[Mapping[str, Tensor]] = (),
     plan: Sequence[Budget] | None = None,
@@ -165,25 +165,25 @@ def select_for(
     rule = rule_named(config.rule)
     batches: list[dict[str, Any]] = []
     if rule.needs_data:
-        if not place.rows:
+        if not context.rows:
             raise FinepointError(f"rule {rule.name!r} scores by examples and needs some; give --data FILE.jsonl")
-        batches = batches_of(config, place, scoring_rows(place.rows, config.scoring_examples, config.seed))
+        batches = batches_of(config, context, scoring_rows(context.rows, config.scoring_examples, config.seed))
     kept: list[dict[str, Any]] = []
     if rule.needs_kept:
-        kept_here, _ = apart(config, list(place.kept) or kept_rows(config, place))
-        kept = batches_of(config, place, rows_to_read(kept_here, place.tokenizer, config.protect_read))
+        kept_here, _ = apart(config, list(context.kept) or kept_rows(config, context))
+        kept = batches_of(config, context, rows_to_read(kept_here, context.tokenizer, config.protect_read))
     # What is trained whole, a new classification head, takes no part.
-    head = new_head(place.model) if place.labels else []
-    whole = {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
+    head = new_head(context.model) if context.labels else []
+    whole = {name: torch.arange(context.model.get_parameter(name).numel()) for name in head}
     return select(
-        place.model,
+        context.model,
         batches,
         rule=config.rule,
         density=config.density,
         count=config.count,
         scope=config.scope,
         targets=config.targets,
-        exclude=[*(excluded(folder, place.model) for folder in config.exclude), *taken, whole],
+        exclude=[*(excluded(folder, context.model) for folder in config.exclude), *taken, whole],
         seed=config.seed,
         scoring_memory=config.scoring_memory,
         threshold=config.threshold,
@@ -197,7 +197,7 @@ def select_for(
     )
 
 
-def kept_rows(config: SelectConfig, place: TrainingContext) -> list[Row]:
+def kept_rows(config: SelectConfig, context: TrainingContext) -> list[Row]:
     """The examples of `--protect` in tokens, so many of them and always the same; none where it is not given.
 
     Raises:
@@ -206,9 +206,9 @@ def kept_rows(config: SelectConfig, place: TrainingContext) -> list[Row]:
     if config.protect is None:
         return []
     examples = examples_to_keep(config.protect, config.protect_examples)
-    if place.labels:
+    if context.labels:
         raise FinepointError(CLASSIFIERS)
-    return rows_to_keep(examples, place.model, place.tokenizer, config.protect, config.max_length)
+    return rows_to_keep(examples, context.model, context.tokenizer, config.protect, config.max_length)
 
 
 def rows_to_read(rows: Sequence[Row], tokenizer: Any, amount: int) -> list[Row]:
@@ -257,7 +257,7 @@ def rows_to_keep(
 
 
 def entries_for(
-    config: Training, place: TrainingContext, resumed: Path | None
+    config: Training, context: TrainingContext, resumed: Path | None
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """The entries to train: of the resumed run, as given by --indices, or chosen; and how they were chosen.
 
@@ -266,14 +266,14 @@ def entries_for(
     """
     source = resumed or (Path(config.indices) if config.indices else None)
     if source is None:
-        selection = select_for(config, place)
+        selection = select_for(config, context)
         return selection, told_of(selection, config)
     adapter = SparseAdapter.load(source) if resumed is None else SparseAdapter.read(source)
-    if problems := adapter.problems(place.model):
+    if problems := adapter.problems(context.model):
         reason = problems[0].removesuffix(f"; {ANY_BASE}")  # which is of no use to training
         raise FinepointError(f"the indices in {source} do not fit this model: {reason}")
     if resumed is None:
-        refuse_excluded(adapter, [excluded(folder, place.model) for folder in config.exclude], place.model)
+        refuse_excluded(adapter, [excluded(folder, context.model) for folder in config.exclude], context.model)
     told = {key: value for key, value in adapter.info.items() if key in ("rule", "density", "scope", "selection")}
     return {name: adapter[name] for name in adapter}, told
 
@@ -284,7 +284,7 @@ def told_of(selection: Selection, config: SelectConfig) -> dict[str, Any]:
     return {"rule": selection.rule, "density": found.get("density"), "scope": config.scope, "selection": found}
 
 
-def described(config: SelectConfig, place: TrainingContext, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def described(config: SelectConfig, context: TrainingContext, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """What an adapter says of itself.
 
     Args:
@@ -292,9 +292,9 @@ def described(config: SelectConfig, place: TrainingContext, chosen: Mapping[str,
     """
     return {
         "base_model": config.model,
-        "task": "classification" if place.labels else "causal",
-        "labels": place.labels,
-        **({"form": place.form} if place.form else {}),
+        "task": "classification" if context.labels else "causal",
+        "labels": context.labels,
+        **({"form": context.form} if context.form else {}),
         "targets": config.targets,
         "seed": config.seed,
         "data": config.data,
@@ -319,11 +319,11 @@ def choose(config: SelectConfig) -> Selection:
     distributed.join()
     with ExitStack() as claims:
         folder = distributed.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))
-        place = prepare(config)
-        selection = select_for(config, place)
-        with SparseTuner(place.model, selection, audit=False) as tuner:
-            head = new_head(place.model) if place.labels else []
-            adapter = tuner.adapter(full=head, info=described(config, place, told_of(selection, config)))
+        context = prepare(config)
+        selection = select_for(config, context)
+        with SparseTuner(context.model, selection, audit=False) as tuner:
+            head = new_head(context.model) if context.labels else []
+            adapter = tuner.adapter(full=head, info=described(config, context, told_of(selection, config)))
         distributed.on_first(partial(_write_selection, folder, adapter, config, selection))
     return selection
 
@@ -355,38 +355,38 @@ def scoring_rows(rows: Sequence[Row], amount: float, seed: int) -> list[Row]:
     return sorted(random.Random(seed).sample(rows, size), key=lambda row: len(row.ids))
 
 
-def batches_of(config: SelectConfig, place: TrainingContext, rows: list[Row]) -> list[dict[str, Any]]:
-    return place.collator.batches(rows, config.batch_size)
+def batches_of(config: SelectConfig, context: TrainingContext, rows: list[Row]) -> list[dict[str, Any]]:
+    return context.collator.batches(rows, config.batch_size)
 
 
 def rows_of(
-    config: TrainConfig, place: TrainingContext, file: Any, what: str, most: int | None = None
+    config: TrainConfig, context: TrainingContext, file: Any, what: str, most: int | None = None
 ) -> list[Row] | None:
     """The examples of a further file, as the model takes them."""
     if file is None:
         return None
-    limit = context_length(place.model, config.max_length)
+    limit = context_length(context.model, config.max_length)
     examples = some(read_examples(file, config.columns), most)
-    refuse_other_task(name_of(file), examples, place.labels)
-    return encode_all(place.tokenizer, examples, limit, place.labels, what, place.model)
+    refuse_other_task(name_of(file), examples, context.labels)
+    return encode_all(context.tokenizer, examples, limit, context.labels, what, context.model)
 
 
-def packer_for(place: TrainingContext) -> Packer:
+def packer_for(context: TrainingContext) -> Packer:
     """The packer for a model that is known to keep the examples of a row apart.
 
     Raises:
         FinepointError: a classifier, or a model that takes no `position_ids` or sees through the boundaries.
     """
-    if place.labels:
+    if context.labels:
         raise FinepointError("packing is for examples that are learned token by token, and these have class labels; "
                              "train without --packing")  # fmt: skip
-    name = type(place.model).__name__
-    if not place.collator.positions:
+    name = type(context.model).__name__
+    if not context.collator.positions:
         raise FinepointError(f"packing tells examples apart by position_ids, which {name} does not take; "
                              "train without --packing")  # fmt: skip
-    attention = place.model.config._attn_implementation
-    longest = max((len(row.ids) for row in place.rows), default=5)
-    if attention not in PACKABLE or place.collator.side == "none" or not keeps_apart(place.model, longest):
+    attention = context.model.config._attn_implementation
+    longest = max((len(row.ids) for row in context.rows), default=5)
+    if attention not in PACKABLE or context.collator.side == "none" or not keeps_apart(context.model, longest):
         raise FinepointError(f"in {name} with {attention} attention the examples packed in a row are not kept apart; "
                              f"train without --packing, or load it with {' or '.join(PACKABLE)} attention")  # fmt: skip
-    return Packer(place.collator, place.model.get_input_embeddings().embedding_dim)
+    return Packer(context.collator, context.model.get_input_embeddings().embedding_dim)

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class Protected:
     """What a protection is made of; the tuner has not moved yet."""
 
-    place: TrainingContext
+    context: TrainingContext
     tuner: Tuner
     head: Sequence[str]
     """weights of a new classification head, which has no base"""
@@ -55,8 +55,8 @@ class Protected:
 
     def batches(self, rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
         """Rows as batches, on the model's device."""
-        device = next(self.place.model.parameters()).device
-        return [on_device(batch, device) for batch in self.place.collator.batches(rows, size)]
+        device = next(self.context.model.parameters()).device
+        return [on_device(batch, device) for batch in self.context.collator.batches(rows, size)]
 
 
 Make = Callable[[Protected], Penalty]
@@ -98,7 +98,7 @@ def protection(formula: str, source: str, strength: float, **more: Any) -> Calla
 @protection("(strength/2) sum F (w - w0)^2, F a token, of labels that the model draws", "EWC, arXiv:1612.00796", 1000.0,
             weights=True, few=True)  # fmt: skip
 def anchor(given: Protected) -> Penalty:
-    return _anchored(given, given.seed, rows_to_read(given.rows, given.place.tokenizer, given.texts_read))
+    return _anchored(given, given.seed, rows_to_read(given.rows, given.context.tokenizer, given.texts_read))
 
 
 @protection("(strength/2) sum F (w - w0)^2, F a text, of its own labels, as baseline ewc", "EWC, arXiv:1612.00796",
@@ -108,11 +108,11 @@ def empirical(given: Protected) -> Penalty:
 
 
 def _anchored(given: Protected, seed: int | None, rows: Sequence[Row]) -> Anchor:
-    tuner, place = given.tuner, given.place
+    tuner, context = given.tuner, given.context
 
     def measure() -> dict[str, Tensor]:
         with at_base(tuner):
-            fisher = fisher_at(tuner, place.model, place.collator.batches(rows, 1), seed)
+            fisher = fisher_at(tuner, context.model, context.collator.batches(rows, 1), seed)
         return {name: found for name, found in fisher.items() if name not in given.head}
 
     return Anchor(tuner.trained, {} if given.moving else measure(), given.strength, _start(tuner), measure)
@@ -128,7 +128,7 @@ def l2(given: Protected) -> Penalty:
 @protection("strength x KL(base || model) on some of the texts at each step", "distillation, arXiv:1606.09282", 1.0,
             beside=True)  # fmt: skip
 def kl(given: Protected) -> Penalty:
-    model = given.place.model
+    model = given.context.model
     if (head := plain_head(model)) is None:
         raise FinepointError(f"{type(model).__name__} changes its head's logits, which would have to be kept for every "
                              "token; give --protect-by anchor or replay")  # fmt: skip
@@ -145,7 +145,7 @@ def kl(given: Protected) -> Penalty:
 @protection("strength x the loss of some of the texts at each step", "experience replay, arXiv:1811.11682", 1.0,
             beside=True)  # fmt: skip
 def replay(given: Protected) -> Penalty:
-    return Beside(given, lambda batch, places, labels: completion_loss(given.place.model, batch, labels))
+    return Beside(given, lambda batch, places, labels: completion_loss(given.context.model, batch, labels))
 
 
 def protection_named(name: str) -> Protection:
@@ -296,7 +296,7 @@ class Beside:
         return [orders[place // texts][place % texts] for place in wanted]
 
     def add_(self, step: int) -> None:
-        model, places = self.given.place.model, self.places(step)
+        model, places = self.given.context.model, self.places(step)
         batches = self.given.batches([self.given.rows[place] for place in places], len(places))
         labels = sum(map(label_count, batches))
         size = len(places) // len(batches)  # all at once, or one by one

@@ -103,12 +103,12 @@ class Refresh:
     """
 
     def __init__(
-        self, config: TrainConfig, place: TrainingContext, tuner: SparseTuner, head: Sequence[str], steps: int
+        self, config: TrainConfig, context: TrainingContext, tuner: SparseTuner, head: Sequence[str], steps: int
     ) -> None:
         assert config.refresh is not None
         self.schedule = schedule_of(config.refresh)
         self.config = config
-        self.place = place
+        self.context = context
         self.tuner = tuner
         self.head = {name: tuner.entries[name].indices.cpu().long() for name in head}
         if config.indices and config.structure == "entry" and not isinstance(config.targets, dict):
@@ -135,7 +135,7 @@ class Refresh:
 
     def _chosen(self, done: int) -> Mapping[str, Tensor]:
         """The entries that the run's rule chooses now."""
-        return select_for(self._now(done), self.place)
+        return select_for(self._now(done), self.context)
 
     def _replaced(self, done: int, steps: int) -> Mapping[str, Tensor]:
         """The entries with a share of them, those that moved least, replaced by those with the largest gradient.
@@ -143,7 +143,7 @@ class Refresh:
         As RigL (arXiv:1911.11134) and SpIEL (arXiv:2401.16405) do: what is dropped competes with all that is not
         trained, and stays if its gradient is large enough.
         """
-        model, targets = self.place.model, self.config.targets
+        model, targets = self.context.model, self.config.targets
         among = target_weights(model, targets)
         names = [name for name in among if name not in self.head]
         left = {name: entries.indices.cpu().long() for name, entries in self.tuner.entries.items()
@@ -160,5 +160,5 @@ class Refresh:
         if not any(budget.k for budget in plan):
             return left
         by_gradient = replace(self._now(done), rule="gradient", rule_options={}, density=None, count=None)
-        grown = select_for(by_gradient, self.place, taken=[left], plan=plan)
+        grown = select_for(by_gradient, self.context, taken=[left], plan=plan)
         return left | {name: torch.cat([left[name], grown[name]]).sort().values for name in grown}

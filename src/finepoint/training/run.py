@@ -81,7 +81,7 @@ class Run(Generic[Told]):
     """A run under way: what its adapter is made of and where it goes."""
 
     spec: RunSpec[Told]
-    place: TrainingContext
+    context: TrainingContext
     folder: Path
     method: Method
     head: list[str]
@@ -130,8 +130,8 @@ class Run(Generic[Told]):
     def _write(self, adapter: SparseAdapter, place: Path) -> int:
         written = self.method.tuner.save(place, adapter, self.spec.config.compact)
         forget_others(place, written)
-        if self.keeps and self.place.seen and place == self.folder:  # for `finepoint eval`
-            self.place.seen.save(place)
+        if self.keeps and self.context.seen and place == self.folder:  # for `finepoint eval`
+            self.context.seen.save(place)
         return sum(file.stat().st_size for file in written)
 
     def outcome(self, why: str = "") -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Run(Generic[Told]):
                                       "last")  # fmt: skip
         if not changed:
             raise TrainingFailedError(f"training changed none of the {tuner.count} chosen weights: every update was "
-                                      f"lost to rounding in {self.place.model.dtype}{why}; give a larger --lr than "
+                                      f"lost to rounding in {self.context.model.dtype}{why}; give a larger --lr than "
                                       f"{self.spec.lr}")  # fmt: skip
         return {"trained": tuner.count, "peak_bytes": peak, "changed": changed, "update_norm": norm, **facts}
 
@@ -163,7 +163,7 @@ class Run(Generic[Told]):
             "lr": self.spec.lr,
             "selection": self.chosen.get("selection", {}),
             **found,
-            **({"sources": list(self.place.sources)} if self.place.sources else {}),
+            **({"sources": list(self.context.sources)} if self.context.sources else {}),
             "config": asdict(self.spec.config),
             "versions": versions(),
         }
@@ -222,16 +222,16 @@ def _fit(
     spec = resolve(config)
     with claimed(config, keeps) as folder:
         saved = saved_by(config, folder)
-        place = context or prepare(config)
-        validation = rows_of(config, place, config.validation, "validation example", config.validation_limit)
-        leaked = _leaks(config, place, keeps)
-        packer = packer_for(place) if config.packing else None
-        rows = [row for row in place.rows if learned(row)]
+        context = context or prepare(config)
+        validation = rows_of(config, context, config.validation, "validation example", config.validation_limit)
+        leaked = _leaks(config, context, keeps)
+        packer = packer_for(context) if config.packing else None
+        rows = [row for row in context.rows if learned(row)]
         steps = steps_of(config, len(rows))
         make, facts = partial(_method, spec, steps), _unusual(config)
         if keeps and not spec.baseline and (told := slow(spec.lr, rate_of(config), f"those of rule {config.rule}")):
             logger.warning(told)
-        with begun(spec, place, folder, saved, make, rows, steps, keeps, earlier, **facts) as run:
+        with begun(spec, context, folder, saved, make, rows, steps, keeps, earlier, **facts) as run:
             if start:
                 run.method.tuner.start_from_(start)
             results = _train_by_loss(run, rows, validation, packer)
@@ -273,7 +273,7 @@ def saved_by(config: Training, folder: Path) -> list[str]:
 
 @contextmanager
 def begun(
-    spec: RunSpec[Told], place: TrainingContext, folder: Path, saved: Sequence[str],
+    spec: RunSpec[Told], context: TrainingContext, folder: Path, saved: Sequence[str],
     make: Make, rows: Sequence[Any], steps: int, keeps: bool = True, earlier: EarlierTasks | None = None, **facts: Any,
 ) -> Iterator[Run[Told]]:  # fmt: skip
     """A run that is ready to train; afterwards the model is the base again, bit for bit.
@@ -289,25 +289,25 @@ def begun(
     config = spec.config
     reset_peak()
     began = time.perf_counter()
-    head = new_head(place.model) if place.labels else []
-    base = base_beneath(place.model).without(head)  # of a sequence the earlier tasks' adapters are applied
+    head = new_head(context.model) if context.labels else []
+    base = base_beneath(context.model).without(head)  # of a sequence the earlier tasks' adapters are applied
     if saved:
         distributed.on_first(partial(refuse_other_base, saved[0], base))
-    place = replace(place, kept=kept_rows(config, place))
-    settings = decisive(config, [*rows, *place.kept], base) | ({EARLIER: earlier.facts()} if earlier else {})
+    context = replace(context, kept=kept_rows(config, context))
+    settings = decisive(config, [*rows, *context.kept], base) | ({EARLIER: earlier.facts()} if earlier else {})
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
-    method, chosen = make(place, head, base, folder if saved else None)
+    method, chosen = make(context, head, base, folder if saved else None)
     try:
         if spec.protection:
-            method = held(spec, place, method, head)
+            method = held(spec, context, method, head)
         if earlier:
-            method = replace(method, anchors=earlier.anchors(method, place.collator, folder))
+            method = replace(method, anchors=earlier.anchors(method, context.collator, folder))
             facts |= {EARLIER: earlier.facts()}
         prepared = time.perf_counter() - began
         what = f"numbers to train, {config.baseline} prepared" if config.baseline else "entries chosen"
         logger.info("%d %s in %.1f s", method.tuner.count, what, prepared)
-        facts |= described(config, place, chosen) | _particulars(spec)
-        run = Run(spec, place, folder, method, head, base, steps, facts, chosen, settings, checkpoint, keeps, began,
+        facts |= described(config, context, chosen) | _particulars(spec)
+        run = Run(spec, context, folder, method, head, base, steps, facts, chosen, settings, checkpoint, keeps, began,
                   prepared)  # fmt: skip
         if not saved:
             distributed.on_first(partial(forget_earlier_run, folder))
@@ -385,14 +385,14 @@ def _train_by_loss(
     run: Run[TrainConfig], rows: list[Row], validation: list[Row] | None, packer: Packer | None
 ) -> dict[str, Any]:
     """Trains on examples, followed by trackers; returns what the record says of it."""
-    config, place, folder = run.spec.config, run.place, run.folder
+    config, context, folder = run.spec.config, run.context, run.folder
     best = folder / BEST if config.keep == "best" else None
     with tracked(config, folder, run.done()) as (tracking, followers):
         arguments = _arguments(run, tracking)
         set_seed(config.seed)
         trainer = SparseTrainer(
             run.method, packer, run.settings, args=arguments, train_dataset=rows, eval_dataset=validation,
-            data_collator=place.collator, callbacks=followers, measure=loss_named(config.loss).measure,
+            data_collator=context.collator, callbacks=followers, measure=loss_named(config.loss).measure,
         )  # fmt: skip
         results = carry_out_(run, trainer, "training", best, config.patience)
     if best:
@@ -400,7 +400,7 @@ def _train_by_loss(
             raise FinepointError("the best evaluation lies before the checkpoint, and that run did not keep it; "
                                  "train afresh, or go on with --keep last")  # fmt: skip
         trainer.restore_(best)
-    place.model.eval()
+    context.model.eval()
     losses = validation_losses(trainer.state)
     step, lowest = min(losses, key=lambda found: found[1], default=(None, None))
     last = losses[-1][1] if losses else None
@@ -414,18 +414,18 @@ def _train_by_loss(
     return results | ({"refreshes": refreshes(trainer.state)} if config.refresh else {})
 
 
-def _leaks(config: TrainConfig, place: TrainingContext, alone: bool) -> dict[str, dict[str, int]]:
+def _leaks(config: TrainConfig, context: TrainingContext, alone: bool) -> dict[str, dict[str, int]]:
     """How many training examples are among the validation examples, where there are any.
 
     Args:
         alone: the run is not part of a study (a study warns once for all its runs).
     """
-    if not place.seen:
+    if not context.seen:
         return {}
     validation = (
         some(read_examples(config.validation, config.columns), config.validation_limit) if config.validation else []
     )
-    found = leaks(place.seen, {"validation": validation})
+    found = leaks(context.seen, {"validation": validation})
     if alone and distributed.is_first():
         warn_of_leaks(found)
     return found
@@ -438,28 +438,28 @@ def versions() -> dict[str, str]:
 
 
 def _method(
-    spec: RunSpec[TrainConfig], steps: int, place: TrainingContext,
+    spec: RunSpec[TrainConfig], steps: int, context: TrainingContext,
     head: list[str], base: Fingerprint, resumed: Path | None,
 ) -> tuple[Method, dict[str, Any]]:  # fmt: skip
     """What trains, as the configuration says, and how its entries were chosen."""
     config = spec.config
-    refuse_unweighable(place.model, config.loss, place.labels)
+    refuse_unweighable(context.model, config.loss, context.labels)
     if spec.baseline:
-        rows = rows_of(config, place, config.fisher_data, "Fisher example")
-        fisher = batches_of(config, place, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
-        method, chosen = yardstick(spec, place, head, fisher)
+        rows = rows_of(config, context, config.fisher_data, "Fisher example")
+        fisher = batches_of(config, context, scoring_rows(rows, config.scoring_examples, config.seed)) if rows else []
+        method, chosen = baseline_method(spec, context, head, fisher)
     else:
         # In one order whatever is chosen first, so that a resumed run meets its optimizer's state.
-        ready = refreshable(place.model, config.targets) if config.refresh else {}
+        ready = refreshable(context.model, config.targets) if config.refresh else {}
         # With --refresh a checkpoint knows its entries itself; what is given tells how many they are.
-        indices, chosen = entries_for(config, place, None if config.refresh and config.indices else resumed)
-        indices = dict(indices) | {name: torch.arange(place.model.get_parameter(name).numel()) for name in head}
-        tuner = SparseTuner(place.model, indices, ready, audit=False, base=base)
-        audit_(config, place, tuner, partial(completion_loss, place.model))
+        indices, chosen = entries_for(config, context, None if config.refresh and config.indices else resumed)
+        indices = dict(indices) | {name: torch.arange(context.model.get_parameter(name).numel()) for name in head}
+        tuner = SparseTuner(context.model, indices, ready, audit=False, base=base)
+        audit_(config, context, tuner, partial(completion_loss, context.model))
         method = Method(tuner)
         if config.refresh:
             optimizer = PerEntryAdamW(tuner.parameters(), spec.lr, weight_decay=config.weight_decay)
-            refresh = Refresh(config, place, tuner, head, steps).choose_
+            refresh = Refresh(config, context, tuner, head, steps).choose_
             method = replace(method, optimizer=optimizer, refresh=refresh)
     if config.ema is not None:
         method = replace(method, average=Average(method.tuner, config.ema))
@@ -468,34 +468,36 @@ def _method(
     return method, chosen
 
 
-def held(spec: RunSpec[Any], place: TrainingContext, method: Method, head: list[str]) -> Method:
+def held(spec: RunSpec[Any], context: TrainingContext, method: Method, head: list[str]) -> Method:
     """The method, held to its base as the run is told to; what is trained has not moved yet."""
     config, protection, most = spec.config, spec.protection, getattr(spec.config, "disturb_at_most", None)
     assert protection is not None
-    kept, measured = apart(config, list(place.kept))
-    given = Protected(place, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
+    kept, measured = apart(config, list(context.kept))
+    given = Protected(context, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
                       config.protect_read, moving=method.refresh is not None)  # fmt: skip
     method = replace(method, penalty=protection.make(given))
     if most is None:
         return method
-    return replace(method, holding=Holding(most, method, place.collator, measured, config.schedule != "constant"))
+    return replace(method, holding=Holding(most, method, context.collator, measured, config.schedule != "constant"))
 
 
-def yardstick(
-    spec: RunSpec[Any], place: TrainingContext, head: list[str], fisher: Sequence[Batch] = ()
+def baseline_method(
+    spec: RunSpec[Any], context: TrainingContext, head: list[str], fisher: Sequence[Batch] = ()
 ) -> tuple[Method, dict[str, Any]]:
     """What a baseline trains, and how its entries were chosen, if it has any."""
     config, baseline = spec.config, spec.baseline
     assert baseline is not None
-    indices, chosen = entries_for(config, place, None) if baseline.chooses else ({}, {})
-    context = BaselineContext(
-        place.model, head, spec.options, config.targets, config.seed, spec.lr, config.weight_decay, fisher,
+    indices, chosen = entries_for(config, context, None) if baseline.chooses else ({}, {})
+    given = BaselineContext(
+        context.model, head, spec.options, config.targets, config.seed, spec.lr, config.weight_decay, fisher,
         config.scoring_memory, indices, audit=not config.no_audit,
     )  # fmt: skip
-    return baseline.make(context), chosen
+    return baseline.make(given), chosen
 
 
-def audit_(config: Training, place: TrainingContext, tuner: SparseTuner, loss: Callable[[Any], Tensor | None]) -> None:
+def audit_(
+    config: Training, context: TrainingContext, tuner: SparseTuner, loss: Callable[[Any], Tensor | None]
+) -> None:
     """Tries the gradients of the chosen entries on the longest example and others, unless told not to.
 
     Args:
@@ -504,11 +506,11 @@ def audit_(config: Training, place: TrainingContext, tuner: SparseTuner, loss: C
     if config.no_audit:
         return
     if config.gradient_checkpointing:  # as the Trainer will
-        getattr(place.model, f"{CHECKPOINTING}_enable")()
-    rows = [row for row in place.rows if learned(row)]
+        getattr(context.model, f"{CHECKPOINTING}_enable")()
+    rows = [row for row in context.rows if learned(row)]
     longest = max(range(len(rows)), key=lambda at: len(rows[at].ids))
     rows = [rows[longest], *rows[:longest], *rows[longest + 1 :]][:AUDITED]
-    batch = on_device(place.collator.batches(rows, len(rows))[0], next(place.model.parameters()).device)
+    batch = on_device(context.collator.batches(rows, len(rows))[0], next(context.model.parameters()).device)
     tuner.audit_(lambda: loss(batch))
     tuner.audit_later()
 
@@ -524,7 +526,7 @@ def _arguments(run: Run[TrainConfig], tracking: Mapping[str, Any]) -> TrainingAr
     """What the Trainer is told."""
     config = run.spec.config
     alike = shared_arguments(run.spec, run.folder, run.steps)
-    if run.place.collator.side == "none":  # examples cannot share a batch: a step is made of batches of one
+    if run.context.collator.side == "none":  # examples cannot share a batch: a step is made of batches of one
         alike["gradient_accumulation_steps"] *= config.batch_size
         alike["per_device_train_batch_size"] = 1
     return TrainingArguments(
