@@ -46,7 +46,8 @@ def first_letter(answer, reference):
 
 def settings(model_folder, tmp_path, method, data, **more):
     given = {"model": str(model_folder), "output": str(tmp_path / "out"), "method": method, "data": data, "steps": 6,
-             "batch_size": 8, "density": 0.1, "lr": 3e-2, "schedule": "constant", "new_tokens": 6}  # fmt: skip
+             "batch_size": 8, "lr": 3e-2, "schedule": "constant", "new_tokens": 6}  # fmt: skip
+    given |= {} if more.get("baseline") else {"density": 0.1}
     return AlignConfig(**given | more)
 
 
@@ -294,8 +295,8 @@ def drift(base, adapter, tokenizer):
 @pytest.mark.parametrize("by", [{}, {"protect_by": "kl"}, {"protect_by": "kl", "baseline": "lora"}])
 def test_what_is_to_be_kept_holds_it_back(method, by, model_folder, tmp_path, pairs, sums, tokenizer):
     data = pairs if method == "dpo" else sums
-    config = settings(model_folder, tmp_path, method, data, reward="test_align:first_letter", rule="random", steps=8,
-                      lr=5e-3, overwrite=True, baseline=by.get("baseline"))  # fmt: skip
+    config = settings(model_folder, tmp_path, method, data, reward="test_align:first_letter", steps=8, lr=5e-3,
+                      overwrite=True, baseline=by.get("baseline"))  # fmt: skip
     free = align(config)
     far = drift(model_folder, tmp_path / "out", tokenizer)
     config = replace(config, protect=sums, protect_examples=4, **by)

@@ -269,7 +269,7 @@ def test_budgets_that_nothing_could_keep_are_refused(config):
     for changes, message in (
         ({"protect": None}, "give --protect FILE"),
         ({"disturb_at_most": 0.0}, "give at least 1e-06"),
-        ({"protect_strength": 0.0}, "give another --protect-strength"),
+        ({"protect_strength": 0.0}, "needs a --protect-strength above 0"),
         ({"baseline": "full", "density": None}, "leave it out, or --baseline"),
         ({"refresh": "every:2"}, "leave it out, or --refresh"),
     ):

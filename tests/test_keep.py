@@ -215,7 +215,7 @@ def test_kl_sees_a_head_that_is_trained_or_comes_to_be(moving):
     with finepoint.SparseTuner(model, {first: torch.arange(50)}, ["lm_head.weight"], audit=False) as tuner:
         given = replace(protected(model, tuner, 1.0), moving=moving)
         penalty = PROTECTIONS["kl"].make(given)
-        told = BasePredictions.of(model, given.place.collator, TEXTS, changing=["lm_head.weight"])
+        told = BasePredictions.of(model, given.context.collator, TEXTS, changing=["lm_head.weight"])
         if moving:
             tuner.choose_({"lm_head.weight": torch.arange(50)})
         with torch.no_grad():
@@ -421,7 +421,7 @@ def test_the_information_is_read_from_few_and_short_texts(monkeypatch):
     dense = dense_fisher(tiny_llama(torch.float64).eval(), batches[:2], 3)
     with finepoint.SparseTuner(model, indices, audit=False) as tuner:
         given = protected(model, tuner, 1.0)
-        given = replace(given, texts_read=2, place=replace(given.place, tokenizer=make_tokenizer()))
+        given = replace(given, texts_read=2, context=replace(given.context, tokenizer=make_tokenizer()))
         found = PROTECTIONS["anchor"].make(given).fisher
     for name, fisher in found.items():
         torch.testing.assert_close(fisher, dense[name].reshape(-1)[indices[name]], rtol=1e-9, atol=1e-20)

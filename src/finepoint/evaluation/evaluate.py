@@ -23,7 +23,7 @@ from finepoint.evaluation.settings import EvalConfig
 from finepoint.evaluation.subjects import Adapters, Given
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
-from finepoint.runtime.settings import refuse_out_of_range
+from finepoint.runtime.settings import refuse_out_of_range, refuse_without
 from finepoint.training.context import CLASSIFIERS, examples_to_keep
 
 logger = logging.getLogger(__name__)
@@ -214,6 +214,7 @@ def _carried_out(
     Args:
         given: the adapters; those of the settings where None.
     """
+    refuse_without(config, "protect", ["protect_examples"])
     protect = examples_to_keep(config.protect, config.protect_examples) if config.protect else []
     if not any(sets.values()) and not config.tasks and not protect:
         raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE, or --tasks NAME")

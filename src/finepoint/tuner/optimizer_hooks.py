@@ -4,6 +4,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from functools import lru_cache
+from math import inf
 from typing import Any
 
 from torch import nn
@@ -45,9 +46,10 @@ def _stepped(optimizer: Optimizer) -> Iterator[tuple[nn.ModuleDict, dict[str, nn
 
 
 def _rate(optimizer: Optimizer, members: dict[str, nn.Module]) -> float:
-    """The largest learning rate of the modules' parameters; before a schedule, if there is one."""
+    """The largest learning rate of the modules' parameters, before a schedule, if there is one; infinite where the
+    optimizer tells none."""
     ours = {id(parameter) for member in members.values() for parameter in member.parameters(recurse=False)}
-    return max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups
+    return max(float(group.get("initial_lr", group.get("lr", inf))) for group in optimizer.param_groups
                if any(id(parameter) in ours for parameter in group["params"]))  # fmt: skip
 
 
