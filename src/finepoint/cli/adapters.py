@@ -9,7 +9,9 @@ from finepoint.cli.output import console, print_json, print_table
 from finepoint.errors import FinepointError
 from finepoint.exchange.formats import ImportFormat
 from finepoint.runtime.settings import (
+    ADAPTERS_DTYPE,
     ANY_BASE,
+    AS_TRAINED,
     COMPACT,
     JSON,
     MODEL,
@@ -40,10 +42,9 @@ class VerifyConfig:
 
     folder: str = setting("adapter folder", positional=True)
     model: str = setting(MODEL)
-    dtype: DType | None = setting("of the weights; that of the adapter where not given", None)
+    dtype: DType | None = setting(ADAPTERS_DTYPE, None)
     any_base: bool = setting(ANY_BASE, False)
-    quantise: Quantise | None = setting(
-        "hold the linear layers in int8, int4 or nf4, as the adapter's training did", None)
+    quantise: Quantise | None = setting(AS_TRAINED, None)
     json: bool = setting(JSON, False)
 
 
@@ -88,10 +89,9 @@ class ScaleConfig:
         "scale the whole change alike (wise-ft), or early blocks more than late ones (depth, as LiNeS does)", "wise-ft")
     output: str = setting("folder to write")
     compact: bool = setting(COMPACT, False)
-    dtype: DType | None = setting("of the weights; that of the adapter where not given", None)
+    dtype: DType | None = setting(ADAPTERS_DTYPE, None)
     any_base: bool = setting(ANY_BASE, False)
-    quantise: Quantise | None = setting(
-        "hold the linear layers in int8, int4 or nf4, as the adapter's training did", None)
+    quantise: Quantise | None = setting(AS_TRAINED, None)
     overwrite: bool = setting(OVERWRITE, False)
     json: bool = setting(JSON, False)
 

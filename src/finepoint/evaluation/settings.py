@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from finepoint.runtime.settings import (
     ANY_BASE,
+    ANY_DTYPE,
+    AS_TRAINED,
     CHAT_TURNS,
+    DTYPE,
     JSON,
     LARGEST_SEED,
     MODEL,
@@ -50,21 +53,30 @@ class EvalConfig:
     generate: int = setting(
         "at most so many examples of each set are answered by generation as well; 0 for none", 0, least=0)
     new_tokens: int = setting("most tokens to generate where an answer is written", 64, least=1)
-    dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
-    any_dtype: bool = setting(
-        "take adapters trained in a narrower dtype too, where the wider weights hold the same base values", False)
+    dtype: DType = setting(DTYPE, "auto")
+    any_dtype: bool = setting(ANY_DTYPE, False)
     any_base: bool = setting(ANY_BASE, False)
-    quantise: Quantise | None = setting(
-        "hold the linear layers in int8, int4 or nf4, as the adapters' training did", None)
+    quantise: Quantise | None = setting(AS_TRAINED, None)
     overwrite: bool = setting("replace the output file", False)
     json: bool = setting(JSON, False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Ask a model, and adapters on it, and print what they write."""
+class Asking:
+    """What asking a model, once or in a conversation, has in common."""
 
     model: str = setting(MODEL)
+    temperature: float = setting("0 takes the likeliest token after token, more draws them", 0.0, least=0)
+    seed: int = setting("of what is drawn", 0, least=0, most=LARGEST_SEED)
+    dtype: DType = setting(DTYPE, "auto")
+    any_dtype: bool = setting(ANY_DTYPE, False)
+    any_base: bool = setting(ANY_BASE, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Asking):
+    """Ask a model, and adapters on it, and print what they write."""
+
     adapter: list[str] = setting("adapter folders, each asked on its own; the model as it is where none is given", [])
     prompt: list[str] = setting("texts to answer", [])
     prompts: str | None = setting(
@@ -75,39 +87,25 @@ class GenerateConfig:
         "give texts as they are; else they go through the chat template, where there is one and the adapter was not "
         "trained without it", False)
     new_tokens: int = setting("most tokens to write", 64, least=1)
-    temperature: float = setting("0 takes the likeliest token after token, more draws them", 0.0, least=0)
-    seed: int = setting("of what is drawn", 0, least=0, most=LARGEST_SEED)
     max_length: int | None = setting(
         "prompt and answer in tokens; the model's context where not given", None, least=1)
-    dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
-    any_dtype: bool = setting(
-        "take adapters trained in a narrower dtype too, where the wider weights hold the same base values", False)
-    any_base: bool = setting(ANY_BASE, False)
-    quantise: Quantise | None = setting(
-        "hold the linear layers in int8, int4 or nf4, as the adapters' training did", None)
+    quantise: Quantise | None = setting(AS_TRAINED, None)
     json: bool = setting(JSON, False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class ChatConfig(Asking):
     """Talk to a model, and switch adapters on and off in the middle of it."""
 
-    model: str = setting(MODEL)
     adapter: list[str] = setting("adapter folders, called by the last part of their names; the last is asked first", [])
     system: str | None = setting("a system turn, before the first", None)
     raw: bool = setting(
         "every text is a prompt of its own, without the chat template, as it is in any case where there is none or the "
         "adapter was trained without it", False)
     new_tokens: int = setting("most tokens of an answer", 256, least=1)
-    temperature: float = setting("0 takes the likeliest token after token, more draws them", 0.0, least=0)
-    seed: int = setting("of what is drawn", 0, least=0, most=LARGEST_SEED)
     max_length: int | None = setting(
         "the conversation in tokens, of which the beginning is lost; the model's context where not given", None,
         least=1)
-    dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
-    any_dtype: bool = setting(
-        "take adapters trained in a narrower dtype too, where the wider weights hold the same base values", False)
-    any_base: bool = setting(ANY_BASE, False)
 
 
 @dataclass(frozen=True, kw_only=True)

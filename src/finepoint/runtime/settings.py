@@ -30,6 +30,10 @@ CHAT_TURNS = (
     "which of the assistant's turns count in a conversation: all, the last, or each in a conversation of its own that "
     "ends there, as the model is asked for it"
 )
+DTYPE = "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16"
+ADAPTERS_DTYPE = "of the weights; that of the adapter where not given"
+ANY_DTYPE = "take adapters trained in a narrower dtype too, where the wider weights hold the same base values"
+AS_TRAINED = "hold the linear layers in int8, int4 or nf4, as the adapter's training did"
 ANY_BASE = "take a model that is another than the adapter's base beside the entries it changes"
 Known = TypeVar("Known")
 LARGEST_SEED = 2**32 - 1  # numpy's

@@ -10,6 +10,7 @@ from finepoint.data.sources import place_or_rows
 from finepoint.runtime.settings import (
     CHAT_TURNS,
     DATA,
+    DTYPE,
     JSON,
     LARGEST_SEED,
     MODEL,
@@ -88,9 +89,7 @@ class SelectConfig(Choice):
     max_length: int | None = setting(
         "longest example in tokens; the model's context where not given", None, "statistics", "training", least=1)
     batch_size: int = setting("examples a batch", 16, "statistics", "training", least=1)
-    dtype: DType = setting(
-        "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16",
-        "auto", "statistics", "memory")
+    dtype: DType = setting(DTYPE, "auto", "statistics", "memory")
     quantise: Quantise | None = setting(
         "hold the linear layers of the base in int8 or int4 (torchao) or nf4 (bitsandbytes); what is trained stays "
         "float",

@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from finepoint.runtime.settings import JSON, LARGEST_SEED, SHARE, DType, Quantise, setting
+from finepoint.runtime.settings import DTYPE, JSON, LARGEST_SEED, SHARE, DType, Quantise, setting
 from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.training.settings import TrainConfig
 
@@ -50,8 +50,7 @@ The same command goes on where it stopped; finished cells are never run again, f
         "at most so many examples of each test set are answered by generation too; 0 for none", 64, "bits", least=0)
     new_tokens: int = setting("most tokens to generate", 8, "bits", least=1)
     keep_adapters: bool = setting("keep every cell's adapter in the folder of the study", False, "length")
-    dtype: DType = setting(
-        "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto", "bits")
+    dtype: DType = setting(DTYPE, "auto", "bits")
     quantise: Quantise | None = setting(
         "hold the linear layers of the base in int8 or int4 (torchao) or nf4 (bitsandbytes); for arms that choose "
         "entries",
@@ -96,8 +95,7 @@ The same command goes on where it stopped."""
     new_tokens: int = setting("most tokens to generate where an answer is written", 8, "bits", least=1)
     seed: int = setting(
         "of everything random in the first task; the next one has the next seed", 0, "bits", least=0, most=LARGEST_SEED)
-    dtype: DType = setting(
-        "of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto", "bits")
+    dtype: DType = setting(DTYPE, "auto", "bits")
     json: bool = setting(JSON, False)
 
 

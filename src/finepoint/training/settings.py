@@ -6,7 +6,7 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from finepoint.runtime.settings import COMPACT, DATA, JSON, SHARE, DType, Quantise, TargetsOption, setting
+from finepoint.runtime.settings import COMPACT, DATA, DTYPE, JSON, SHARE, DType, Quantise, TargetsOption, setting
 from finepoint.selection.settings import DEFAULT_RULE, SelectConfig
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
@@ -145,7 +145,7 @@ class PlanConfig:
     gradient_checkpointing: bool = setting("recompute activations in the backward pass", False)
     protect_by: Literal["anchor", "empirical", "l2", "kl", "replay"] | None = setting(
         "training is held to its base in this way", None)
-    dtype: DType = setting("of the weights; auto keeps the checkpoint's, float32 on a CPU without bfloat16", "auto")
+    dtype: DType = setting(DTYPE, "auto")
     quantise: Quantise | None = setting(
         "the linear layers of the base are held in int8 or int4 (torchao) or nf4 (bitsandbytes)", None)
     device: Literal["cpu", "cuda"] | None = setting(
