@@ -7,7 +7,7 @@ for more, see `finepoint compare`)
 import finepoint
 from common import fetched, options
 from finepoint.adapters.interference import interference
-from finepoint.evaluation.evaluate import Evaluation, evaluate, read_sets
+from finepoint.evaluation.evaluate import Evaluation, measured, read_sets
 from finepoint.training.context import prepare
 from finepoint.training.run import fit
 
@@ -30,7 +30,7 @@ evaluation = Evaluation(
     ood=read_sets([f"{name}={vader}/{name}.jsonl" for name in ("amazon", "tweets")], "ood", given.limit),
     probe=read_sets([f"news={vader}/news.jsonl"], "probe", 4),
 )
-found = evaluate(place.model, place.tokenizer, evaluation, adapters)
+found = measured(place.model, place.tokenizer, evaluation, adapters)
 base = found["base"]
 print(f"base: movies {base['id']['movies']['accuracy']:.3f} ± {base['id']['movies']['stderr']:.3f}, "
       f"news {base['probe']['news']['nll']:.3f} nats a token")  # fmt: skip

@@ -29,11 +29,19 @@ def test_without_a_terminal_a_line_stands_for_the_bar(pause, said, monkeypatch, 
     assert caplog.messages == said
 
 
+class DrawnAtOnce(progress.Progress):
+    """A bar that is drawn at each step, not ten times a second."""
+
+    def update(self, *args, **kwargs):
+        super().update(*args, **kwargs)
+        self.refresh()
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     """What is written to a terminal."""
     # Numba's colours would keep the stdout that a bar puts before ours, to the end of the process.
-    monkeypatch.setattr(progress, "Progress", partial(progress.Progress, redirect_stdout=False, redirect_stderr=False))
+    monkeypatch.setattr(progress, "Progress", partial(DrawnAtOnce, redirect_stdout=False, redirect_stderr=False))
     written = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=written, force_terminal=True, width=160))
     return written

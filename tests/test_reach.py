@@ -42,13 +42,13 @@ def test_pictures_reach_them(caplog):
     model = FAMILIES["gemma3"].build().eval()
     batch = FAMILIES["gemma3"].batch(torch.Generator().manual_seed(0))
     batch = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
-    chosen = finepoint.select(model, [batch], rule="magnitude-high", density=0.2)
+    chosen = finepoint.select(model, [batch], rule="magnitude-high", density=0.2, targets="linear-everywhere")
     assert set(chosen) & set(unreached_by_text(model, chosen))
     assert "text never reaches" not in caplog.text
 
 
 def test_where_nothing_tells_what_it_is_trained_on_the_parts_are_named(caplog):
-    model = finepoint.sparsify(FAMILIES["gemma3"].build(), "random", 0.05)
+    model = finepoint.sparsify(FAMILIES["gemma3"].build(), "random", 0.05, targets="linear-everywhere")
     assert "text never reaches model.vision_tower" in caplog.text
     assert "entries are chosen: give targets" in caplog.text
     finepoint.unload(model)

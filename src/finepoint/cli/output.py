@@ -17,12 +17,14 @@ def print_json(value: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
     """A table on stdout; text on the left, numbers on the right."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for i, name in enumerate(header):
         numeric = bool(rows) and all(isinstance(row[i], int | float) or row[i] in ("", "-") for row in rows)
         table.add_column(name, justify="right" if numeric else "left", no_wrap=i == 0)
     for row in rows:
         table.add_row(*(one_line(plain(cell)) for cell in row))  # may come from a stranger's file
+    if title:  # by itself, or it would be broken to the table's width
+        console().print(one_line(title), style="italic", highlight=False, soft_wrap=True)
     console().print(table)
 
 
