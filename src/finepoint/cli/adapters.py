@@ -456,7 +456,7 @@ def run_push(config: PushConfig) -> None:
     results = None
     if config.results:
         results = results_measured(read_json(Path(config.results)), config.adapter, config.results)
-    address = push_to_hub(config.adapter, config.to, results=results, base_model=config.base_model,
+    address = push_to_hub(adapter, config.to, results=results, base_model=config.base_model,
                           license=config.license, private=config.private or None, message=config.message)  # fmt: skip
     if config.json:
         print_json({"adapter": config.adapter, "repository": config.to, "address": address, "entries": adapter.count,

@@ -146,14 +146,14 @@ def trainable_parameters(model: nn.Module) -> str:
 
 
 def push_to_hub(
-    model: nn.Module | str | Path, repo_id: str, *, results: Results | None = None,
+    model: nn.Module | SparseAdapter | str | Path, repo_id: str, *, results: Results | None = None,
     base_model: str | None = None, license: str | None = None,  # noqa: A002 - as the hub calls it
     private: bool | None = None, message: str = "Upload adapter", token: str | None = None,
 ) -> str:  # fmt: skip
     """Sends an adapter with its model card to the hub; returns the commit's address.
 
     Args:
-        model: a model with a change (see `save`), or an adapter folder.
+        model: a model with a change (see `save`), an adapter, or an adapter folder.
         results: what was measured, for the model card: data -> metric -> value.
         base_model: the base's id on the hub, where the adapter knows it by another name.
         license: as the hub calls it, e.g. `apache-2.0`.
@@ -161,7 +161,10 @@ def push_to_hub(
     Raises:
         FinepointError: there is no adapter, or the hub refuses.
     """
-    adapter = adapter_of(model, results) if isinstance(model, nn.Module) else SparseAdapter.load(str(model))
+    if isinstance(model, nn.Module):
+        adapter = adapter_of(model, results)
+    else:
+        adapter = model if isinstance(model, SparseAdapter) else SparseAdapter.load(str(model))
     extra: dict[str, Any] = {"results": _plain(results)} if results else {}
     extra |= {key: value for key, value in (("base_model", base_model), ("license", license)) if value}
     with TemporaryDirectory() as folder:

@@ -300,9 +300,9 @@ def equal_loss(results: Results) -> list[Row]:
     between two runs in the logarithm of KL; where the smallest rate is below already, it is that run's, and less would
     do. None: it never learns so much. The medians over the tasks stand last, where an arm gets there in every one.
     """
-    rows = []
+    rows, known = [], [row for row in paths(results) if row["validation_loss"] and row["kl"]]
     for task in results.tasks:
-        points = [row for row in paths(results) if row["task"] == task and row["validation_loss"] and row["kl"]]
+        points = [row for row in known if row["task"] == task]
         for reference in (arm for arm in results.arms if results.arm(arm).get("kind") == "baseline"):
             its = [row for row in points if row["arm"] == reference]
             if not its:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -74,22 +75,27 @@ def match(model: nn.Module, pattern: str) -> list[str]:
     return trainable
 
 
-def text_part(model: nn.Module) -> str:
-    """Where the part lies that writes, of a model that sees or hears as well; empty where there is no other part."""
+def _writer(model: nn.Module) -> nn.Module | None:
+    """The part that writes, of a model that sees or hears as well; None where there is no other part."""
     transformer: Any = model
     config: Any = getattr(model, "config", None)
     if not hasattr(model, "get_decoder") or not hasattr(config, "get_text_config"):
-        return ""  # no model of transformers
+        return None  # no model of transformers
     if config.is_encoder_decoder or config.get_text_config() is config:
-        return ""
+        return None
     if transformer.get_output_embeddings() is None:  # which compares texts and pictures, or tells classes
-        return ""
-    decoder = transformer.get_decoder()
-    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+        return None
+    decoder: nn.Module = transformer.get_decoder()
+    return None if decoder is model else decoder
 
 
 def _writes(model: nn.Module, name: str) -> bool:
-    return _is_linear(model, name) and name.startswith(text_part(model))
+    """Whether a weight is a linear layer's, of the part that writes where there is another."""
+    if not _is_linear(model, name):
+        return False
+    writer = _writer(model)
+    above = accumulate(name.split(".")[:-1], lambda path, part: f"{path}.{part}")
+    return writer is None or any(model.get_submodule(path) is writer for path in above)
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:
