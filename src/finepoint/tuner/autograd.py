@@ -67,6 +67,26 @@ def attach(model: nn.Module, entries: SparseWeight, reach: int = 0) -> list[Any]
     return handles
 
 
+def fold_head_input(model: nn.Module) -> list[Any]:
+    """Has a language model's frozen head take its input in one piece.
+
+    The states at `logits_to_keep` are a slice with gaps, and PyTorch multiplies such a slice by a weight without a
+    gradient batch by batch, over a copy of the weight for each row: a quarter of a step of a small model.
+
+    Returns:
+        What undoes it, by `remove`; nothing where the model does not tell its head.
+    """
+    head = _head(model)
+    return [] if head is None else [head.register_forward_pre_hook(_in_one_piece)]
+
+
+def _in_one_piece(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    states = args[0] if args else None
+    if not isinstance(states, Tensor) or states.is_contiguous():
+        return None
+    return (states.contiguous(), *args[1:])
+
+
 def places(model: nn.Module, entries: SparseWeight) -> list[tuple[nn.Module, str]]:
     """Where the weight is a parameter: modules, with its name there."""
     weight = entries.weight

@@ -41,7 +41,7 @@ from finepoint.models.weights import in_memory, is_outline
 from finepoint.runtime import distributed
 from finepoint.runtime.devices import norm_of
 from finepoint.tuner.audit import AtFirst, Audit, Loss, audit, few, outcome
-from finepoint.tuner.autograd import WHOLE, attach, reaches_further, refuse_unfit
+from finepoint.tuner.autograd import WHOLE, attach, fold_head_input, reaches_further, refuse_unfit
 from finepoint.tuner.deltas import Deltas, LeftOutOfDDP
 from finepoint.tuner.interface import Tuner
 from finepoint.tuner.optimizer_hooks import stop_following
@@ -107,6 +107,7 @@ class SparseTuner(Tuner):
             self._handles.append(module.register_forward_pre_hook(deltas.look, with_kwargs=True))
             self._handles.append(module.register_forward_hook(deltas.leave, always_call=True))
         self._handles.append(model.register_load_state_dict_pre_hook(deltas.refuse_other_base))
+        self._handles += fold_head_input(model)
         self._handles.append(LeftOutOfDDP(model))
 
     def __enter__(self) -> "SparseTuner":
