@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import random_batches, tiny_llama
