@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+import os
 import signal
 import subprocess
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.register_assert_rewrite("desk")
+os.environ["FINEPOINT_KERNELS"] = "fixed"  # no test's numbers shall depend on what was fast just now
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 VOCABULARY = 64

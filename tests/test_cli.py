@@ -292,21 +292,24 @@ def test_a_density_that_is_no_share_is_refused_before_anything_is_loaded(command
     assert f"density is {float(density)}; it is a share of the target entries, in (0, 1]" in done.stderr
 
 
-def test_the_doctor_says_what_is_there_and_what_is_fast(monkeypatch, capsys):
+def test_the_doctor_says_what_is_there_and_what_is_fast(monkeypatch, capsys, tmp_path):
     from finepoint.tuner import doctor
 
-    monkeypatch.setattr(doctor, "SHAPES", ((8, 12, 16),))
-    monkeypatch.setattr(doctor, "TURNS", 1)
+    monkeypatch.setattr(doctor, "SHAPE", (24, 12))
+    monkeypatch.setenv("FINEPOINT_KERNELS", "measure")
+    monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path))
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == version("torch")
     assert found["machine"]["cores"] >= 1
-    assert {(row["dtype"], row["density"]) for row in found["kernels"]} == set(
-        product(("float32", "bfloat16"), doctor.DENSITIES)
+    assert {(row["dtype"], row["entries"]) for row in found["kernels"]} == set(
+        product(("float32", "bfloat16"), (*doctor.DENSITIES, *doctor.COLUMNS))
     )
     for row in found["kernels"]:
         assert row["taken"] in row
-        assert all(value > 0 for name, value in row.items() if name.startswith("by_"))
+        assert row["why"]
+        assert all(row[name] > 0 for name in row if name not in ("entries", "dtype", "taken", "why"))
+    monkeypatch.setenv("FINEPOINT_KERNELS", "fixed")
     monkeypatch.setattr(doctor, "numba_kernels", lambda: None)
     monkeypatch.setattr(doctor, "cpu_has_bf16", lambda: False)
     assert main(["doctor"]) == 0

@@ -19,6 +19,7 @@ from finepoint.models.packages import digest
 from finepoint.runtime import distributed
 from finepoint.runtime.files import VERSION, read_json, read_record, refuse_version, write_record
 from finepoint.runtime.settings import deciding
+from finepoint.tuner.kernels import choice
 
 logger = logging.getLogger(__name__)
 SEAL = "sealed.json"
@@ -35,9 +36,16 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def seal(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Writes last of all what the files are, and the settings that decide what the run makes of them."""
+    """Writes last of all what the files are, the settings that decide what the run makes of them, and its kernels."""
     files = {path.name: digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != SEAL}
-    write_record(checkpoint / SEAL, {"settings": settings, "files": files})
+    write_record(checkpoint / SEAL, {"settings": settings, "kernels": choice.told(), "files": files})
+
+
+def take_kernels_(checkpoint: str | Path) -> None:
+    """From now on takes the kernels that the run took, so that sums are added in the same order."""
+    sealed = Path(checkpoint) / SEAL
+    found = read_json(sealed).get("kernels") if sealed.is_file() else None
+    choice.take_(found if isinstance(found, dict) else {})
 
 
 def checkpoints(folder: Path) -> list[str]:

@@ -40,6 +40,7 @@ from finepoint.training.checkpoints import (
     decisive,
     refuse_other_base,
     step_of,
+    take_kernels_,
     to_go_on_from,
 )
 from finepoint.training.context import (
@@ -65,6 +66,7 @@ from finepoint.training.tracking import tracked
 from finepoint.training.trainer import CHECKPOINTING, SparseCheckpoints, SparseTrainer, shared_arguments
 from finepoint.tuner.finite import NotFiniteError, TrainingFailedError
 from finepoint.tuner.interface import Average, Method
+from finepoint.tuner.kernels import choice
 from finepoint.tuner.optimizers import PerEntryAdamW
 from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
@@ -164,6 +166,7 @@ class Run(Generic[Told]):
             "selection": self.chosen.get("selection", {}),
             **found,
             **({"sources": list(self.context.sources)} if self.context.sources else {}),
+            **({"kernels": kernels} if (kernels := choice.told()) else {}),
             "config": asdict(self.spec.config),
             "versions": versions(),
         }
@@ -296,7 +299,10 @@ def begun(
     context = replace(context, kept=kept_rows(config, context))
     settings = decisive(config, [*rows, *context.kept], base) | ({EARLIER: earlier.facts()} if earlier else {})
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
+    if checkpoint:
+        take_kernels_(checkpoint)
     method, chosen = make(context, head, base, folder if saved else None)
+    choice.take_(distributed.on_first(choice.told))  # all processes as the first one
     try:
         if spec.protection:
             method = held(spec, context, method, head)

@@ -2,26 +2,23 @@
 
 import os
 import platform
-import statistics
-import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from finepoint.models.loading import cpu_has_bf16
 from finepoint.models.packages import cache_folder
 from finepoint.runtime.devices import room_bytes
-from finepoint.tuner.kernels import Kernel, kernel_for, numba_kernels, plain
+from finepoint.tuner.kernels import kernels_for, numba_kernels
+from finepoint.tuner.kernels.choice import SWITCH, Case, Way, case_of, device_name, kept, measurable, measured, products
 
 PACKAGES = ("finepoint", "torch", "transformers", "accelerate", "peft", "trl", "datasets", "numba", "gguf", "torchao",
             "bitsandbytes", "lm-eval", "ray", "matplotlib")  # fmt: skip
-SHAPES = ((576, 1536, 512), (2048, 2048, 1024))  # rows and columns of a weight, tokens: SmolLM2-135M's, a 1B model's
-DENSITIES = (1e-3, 1e-2)
-TURNS = 5
-GATHERED = 1e6  # products: more of them take gathering seconds
+SHAPE = (1536, 576)  # rows and columns of a weight of SmolLM2-135M
+DENSITIES = {"0.1 %": 1e-3, "1 %": 1e-2, "10 %": 0.1}
+COLUMNS = {"columns, 1 %": 1e-2, "columns, 5 %": 0.05}
 
 
 def diagnosis() -> dict[str, Any]:
@@ -42,10 +39,10 @@ def _version(package: str) -> str | None:
 
 def _machine() -> dict[str, Any]:
     found: dict[str, Any] = {
-        "python": platform.python_version(), "system": platform.platform(terse=True), "processor": _processor(),
+        "python": platform.python_version(), "system": platform.platform(terse=True), "processor": device_name("cpu"),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "bfloat16 arithmetic": cpu_has_bf16(),
         "compiled kernels": numba_kernels() is not None, "memory free, GB": _gigabytes("cpu"),
-        "cache": str(cache_folder()), "GPU": None,
+        "cache": str(cache_folder()), "kernels known": _known(), "GPU": None,
     }  # fmt: skip
     if torch.cuda.is_available():
         found |= {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda,
@@ -53,53 +50,42 @@ def _machine() -> dict[str, Any]:
     return found
 
 
+def _known() -> str:
+    """Where the kernels that were measured here are kept, and how many."""
+    place, found = kept("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{len(found)}, in {place.name}"
+
+
 def _gigabytes(device: str) -> float | None:
     room = room_bytes(device)
     return None if room is None else round(room / 1e9, 1)
 
 
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _kernels() -> list[dict[str, Any]]:
-    """Which kernel is taken for a weight of this shape and density, and what every one would take, in milliseconds."""
+    """Which kernel is taken for a weight of this shape, measured now, what every one took, in milliseconds, and why."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    compiled = numba_kernels()
-    # Gathering without a compiled kernel is far slower than all others, but where few entries of a small weight are it.
-    first = compiled.by_tiles if compiled and device == "cpu" else plain.by_gather
-    kernels: list[Kernel] = [first, plain.by_blocks, plain.by_product]
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for height, width, tokens in SHAPES:
-            generator = torch.Generator().manual_seed(0)
-            dy, x = (torch.randn(tokens, size, generator=generator).to(device, dtype) for size in (height, width))
-            for density in DENSITIES:
-                count = round(density * height * width)
-                indices = torch.randperm(height * width, generator=generator)[:count].sort().values.to(device)
-                taken = kernel_for(device, density)
-                rows.append({
-                    "weight": f"{height} x {width}", "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),
-                    "density": density, "taken": taken.__name__,
-                    **{kernel.__name__: _milliseconds(kernel, dy, x, indices) for kernel in kernels
-                       if kernel is not plain.by_gather or count * tokens < GATHERED},
-                })  # fmt: skip
+        dy, x = (torch.empty(1, size, device=device, dtype=dtype) for size in SHAPE)
+        for name, density in DENSITIES.items():
+            case = case_of(dy, x, round(density * dy.numel() * x.numel()))
+            rows.append(_row(name, case, kernels_for(case)))
+        for name, share in COLUMNS.items():
+            case = case_of(dy, x[:, : max(1, round(share * x.numel()))])
+            rows.append(_row(name, case, products(case)))
     return rows
 
 
-def _milliseconds(kernel: Kernel, dy: Tensor, x: Tensor, indices: Tensor) -> float:
-    times = []
-    for _ in range(TURNS + 1):  # the first compiles, and fills caches
-        started = time.perf_counter()
-        kernel(dy, x, indices)
-        if dy.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return round(statistics.median(times[1:]) * 1e3, 3)
+def _row(entries: str, case: Case, ways: Mapping[str, Way]) -> dict[str, Any]:
+    row = {"entries": entries, "dtype": str(case.x).removeprefix("torch.")}
+    if not measurable(case):
+        return {**row, "taken": next(iter(ways)), "why": f"nothing is measured ({SWITCH})"}
+    taken, found = measured(case, ways)
+    others = [value for name, value in found.items() if name != taken]
+    why = f"{min(others) / found[taken]:.1f} x as fast as the next" if others else "the only one here"
+    if min(found.values()) < found[taken]:
+        why = "the fastest that rounds no sum, near enough to one that does"
+    return {**row, "taken": taken, "why": why, **found}
 
 
 def _slow(machine: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The sampled weight gradient, by the kernel that suits device and density; and the weights that follow their deltas.
+"""The sampled weight gradient, by the kernel that is the fastest here; and the weights that follow their deltas.
 
 Every gradient kernel takes dy (.., out), x (.., in), ascending flat indices (k,) of int32 or int64 and returns (k,), as
 documented in `plain.py`; a test holds each against `plain.reference`. Where Numba is there, the CPU's are compiled;
@@ -7,7 +7,7 @@ what a machine is unable to build or run gives way to plain PyTorch.
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from finepoint.adapters.entries import moved, scatter_
 from finepoint.runtime import distributed
 from finepoint.tuner.kernels import plain
-from finepoint.tuner.kernels.plain import sampled_embedding_gradient
+from finepoint.tuner.kernels.choice import KNOWN, Case, case_of, may_round, way
+from finepoint.tuner.kernels.plain import HALF, PRODUCTS, sampled_embedding_gradient
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -61,17 +62,24 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-# Kernels by device, each with the density up to which it is the fastest; beyond all of them, the dense product in
-# blocks. Measured on two AVX2 cores, 512 tokens, weights of 192 x 576 to 1536 x 576 (docs/benchmarks.md).
-KERNELS: dict[str, list[tuple[float, Kernel]]] = {"cpu": [(0.02, plain.by_gather)], "meta": [(1.0, plain.by_shape)]}
+# The kernels by device; the fastest of those that are right for a case is measured (`choice`).
+IN_BLOCKS: dict[str, Kernel] = {name: partial(plain.by_blocks, multiply=one) for name, one in PRODUCTS.items()}
+KERNELS: dict[str, dict[str, Kernel]] = {
+    "cpu": {"gather": plain.by_gather, **IN_BLOCKS},
+    "meta": {"shape": plain.by_shape},
+}
 # On all other devices the dense product is so fast that no way of gathering comes near it, at any density: on an H100
 # 0.20 ms against 0.28 at least (4096 x 4096, 4,096 tokens, bfloat16; docs/benchmarks.md).
-ELSEWHERE: list[tuple[float, Kernel]] = [(1.0, plain.by_product)]
+ELSEWHERE: dict[str, Kernel] = {
+    name: partial(plain.by_product, multiply=one) for name, one in PRODUCTS.items() if name not in HALF
+}
+# Up to which density gathering is taken where nothing is measured, on two AVX2 cores (docs/benchmarks.md).
+USUAL = {"tiles": 0.1, "gather": 0.02}
 # How a weight follows, by its dtype: the loop, and what NumPy is to take the weight's bits for.
 ONE_PASS: dict[torch.dtype, tuple[Any, torch.dtype]] = {}
 
 if numba := numba_kernels():
-    KERNELS["cpu"] = [(0.1, or_plain(numba.by_tiles, plain.by_gather))]
+    KERNELS["cpu"] = {"tiles": or_plain(numba.by_tiles, plain.by_gather), **KERNELS["cpu"]}
     ONE_PASS = {
         torch.float32: (numba.add_at, torch.float32),
         torch.float64: (numba.add_at, torch.float64),
@@ -81,15 +89,24 @@ if numba := numba_kernels():
 
 def sampled_gradient(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """dL/dW of a linear layer at flat `indices` (k,), from dy (.., out) and x (.., in): (k,), float32 or float64."""
-    return kernel_for(dy.device.type, len(indices) / (dy.shape[-1] * x.shape[-1]))(dy, x, indices)
+    return kernel_for(dy, x, len(indices))(dy, x, indices)
 
 
-def kernel_for(device: str, density: float) -> Kernel:
-    """The fastest kernel on a device at a density."""
-    for limit, kernel in KERNELS.get(device, ELSEWHERE):
-        if density <= limit:
-            return kernel
-    return plain.by_blocks
+def kernel_for(dy: Tensor, x: Tensor, count: int) -> Kernel:
+    """The fastest kernel for so many entries of a layer: see `choice`."""
+    key = dy.device.type, dy.dtype, x.dtype, dy.shape[-1], x.shape[-1], count
+    if (known := KNOWN.get(key)) is None:
+        density, case = count / (dy.shape[-1] * x.shape[-1]), case_of(dy, x, count)
+        ways = kernels_for(case)
+        usual = [name for name in ways if density <= USUAL.get(name, 1)]
+        known = KNOWN[key] = way(case, ways, usual[0])
+    return known
+
+
+def kernels_for(case: Case) -> dict[str, Kernel]:
+    """The kernels that are right for a case, by name."""
+    ways = KERNELS.get(case.device, ELSEWHERE)
+    return ways if may_round(case) else {name: one for name, one in ways.items() if name not in HALF}
 
 
 def follow_(weight: Tensor, indices: Tensor, base: Tensor, delta: Tensor) -> None:

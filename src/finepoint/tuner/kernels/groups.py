@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finepoint.tuner.kernels.plain import product
+from finepoint.tuner.kernels.choice import multiplied
 
 LEAST = 16  # rows and columns of a block: the products of smaller ones cost more than their entries one by one
 
@@ -84,11 +84,11 @@ class Blocks(Groups):
         height, width = self.size
         dy = dy.reshape(-1, dy.shape[-1] // height, height).index_select(1, self.down)
         x = x.reshape(-1, x.shape[-1] // width, width).index_select(1, self.across)
-        return product(dy.permute(1, 2, 0), x.transpose(0, 1)).reshape(-1).index_select(0, self.order)
+        return multiplied(dy, x).reshape(-1).index_select(0, self.order)
 
 
 def _dense(dy: Tensor, x: Tensor) -> Tensor:
-    return product(dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1])).reshape(-1)
+    return multiplied(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])).reshape(-1)
 
 
 def whole_groups(indices: Tensor, shape: tuple[int, ...]) -> Groups | None:

@@ -9,6 +9,7 @@ For y = x W^T, dL/dW[i, j] = sum over tokens t of dy[t, i] x[t, j]. All kernels 
 and return (k,), in float32 (float64 where an operand is float64).
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 
@@ -44,12 +45,20 @@ def by_gather(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return out
 
 
-def by_blocks(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """The dense product in blocks of rows, gathered and freed; memory one block."""
+def by_blocks(
+    dy: Tensor, x: Tensor, indices: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
+    """The dense product in blocks of rows, gathered and freed; memory one block.
+
+    Args:
+        multiply: one of `PRODUCTS`; the plain one where not given.
+    """
+    multiply = multiply or product
     dy, x, indices = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), indices.long()
     width, height = x.shape[1], dy.shape[1]
     out = torch.empty(len(indices), dtype=accumulator(dy, x), device=dy.device)
-    x = x.to(out.dtype)
+    if multiply not in HALF.values():
+        x = x.to(out.dtype)  # once, not for each block
     rows = max(1, BLOCK // width)
     edges = torch.arange(0, height + rows, rows, device=indices.device) * width
     bounds = torch.searchsorted(indices, edges).tolist()
@@ -57,12 +66,14 @@ def by_blocks(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
         if start == end:
             continue
         first = block * rows
-        dense = dy[:, first : first + rows].T.to(out.dtype) @ x
+        dense = multiply(dy[:, first : first + rows].T, x)
         out[start:end] = dense.reshape(-1)[indices[start:end] - first * width]
     return out
 
 
-def by_product(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+def by_product(
+    dy: Tensor, x: Tensor, indices: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
     """The dense product in the layer's own dtype, summed in float32, in blocks of rows; memory one block.
 
     For devices on which a dense product costs less than gathering. Nothing waits for the device: which entries lie in
@@ -73,7 +84,7 @@ def by_product(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     rows = max(1, WIDE_BLOCK // width)
     out = torch.zeros(len(indices), dtype=accumulator(dy, x), device=dy.device)
     for first in range(0, height, rows):
-        dense = product(dy[:, first : first + rows].T, x).reshape(-1)
+        dense = (multiply or product)(dy[:, first : first + rows].T, x).reshape(-1)
         if rows >= height:
             return dense[indices]
         place = indices - first * width
@@ -96,6 +107,44 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         if a.dtype == b.dtype != dtype and sums_in_float32(a.device.type, a.dtype):
             return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
+
+
+def turned(a: Tensor, b: Tensor) -> Tensor:
+    """The same by the other of its two sides, (b^T a^T)^T: of a tall and a narrow matrix one may take 25 times as long
+    as the other."""
+    return product(b.mT, a.mT).mT
+
+
+def rounded(a: Tensor, b: Tensor) -> Tensor:
+    """The same in the operands' own dtype: each sum is rounded to it once, as that of the layer's own weight would be.
+
+    Both of one dtype, for which `rounds_once` holds.
+    """
+    return (a @ b).to(accumulator(a))
+
+
+def rounded_turned(a: Tensor, b: Tensor) -> Tensor:
+    """That by the other side."""
+    return (b.mT @ a.mT).mT.to(accumulator(a))
+
+
+HALF: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"half": rounded, "half turned": rounded_turned}
+"""Those whose results are rounded."""
+PRODUCTS = {"dense": product, "turned": turned, **HALF}
+"""All ways to a @ b, for matrices (m, t) and (t, n) or batches of them."""
+
+
+@lru_cache
+def rounds_once(dtype: torch.dtype) -> bool:
+    """Whether the CPU sums products of this dtype in float32 and rounds at the end: tried, small and large."""
+    draw = torch.Generator().manual_seed(0)
+    for size in (1, 64):
+        # All positive, so that what is summed in the dtype itself soon loses every summand.
+        a, b = (torch.rand(*shape, generator=draw).to(dtype) for shape in ((size, 4096), (4096, size)))
+        exact = a.double() @ b.double()
+        if not ((a @ b).double() - exact).abs().le(exact * torch.finfo(dtype).eps / 2 * 1.01).all():
+            return False
+    return True
 
 
 @lru_cache
