@@ -3,7 +3,7 @@
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -208,14 +208,24 @@ def read_parts(
         rows = _numbered(origin.rows) if isinstance(origin, Given) else rows_of(origin)
         examples, taken = _read(str(origin), rows, forms, columns, need and len(shares) == 1)
         found.append(Part(str(origin), examples, len(examples), taken))
-    first = found[0]
-    for part in found:
+    refuse_unlike(found, columns, need)
+    return found if len(found) == 1 else _mixed(found, [share for share in shares.values() if share is not None], seed)
+
+
+def refuse_unlike(parts: Sequence[Part], columns: Mapping[str, str], need: bool) -> None:
+    """Refuses sources of several forms, and such of which none has the columns that are named.
+
+    Raises:
+        FinepointError: naming them.
+    """
+    first = parts[0]
+    for part in parts:
         if type(part.examples[0]) is not type(first.examples[0]):
             raise FinepointError(f"{part.source} holds {_kind(part.examples[0])} examples, and {first.source} "
                                  f"{_kind(first.examples[0])} examples; what is mixed must be of one form")  # fmt: skip
-    if need and columns and not any(part.taken and part.taken.named for part in found) and len(found) > 1:
-        raise FinepointError(f"none of {', '.join(map(str, shares))} has the columns {', '.join(columns.values())}")
-    return found if len(found) == 1 else _mixed(found, [share for share in shares.values() if share is not None], seed)
+    if need and columns and not any(part.taken and part.taken.named for part in parts) and len(parts) > 1:
+        names = ", ".join(part.source for part in parts)
+        raise FinepointError(f"none of {names} has the columns {', '.join(columns.values())}")
 
 
 def _mixed(parts: Sequence[Part], shares: Sequence[float], seed: int) -> list[Part]:
@@ -243,35 +253,56 @@ def _read(
     columns: Mapping[str, str], need: bool = False,
 ) -> tuple[list[Any], Taken | None]:  # fmt: skip
     """The examples, which must be of one form, and how they are read."""
-    known: dict[tuple[str, ...], Taken] = {}
-    found: list[Any] = []
-    first: Taken | None = None
-    for where, row in rows:
-        if isinstance(row, Example):
-            taken, example = first, row
-        else:
-            if not isinstance(row, dict):
-                raise FinepointError(f"{where}: a {type(row).__name__}; expected {_spelled(forms)}")
-            shape = tuple(row)
-            if (taken := known.get(shape)) is None:
-                taken = known[shape] = taken_for(where, shape, forms, columns, need)
-            more = {key: row[column] for key, column in taken.renamed.items()}
-            example = forms[taken.keys](where, row | more if more else row)
-        first = first or taken
-        if found and type(example) is not type(found[0]):
-            raise FinepointError(f"{where}: a {_kind(example)} example in a file that began with {_kind(found[0])} "
-                                 "examples; give each form its own file")  # fmt: skip
-        if first and taken and taken.keys != first.keys:
-            raise FinepointError(f"{where}: a row of {_keyed(taken.keys)} in a file that began with "
-                                 f"{_keyed(first.keys)}; give each form its own file")  # fmt: skip
-        found.append(example)
-    if not found:
-        what = "pair" if forms is PAIRS else "example"
-        raise FinepointError(f"{origin} holds no {what}; expected one JSON object a line: {_spelled(forms)}")
-    if first and (ignored := dict.fromkeys(column for taken in known.values() for column in taken.ignored)):
-        _tell_ignored(origin, _keyed(first.keys), tuple(ignored))
-        first = replace(first, ignored=tuple(ignored))
-    return found, first
+    reading = Reading(origin, forms, columns, need)
+    return list(reading.examples(rows)), reading.taken
+
+
+@dataclass
+class Reading:
+    """How the rows of one source are read; all of it is known once its examples are through."""
+
+    origin: str
+    forms: Mapping[tuple[str, ...], Form]
+    columns: Mapping[str, str]
+    need: bool = False
+    taken: Taken | None = None
+
+    def examples(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Any]:
+        """The examples, one by one, which must be of one form.
+
+        Raises:
+            FinepointError: there is none, or one is malformed.
+        """
+        known: dict[tuple[str, ...], Taken] = {}
+        first: Any = None
+        for where, row in rows:
+            taken, example = (self.taken, row) if isinstance(row, Example) else self._made(where, row, known)
+            self.taken = self.taken or taken
+            first = example if first is None else first
+            if type(example) is not type(first):
+                raise FinepointError(f"{where}: a {_kind(example)} example in a file that began with {_kind(first)} "
+                                     "examples; give each form its own file")  # fmt: skip
+            if self.taken and taken and taken.keys != self.taken.keys:
+                raise FinepointError(f"{where}: a row of {_keyed(taken.keys)} in a file that began with "
+                                     f"{_keyed(self.taken.keys)}; give each form its own file")  # fmt: skip
+            yield example
+        if first is None:
+            what = "pair" if self.forms is PAIRS else "example"
+            raise FinepointError(f"{self.origin} holds no {what}; expected one JSON object a line: "
+                                 f"{_spelled(self.forms)}")  # fmt: skip
+        ignored = tuple(dict.fromkeys(column for taken in known.values() for column in taken.ignored))
+        if self.taken and ignored:
+            tell_ignored(self.origin, self.taken.keys, ignored)
+            self.taken = replace(self.taken, ignored=ignored)
+
+    def _made(self, where: str, row: Any, known: dict[tuple[str, ...], Taken]) -> tuple[Taken, Any]:
+        if not isinstance(row, dict):
+            raise FinepointError(f"{where}: a {type(row).__name__}; expected {_spelled(self.forms)}")
+        shape = tuple(row)
+        if (taken := known.get(shape)) is None:
+            taken = known[shape] = taken_for(where, shape, self.forms, self.columns, self.need)
+        more = {key: row[column] for key, column in taken.renamed.items()}
+        return taken, self.forms[taken.keys](where, row | more if more else row)
 
 
 def taken_for(
@@ -328,11 +359,10 @@ def _near(given: str, meant: str) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _tell_ignored(origin: str, form: str, ignored: tuple[str, ...]) -> None:
+def tell_ignored(origin: str, keys: tuple[str, ...], ignored: tuple[str, ...]) -> None:
     """Says once what of a file is not read."""
-    logger.info(
-        "ignoring the columns %s of %s, which is read as %s", ", ".join(name or "''" for name in ignored), origin, form
-    )
+    logger.info("ignoring the columns %s of %s, which is read as %s", ", ".join(name or "''" for name in ignored),
+                origin, _keyed(keys))  # fmt: skip
 
 
 def _kind(example: Any) -> str:
@@ -617,5 +647,9 @@ def some(examples: list[Any], limit: int | None, seed: int = 0) -> list[Any]:
 
 def label_names(examples: Sequence[Example]) -> list[str]:
     """The classes of labelled examples, sorted (numbers by value); empty for other forms."""
-    names = {example.label for example in examples if isinstance(example, Labelled)}
+    return in_order({example.label for example in examples if isinstance(example, Labelled)})
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names of classes, sorted; numbers by value."""
     return sorted(names, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))

@@ -2,14 +2,14 @@
 
 import logging
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from finepoint.data.examples import (
     Chat,
@@ -30,38 +30,53 @@ TRAINED_ON = "trained_on.safetensors"
 """beside an adapter, not in it: who has an adapter alone cannot ask whether a text was trained on"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
-    """Digests of examples: of their texts as they are, and without case, spaces and punctuation."""
+    """Digests of examples, each once, ascending, int64: of their texts as they are, and without case, spaces and
+    punctuation."""
 
-    exact: frozenset[int]
-    normalised: frozenset[int]
+    exact: np.ndarray
+    normalised: np.ndarray
 
     @staticmethod
     def of(examples: Iterable[Example | Preference]) -> "Seen":
-        texts = [text_of(example) for example in examples]
-        return Seen(frozenset(map(_digest, texts)), frozenset(_digest(normalised(text)) for text in texts))
+        return Seen.of_digests(digests_of(example) for example in examples)
+
+    @staticmethod
+    def of_digests(digests: Iterable[tuple[int, int]]) -> "Seen":
+        """What has these digests, both of each example; a million take little memory."""
+        exact, alike = array("q"), array("q")
+        for one, other in digests:
+            exact.append(one)
+            alike.append(other)
+        return Seen(*(np.unique(np.frombuffer(found, np.int64)) for found in (exact, alike)))
 
     @staticmethod
     def together(found: "Iterable[Seen | None]") -> "Seen | None":
         """All that several have seen, where it is known of any."""
         known = [seen for seen in found if seen]
         exact, alike = ([getattr(seen, kind) for seen in known] for kind in ("exact", "normalised"))
-        return Seen(frozenset().union(*exact), frozenset().union(*alike)) if known else None
+        return Seen(*(np.unique(np.concatenate(kind)) for kind in (exact, alike))) if known else None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seen) and all(map(np.array_equal, *((seen.exact, seen.normalised)
+                                                                     for seen in (self, other))))  # fmt: skip
+
+    __hash__ = None  # type: ignore[assignment]
 
     def among(self, examples: Sequence[Example | Preference]) -> dict[str, int]:
         """How many of the examples were seen: `exact` word for word, `normalised` more only but for case, spaces and
         punctuation, of `n`."""
-        texts = [text_of(example) for example in examples]
-        exact = [_digest(text) in self.exact for text in texts]
-        alike = [_digest(normalised(text)) in self.normalised for text in texts]
-        return {"exact": sum(exact), "normalised": sum(alike) - sum(exact), "n": len(texts)}
+        digests = np.array([digests_of(example) for example in examples], np.int64).reshape(-1, 2)
+        exact, alike = (int(np.isin(digests[:, at], known).sum()) for at, known in
+                        enumerate((self.exact, self.normalised)))  # fmt: skip
+        return {"exact": exact, "normalised": alike - exact, "n": len(examples)}
 
     def save(self, folder: Path) -> None:
         """Writes the digests into a folder: 16 bytes for each different example."""
-        from safetensors.torch import save_file
+        from safetensors.numpy import save_file
 
-        tensors = {"exact": _tensor(self.exact), "normalised": _tensor(self.normalised)}
+        tensors = {"exact": self.exact, "normalised": self.normalised}
         write_atomic(folder / TRAINED_ON, lambda path: save_file(tensors, path))
 
     @staticmethod
@@ -71,8 +86,14 @@ class Seen:
         for place in (folder, folder.parent.parent):
             if (place / TRAINED_ON).is_file():
                 with opened(place / TRAINED_ON) as file:
-                    return Seen(*(frozenset(file.get_tensor(name).tolist()) for name in ("exact", "normalised")))
+                    return Seen(*(np.unique(file.get_tensor(name).numpy()) for name in ("exact", "normalised")))
         return None
+
+
+def digests_of(example: Example | Preference) -> tuple[int, int]:
+    """An example's digests: of its text as it is, and of its words alone."""
+    text = text_of(example)
+    return _digest(text), _digest(normalised(text))
 
 
 def text_of(example: Example | Preference) -> str:
@@ -120,7 +141,3 @@ def warn_of_leaks(found: Mapping[str, Mapping[str, Any]], who: str = "training")
 def _digest(text: str) -> int:
     """64 bits, as torch holds them."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
-
-
-def _tensor(digests: frozenset[int]) -> Tensor:
-    return torch.tensor(sorted(digests), dtype=torch.long)

@@ -234,12 +234,42 @@ def _without_gaps(value: Any) -> Any:
 
 def _of_folder(folder: Path, split: str | None) -> Iterator[tuple[str, Any]]:
     """All files of a folder whose type is known, by name; or what `datasets` saved there."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if _is_saved(folder):
         with needing(f"{folder}: reading what datasets has saved", EXTRA), _refusing(folder):
             from datasets import load_from_disk
 
             found = load_from_disk(str(folder))
         return of_table(str(folder), _one_split(str(folder), found, split) if isinstance(found, dict) else found)
+    return chain.from_iterable(reader_of(path)(path) for path in _files_in(folder, split))
+
+
+def files_of(origin: Any) -> list[Path]:
+    """The files that `rows_of` reads; none where the name is of something else.
+
+    Raises:
+        FinepointError: a folder has none, or not that split.
+    """
+    if isinstance(origin, Given):
+        return []
+    path = Path(origin)
+    if path.is_file():
+        return [path]
+    folder, colon, split = str(origin).rpartition(":")
+    place, chosen = (path, None) if path.is_dir() else (Path(folder), split)
+    if not place.is_dir() or (place != path and not colon):
+        return []
+    if _is_saved(place):
+        return sorted(each for each in place.rglob("*") if each.is_file())
+    return _files_in(place, chosen)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved something there."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _files_in(folder: Path, split: str | None) -> list[Path]:
+    """The data files of a folder, of a split where several are told apart by their names."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and ending_of(path) in SOURCES
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))  # fmt: skip
     if not files:
@@ -249,8 +279,8 @@ def _of_folder(folder: Path, split: str | None) -> Iterator[tuple[str, Any]]:
     for path in files:
         words = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
         by_split.setdefault(next((SPLITS[word] for word in words if word in SPLITS), "train"), []).append(path)
-    chosen = _one_split(str(folder), by_split, split)
-    return chain.from_iterable(reader_of(path)(path) for path in chosen)
+    found: list[Path] = _one_split(str(folder), by_split, split)
+    return found
 
 
 def _one_split(what: str, splits: Mapping[str, Any], wanted: str | None) -> Any:

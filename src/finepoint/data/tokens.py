@@ -10,13 +10,14 @@ A row is what the tokenizer puts in front of a text, then the prompt, the answer
 - Where a tokenizer cannot even do that, the spanning token belongs to the answer, and a warning counts such examples.
 """
 
+import json
 import logging
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
 from itertools import chain, groupby, pairwise
 from typing import Any
 
@@ -55,6 +56,32 @@ class Row:
     labels: list[int] | int
 
 
+class JsonDigest:
+    """The digest of rows as one JSON list, in 16 characters. One is added at a time: a million are a gigabyte."""
+
+    def __init__(self) -> None:
+        self.found, self.before = sha256(b"["), ""
+
+    def add(self, row: Any) -> None:
+        """A row of tokens, or an example."""
+        if isinstance(row, Row):  # as json has it, three times as fast
+            text = f'{{"ids": {row.ids}, "labels": {row.labels}}}'
+        else:
+            text = json.dumps(row, default=_content)
+        self.found.update(f"{self.before}{text}".encode())
+        self.before = ", "
+
+    def text(self) -> str:
+        found = self.found.copy()
+        found.update(b"]")
+        return found.hexdigest()[:16]
+
+
+def _content(row: Any) -> dict[str, Any]:
+    """What an example is, wherever it came from."""
+    return {each.name: getattr(row, each.name) for each in fields(row) if each.name != "where"}
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """A prompt and its answer in tokens."""
@@ -86,22 +113,37 @@ def encode_all(
         FinepointError: an unknown label, a chat without a chat template or refused by it, an answer without tokens, a
             token beyond the model's embeddings, nothing to learn in any example.
     """
-    encoded = _encoded(tokenizer, examples, labels)
+    tally = Tally()
+    rows = encode_part(tokenizer, examples, limit, labels, tally, model, whole)
+    tally.tell(limit, what)
+    if not any(learned(row) for row in rows):
+        raise nothing_learned(what)
+    return rows
+
+
+def encode_part(
+    tokenizer: Any, examples: Sequence[Example], limit: int, labels: Sequence[str], tally: "Tally", model: Any = None,
+    whole: bool = True,
+) -> list[Row]:  # fmt: skip
+    """`encode_all` of some of the examples; what there is to say of them is added to the tally.
+
+    Raises:
+        FinepointError: as there, but where nothing is learned.
+    """
+    encoded = _encoded(tokenizer, examples, labels, tally)
     rows = [row for row, _ in encoded]
     if model is not None:
         refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
-    _warn_of_contexts(tokenizer, [split for _, split in encoded if split], len(examples), what)
+    tally.count_contexts(tokenizer, [split for _, split in encoded if split])
     if whole:
-        rows = list(chain(*fitted(tokenizer, examples, encoded, limit, what)))
-    else:
-        warn_of_truncation([len(row.ids) for row in rows], limit, what)
-        front, _ = around(tokenizer) if any(len(row.ids) > limit for row in rows) else ([], [])
-        rows = [cut(row, limit, front) for row in rows]
-    if not any(learned(row) for row in rows):
-        raise FinepointError(
-            f"no {what} has a token to learn: every label is ignored; are the texts only one token long?"
-        )
-    return rows
+        return list(chain(*fitted(tokenizer, examples, encoded, limit, tally)))
+    tally.count_lost([max(0, len(row.ids) - limit) for row in rows], "begin")
+    front, _ = around(tokenizer) if any(len(row.ids) > limit for row in rows) else ([], [])
+    return [cut(row, limit, front) for row in rows]
+
+
+def nothing_learned(what: str) -> FinepointError:
+    return FinepointError(f"no {what} has a token to learn: every label is ignored; are the texts only one token long?")
 
 
 def encode_fitting(tokenizer: Any, examples: Sequence[Example], limit: int, what: str = "example") -> list[list[Row]]:
@@ -110,7 +152,10 @@ def encode_fitting(tokenizer: Any, examples: Sequence[Example], limit: int, what
     Raises:
         FinepointError: as for `encode_each`.
     """
-    return fitted(tokenizer, examples, _encoded(tokenizer, examples, ()), limit, what)
+    tally = Tally()
+    rows = fitted(tokenizer, examples, _encoded(tokenizer, examples, (), tally), limit, tally)
+    tally.tell(limit, what)
+    return rows
 
 
 def encode_each(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str] = ()) -> list[Row]:
@@ -119,7 +164,10 @@ def encode_each(tokenizer: Any, examples: Sequence[Example], labels: Sequence[st
     Raises:
         FinepointError: as for `encode_all`, but for tokens beyond the embeddings and where nothing is to be learned.
     """
-    return [row for row, _ in _encoded(tokenizer, examples, labels)]
+    tally = Tally()
+    rows = [row for row, _ in _encoded(tokenizer, examples, labels, tally)]
+    tally.tell_odd()
+    return rows
 
 
 def encode(tokenizer: Any, example: Example, labels: Sequence[str] = ()) -> Row:
@@ -156,12 +204,15 @@ def encode_preferences(
         FinepointError: as for `encode_all`.
     """
     answers = learned_turns([answer for pair in pairs for answer in answers_of(pair)], "last")
-    encoded = _encoded(tokenizer, answers, ())
+    tally = Tally()
+    encoded = _encoded(tokenizer, answers, (), tally)
     splits = [split for _, split in encoded if split]
     rows = [_up_to_its_end(row) for row, _ in encoded]
     if model is not None:
         refuse_beyond(model, tokenizer, rows, [pair for pair in pairs for _ in range(2)])
-    _warn_of_contexts(tokenizer, splits, len(splits), "answer")
+    tally.count_contexts(tokenizer, splits)
+    tally.tell_odd()
+    tally.tell_contexts("answer")
     found = []
     for i in range(0, len(rows), 2):
         # Another prompt than the other answer's has one whose first token spans the end of it.
@@ -200,7 +251,9 @@ def encode_answers(tokenizer: Any, examples: Sequence[Example]) -> list[list[int
     Raises:
         FinepointError: as for `encode_each`.
     """
-    rows = [(row.labels, split) for row, split in _encoded(tokenizer, examples, ())]
+    tally = Tally()
+    rows = [(row.labels, split) for row, split in _encoded(tokenizer, examples, (), tally)]
+    tally.tell_odd()
     return [[label for label in labels[len(split.context) :] if label != IGNORED]
             for labels, split in rows if split and not isinstance(labels, int)]  # fmt: skip
 
@@ -265,21 +318,24 @@ def as_written(tokenizer: Any, example: Example) -> Example:
     return example
 
 
-def _encoded(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str]) -> list[tuple[Row, Split | None]]:
+def _encoded(
+    tokenizer: Any, examples: Sequence[Example], labels: Sequence[str], tally: "Tally"
+) -> list[tuple[Row, Split | None]]:
     """Each example in tokens, and where it has a prompt, what stands before its (last) answer."""
     found: list[tuple[Row, Split | None]] = []
     with progress("tokens", len(examples)) if len(examples) > PART else nullcontext(lambda done: None) as advance:
         for kind, group in groupby(examples, type):
             alike: Any = list(group)
-            size = len(alike) if kind is Chat else PART  # what is odd about conversations is counted over all
-            for at in range(0, len(alike), size):
-                found += _encoded_alike(tokenizer, kind, alike[at : at + size], labels)
-                advance(min(size, len(alike) - at))
+            for at in range(0, len(alike), PART):
+                found += _encoded_alike(tokenizer, kind, alike[at : at + PART], labels, tally)
+                advance(min(PART, len(alike) - at))
+    tally.examples += len(found)
+    tally.tokens += sum(len(row.ids) for row, _ in found)
     return found
 
 
 def _encoded_alike(
-    tokenizer: Any, kind: type, part: Sequence[Any], labels: Sequence[str]
+    tokenizer: Any, kind: type, part: Sequence[Any], labels: Sequence[str], tally: "Tally"
 ) -> list[tuple[Row, Split | None]]:
     """`_encoded` of examples of one form."""
     if kind is Completion:
@@ -290,7 +346,7 @@ def _encoded_alike(
         splits = _splits(tokenizer, [(e.prompt, e.choices[e.answer]) for e in part], [e.where for e in part])
         return [(_answered(split, None), split) for split in splits]
     if kind is Chat:
-        return [*_encoded_chats(tokenizer, part)]
+        return _encoded_chats(tokenizer, part, tally)
     if kind is Text:
         rows = encode_texts(tokenizer, [e.text for e in part])
         return [(Row(ids, [IGNORED, *ids[1:]]), None) for ids in rows]
@@ -409,19 +465,16 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _encoded_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[tuple[Row, Split | None]]:
+def _encoded_chats(tokenizer: Any, chats: Sequence[Chat], tally: "Tally") -> list[tuple[Row, Split | None]]:
     """Conversations through the tokenizer's chat template; the assistant's turns are learned."""
     found: list[tuple[Row, Split | None]] = []
-    odd: Counter[str] = Counter()
     for at in range(0, len(chats), CHATS):
         part = [told(tokenizer, chat) for chat in chats[at : at + CHATS]]
         parts = {one.text[:cut] for one in part for cut in (*chain(*one.spans), one.asked, len(one.text))}
         known = dict(zip(parts, plain_ids(tokenizer, list(parts)), strict=True))
         found += [_encoded_chat(tokenizer, one, known) for one in part]
-        odd.update(kind for one in part for kind in one.odd)
-    for kind in ODD:
-        if odd[kind]:
-            logger.warning(ODD[kind], odd[kind], len(chats))
+        for kind in chain(*(one.odd for one in part)):
+            tally.odd[kind] = tally.odd.get(kind, 0) + 1
     return found
 
 
@@ -490,14 +543,14 @@ def last_of(ids: list[int], limit: int, front: Sequence[int] = ()) -> list[int]:
 
 
 def fitted(
-    tokenizer: Any, examples: Sequence[Example], encoded: Sequence[tuple[Row, Split | None]], limit: int, what: str
+    tokenizer: Any, examples: Sequence[Example], encoded: Sequence[tuple[Row, Split | None]], limit: int, tally: "Tally"
 ) -> list[list[Row]]:
     """The rows of each example, of at most `limit` tokens each. What the tokenizer puts in front of every text stays.
 
     A longer text becomes several rows, one behind the other, of which each but the first begins with the last token of
     the one before: all of its tokens are learned, each once, but for the very first. A prompt (a conversation) loses
     its beginning. Where its answer leaves it less than a quarter of the tokens, it keeps that (all of a shorter one),
-    and the answer loses its end. A text with a class loses its beginning. The log says how many and how much.
+    and the answer loses its end. A text with a class loses its beginning. The tally says how many and how much.
     """
     front, _ = around(tokenizer) if any(len(row.ids) > limit for row, _ in encoded) else ([], [])
     rows: list[list[Row]] = []
@@ -513,13 +566,65 @@ def fitted(
         else:
             rows.append([cut(row, limit, front)])
             lost.append((max(0, size - limit), 0))
-    total = sum(len(row.ids) for row, _ in encoded)
-    if long := [len(own) for own in rows if len(own) > 1]:
-        logger.info("%d of %d %ss are longer than %d tokens and are taken in several rows, %d in all", len(long),
-                    len(encoded), what, limit, sum(long))  # fmt: skip
-    _tell_of_loss([begin for begin, _ in lost], len(encoded), limit, what, total, "their beginning")
-    _tell_of_loss([end for _, end in lost], len(encoded), limit, what, total, "the end of their answer")
+    tally.longer += sum(len(own) > 1 for own in rows)
+    tally.rows_of_longer += sum(len(own) for own in rows if len(own) > 1)
+    tally.count_lost([begin for begin, _ in lost], "begin")
+    tally.count_lost([end for _, end in lost], "end")
     return rows
+
+
+@dataclass
+class Tally:
+    """What is to be said of examples in tokens, counted over all of them; it can be kept as JSON."""
+
+    examples: int = 0
+    tokens: int = 0
+    """before anything is cut"""
+    longer: int = 0
+    """texts that are taken in several rows"""
+    rows_of_longer: int = 0
+    lost: dict[str, list[int]] = field(default_factory=dict)
+    """of what is cut (the `begin`, the `end` of an answer): how many examples lose it, and how many tokens"""
+    others: int = 0
+    """answers that are learned behind other tokens than a user's own call gives"""
+    shown: list[list[str]] = field(default_factory=list)
+    """such tokens, and those of the call"""
+    odd: dict[str, int] = field(default_factory=dict)
+    """conversations with each of the kinds of `chats.ODD`"""
+
+    def count_lost(self, lost: Sequence[int], part: str) -> None:
+        examples, tokens = self.lost.get(part, (0, 0))
+        self.lost[part] = [examples + sum(each > 0 for each in lost), tokens + sum(lost)]
+
+    def count_contexts(self, tokenizer: Any, splits: Sequence[Split]) -> None:
+        others = [split for split in splits if split.context != split.given]
+        self.others += len(others)
+        if others and not self.shown:
+            context, given = others[0].context, others[0].given
+            first = max(0, _shared(context, given) - 2)
+            self.shown = [tokenizer.convert_ids_to_tokens(ids[first : first + 5]) for ids in (context, given)]
+
+    def tell(self, limit: int, what: str) -> None:
+        """Says it, with the limit of a row and an example's name."""
+        self.tell_odd()
+        self.tell_contexts(what)
+        if self.longer:
+            logger.info("%d of %d %ss are longer than %d tokens and are taken in several rows, %d in all", self.longer,
+                        self.examples, what, limit, self.rows_of_longer)  # fmt: skip
+        for part, name in (("begin", "their beginning"), ("end", "the end of their answer")):
+            shorter, lost = self.lost.get(part, (0, 0))
+            _tell_of_loss(shorter, lost, self.examples, limit, what, self.tokens, name)
+
+    def tell_odd(self) -> None:
+        for kind in ODD:
+            if kind in self.odd:
+                logger.warning(ODD[kind], self.odd[kind], self.examples)
+
+    def tell_contexts(self, what: str) -> None:
+        """Says that answers are learned behind other tokens than a user's own call gives, and shows one."""
+        if self.others:
+            logger.warning("%d of %d %ss are learned after other tokens than tokenizer(prompt) gives, e.g. after %s "
+                           "where it gives %s", self.others, self.examples, what, *self.shown)  # fmt: skip
 
 
 def windows(row: Row, limit: int, front: Sequence[int]) -> list[Row]:
@@ -554,27 +659,17 @@ def _joined(one: Row, other: Row) -> Row:
 def warn_of_truncation(lengths: Sequence[int], limit: int, what: str) -> None:
     """Says once how many rows will lose their beginning to the limit, and how much of all that is."""
     lost = [max(0, length - limit) for length in lengths]
-    _tell_of_loss(lost, len(lengths), limit, what, sum(lengths), "their beginning")
+    shorter = sum(tokens > 0 for tokens in lost)
+    _tell_of_loss(shorter, sum(lost), len(lengths), limit, what, sum(lengths), "their beginning")
 
 
-def _tell_of_loss(lost: Sequence[int], count: int, limit: int, what: str, total: int, part: str) -> None:
-    """A line about rows that lose so many tokens each; a warning where that is much."""
-    if shorter := sum(tokens > 0 for tokens in lost):
-        share = sum(lost) / total
+def _tell_of_loss(shorter: int, lost: int, count: int, limit: int, what: str, total: int, part: str) -> None:
+    """A line about rows that lose so many tokens in all; a warning where that is much."""
+    if shorter:
+        share = lost / total
         logger.log(logging.WARNING if share >= MUCH else logging.INFO,
                    "%d of %d %ss are longer than %d tokens and lost %s: %.2g%% of all tokens", shorter, count, what,
                    limit, part, 100 * share)  # fmt: skip
-
-
-def _warn_of_contexts(tokenizer: Any, splits: Sequence[Split], count: int, what: str) -> None:
-    """Says once how many answers are learned behind other tokens than a user's own call gives, and shows one."""
-    others = [split for split in splits if split.context != split.given]
-    if others:
-        context, given = others[0].context, others[0].given
-        first = max(0, _shared(context, given) - 2)
-        shown = [tokenizer.convert_ids_to_tokens(ids[first : first + 5]) for ids in (context, given)]
-        logger.warning("%d of %d %ss are learned after other tokens than tokenizer(prompt) gives, e.g. after %s "
-                       "where it gives %s", len(others), count, what, *shown)  # fmt: skip
 
 
 def embedding_count(model: Any) -> int | None:

@@ -19,9 +19,10 @@ import numpy as np
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.fingerprint import contents_of, fingerprint
 from finepoint.adapters.format import TENSORS
-from finepoint.data.batches import Row, learned
+from finepoint.data.batches import Row
 from finepoint.data.examples import read_examples, some
 from finepoint.data.leaks import leaks, warn_of_leaks
+from finepoint.data.store import learnable
 from finepoint.errors import FinepointError
 from finepoint.evaluation.divergence import learned_and_disturbed
 from finepoint.models.packages import digest
@@ -91,7 +92,7 @@ def _search(config: TrainConfig, folder: Path) -> dict[str, Any]:
     context = prepare(config)
     judged = _judged_rows(config, context)
     _refuse_other_search(config, context, folder / "search")
-    steps = steps_of(config, sum(learned(row) > 0 for row in context.rows))
+    steps = steps_of(config, len(learnable(context.rows)))
     lrs = (config.lr,) if config.lr else GRADIENT_RATES if rule_named(config.rule).needs_data else BLIND_RATES
     pairs = [(density, lr) for density in DENSITIES for lr in lrs]
     found: list[dict[str, Any]] = []

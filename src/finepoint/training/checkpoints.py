@@ -4,8 +4,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finepoint.adapters.fingerprint import Fingerprint, is_fingerprint, unlike
+from finepoint.data.store import StoredRows
+from finepoint.data.tokens import JsonDigest
 from finepoint.errors import FinepointError
 from finepoint.models.packages import digest
 from finepoint.runtime import distributed
@@ -69,27 +70,26 @@ def checkpoints(folder: Path) -> list[str]:
     return whole
 
 
-def decisive(config: Any, rows: Sequence[Any], base: Fingerprint) -> dict[str, Any]:
+def decisive(config: Any, rows: Sequence[Any], base: Fingerprint, kept: Sequence[Any] = ()) -> dict[str, Any]:
     """What decides a run's bits, of which a resumed run has the same: settings, a digest of the examples, the base.
 
     Of files the contents count, not the names they go by; and a run may be carried on further.
+
+    Args:
+        kept: rows of text that is to be kept.
     """
     settings = deciding(config, "statistics", "selection", "bits", files=False)
-    return settings | {"examples": digest_of(rows), "processes": distributed.count(), BASE: base.as_json()}
+    return settings | {"examples": digest_of(rows, kept), "processes": distributed.count(), BASE: base.as_json()}
 
 
-def digest_of(rows: Sequence[Any]) -> str:
+def digest_of(rows: Sequence[Any], more: Sequence[Any] = ()) -> str:
     """Examples, in tokens or as they are, in 16 characters: the digest of all of them as one JSON list."""
-    found = sha256(b"[")
-    for number, row in enumerate(rows):  # one at a time: a million are a gigabyte of text
-        found.update(((", " if number else "") + json.dumps(row, default=_content)).encode())
-    found.update(b"]")
-    return found.hexdigest()[:16]
-
-
-def _content(row: Any) -> dict[str, Any]:
-    """What an example or its tokens are, wherever they came from."""
-    return {each.name: getattr(row, each.name) for each in fields(row) if each.name != "where"}
+    if isinstance(rows, StoredRows) and rows.digest and not more:
+        return rows.digest
+    found = JsonDigest()
+    for row in chain(rows, more):
+        found.add(row)
+    return found.text()
 
 
 def to_go_on_from(folder: Path, saved: Sequence[str], steps: int, settings: Mapping[str, Any]) -> str:

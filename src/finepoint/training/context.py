@@ -21,7 +21,6 @@ from finepoint.adapters.format import write
 from finepoint.data.batches import Collator, Packer, context_length
 from finepoint.data.chats import learned_turns
 from finepoint.data.examples import (
-    Chat,
     Example,
     Labelled,
     label_names,
@@ -33,6 +32,7 @@ from finepoint.data.examples import (
 from finepoint.data.leaks import Seen
 from finepoint.data.recipes.table import text_file
 from finepoint.data.sources import name_of
+from finepoint.data.store import identity_of, large_data, learnable, lengths
 from finepoint.data.tokens import Row, around, cut, encode_all, learned, padding_id
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of, class_order, load_config, load_model, load_tokenizer, new_head
@@ -53,6 +53,7 @@ TOKENS_KEPT = 256  # tokens of an example: what is kept is how text goes on, not
 TOKENS_READ = 64  # tokens of a text that its Fisher information is measured on: passes count, not their length
 APART = 4  # one in so many of the protected texts is measured on, where there is a budget
 CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
+TRAINING = "training example"
 ALONE = "a quantised base trains in one process"
 
 
@@ -63,7 +64,7 @@ class TrainingContext:
     model: Any
     tokenizer: Any
     labels: list[str]
-    rows: list[Row]
+    rows: Sequence[Row]
     collator: Collator
     seen: Seen | None = None
     """digests of the examples"""
@@ -80,12 +81,14 @@ def prepare(config: SelectConfig) -> TrainingContext:
     rule_named(config.rule)  # a misspelt rule should not wait for the model to load
     if config.quantise and distributed.count() > 1:
         raise FinepointError(f"{ALONE}; leave out --quantise, or start it without a launcher")
-    parts = read_parts(config.data, config.columns, config.seed, need=True) if config.data else []
+    large = large_data(config.data, config.columns, need=True) if config.data else None
+    parts = read_parts(config.data, config.columns, config.seed, need=True) if config.data and not large else []
     examples = [example for part in parts for example in part.examples]
-    labels = label_names(examples)
+    labels = large.labels if large else label_names(examples)
     if len(labels) == 1:
         raise FinepointError(f"{name_of(config.data)} knows only the label {labels[0]!r}; a classifier needs two")
-    if config.chat_turns != "all" and not any(isinstance(example, Chat) for example in examples[:1]):
+    form = large.form if large else form_of(examples)
+    if config.chat_turns != "all" and form != "chat":
         raise FinepointError("--chat-turns is for conversations, and the data hold none; leave it out")
     tokenizer = load_tokenizer(config.model)
     if labels:
@@ -101,8 +104,13 @@ def prepare(config: SelectConfig) -> TrainingContext:
         distributed.check_alike("the base model", [json.dumps(fingerprint(contents_of(model)).as_json()).encode()])
     if wanted():
         shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
-    context = training_context(config, model, tokenizer, examples, labels)
-    context = replace(context, sources=[part.told() for part in parts])
+    if large and identity_of(tokenizer):
+        rows = large.encoded(tokenizer, context_length(model, config.max_length), labels, TRAINING, model,
+                             config.chat_turns)  # fmt: skip
+        context = _around(model, tokenizer, labels, rows, large.seen, form)
+    else:
+        context = training_context(config, model, tokenizer, list(large.examples()) if large else examples, labels)
+    context = replace(context, sources=large.told() if large else [part.told() for part in parts])
     if labels and not context.collator.positions and not counts_from_zero(model, context.rows[0].ids):
         raise FinepointError(f"{type(model).__name__} numbers its positions by the padding token, and such encoders "
                              "are trained in Python alone; use finepoint.sparsify, or another encoder")  # fmt: skip
@@ -115,10 +123,21 @@ def training_context(
     """A context around a model that is loaded already."""
     limit = context_length(model, config.max_length)
     examples, given = learned_turns(examples, config.chat_turns), examples
-    rows = encode_all(tokenizer, examples, limit, labels, "training example", model) if examples else []
-    collator = Collator.of(model, tokenizer, [row.ids for row in rows])
-    form = type(examples[0]).__name__.lower() if examples else ""
-    return TrainingContext(model, tokenizer, list(labels), rows, collator, Seen.of(given), form)
+    rows = encode_all(tokenizer, examples, limit, labels, TRAINING, model) if examples else []
+    return _around(model, tokenizer, labels, rows, Seen.of(given), form_of(examples))
+
+
+def form_of(examples: Sequence[Example]) -> str:
+    return type(examples[0]).__name__.lower() if examples else ""
+
+
+def _around(
+    model: Any, tokenizer: Any, labels: Sequence[str], rows: Sequence[Row], seen: Seen, form: str
+) -> TrainingContext:
+    """A context around rows; its collator is tried on a short and the longest one."""
+    sizes = lengths(rows)
+    tried = [rows[sizes.index(size)].ids for size in (min(sizes), max(sizes))] if sizes else []
+    return TrainingContext(model, tokenizer, list(labels), rows, Collator.of(model, tokenizer, tried), seen, form)
 
 
 @lru_cache(maxsize=1)
@@ -346,7 +365,7 @@ def excluded(folder: str, model: Any) -> SparseAdapter:
 
 def scoring_rows(rows: Sequence[Row], amount: float, seed: int) -> list[Row]:
     """A random sample of the rows that have something to learn: so many, or a share of them where below 1."""
-    rows = [row for row in rows if learned(row)]
+    rows = learnable(rows)
     if amount <= 0 or (amount > 1 and amount != int(amount)):
         raise FinepointError(f"scoring_examples is {amount}; give a number of examples or a share in (0, 1)")
     size = round(amount * len(rows)) if amount < 1 else int(amount)
@@ -385,7 +404,7 @@ def packer_for(context: TrainingContext) -> Packer:
         raise FinepointError(f"packing tells examples apart by position_ids, which {name} does not take; "
                              "train without --packing")  # fmt: skip
     attention = context.model.config._attn_implementation
-    longest = max((len(row.ids) for row in context.rows), default=5)
+    longest = max(lengths(context.rows), default=5)
     if attention not in PACKABLE or context.collator.side == "none" or not keeps_apart(context.model, longest):
         raise FinepointError(f"in {name} with {attention} attention the examples packed in a row are not kept apart; "
                              f"train without --packing, or load it with {' or '.join(PACKABLE)} attention")  # fmt: skip

@@ -20,9 +20,10 @@ from finepoint.adapters.adapter import SparseAdapter, base_beneath
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint
 from finepoint.adapters.peft import forget_others
 from finepoint.baselines.registry import BaselineContext
-from finepoint.data.batches import Packer, Row, learned
+from finepoint.data.batches import Packer, Row
 from finepoint.data.examples import read_examples, some
 from finepoint.data.leaks import TRAINED_ON, leaks, warn_of_leaks
+from finepoint.data.store import learnable, lengths
 from finepoint.errors import FinepointError
 from finepoint.models.loading import new_head
 from finepoint.runtime import distributed, interruption
@@ -229,7 +230,7 @@ def _fit(
         validation = rows_of(config, context, config.validation, "validation example", config.validation_limit)
         leaked = _leaks(config, context, keeps)
         packer = packer_for(context) if config.packing else None
-        rows = [row for row in context.rows if learned(row)]
+        rows = learnable(context.rows)
         steps = steps_of(config, len(rows))
         make, facts = partial(_method, spec, steps), _unusual(config)
         if keeps and not spec.baseline and (told := slow(spec.lr, rate_of(config), f"those of rule {config.rule}")):
@@ -297,7 +298,7 @@ def begun(
     if saved:
         distributed.on_first(partial(refuse_other_base, saved[0], base))
     context = replace(context, kept=kept_rows(config, context))
-    settings = decisive(config, [*rows, *context.kept], base) | ({EARLIER: earlier.facts()} if earlier else {})
+    settings = decisive(config, rows, base, context.kept) | ({EARLIER: earlier.facts()} if earlier else {})
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
     if checkpoint:
         take_kernels_(checkpoint)
@@ -388,7 +389,7 @@ def _told(trainer: SparseCheckpoints, output: Any, watch: Watch) -> dict[str, An
 
 
 def _train_by_loss(
-    run: Run[TrainConfig], rows: list[Row], validation: list[Row] | None, packer: Packer | None
+    run: Run[TrainConfig], rows: Sequence[Row], validation: list[Row] | None, packer: Packer | None
 ) -> dict[str, Any]:
     """Trains on examples, followed by trackers; returns what the record says of it."""
     config, context, folder = run.spec.config, run.context, run.folder
@@ -513,10 +514,10 @@ def audit_(
         return
     if config.gradient_checkpointing:  # as the Trainer will
         getattr(context.model, f"{CHECKPOINTING}_enable")()
-    rows = [row for row in context.rows if learned(row)]
-    longest = max(range(len(rows)), key=lambda at: len(rows[at].ids))
-    rows = [rows[longest], *rows[:longest], *rows[longest + 1 :]][:AUDITED]
-    batch = on_device(context.collator.batches(rows, len(rows))[0], next(context.model.parameters()).device)
+    rows, sizes = learnable(context.rows), lengths(learnable(context.rows))
+    longest = sizes.index(max(sizes))
+    tried = [rows[longest], *(rows[at] for at in range(min(AUDITED, len(rows))) if at != longest)][:AUDITED]
+    batch = on_device(context.collator.batches(tried, len(tried))[0], next(context.model.parameters()).device)
     tuner.audit_(lambda: loss(batch))
     tuner.audit_later()
 

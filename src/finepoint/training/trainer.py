@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finepoint.data.batches import Packer, learned, real_tokens
+from finepoint.data.store import lengths
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
 from finepoint.runtime.files import write_atomic, writing
@@ -241,7 +242,7 @@ class SparseTrainer(SparseCheckpoints, Trainer):
             self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
-        return LengthBuckets([len(row.ids) for row in self.train_dataset], self.args.train_batch_size, self.args.seed)
+        return LengthBuckets(lengths(self.train_dataset), self.args.train_batch_size, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

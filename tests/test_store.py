@@ -1,0 +1,159 @@
+"""Large files in tokens are kept on disk: the same rows, batches, bits and lines of the log as out of memory."""
+
+import gzip
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+
+from conftest import assert_same_tensors, make_tokenizer, tiny_llama, write_lines
+from finepoint.data import store
+from finepoint.data.chats import learned_turns
+from finepoint.data.examples import read_parts
+from finepoint.data.leaks import Seen
+from finepoint.data.tokens import encode_all
+from finepoint.errors import FinepointError
+from finepoint.training.checkpoints import digest_of
+from finepoint.training.context import prepare
+from finepoint.training.run import train
+from finepoint.training.settings import TrainConfig
+from finepoint.training.trainer import LengthBuckets
+
+SAID = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "ef"}]  # fmt: skip
+ROWS = {
+    "completion": [{"prompt": "ab" * n, "completion": " c" * (n % 5 + 1), "id": n} for n in range(40)][1:],
+    "text": [{"text": "play it " * n} for n in range(1, 20)] + [{"text": "a"}],  # one has nothing to learn
+    "chat": [{"messages": SAID[: 2 + 2 * (n % 2)]} for n in range(9)],
+    "labelled": [{"text": "ab " * n, "label": n % 3 * 5} for n in range(1, 30)],
+}
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """All files are large, and the cache is empty."""
+    monkeypatch.setattr(store, "LARGE", 0)
+    monkeypatch.setattr(store, "PART", 7)
+    monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+def stored(files, limit=30, columns=None, turns="all", labels=None):
+    found = store.large_data(files, columns or {}, need=True)
+    labels = found.labels if labels is None else labels
+    return found, found.encoded(make_tokenizer(), limit, labels, "example", tiny_llama(), turns)
+
+
+@pytest.mark.parametrize("turns", ["all", "each"])
+@pytest.mark.parametrize("form", ROWS)
+def test_rows_on_disk_are_those_in_memory(kept, tmp_path, form, turns, caplog):
+    caplog.set_level(logging.INFO)
+    files = [str(write_lines(tmp_path / "a.jsonl", ROWS[form])), str(write_lines(tmp_path / "b.jsonl", ROWS[form][:5]))]
+    parts = read_parts(files, need=True)
+    examples = [example for part in parts for example in part.examples]
+    caplog.clear()
+    expected = encode_all(make_tokenizer(), learned_turns(examples, turns), 30, ["0", "5", "10"], "example")
+    said = caplog.messages
+    for _ in range(2):  # written, and found
+        caplog.clear()
+        found, rows = stored(files, turns=turns)
+        assert list(rows) == expected
+        assert rows[-1] == expected[-1]
+        assert rows[2:5] == expected[2:5]
+        assert (found.seen, found.form) == (Seen.of(examples), form)
+        assert found.labels == (["0", "5", "10"] if form == "labelled" else [])
+        assert found.told() == [part.told() for part in parts]
+        assert [line for line in said if line not in caplog.messages] == []
+        learnable = store.learnable(expected)
+        assert list(store.learnable(rows)) == learnable
+        assert store.lengths(rows) == store.lengths(expected)
+        assert digest_of(store.learnable(rows)) == digest_of(learnable)
+        assert digest_of(rows, expected[:2]) == digest_of([*expected, *expected[:2]])
+        orders = [list(LengthBuckets(store.lengths(each), 4, 0)) for each in (rows, expected)]
+        assert orders[0] == orders[1]
+
+
+def test_a_store_is_known_by_all_that_decides_its_rows(kept, tmp_path):
+    file = tmp_path / "a.jsonl"
+    write_lines(file, [{"q": "ab", "a": "c", "prompt": "d", "completion": "e"}] * 3)
+    seen = set()
+
+    def new(*args, **kwargs):
+        folder = stored(*args, **kwargs)[1].folder
+        added = folder not in seen
+        seen.add(folder)
+        return added
+
+    assert new(file)
+    assert not new(file)
+    assert not new(write_lines(tmp_path / "same.jsonl", [json.loads(line) for line in file.read_text().splitlines()]))
+    assert new(file, limit=4)
+    assert new(file, columns={"prompt": "q", "completion": "a"})
+    assert new(file, turns="each")
+    write_lines(file, [{"prompt": "d", "completion": "f"}] * 3)
+    assert new(file)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += " "
+    assert store.identity_of(tokenizer) != store.identity_of(make_tokenizer())
+    with gzip.open(tmp_path / "p.jsonl.gz", "wb") as packed:
+        packed.write(file.read_bytes())
+    assert new(tmp_path / "p.jsonl.gz")
+    assert list(stored(tmp_path / "p.jsonl.gz")[1]) == list(stored(file)[1])
+
+
+def test_training_out_of_a_store_gives_the_bits_of_training_out_of_memory(
+    kept, model_folder, choice_file, tmp_path, monkeypatch
+):
+    config = TrainConfig(model=str(model_folder), data=choice_file, output=str(tmp_path / "disk"), density=0.05,
+                         rule="gallop", steps=5, batch_size=3, save_every=3, schedule="constant", warmup=0)  # fmt: skip
+    train(config)
+    assert isinstance(prepare(config).rows, store.StoredRows)
+    with monkeypatch.context() as memory:
+        memory.setattr(store, "LARGE", 1 << 40)
+        train(replace(config, output=str(tmp_path / "memory")))
+        train(replace(config, output=str(tmp_path / "parted"), steps=3))
+    assert_same_tensors(tmp_path / "disk", tmp_path / "memory")
+    monkeypatch.setattr(store, "encode_part", None)  # nothing is read or put in tokens again
+    monkeypatch.setattr(store, "rows_of", None)
+    train(replace(config, output=str(tmp_path / "parted"), resume=True))  # begun in memory
+    assert_same_tensors(tmp_path / "disk", tmp_path / "parted")
+
+
+def test_what_cannot_be_read_is_named_and_leaves_nothing(kept, tmp_path):
+    good = {"prompt": "a", "completion": "b"}
+    cases = {"line 20: 'completion' must be": [good] * 19 + [{"prompt": "a", "completion": 3}],
+             "no example has a token to learn": [{"text": "a"}] * 3}  # fmt: skip
+    for message, rows in cases.items():
+        with pytest.raises(FinepointError, match=message):
+            stored(write_lines(tmp_path / "bad.jsonl", rows))
+    assert not any(path.name == "ids.bin" for path in kept.rglob("*"))
+    other = [str(write_lines(tmp_path / f"{n}.jsonl", rows)) for n, rows in enumerate(([good], [{"text": "ab"}]))]
+    with pytest.raises(FinepointError, match="must be of one form"):
+        stored(other)
+    with pytest.raises(FinepointError, match="there is no column 'q'"):
+        stored(other[0], columns={"text": "q"})
+
+
+def test_shares_rows_in_memory_and_a_cache_that_cannot_be_written_to_stay_in_memory(kept, tmp_path, monkeypatch):
+    files = [str(write_lines(tmp_path / f"{n}.jsonl", ROWS["completion"])) for n in range(2)]
+    assert store.large_data([f"{file}=0.5" for file in files], {}, True) is None
+    assert store.large_data(ROWS["completion"], {}, True) is None
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path / "file"))
+    assert store.large_data(files, {}, True) is None
+
+
+def test_stores_that_were_not_used_for_longest_give_way(kept, tmp_path):
+    import os
+
+    folders = []
+    for number in range(3):
+        found, rows = stored(write_lines(tmp_path / "a.jsonl", [{"prompt": "a" * (number + 1), "completion": "b"}]))
+        folders.append(rows.folder)
+        os.utime(rows.folder / store.FACTS, (number + 1, number + 1))
+        os.utime(found.folder / store.FACTS, (number + 1, number + 1))
+    store.tidy(kept, sum(file.stat().st_size for file in folders[-1].iterdir()) + 1)
+    assert folders[2].is_dir()
+    assert not folders[0].exists()
+    assert not folders[1].exists()
