@@ -9,12 +9,15 @@ from hashlib import sha256
 import yaml
 from safetensors import safe_open
 
+import quantised_file
+
 ON_WORDS = ("--model", "my-model", "--data", "words.jsonl", "--batch-size", "4", "--scoring-examples", "8")
 SHORT = ("train", *ON_WORDS, "--lr", "0.01", "--steps")
 TRAIN = (*SHORT, "8", "--save-every", "2", "--validation", "few.jsonl", "--eval-every", "3")
 ENTRIES = ("--rule", "gallop", "--density", "0.05")
 EXPORT = ("export", "--model", "my-model", "--adapter")
 NEW, ON = ("--overwrite",), ("--resume",)
+QUANTISED = "out/model.gguf"
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,14 @@ class Command:
     """an earlier command whose result it writes over"""
     says: str = ""
     """the file without which a result that is written over is none"""
+    into: str = "out"
+    """what --output says"""
+    in_place: bool = False
+    """whether that is the command's own to know"""
 
     @property
     def line(self):
-        return ("finepoint", *self.words, "--output", "out")
+        return ("finepoint", *self.words, *(() if self.in_place else ("--output", self.into)))
 
 
 COMMANDS = {
@@ -51,6 +58,11 @@ COMMANDS = {
                       says="config.json"),
     "export, shira": Command((*EXPORT, "a", "--format", "shira", *NEW), over=(*EXPORT, "b", "--format", "shira"),
                              says="adapter_config.json"),
+    "patch": Command(("patch", "base.gguf", "one", *NEW), over=("patch", "base.gguf", "two"), into=QUANTISED),
+    "patch, in place": Command(("patch", QUANTISED, "one"), ((),), over=("unpatch", "patched.gguf", "--patch", "two"),
+                               into=QUANTISED, in_place=True),
+    "unpatch": Command(("unpatch", QUANTISED), ((),), over=("patch", "base.gguf", "one"), into=QUANTISED,
+                       in_place=True),
     "compare": Command(("compare", "--config", "study.yaml"), ((),)),
     "sequence": Command(("sequence", "--config", "sequence.yaml"), ((),)),
 }  # fmt: skip
@@ -88,6 +100,10 @@ class Desk:
         for name, seed in (("a", "1"), ("b", "2")):
             self.run(self.inputs, (*SHORT, "4", *ENTRIES, "--seed", seed, "--output", name))
         self.run(self.inputs, (*EXPORT, "a", "--format", "merged", "--output", "tuned"))
+        quantised_file.write_gguf(self.inputs / "base.gguf")
+        for seed, name in enumerate(("one", "two")):
+            quantised_file.write_patch(self.inputs / "base.gguf", self.inputs / name, seed)
+        self.run(self.inputs, ("patch", "base.gguf", "two", "--output", "patched.gguf"))
 
     def run(self, folder, words, status=(0,), **environment):
         """Runs a command to its end; what it said."""
@@ -111,7 +127,7 @@ class Desk:
             command = COMMANDS[name]
             folder = self.place(self.folder / name)
             if command.over:
-                self.run(folder, (*command.over, "--output", "out"))
+                self.run(folder, (*command.over, "--output", command.into))
                 shutil.copytree(folder / "out", folder / "earlier")
             before = results(folder / "out")
             started = time.perf_counter()
@@ -155,7 +171,13 @@ class Desk:
 
 def is_done(said):
     """Whether a command says that there is nothing left to do: it was killed when all was written."""
-    return "has done its 8 steps" in said or "the search in out is done" in said
+    done = (
+        "has done its 8 steps",
+        "the search in out is done",
+        "is patched with one already",
+        "is not patched, as far",
+    )
+    return any(words in said for words in done)
 
 
 TIMES = ("seconds", "date", "finished", "runtime", "per_second", "peak_bytes", "versions", "machine", "config")

@@ -11,9 +11,9 @@ from desk import COMMANDS, Desk
 KILLS = {
     "train": 40, "train, keep best": 20, "train, over another": 20, "train, lora": 20, "train, full": 20,
     "train, density auto": 10, "select": 10, "merge": 10, "extract": 5, "export": 15, "export, shira": 5,
-    "compare": 15, "sequence": 10,
+    "compare": 15, "sequence": 10, "patch": 10, "patch, in place": 20, "unpatch": 20,
 }  # fmt: skip
-"""in the slow run, 200 in all"""
+"""in the slow run, 250 in all"""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def kill_and_finish(desk, folder, name, kills, seed):
         shutil.rmtree(place)
 
 
-@pytest.mark.parametrize(("name", "kills"), [("train", 3), ("export", 1), ("compare", 1)])
+@pytest.mark.parametrize(("name", "kills"), [("train", 3), ("export", 1), ("compare", 1), ("patch, in place", 3)])
 def test_a_killed_command_can_be_finished(desk, tmp_path, name, kills):
     kill_and_finish(desk, tmp_path, name, kills, seed=0)
 
@@ -49,7 +49,7 @@ def test_a_killed_command_can_be_finished(desk, tmp_path, name, kills):
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_killed_many_times_can_be_finished(desk, tmp_path, name):
-    assert sum(KILLS.values()) == 200
+    assert sum(KILLS.values()) == 250
     kill_and_finish(desk, tmp_path, name, KILLS[name], seed=1)
 
 

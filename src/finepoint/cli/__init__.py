@@ -46,6 +46,10 @@ FILES = {
         "push": "send an adapter with its model card to the hub",
         "pull": "fetch an adapter from the hub into a folder",
     },
+    "patches": {
+        "patch": "change a quantised .gguf file as an adapter does",
+        "unpatch": "take a patched .gguf file back, bit for bit",
+    },
     "lists": {
         "data": "list the data recipes, write one; preview files",
         "rules": "list the rules with formula and source",

@@ -177,7 +177,7 @@ def spell(arguments: Sequence[str], known: dict[str, Field[Any]]) -> list[str]:
             if equals:
                 given[name].append(value)
         elif name is None or _is_full(given[name], word, known.get(name)):
-            name = _positional(word, known)
+            name = _positional(word, known, given)
             given.setdefault(name, []).append(word)
         else:
             given[name].append(word)
@@ -213,9 +213,11 @@ def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:
     return bool(values) and not _kinds(field) & {list, dict}
 
 
-def _positional(word: str, known: dict[str, Field[Any]]) -> str:
-    for name, field in known.items():
-        if field.metadata["positional"]:
+def _positional(word: str, known: dict[str, Field[Any]], given: Mapping[str, list[str]]) -> str:
+    """The setting that a word without a flag is of: the first that can take it, or the last, which will refuse it."""
+    names = [name for name, field in known.items() if field.metadata["positional"]]
+    for name in names:
+        if not _is_full(given.get(name, []), word, known[name]) or name == names[-1]:
             return name
     raise FinepointError(f"{word!r} belongs to no flag; `--help` lists the flags and what they take")
 

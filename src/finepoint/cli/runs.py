@@ -101,7 +101,8 @@ def lost(record: dict[str, Any]) -> str:
     """What rounding to the weights' dtype has taken of the training, in words."""
     if not record["vanished"]:
         return ""
-    return f", {record['vanished']:,} moved too little for their dtype and hold the base's value"
+    what = "to reach another code" if record["config"].get("on_grid") else "for their dtype"
+    return f", {record['vanished']:,} moved too little {what} and hold the base's value"
 
 
 def print_search(trials: list[dict[str, Any]]) -> None:

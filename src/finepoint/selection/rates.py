@@ -17,18 +17,22 @@ MEASURED = {
     "text to keep": {1e-3: 3e-3, 1e-2: 1e-3},
 }
 """By what a rule looks at: density to rate."""
+ON_GRID = {1e-3: 0.03, 1e-2: 3e-3}
+"""for rules that look at nothing, where entries are trained on the codes of a quantised file"""
 GROUPED = 3.0  # of rules that look at text to keep: what whole columns want, times what entries do
 SLOW = 10.0  # a rate that is so many times smaller moves next to nothing in the steps of a usual run
 
 
-def usual_rate(rule: Rule, density: float | None, structure: str = "entry") -> float:
+def usual_rate(rule: Rule, density: float | None, structure: str = "entry", on_grid: bool = False) -> float:
     """The learning rate that a rule's entries usually want, to one digit.
 
     Args:
         density: None where it is not known.
+        on_grid: the entries are trained on the codes of a quantised file.
     """
     looks = "text to keep" if rule.needs_kept else "gradients" if rule.needs_data else "nothing"
-    rate = _between(MEASURED[looks] | {1.0: EVERY_WEIGHT}, density or DENSITY)
+    measured = ON_GRID if on_grid and looks == "nothing" else MEASURED[looks]
+    rate = _between(measured | {1.0: EVERY_WEIGHT}, density or DENSITY)
     return float(f"{rate * (GROUPED if rule.needs_kept and structure != 'entry' else 1):.1g}")
 
 

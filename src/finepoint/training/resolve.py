@@ -10,6 +10,7 @@ import torch
 from finepoint.adapters.format import CONFIG
 from finepoint.baselines.registry import Baseline, baseline_named, options_of
 from finepoint.errors import FinepointError
+from finepoint.models.loading import is_gguf
 from finepoint.runtime import distributed
 from finepoint.runtime.files import read_json
 from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
@@ -63,6 +64,8 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
     elif config.dropped != "revert":
         raise FinepointError("dropped says what becomes of entries that are trained no more; give --refresh with it")
     loss_named(config.loss)
+    if config.on_grid:
+        _check_on_grid(config)
     if bool(spec.baseline and spec.baseline.fisher) != (config.fisher_data is not None):
         raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
                              "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
@@ -72,6 +75,18 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
                                  "scale the adapter afterwards: finepoint scale --disturb-at-most")  # fmt: skip
         _check_budget(config)
     return spec
+
+
+def _check_on_grid(config: TrainConfig) -> None:
+    """Refuses bases without a grid, and what would leave it."""
+    if not is_gguf(config.model):
+        raise FinepointError(f"{config.model} has no grid: --on-grid trains on the codes of a GGUF file; give --model "
+                             "FILE.gguf, smollm2 or gemma3-270m, or leave it out")  # fmt: skip
+    others = {"baseline": config.baseline, "quantise": config.quantise, "refresh": config.refresh,
+              "round_to": config.round_to, "store": config.store == "delta"}  # fmt: skip
+    if given := next((name for name, value in others.items() if value), None):
+        raise FinepointError(f"--on-grid trains chosen entries on the codes of the base's file, which goes without "
+                             f"--{given.replace('_', '-')}; leave out one of them")  # fmt: skip
 
 
 def _check_budget(config: TrainConfig) -> None:
@@ -126,7 +141,8 @@ def rate_of(config: Training) -> float:
     rule, density = rule_named(info.get("rule") or config.rule), info.get("density") or config.density
     if config.RATES:
         return config.RATES[0 if rule.needs_data else 1]
-    return usual_rate(rule, density if isinstance(density, float | int) else None, config.structure)
+    known = density if isinstance(density, float | int) else None
+    return usual_rate(rule, known, config.structure, getattr(config, "on_grid", False))
 
 
 def _check_refresh(config: TrainConfig) -> None:

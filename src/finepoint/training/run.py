@@ -25,7 +25,8 @@ from finepoint.data.examples import read_examples, some
 from finepoint.data.leaks import TRAINED_ON, leaks, warn_of_leaks
 from finepoint.data.store import learnable, lengths
 from finepoint.errors import FinepointError
-from finepoint.models.loading import new_head
+from finepoint.models.gguf import entry_grids, open_gguf
+from finepoint.models.loading import gguf_file, new_head
 from finepoint.runtime import distributed, interruption
 from finepoint.runtime.devices import peak_bytes, reset_peak
 from finepoint.runtime.files import claim_folder, refuse_model_folder, write_record
@@ -252,6 +253,7 @@ def _unusual(config: TrainConfig) -> dict[str, Any]:
     """What an adapter says of a training by a loss that was out of the ordinary."""
     facts: dict[str, Any] = {"loss": config.loss} if config.loss != "nll" else {}
     facts |= {"ema": config.ema} if config.ema is not None else {}
+    facts |= {"on_grid": True} if config.on_grid else {}
     return facts | ({"refresh": config.refresh, "dropped": config.dropped} if config.refresh else {})
 
 
@@ -462,6 +464,8 @@ def _method(
         indices, chosen = entries_for(config, context, None if config.refresh and config.indices else resumed)
         indices = dict(indices) | {name: torch.arange(context.model.get_parameter(name).numel()) for name in head}
         tuner = SparseTuner(context.model, indices, ready, audit=False, base=base)
+        if config.on_grid:
+            _snap_(tuner, config.model)
         audit_(config, context, tuner, partial(completion_loss, context.model))
         method = Method(tuner)
         if config.refresh:
@@ -473,6 +477,22 @@ def _method(
     if config.round_to:
         method = replace(method, after_step=partial(method.tuner.round_, getattr(torch, config.round_to)))
     return method, chosen
+
+
+def _snap_(tuner: SparseTuner, name: str) -> None:
+    """Has the entries trained on the grid of the file that the base is from.
+
+    Raises:
+        FinepointError: they have none there; the tuner is closed.
+    """
+    path = gguf_file(name)
+    assert path is not None
+    try:
+        entries = {name: (entries.indices, entries.base) for name, entries in tuner.entries.items()}
+        tuner.snap_(entry_grids(open_gguf(path), tuner.model, entries))
+    except FinepointError:
+        tuner.close()
+        raise
 
 
 def held(spec: RunSpec[Any], context: TrainingContext, method: Method, head: list[str]) -> Method:

@@ -36,7 +36,8 @@ class Training(SelectConfig):
         "the baseline's options, e.g. rank=8 alpha=16", {}, "bits", "instead of entries")
     lr: float | None = setting(
         "learning rate; where not given, by rule and density: at random 0.03 for 0.001, 0.01 for 0.01; 3e-4 for "
-        "rules that look at gradients; gain 0.003 and 0.001, three times that for columns; a baseline has its own",
+        "rules that look at gradients; gain 0.003 and 0.001, three times that for columns; on the grid at random 0.03 "
+        "and 0.003; a baseline has its own",
         None, "bits", "training")
     steps: int | None = setting("optimizer steps; epochs where not given", None, "length", "training", least=1)
     accumulation: int = setting("batches added up for one step", 1, "bits", "training", least=1)
@@ -112,6 +113,9 @@ class TrainConfig(Training):
     loss: str = setting(
         "what is minimised: nll, or one that weighs tokens by what the model says of them: dft, eaft",
         "nll", "bits", "training")
+    on_grid: bool = setting(
+        "train on the codes of a quantised .gguf base, so that the file, patched, is the model that was measured",
+        False, "bits", "training")
     packing: bool = setting(
         "several examples in a row, each as if it were alone: the same batches with less padding",
         False, "bits", "training")

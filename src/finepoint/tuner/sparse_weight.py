@@ -17,6 +17,7 @@ from finepoint.adapters.entries import checksum, gather, moved, scatter_
 from finepoint.adapters.fingerprint import Moved as BaseMoved
 from finepoint.adapters.fingerprint import stamps
 from finepoint.errors import FinepointError
+from finepoint.models.grids import EntryGrid
 from finepoint.runtime import distributed
 from finepoint.tuner.kernels import follow_
 from finepoint.tuner.kernels.groups import Groups, whole_groups
@@ -53,6 +54,8 @@ class SparseWeight(nn.Module):
     """how strongly each delta is pulled back to 0 before a step, (k,), its dtype; see `SparseTuner.hold_`"""
     shown: Tensor | None = None
     """what the entries hold instead of base + delta, (k,), for as long as they do"""
+    grid: EntryGrid | None = None
+    """where the entries can be, if not anywhere: the weight then holds what is nearest to base + delta"""
 
     def __init__(self, name: str, model: nn.Module, weight: nn.Parameter, indices: Tensor) -> None:
         super().__init__()
@@ -206,7 +209,7 @@ class SparseWeight(nn.Module):
         return self.name.encode(), self.indices.cpu().numpy().tobytes(), checksum(self.base).encode()
 
     def follow_(self) -> None:
-        """weight[indices] = base + delta, rounded once to the weight's dtype."""
+        """weight[indices] = base + delta, rounded once to the weight's dtype, or to the grid."""
         self.write_(self.weight)
 
     def stamp(self) -> Any:
@@ -235,7 +238,10 @@ class SparseWeight(nn.Module):
         self.check_fit()
         delta = distributed.whole(self.delta).detach()
         with self._writing():
-            follow_(weight, self.indices, self.base, delta)
+            if self.grid is None:
+                follow_(weight, self.indices, self.base, delta)
+            else:
+                scatter_(weight, self.indices, self.grid.snapped(delta, weight.dtype))
         self.written, self.shown = delta.clone(), None
 
     def check_fit(self) -> None:
@@ -329,7 +335,7 @@ class SparseWeight(nn.Module):
         known = self.known()
         shape, dtype = tuple(self.weight.shape), str(self.weight.dtype).removeprefix("torch.")
         indices, base = known.indices.cpu().long(), checksum(known.base)
-        if store == "value" or (store == "auto" and known.base.itemsize == 2):
+        if store == "value" or self.grid is not None or (store == "auto" and known.base.itemsize == 2):
             return Change(shape, dtype, "value", indices, self.held(known).cpu(), base)
         return Change(shape, dtype, "delta", indices, known.delta.cpu().clone(), base)
 

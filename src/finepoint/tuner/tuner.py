@@ -36,6 +36,7 @@ from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of
 from finepoint.data.small_input import made_up
 from finepoint.errors import FinepointError
 from finepoint.models.bitsandbytes import check_weight
+from finepoint.models.grids import EntryGrid
 from finepoint.models.quantised import is_quantised, replace_forwards
 from finepoint.models.weights import in_memory, is_outline
 from finepoint.runtime import distributed
@@ -209,6 +210,17 @@ class SparseTuner(Tuner):
             entries = self.entries[name]
             entries.pull = (strength * found).to(entries.delta)
 
+    def snap_(self, grids: Mapping[str, EntryGrid]) -> None:
+        """From now on the weights hold what is nearest to base + delta on these grids. The gradient of an entry is
+        that of its delta, as if nothing were rounded (straight through): steps too small to reach the next code add up.
+
+        Args:
+            grids: by weight name, of the chosen entries, (k,); see `models.gguf.entry_grids`.
+        """
+        for name, entries in self.entries.items():
+            entries.grid = grids[name]
+        self.follow_()
+
     def want_(self, rate: float, what: str) -> None:
         """Has the first step of an optimizer whose learning rate is far below this one told.
 
@@ -261,6 +273,8 @@ class SparseTuner(Tuner):
         """
         if any(entries.pull is not None for entries in self.entries.values()):
             raise FinepointError("entries that are held back by what is to be kept are chosen once; leave out protect")
+        if any(entries.grid is not None for entries in self.entries.values()):
+            raise FinepointError("entries on a grid are chosen once")
         if unknown := sorted({name for name in indices if len(indices[name])} - set(self.entries)):
             raise FinepointError(f"the tuner does not know {unknown[0]!r}; name it as `ready` when making the tuner")
         if not any(len(positions) for positions in indices.values()):
