@@ -92,6 +92,8 @@ def write_patch(path, folder, seed=0, count=50):
             old = codes_at(file.bytes(), tensor.form, tensor.start, at)
             new = (old + generator.integers(1, 1 << tensor.form.width, count)) % (1 << tensor.form.width)
             found[tensor.name] = gguf_patch.Codes(tensor.type, at, old, new)
-    made = gguf_patch.finished(file, found, {"adapter": folder.name, "entries": 0, "lost": 0.0, "clamped": 0})
+    made = gguf_patch.finished(
+        file, found, {"adapter": folder.name, "entries": 0, "changed": 0, "lost": 0.0, "clamped": 0}
+    )
     folder.mkdir()
     gguf_patch.save_patch(made, folder / gguf_patch.FILE)

@@ -120,7 +120,8 @@ class ExportConfig:
         "adapter folder, also without its flag; for merged and gguf also LoRA or DoRA as PEFT writes them",
         positional=True)
     format: str = setting(
-        "merged, shira, supertuning, sparta, vllm-patch, or gguf (with llama.cpp's converter on the PATH)")
+        "merged, shira, supertuning, sparta, vllm-patch, gguf-patch (codes of a quantised .gguf base), or gguf (with "
+        "llama.cpp's converter on the PATH)")
     output: str = setting("folder to write")
     dtype: DType = setting("of the written weights (merged, gguf, vllm-patch); auto keeps the base's", "auto")
     any_base: bool = setting(ANY_BASE, False)

@@ -45,7 +45,7 @@ def run_patch(config: PatchConfig) -> None:
     if config.json:
         print_json(found)
         return
-    print(f"{found['output']}: {found['codes']:,} codes changed for {found['entries']:,} entries of "
+    print(f"{found['output']}: {found['changed']:,} codes changed for {found['entries']:,} entries of "
           f"{found['adapter']}, {found['lost']:.1%} of the length of the change lost to its grid; {found['output']}"
           f".finepoint ({found['patch_bytes']:,} bytes) takes it back")  # fmt: skip
     if found["clamped"]:
@@ -59,4 +59,4 @@ def run_unpatch(config: UnpatchConfig) -> None:
     if config.json:
         print_json(found)
     else:
-        print(f"{found['output']} is as it was before {found['codes']:,} codes were changed, bit for bit")
+        print(f"{found['output']} is as it was before {found['changed']:,} codes were changed, bit for bit")

@@ -39,6 +39,8 @@ from finepoint.runtime.tensor_files import forms, opened
 logger = logging.getLogger(__name__)
 FILE = "gguf-patch.safetensors"
 BESIDE = ".finepoint"  # how the file beside a patched one is called, by which it is taken back
+TOLD: dict[str, type] = {"adapter": str, "entries": int, "changed": int, "lost": float, "clamped": int}
+"""what a patch says of where it comes from"""
 NEW = "new"  # what is being written, before it takes a file's place
 KEY = "finepoint_gguf_patch"
 VERSION = 1
@@ -202,6 +204,8 @@ def read_patch(path: Path) -> GGUFPatch:
             tensors[name] = _checked(path, name, type_, *(file.get_tensor(key) for key in keys))
     if not tensors or not all(isinstance(each, str) and len(each) == 64 for each in digests):
         raise FinepointError(f"{path} is damaged: it changes nothing, or knows no file")
+    if any(type(info.get(key)) is not kind for key, kind in TOLD.items()):
+        raise FinepointError(f"{path} is damaged: what it says of its adapter")
     return GGUFPatch(tensors, *digests, info)
 
 
@@ -210,7 +214,7 @@ def _checked(path: Path, name: str, type_: str, gaps: Tensor, old: Tensor, new: 
     if gaps.dtype not in (torch.uint8, torch.uint16) or not ascending_gaps(gaps):
         raise FinepointError(f"{path} is damaged: the positions in {name} do not ascend")
     positions = from_gaps(gaps).numpy()
-    if old.dtype not in (torch.uint8, torch.int64) or not len(positions) == len(old) == len(new):
+    if old.dtype not in (torch.uint8, torch.int64) or not 0 < len(positions) == len(old) == len(new):
         raise FinepointError(f"{path} is damaged: {name} has {len(positions)} positions, {len(old)} and {len(new)} "
                              "codes")  # fmt: skip
     codes = [each.to(torch.int64).numpy() for each in (old, new)]
@@ -279,7 +283,8 @@ def patch_file(name: str, adapter: str, output: str | None = None, overwrite: bo
                                  f"(SHA-256 {patch.before[:16]}..)")  # fmt: skip
         kept = _write(work, _beside(target), lambda into: save_patch(patch, into))
         _rewrite(work, file, patch, target, patch.after)
-    return {"file": str(path), "output": str(target), "codes": patch.count, "patch_bytes": kept, **patch.info}
+    told = {key: patch.info[key] for key in TOLD}
+    return {"file": str(path), "output": str(target), **told, "changed": patch.count, "patch_bytes": kept}
 
 
 def unpatch_file(
@@ -315,7 +320,7 @@ def unpatch_file(
             raise FinepointError(f"{path} is not patched; it is the file as it was")
         if output is None and not patch:
             _beside(path).unlink(missing_ok=True)  # killed here, the file is taken for what it is again
-    return {"file": str(path), "output": str(target), "codes": known.count}
+    return {"file": str(path), "output": str(target), "changed": known.count}
 
 
 def _refuse_patched(path: Path, own: str) -> None:
