@@ -17,7 +17,7 @@ from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.structure import Tiling, tilings
 from finepoint.selection.targets import target_weights
 from finepoint.tuner.kernels import groups, plain
-from finepoint.tuner.kernels.groups import LEAST, Blocks, Columns, Rows, every, whole_groups
+from finepoint.tuner.kernels.groups import FEW, LEAST, Blocks, Columns, Confined, Rows, every, whole_groups
 from reference import dense_masked_training
 
 STRUCTURES = ["row", "column", "block:4x4", "block:3x5", "block:1000x2"]
@@ -167,7 +167,7 @@ def test_training_whole_groups_equals_dense_training_with_a_masked_gradient(stru
     found = {type(entries.groups) for entries in tuner.entries.values()}
     kind = {"row": Rows, "column": Columns}.get(structure, Blocks)
     assert kind in found
-    assert found <= {Rows, Columns, Blocks}  # of a small weight blocks may be all of its rows
+    assert found <= {Rows, Columns, Blocks, Confined}  # of a small weight blocks may be all of its rows
     optimizer = adamw(tuner.parameters())
     for batch in batches:
         optimizer.zero_grad()
@@ -191,6 +191,9 @@ def test_whole_lines_are_recognised_and_nothing_else_is(out, features, data):
     elif len(places) == len(columns) * out:
         assert isinstance(found, Columns)
         assert set(found.columns.tolist()) == columns
+    elif len(columns) <= FEW * features:
+        assert isinstance(found, Confined)
+        assert found.columns.tolist() == sorted(columns)
     else:
         assert found is None
 
@@ -209,7 +212,7 @@ def test_whole_blocks_are_recognised_and_their_gradient_is_the_reference(size, d
     dy, x = torch.randn(2, 5, shape[0], dtype=torch.double), torch.randn(2, 5, shape[1], dtype=torch.double)
     torch.testing.assert_close(found.gradient(dy, found.saved(x)), plain.reference(dy, x, indices))
     lacking = indices[torch.arange(len(indices)) != data.draw(st.integers(0, len(indices) - 1))]
-    assert whole_groups(lacking, shape) is None
+    assert isinstance(whole_groups(lacking, shape), Confined | None)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def sparsify(
     rule_options: Mapping[str, float] | None = None,
     structure: str = "entry",
     pooling: Pooling = "mean",
+    within: str | None = None,
     scoring_examples: float = 256,
     scoring_memory: float = 1.0,
     batch_size: int = 16,
@@ -83,20 +84,18 @@ def sparsify(
             `input_ids`, or ready batches, all of them; of these two masks say what counts. Other rules need none.
         tokenizer: turns examples into tokens; not needed for the latter two.
         indices: entries to train, by weight name (a selection, an adapter), instead of choosing by a rule.
-        whole: names of weights to train and store whole. Where not given, those of a head that puts out something else
-            than words (a classifier's `score.weight`), which no checkpoint of the base holds; `()` for none.
+        whole: names of weights to train and store whole, `()` for none. Where not given, those of a head that puts out
+            something else than words (a classifier's `score.weight`), which no checkpoint of the base holds.
         scoring_examples, batch_size: how many examples (a share below 1) gradients are taken over, how many at a time.
         refreshable: entries of any target weight may be chosen later, by `tuner_of(model).choose_`. A stock trainer's
             checkpoint can be resumed only as long as the entries are those of the beginning.
-        audit: try on the model that every chosen entry gets the gradient of its own loss: on the first batch of `data`,
-            or an input that is made up, or the first one that it is trained on.
+        audit: try that every chosen entry gets the gradient of its own loss, on `data`, or the first input there is.
         protect: up to 16 texts to predict as before, in any form of `data`: before each step of any optimizer, what
             matters to them is pulled back to the base (EWC, arXiv:1612.00796), by `protect_strength`; for `gain`, too.
         max_length: longest scoring example in tokens; the model's context where not given.
-        count, scope, targets, exclude, rule_options, structure, pooling, scoring_memory, seed: as for `select`.
+        count, scope, targets, exclude, rule_options, structure, pooling, within, scoring_memory, seed: see `select`.
 
-    Returns:
-        The very same model.
+    Returns: the very same model.
 
     Raises:
         FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
@@ -112,6 +111,7 @@ def sparsify(
             model, data, tokenizer, scoring_examples, batch_size, max_length, rule=rule, density=density, count=count,
             scope=scope, targets=targets, exclude=[*exclude, entire] if entire else exclude, seed=seed, kept=kept,
             scoring_memory=scoring_memory, rule_options=rule_options, structure=structure, pooling=pooling,
+            within=within,
         )  # fmt: skip
         info |= _choice(indices, scope, seed, targets)
     chosen = {**indices, **entire}

@@ -146,7 +146,8 @@ def _asked(config: TrainConfig) -> PlanConfig:
     count = SparseAdapter.read(config.indices).count if config.indices else config.count
     return PlanConfig(
         model=config.model, rule=config.rule, density=None if count else config.density, count=count,
-        targets=config.targets, tokens=max(2, max(len(row.ids) for row in rows)), learned=max(map(_kept, rows)),
+        targets=config.targets, within=None if config.indices else config.within,
+        tokens=max(2, max(len(row.ids) for row in rows)), learned=max(map(_kept, rows)),
         dtype=config.dtype, quantise=config.quantise, device=device,
         gradient_checkpointing=config.gradient_checkpointing,
         protect_by=cast(Any, config.protect_by if config.protect or config.protect_by == "l2" else None),

@@ -35,6 +35,7 @@ from finepoint.selection.passes import on_device, undisturbed
 from finepoint.selection.rules import Rule, rule_named
 from finepoint.selection.select import SLICE, budgets, score
 from finepoint.selection.statistics import stream_statistics
+from finepoint.selection.structure import Tiling, columns_within, share_within, tilings
 from finepoint.selection.targets import target_weights
 from finepoint.selection.warmup import warm_up_
 from finepoint.training.context import TOKENS_KEPT, TOKENS_READ
@@ -86,6 +87,7 @@ def plan(config: PlanConfig) -> Plan:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = shape_of(config.model, config.dtype, device, config.quantise)
     _check(config, context_length(model, None))
+    share_within(config.within, density=config.density)
     weights = target_weights(model, config.targets)
     # Spread by size: where the rule would put them does not change the sum.
     sizes = {name: weight.numel() for name, weight in weights.items()}
@@ -151,7 +153,9 @@ def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device:
         tracker.enter("trained_entries")
         # The selection stays in RAM for the adapter's description.
         chosen = torch.empty(sum(counts.values()), dtype=torch.long, device="meta") if device == "cpu" else None
-        with SparseTuner(model, _FirstEntries(counts), audit=False) as tuner:
+        share = share_within(config.within, density=config.density)
+        columns = tilings(model, {name: model.get_parameter(name) for name in counts}, "column")
+        with SparseTuner(model, _FirstEntries(counts, columns, share), audit=False) as tuner:
             model.config.use_cache = False  # as transformers.Trainer does
             model.train()
             if config.gradient_checkpointing:
@@ -267,9 +271,17 @@ class _FirstEntries(Mapping[str, Tensor]):
     """The first so many indices of every weight, made when asked for: together they may not fit."""
 
     counts: Mapping[str, int]
+    tilings: Mapping[str, Tiling]
+    """the weights as columns"""
+    share: float | None
+    """of the columns, that all entries lie in"""
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.arange(self.counts[name])
+        indices, columns = torch.arange(self.counts[name]), self.tilings[name]
+        if self.share is None or columns.matrix[1] == 1:
+            return indices
+        few, features = columns_within(columns, self.share) // columns.grid[0] or 1, columns.matrix[1]
+        return indices // few * features + indices % few
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.counts)

@@ -20,7 +20,7 @@ from finepoint.selection.reach import is_text, reached_by_text
 from finepoint.selection.rules import OURS, STATISTICS, Rule, rule_named
 from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.selection.statistics import Statistics, seeded_generator, stream_statistics
-from finepoint.selection.structure import Pooling, Tiling, tilings
+from finepoint.selection.structure import Pooling, Tiling, columns_within, confine, room_within, share_within, tilings
 from finepoint.selection.summary import Summary
 from finepoint.selection.targets import Targets, match, target_weights
 
@@ -87,6 +87,7 @@ def select(
     rule_options: Mapping[str, float] | None = None,
     structure: str = "entry",
     pooling: Pooling = "mean",
+    within: str | None = None,
     plan: Sequence[Budget] | None = None,
     stream: Callable[..., Iterator[tuple[str, Statistics]]] = stream_statistics,
     text: bool = False,
@@ -107,20 +108,20 @@ def select(
             those of one weight; the budget is spread in proportion to size.
         targets: see `target_weights`; a mapping from pattern to density gives every pattern its own budget.
         exclude: adapters (or indices by weight name) whose entries may not be chosen; of weights of this model.
-        seed: for rules that draw, and for the sampled threshold.
         scoring_memory: share of the weights whose gradients are held at a time; less memory, more passes.
-        threshold: `exact` gives exactly k entries; `sampled` takes all that reach a threshold estimated from a
-            sample of the scores (the lean SAFT), so the count is near k.
-        rule_options: the rule's options, e.g. `{"epsilon": 1e-6}`.
+        threshold: `exact` gives exactly k entries; `sampled` about k, those above an estimated threshold.
+        rule_options: the rule's options, e.g. `{"epsilon": 1e-6}`. seed: for rules that draw, and sampled thresholds.
         structure: `entry`; or whole groups of entries, each scored by the `pooling` of its entries' scores: `row` and
             `column` of a weight as it is stored, `block:RxC`, `head` (of an attention projection). Density and count
             then are shares and numbers of groups, and a group with an excluded entry is not chosen.
         pooling: `mean`, which puts groups of different sizes on one scale, or `sum`.
+        within: `columns:SHARE`: entries in so large a share of each weight's columns alone, those of the highest scores
+            (for `random` drawn), so that no more of a layer's input is kept for the backward pass.
         plan: how many out of which target weights, each weight once, instead of density, count and scope.
         stream: where statistics come from; another one with `stream_statistics`' parameters may have kept them.
         kept: text that is to be kept, with labels where the model is to go on predicting as it does, for rules that
             look at it (`gain`). Which labels does not matter: they are drawn from the model.
-        text: it will be trained on text alone, as such batches say too: weights that text never reaches are left out.
+        text: it will be trained on text alone, as such batches say too; weights that text never reaches take no part.
 
     Raises:
         FinepointError: unknown rule or option, no target matched, a density that is out of range or chooses nothing,
@@ -131,22 +132,25 @@ def select(
     options, batches = checked_options(chosen_rule, rule_options or {}), list(batches or ())
     kept = drawn(model, list(kept), seed) if chosen_rule.needs_kept else []
     weights, plan = _taking_part(model, targets, plan, text or is_text(batches))
-    cut = tilings(model, weights, structure)
+    cut, share = tilings(model, weights, structure), share_within(within, structure, density)
+    columns = tilings(model, weights, "column") if share else {}
     taken = {name: cut[name].tiles(out) for name, out in _union(exclude, model, weights).items()}
-    sizes, held = {name: cut[name].count for name in weights}, {name: len(tiles) for name, tiles in taken.items()}
+    sizes, held = _sizes(cut, taken, columns, share or 1)
     plan = plan or budgets(model, sizes, held, density=density, count=count, scope=scope, targets=targets)
     summary = Summary(seed)
 
     def scores() -> Iterator[Scored]:
         settings = chosen_rule.options | options
         for name, found in stream(model, weights, batches, chosen_rule.needs, scoring_memory, settings, kept):
-            yield _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
+            scored = _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
+            yield _confined(scored, columns[name], share, pooling, chosen_rule, seed) if share else scored
 
     tiles, gradients = (sampled if threshold == "sampled" else exact)(scores, plan, sizes, seed)
+    _check_room(tiles, plan, within if threshold == "exact" else None)
     indices = {name: cut[name].indices(tiles[name]) for name in weights if len(tiles.get(name, ()))}
     if not indices:
         raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
-    return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan, structure))
+    return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan, structure, within))
 
 
 def _scored(
@@ -171,6 +175,33 @@ def _scored(
     if name in taken:  # on a copy: a rule may have returned the weight itself
         values = values.index_fill(0, taken[name].to(values.device), -torch.inf)
     return name, values, gradient if cut.is_entries else None
+
+
+def _sizes(
+    cut: Mapping[str, Tiling], taken: Mapping[str, Tensor], columns: Mapping[str, Tiling], share: float
+) -> tuple[dict[str, int], dict[str, int]]:
+    """How many entries or groups each weight has, and how many of them at least may not be chosen."""
+    sizes = {name: tiling.count for name, tiling in cut.items()}
+    # Where the columns lie is not known yet.
+    outside = {name: sizes[name] - room_within(tiling, share) for name, tiling in columns.items()}
+    return sizes, {name: max(outside.get(name, 0), len(taken.get(name, ()))) for name in sizes}
+
+
+def _confined(scored: Scored, columns: Tiling, share: float, pooling: Pooling, rule: Rule, seed: int) -> Scored:
+    """What a weight offers in the best share of its columns, or in such as are drawn; -inf elsewhere."""
+    name, values, gradient = scored
+    if rule.name == "random":
+        by = torch.rand(columns.count, generator=seeded_generator(seed, f"columns of {name}"), dtype=torch.float64)
+    else:
+        by = columns.pooled(values.masked_fill(values == -torch.inf, 0), pooling)
+    return name, confine(values, columns, largest(by, columns_within(columns, share))), gradient
+
+
+def _check_room(tiles: Mapping[str, Tensor], plan: Sequence[Budget], within: str | None) -> None:
+    found, wanted = sum(map(len, tiles.values())), sum(budget.k for budget in plan)
+    if within and found < wanted:
+        raise FinepointError(f"{wanted} entries are asked for, and {found} are left within {within} after exclude; "
+                             "give a larger share, or a lower density")  # fmt: skip
 
 
 def _taking_part(
@@ -263,7 +294,9 @@ def budgets(
         groups = _groups(model, names, scope)
         free = [sum(sizes[name] - taken.get(name, 0) for name in group) for group in groups]
         if k > sum(free):
-            raise FinepointError(f"{k} entries are asked for and {sum(free)} are left after exclude; lower the density")
+            raise FinepointError(
+                f"{k} entries are asked for and {sum(free)} are left after exclude and within; lower the density"
+            )
         shares = allocate([sum(sizes[name] for name in group) for group in groups], free, k)
         plan += [Budget(tuple(group), k) for group, k in zip(groups, shares, strict=True)]
     return plan

@@ -47,6 +47,10 @@ class Choice(Printed):
         "entry", "selection", "which entries")
     pooling: Literal["mean", "sum"] = setting(
         "a group's score is the mean or the sum of its entries'", "mean", "selection", "which entries")
+    within: str | None = setting(
+        "columns:SHARE, single entries in so large a share of each weight's columns, the best (random: drawn): less "
+        "memory, a smaller product",
+        None, "selection", "which entries")
     scope: Literal["global", "weight", "layer"] = setting(
         "what competes with each other: all target entries, or those of one weight or one layer",
         "global", "selection", "which entries")

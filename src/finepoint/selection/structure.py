@@ -124,6 +124,49 @@ def check_structure(structure: str) -> re.Match[str] | None:
     return block
 
 
+def share_within(within: str | None, structure: str = "entry", density: Any = None) -> float | None:
+    """The share of each weight's columns that single entries may lie in, of `columns:SHARE`; None for all.
+
+    Raises:
+        FinepointError: it is spelled in another way; groups are chosen whole; a density that has no room in it.
+    """
+    if within is None:
+        return None
+    what, _, share = within.partition(":")
+    try:
+        found = float(share) if what == "columns" else 0.0
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise FinepointError(f"within is {within!r}; it is columns:SHARE, a share of each weight's columns in (0, 1], "
+                             "e.g. columns:0.03")  # fmt: skip
+    if structure != "entry":
+        raise FinepointError(f"within is for single entries, and structure {structure!r} chooses whole groups; leave "
+                             "out one of them")  # fmt: skip
+    if isinstance(density, float | int) and density > found:
+        raise FinepointError(f"density {density} of all entries does not fit within {found} of the columns; give at "
+                             f"least --within columns:{density}")  # fmt: skip
+    return found
+
+
+def columns_within(columns: Tiling, share: float) -> int:
+    """How many columns of a weight that share is."""
+    return max(1, round(share * columns.count))
+
+
+def room_within(columns: Tiling, share: float) -> int:
+    """How many entries they have."""
+    return columns_within(columns, share) * columns.height
+
+
+def confine(scores: Tensor, columns: Tiling, kept: Tensor) -> Tensor:
+    """The scores, of the weight's shape or flat, with -inf wherever no kept column is. kept: (n,) their numbers."""
+    allowed = torch.zeros(columns.count, dtype=torch.bool, device=scores.device)
+    allowed[kept.to(scores.device)] = True
+    by_row = allowed.view(columns.grid).repeat_interleave(columns.height, 0)[: columns.matrix[0]]
+    return scores.reshape(columns.matrix).masked_fill(~by_row, -torch.inf).reshape(-1)
+
+
 def _head(model: nn.Module, name: str, out: int, features: int) -> tuple[int, int]:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

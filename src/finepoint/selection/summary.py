@@ -37,6 +37,7 @@ class Summary:
         gradients: Mapping[str, Tensor],
         plan: Sequence[Any],
         structure: str = "entry",
+        within: str | None = None,
     ) -> dict[str, Any]:
         """JSON-ready: counts by weight, quantiles of |weight| and |gradient|, share of near-zero weights.
 
@@ -50,6 +51,7 @@ class Summary:
         summary: dict[str, Any] = {
             "entries": total,
             "structure": structure,
+            **({"within": within} if within else {}),
             "asked": sum(budget.k for budget in plan),
             "chosen": count,
             "density": count / total,

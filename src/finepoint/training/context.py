@@ -209,6 +209,7 @@ def select_for(
         rule_options=config.rule_options,
         structure=config.structure,
         pooling=config.pooling,
+        within=config.within,
         plan=plan,
         stream=stream,
         text=True,

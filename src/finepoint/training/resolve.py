@@ -16,7 +16,7 @@ from finepoint.runtime.files import read_json
 from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
 from finepoint.selection.rates import usual_rate
 from finepoint.selection.rules import rule_named
-from finepoint.selection.structure import check_structure
+from finepoint.selection.structure import check_structure, share_within
 from finepoint.training.keep import Protection, protection_named, protection_of
 from finepoint.training.loss import loss_named
 from finepoint.training.refresh import schedule_of
@@ -115,6 +115,7 @@ def resolve_common(config: Told) -> RunSpec[Told]:
     if config.lr is not None and config.lr <= 0:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
     check_structure(config.structure)
+    share_within(config.within, config.structure, config.density)
     if config.baseline_options and not config.baseline:
         raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
     if config.baseline:
@@ -155,6 +156,9 @@ def _check_refresh(config: TrainConfig) -> None:
     if config.threshold == "sampled":
         raise FinepointError("--threshold sampled chooses about as many entries each time, and --refresh keeps their "
                              "number; leave out one of them")  # fmt: skip
+    if schedule.fraction and config.within:
+        raise FinepointError("--refresh drop-grow lets entries grow in any column; leave out --within, or give "
+                             "--refresh every:N")  # fmt: skip
     if config.structure == "entry":
         return
     if schedule.fraction:

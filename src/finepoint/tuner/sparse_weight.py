@@ -43,7 +43,8 @@ class SparseWeight(nn.Module):
     indices: Tensor
     base: Tensor
     groups: Groups | None
-    """the rows, columns or blocks that the entries are all of, if they are, with a shorter way to their gradient"""
+    """the rows, columns or blocks that the entries are all of, or few columns that they lie in, if so: a shorter way to
+    their gradient"""
     settled_indices: Tensor
     """entries that were trained, are no more, and stay as they are; with their `settled_base` and `settled_delta`"""
     settled_base: Tensor
@@ -115,7 +116,7 @@ class SparseWeight(nn.Module):
         return weight
 
     def _find_groups(self, indices: Tensor) -> None:
-        """Sees whether the entries are whole rows, columns or blocks.
+        """Sees whether the entries are whole rows, columns or blocks, or lie in few columns.
 
         Args:
             indices: the entries as they were handed over, on whatever device that was.

@@ -1,4 +1,5 @@
-"""Whole rows, columns or blocks of a weight: their gradient is a small dense product, no gathering of entries.
+"""Whole rows, columns or blocks of a weight: their gradient is a small dense product, no gathering of entries; and
+entries that all lie in few columns, for which those of the input do.
 
 Shapes as in `plain.py`: dy (.., out), x (.., in). Results are (k,), in the order of the weight, in float32 (float64 for
 float64).
@@ -8,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finepoint.tuner.kernels import sampled_gradient
 from finepoint.tuner.kernels.choice import multiplied
 
+FEW = 0.25  # of the columns: layers that read one input (q, k, v) would together keep more than all of it
 LEAST = 16  # rows and columns of a block: the products of smaller ones cost more than their entries one by one
 
 
@@ -58,6 +61,28 @@ class Columns(Groups):
         return _dense(dy, x)
 
 
+class Confined(Groups):
+    """Of few columns: nothing but their inputs is needed, as if the layer had no others.
+
+    Args:
+        columns: those that hold an entry, (c,) int64, ascending.
+        within: positions in the weight of these columns alone, (k,) int32 or int64, ascending.
+    """
+
+    columns: Tensor
+    within: Tensor
+
+    def __init__(self, columns: Tensor, within: Tensor) -> None:
+        super().__init__()
+        self.keep(columns=columns, within=within)
+
+    def saved(self, x: Tensor) -> Tensor:
+        return x.index_select(-1, self.columns)
+
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        return sampled_gradient(dy, x, self.within)
+
+
 class Blocks(Groups):
     """Of equal blocks on the grid of their size: one batched product, each of a block's outputs and inputs.
 
@@ -92,13 +117,15 @@ def _dense(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def whole_groups(indices: Tensor, shape: tuple[int, ...]) -> Groups | None:
-    """The rows, columns or blocks (the largest; at least `LEAST` x `LEAST`) that the entries are all of, if any.
+    """The rows, columns or blocks (the largest; at least `LEAST` x `LEAST`) that the entries are all of, or the few
+    columns that they all lie in, if any.
 
     indices: (k,) int64, flat, ascending, unique.
     """
     if len(shape) != 2 or not len(indices):
         return None
-    return _whole_rows(indices, shape) or _whole_columns(indices, shape) or _whole_blocks(indices, shape)
+    whole = _whole_rows(indices, shape) or _whole_columns(indices, shape) or _whole_blocks(indices, shape)
+    return whole or _few_columns(indices, shape)
 
 
 def _whole_rows(indices: Tensor, shape: tuple[int, ...]) -> Rows | None:
@@ -126,6 +153,17 @@ def _whole_blocks(indices: Tensor, shape: tuple[int, ...]) -> Blocks | None:
     if height < LEAST:
         return None
     return Blocks((height, width), upright[::height] % out // height, upright[::height] // out, features)
+
+
+def _few_columns(indices: Tensor, shape: tuple[int, ...]) -> Confined | None:
+    out, features = shape
+    at, seen = indices % features, torch.zeros(features, dtype=torch.bool, device=indices.device)
+    seen[at] = True
+    columns = seen.nonzero()[:, 0]
+    if len(columns) > FEW * features:
+        return None
+    within = indices // features * len(columns) + (seen.cumsum(0) - 1)[at]
+    return Confined(columns, within.int() if out * len(columns) <= 1 << 31 else within)
 
 
 def _grain(places: Tensor, length: int) -> int:
