@@ -1,21 +1,27 @@
 """A long wait says how far it is: in a terminal, in a notebook, in a log; and keeps quiet where it is told to."""
 
 import io
+import json
 import logging
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from rich.console import Console
+from transformers import TrainerCallback
 
 from conftest import write_lines
+from finepoint.cli import main
 from finepoint.runtime import progress
+from finepoint.training.callbacks import UNDER_WAY
 from finepoint.training.run import train
 from finepoint.training.settings import TrainConfig
+from finepoint.training.watching import _left, standing
 
 
 @pytest.mark.parametrize(("pause", "said"), [(0.0, ["scores: 2 of 5", "scores: 4 of 5"]), (1000.0, [])])
@@ -140,3 +146,41 @@ def test_no_line_is_about_missing_kernels_of_other_packages_and_no_other_line_is
     assert len(said) == 3, said
     assert [said[0], said[1]] == ["something that is the user's business", "Failed to quantise"]
     assert said[2].endswith("UserWarning: mine")
+
+
+def test_a_run_is_watched_while_it_trains_when_it_was_left_and_when_it_is_done(run, tmp_path, monkeypatch, capsys):
+    folder, seen = tmp_path / "a", []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            seen.append(standing(folder))
+
+    monkeypatch.setattr("finepoint.training.run.tracked", lambda *_: nullcontext(({"report_to": []}, [Look()])))
+    record = train(run)
+    assert [found["state"] for found in seen] == ["training"] * 3
+    assert [(found["step"], found["steps"]) for found in seen] == [(0, 3), (1, 3), (2, 3)]
+    assert "seconds_left" in seen[2]
+    found = standing(folder)
+    assert (found["state"], found["step"], found["steps"]) == ("done", 3, 3)
+    assert found["loss"] == record["last_loss"]
+    assert found["validation_loss"] == record["validation_loss"]
+    assert not (folder / UNDER_WAY).exists()
+    assert main(["watch", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert main(["watch", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("done: step 3 of 3, loss ")
+    (folder / "run.json").rename(folder / "gone")
+    (folder / UNDER_WAY).write_text('{"steps": 9, "from": 0}')
+    assert (standing(folder)["state"], standing(folder)["steps"]) == ("left", 9)
+    assert main(["watch", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_time_left_is_told_by_the_pace_of_the_last_steps_since_the_run_went_on():
+    line = [{"step": n, "seconds": 100.0 * n} for n in range(4)]
+    line += [
+        {"step": n, "seconds": n - 3.0} for n in range(4, 9)
+    ]
+    assert _left(line, 18) == 10.0
+    assert _left(line[:1], 18) is None
+    assert _left(line, None) is None

@@ -138,9 +138,9 @@ def test_prompts_come_from_files_and_stdin(model_folder, tmp_path, capsys, monke
     rows = write_lines(
         tmp_path / "p.jsonl", [{"prompt": "x", "choices": ["y", "z"], "answer": 0}, "w", {"messages": turns}]
     )
-    assert read_prompts(tmp_path / "p.jsonl") == ["x", "w", turns[:1]]
+    assert list(read_prompts(tmp_path / "p.jsonl")) == ["x", "w", turns[:1]]
     (tmp_path / "p.txt").write_text("one\n\ntwo: {}\n")
-    assert read_prompts(tmp_path / "p.txt") == ["one", "two: {}"]
+    assert list(read_prompts(tmp_path / "p.txt")) == ["one", "two: {}"]
     asked = ["generate", "--model", str(model_folder), "--new-tokens", "1", "--json"]
     assert main([*asked, "--prompts", rows, "--limit", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == ["x", "w"]
@@ -148,10 +148,10 @@ def test_prompts_come_from_files_and_stdin(model_folder, tmp_path, capsys, monke
     assert main(asked) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == ["ab", "cd"]
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"body": "a"}\n')
     for more, message in (([], "there is nothing to answer"), (["--prompt", "", "x"], "a prompt is empty"),
                           (["--temperature", "-1"], "temperature is -1"),
-                          (["--prompts", str(tmp_path / "bad.jsonl")], "line 1: expected a text"),
+                          (["--prompts", str(tmp_path / "bad.jsonl")], "line 1: an object with the keys"),
                           (["--prompts", str(tmp_path / "no")], "cannot read")):  # fmt: skip
         assert main([*asked, *more]) == 2
         assert message in capsys.readouterr().err
@@ -257,3 +257,49 @@ def test_answers_print_small(spoken):
     assert short_names(["x/a", "y/a"]) == ["x/a", "y/a"]
     assert short_names(["x/base"]) == ["x/base"]
     assert logging.getLogger("finepoint").handlers == []
+
+
+def test_prompts_are_read_from_whatever_training_reads(tmp_path):
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    forms = {
+        "alpaca": ({"instruction": "x", "input": "", "output": "y"}, "### Instruction:\nx\n\n### Response:\n"),
+        "question": ({"question": "x", "answer": "y"}, "Question: x\nAnswer:"),
+        "sharegpt": ({"conversations": turns}, asked),
+        "pair": ({"prompt": "x", "chosen": "y", "rejected": "z"}, "x"),
+        "text": ({"text": "x"}, "x"),
+    }
+    for row, expected in forms.values():
+        (tmp_path / "p.json").write_text(json.dumps([row] * 2))
+        assert list(read_prompts(tmp_path / "p.json")) == [expected] * 2
+    (tmp_path / "p.csv").write_text("frage,nr\r\n007,1\r\n", newline="")
+    assert list(read_prompts(tmp_path / "p.csv", {"prompt": "frage"})) == ["007"]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "p.csv").rename(tmp_path / "folder" / "p.csv")
+    assert list(read_prompts(str(tmp_path / "folder"), {"prompt": "frage"})) == ["007"]
+    (tmp_path / "p.jsonl").write_text('{"promt": "a", "completion": "b"}')
+    with pytest.raises(FinepointError, match="line 1: there is 'promt'; did you mean 'prompt'"):
+        list(read_prompts(tmp_path / "p.jsonl"))
+    (tmp_path / "p.jsonl").write_text("3")
+    with pytest.raises(FinepointError, match="line 1: a int; expected a text"):
+        list(read_prompts(tmp_path / "p.jsonl"))
+
+
+def test_on_a_quantised_base_a_conversation_attaches_one_adapter_at_a_time():
+    pytest.importorskip("torchao")
+    from finepoint.models.quantised import float_values, quantise_, quantised_layers
+
+    model, wide = tiny_llama(), tiny_llama()
+    quantise_(model, "int8", [name for name, _ in model.named_modules() if name.endswith("proj")])
+    for name, layer in quantised_layers(model).items():
+        wide.get_parameter(name).data.copy_(float_values(layer.weight))
+    made = {name: changed(wide, seed) for name, seed in (("one", 1), ("two", 2))}
+    before = snapshot(model)
+    adapters = {name: adapter for name, (adapter, _) in made.items()}
+    talk = Conversation(Subjects(model, make_tokenizer(), adapters), False, 4, 64, Sampling(0.0, 0), None)
+    dense = {"base": wide, **{name: copy for name, (_, copy) in made.items()}}
+    for name in ("two", "base", "one", "two"):
+        talk.ask(name)
+        assert talk.answers("ab") == {name: plain(dense[name], make_tokenizer(), "ab", 4)}
+    talk.adapters.disable()
+    assert before.keys() == snapshot(model).keys()

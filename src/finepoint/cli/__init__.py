@@ -35,6 +35,9 @@ FILES = {
         "sequence": "train task after task, each on entries of its own",
         "report": "write the page of a study: figures, tables, data",
     },
+    "watching": {
+        "watch": "follow a run from another terminal",
+    },
     "adapters": {
         "inspect": "say what is in an adapter",
         "verify": "check an adapter, alone and against its model",

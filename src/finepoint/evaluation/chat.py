@@ -3,9 +3,11 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePath
+from typing import Any
 
+from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.adapter_set import AdapterSet
 from finepoint.data.batches import context_length
 from finepoint.errors import FinepointError
@@ -17,6 +19,25 @@ from finepoint.runtime.settings import named, refuse_out_of_range
 
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
+
+
+class Attached:
+    """Adapters of a quantised model, whose entries cannot be set: one at a time is attached."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.known, self.on = model, dict[str, SparseAdapter](), ExitStack()
+
+    def add(self, name: str, adapter: SparseAdapter) -> None:
+        with adapter.applied(self.model):  # refused now, not in the middle of a conversation
+            self.known[name] = adapter
+
+    def set(self, name: str | None) -> None:
+        self.disable()
+        if name is not None:
+            self.on.enter_context(self.known[name].applied(self.model))
+
+    def disable(self) -> None:
+        self.on.close()
 
 
 class Conversation:
@@ -34,7 +55,9 @@ class Conversation:
         self, subjects: Subjects, template: bool, new_tokens: int, limit: int, sampling: Sampling, system: str | None
     ) -> None:
         self.tokenizer = subjects.tokenizer
-        self.adapters = AdapterSet(subjects.model)
+        self.model = subjects.model
+        quantised = any(adapter.quantised_in(self.model) for adapter in subjects.adapters.values())
+        self.adapters: AdapterSet | Attached = (Attached if quantised else AdapterSet)(self.model)
         for name, adapter in subjects.adapters.items():
             self.adapters.add(name, adapter)
         self.names = [BASE, *subjects.adapters]
@@ -74,7 +97,7 @@ class Conversation:
         found = {}
         for name in self.asked:
             self._switch(name)
-            (answer,) = written(self.adapters.model, self.tokenizer, [ids], self.limit, self.new_tokens,
+            (answer,) = written(self.model, self.tokenizer, [ids], self.limit, self.new_tokens,
                                 sampling=self.sampling, say=say)  # fmt: skip
             found[name] = answer.text
         if self.template and answer.text.strip():
@@ -96,7 +119,7 @@ def conversation(config: ChatConfig) -> Iterator[Conversation]:
     given = Given.of(dict(zip(short_names(config.adapter), config.adapter, strict=True)))
     if given.labels():
         raise FinepointError("the adapter is a classifier's, which does not talk; `finepoint eval` measures it")
-    subjects = given.on(config.model, None, config.dtype, None, config.any_base, config.any_dtype)
+    subjects = given.on(config.model, None, config.dtype, config.quantise, config.any_base, config.any_dtype)
     template = templated(subjects.tokenizer, given.infos, config.raw)
     if config.system and not template:
         raise FinepointError("--system needs the chat template, and texts are given as they are here; leave it out")

@@ -1,18 +1,21 @@
 """What a model answers, with adapters and without: `finepoint generate`, and `finepoint.generate` in Python."""
 
 import html
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.data.batches import context_length
-from finepoint.data.examples import as_examples
-from finepoint.data.sources import json_lines
+from finepoint.data.examples import FORMS, PAIRS, Chat, ChatPair, Choices, Completion, Pair, as_examples, taken_for
+from finepoint.data.leaks import text_of as text_of_example
+from finepoint.data.sources import SOURCES, ending_of, rows_of, text_lines
 from finepoint.data.tokens import encode_prompts
 from finepoint.errors import FinepointError, one_line
 from finepoint.evaluation.generation import Sampling, written
@@ -159,33 +162,47 @@ def prompts_of(config: GenerateConfig) -> list[Prompt]:
     if config.prompts == "-" or (not found and not config.prompts and not sys.stdin.isatty()):
         found += [line.rstrip("\n") for line in sys.stdin if line.strip()]
     elif config.prompts:
-        found += read_prompts(Path(config.prompts))[: config.limit]
+        found += islice(read_prompts(config.prompts, config.columns), config.limit)
     if not found:
         raise FinepointError('there is nothing to answer; give --prompt "..", --prompts FILE, or lines on stdin')
     return found
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file: of JSON Lines the `prompt`, or the `messages` without the last answer; else the lines.
+def read_prompts(source: str | Path, columns: Mapping[str, str] | None = None) -> Iterator[Prompt]:
+    """The prompts of whatever `--data` takes: of a row its prompt, or the turns before the last answer, in any of the
+    forms, or a text; of a file of another type its lines.
 
     Raises:
-        FinepointError: the file cannot be read, or a row has neither.
+        FinepointError: it cannot be read, or a row is in none of the forms.
     """
-    if path.suffix.lower() != ".jsonl":
-        try:
-            return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise FinepointError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    found: list[Prompt] = []
-    for where, row in json_lines(path):
-        prompt = row if isinstance(row, str) else row.get("prompt") if isinstance(row, dict) else None
-        turns = row.get("messages") if isinstance(row, dict) else None
-        if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-            prompt = turns[:-1] if turns and turns[-1].get("role") == "assistant" else turns
-        if not isinstance(prompt, str | list):
-            raise FinepointError(f'{where}: expected a text, {{"prompt"}} or {{"messages"}}')
-        found.append(prompt)
-    return found
+    path = Path(source)
+    if path.is_file() and ending_of(path) not in SOURCES:
+        yield from (line.rstrip("\r\n") for line in text_lines(path) if line.strip())
+        return
+    for where, row in rows_of(source):
+        yield row if isinstance(row, str) else _asked_in(where, row, columns or {})
+
+
+def _asked_in(where: str, row: Any, columns: Mapping[str, str]) -> Prompt:
+    """What a row asks."""
+    if not isinstance(row, dict):
+        raise FinepointError(f'{where}: a {type(row).__name__}; expected a text, {{"prompt"}} or {{"messages"}}')
+    turns, prompt = row.get("messages"), row.get(columns.get("prompt", "prompt"))
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        return turns[:-1] if turns and turns[-1].get("role") == "assistant" else turns
+    if isinstance(prompt, str | list):
+        return prompt
+    taken = taken_for(where, tuple(row), FORMS | PAIRS, columns)
+    example = (FORMS | PAIRS)[taken.keys](where, row | {key: row[name] for key, name in taken.renamed.items()})
+    example = example.chosen if isinstance(example, ChatPair) else example
+    match example:
+        case Completion(prompt) | Choices(prompt) | Pair(prompt):
+            return prompt
+        case Chat(messages, more):
+            told = [json.loads(rest) if rest else {} for rest in more or [""] * len(messages)]
+            return [{"role": role, "content": content, **rest}
+                    for (role, content), rest in zip(messages[:-1], told, strict=False)]  # fmt: skip
+    return text_of_example(example)
 
 
 def templated(tokenizer: Any, infos: Mapping[str, Mapping[str, Any]], raw: bool) -> bool:

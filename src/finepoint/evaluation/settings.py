@@ -80,7 +80,8 @@ class GenerateConfig(Asking):
     adapter: list[str] = setting("adapter folders, each asked on its own; the model as it is where none is given", [])
     prompt: list[str] = setting("texts to answer", [])
     prompts: str | None = setting(
-        "a file of prompts: a line each, or JSON Lines with prompt or messages; - for the lines of stdin", None)
+        "prompts from whatever --data takes, or a text file, a line each; - for the lines of stdin", None)
+    columns: dict[str, str] = setting("what their columns are called: prompt=question", {})
     limit: int | None = setting("at most so many prompts of the file, the first", None, least=1)
     base: bool = setting("ask the model without adapters as well", False)
     raw: bool = setting(
@@ -106,6 +107,7 @@ class ChatConfig(Asking):
     max_length: int | None = setting(
         "the conversation in tokens, of which the beginning is lost; the model's context where not given", None,
         least=1)
+    quantise: Quantise | None = setting(AS_TRAINED, None)
 
 
 @dataclass(frozen=True, kw_only=True)

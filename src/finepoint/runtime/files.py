@@ -317,6 +317,20 @@ def _locked(path: Path, wait: bool) -> IO[str]:
         file.close()
 
 
+def is_claimed(folder: Path) -> bool:
+    """Whether a process is writing to a folder just now; nothing is changed there."""
+    try:
+        import fcntl
+
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # Windows knows no such locks
+        return (folder / LOCK).exists() and os.name == "nt"
+    return False
+
+
 def _take_leftovers_away(folder: Path) -> None:
     for path in [path for path in folder.rglob(f".*{PARTIAL}") if _is_partial(path)]:
         if path.is_dir():

@@ -22,13 +22,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed, interruption
-from finepoint.runtime.files import write_text, writing
+from finepoint.runtime.files import write_json, write_text, writing
 from finepoint.runtime.interruption import BrokenOff
 from finepoint.runtime.progress import Bar
 from finepoint.tuner.finite import refuse_not_finite
 
 logger = logging.getLogger(__name__)
 LOG = "log.jsonl"
+UNDER_WAY = "under_way.json"  # how many steps a run is to do, while it has no record
 UNFINISHED = "unfinished"  # what an adapter's `info` calls it
 TOLD = ("loss", "reward", "rewards/margins", "rewards/accuracies")  # of a step, in a line
 
@@ -114,6 +115,7 @@ class Watch(TrainerCallback):
         self.bar.start(state.global_step)
         if distributed.is_first():
             cut_log_(self.log, state.global_step)
+            write_json(self.log.with_name(UNDER_WAY), {"steps": state.max_steps, "from": state.global_step})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if refresh := self.trainer.method.refresh:

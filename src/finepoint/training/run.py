@@ -34,7 +34,7 @@ from finepoint.runtime.progress import progress
 from finepoint.selection.passes import Batch, on_device
 from finepoint.selection.rates import slow
 from finepoint.training.budget import Holding
-from finepoint.training.callbacks import LOG, LastStep, Watch, left_by, marked, refreshes, validation_losses
+from finepoint.training.callbacks import LOG, UNDER_WAY, LastStep, Watch, left_by, marked, refreshes, validation_losses
 from finepoint.training.checkpoints import (
     CHECKPOINTS,
     RECORD,
@@ -173,6 +173,7 @@ class Run(Generic[Told]):
             "versions": versions(),
         }
         distributed.on_first(partial(write_record, self.folder / RECORD, record))
+        distributed.on_first(partial((self.folder / UNDER_WAY).unlink, missing_ok=True))
         return record
 
 
@@ -545,7 +546,7 @@ def audit_(
 def forget_earlier_run(folder: Path) -> None:
     """Takes away what would be taken for this run's: its adapter comes in the place of the earlier one."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for name in (LOG, RECORD, BEST, TRAINED_ON):
+    for name in (LOG, UNDER_WAY, RECORD, BEST, TRAINED_ON):
         (folder / name).unlink(missing_ok=True)
 
 
