@@ -216,3 +216,55 @@ def test_a_study_knows_data_by_content(tmp_path):
     assert contents_at(str(folder), columns) == before  # what is not read does not count
     write(folder / "d.csv", [{"q": "x", "a": "z"} for _ in range(2)])
     assert contents_at(str(folder), columns) != before
+
+
+MADE_UP = {
+    "crlf.jsonl": "".join(json.dumps(row) + "\r\n" for row in ROWS).encode(),
+    "bom.jsonl": b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
+    "blank.jsonl": ("\n" + "\n\n".join(map(json.dumps, ROWS)) + "\n\n").encode(),
+    "columns.json": json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}).encode(),
+    "pandas.json": json.dumps({key: {str(at): row[key] for at, row in enumerate(ROWS)} for key in ROWS[0]}).encode(),
+    "semicolon.csv": b'prompt;completion;n\r\n2+2=;4;1\r\n"NA\n";"null\xe2\x80\xa8,""x""";2\r\n',
+    "tabs.csv": b'\xef\xbb\xbfprompt\tcompletion\n2+2=\t4\n"NA\n"\t"null\xe2\x80\xa8,""x"""\n',
+}
+
+
+@pytest.mark.parametrize("name", MADE_UP)
+def test_what_other_programs_write_holds_the_same_texts(tmp_path, name):
+    (tmp_path / name).write_bytes(MADE_UP[name])
+    assert read_examples(tmp_path / name) == EXPECTED
+
+
+def test_conversations_in_one_object_are_no_columns(tmp_path):
+    turns = [[{"role": role, "content": "a"}] for role in ("user", "assistant")]
+    (tmp_path / "a.json").write_text(json.dumps(dict(zip(("prompt", "completion"), turns, strict=True))))
+    assert len(read_examples(tmp_path / "a.json")[0].messages) == 2
+
+
+ANOTHER = {
+    "packed.jsonl": (gzip.compress(b"{}"), "its name is to end in .gz"),
+    "sheet.xlsx": (b"PK\x03\x04 0000", "a table saved as .csv"),
+    "table.jsonl": (b"PAR1\x15\x00", "its name is to end in .parquet"),
+    "windows.csv": ("prompt,completion\n".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+    "book.txt": (b"Once upon a time", ".txt is no type of data that is known"),
+}
+
+
+@pytest.mark.parametrize("name", ANOTHER)
+def test_a_file_under_the_name_of_another_type_is_told_what_it_seems_to_be(tmp_path, name):
+    (tmp_path / name).write_bytes(ANOTHER[name][0])
+    with pytest.raises(FinepointError, match=ANOTHER[name][1]):
+        read_examples(tmp_path / name)
+
+
+@pytest.mark.parametrize(("row", "way_out"), [
+    ({"Prompt": "a", " Completion": "b"}, "--columns prompt=Prompt 'completion= Completion'"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs are what finepoint align trains on"),
+    ({"a": "b"}, "e.g. --columns prompt=question completion=answer"),
+])  # fmt: skip
+def test_the_way_out_of_unknown_keys_can_be_taken(tmp_path, row, way_out):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(FinepointError, match=way_out):
+        read_examples(tmp_path / "a.jsonl")
+    if "Prompt" in row:
+        assert read_examples(tmp_path / "a.jsonl", {"prompt": "Prompt", "completion": " Completion"})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from functools import lru_cache
+from shlex import quote
 from typing import Any
 
 from finepoint.data.sources import SOURCES as SOURCES  # their former place
@@ -331,14 +332,23 @@ def taken_for(
         given, meant = slip
         other = f"; if not, --columns {' '.join(f'{key}={key}' for key in wanted)}" if wanted else ""
         raise FinepointError(f"{where}: there is {given!r}; did you mean {meant!r}? If so, rename it, or give "
-                             f"--columns {meant}={given}{other}")  # fmt: skip
+                             f"--columns {quote(f'{meant}={given}')}{other}")  # fmt: skip
     if wanted is None:
         given = "the keys" if forms is PAIRS else "an object with the keys"
-        raise FinepointError(f"{where}: {given} {sorted(shape)}; expected {_spelled(forms)}; name your "
-                             "columns with --columns, e.g. --columns prompt=question completion=answer")  # fmt: skip
+        raise FinepointError(f"{where}: {given} {sorted(shape)}; expected {_spelled(forms)}; {_way_out(shape, forms)}")
     looked_at = {*wanted, *OPTIONAL[wanted]}
     return Taken(wanted, {key: column for key, column in renamed.items() if key in looked_at},
                  tuple(key for key in extra if key not in EXTRAS), bool(there))  # fmt: skip
+
+
+def _way_out(shape: Sequence[str], forms: Mapping[tuple[str, ...], Form]) -> str:
+    """What may make rows with these keys readable."""
+    if forms is FORMS and any(set(pair) <= {*shape} for pair in PAIRS):
+        return "preference pairs are what finepoint align trains on"
+    bare = {name.strip().lower(): name for name in shape}
+    meant = next((form for form in sorted(forms, key=len, reverse=True) if set(form) <= set(bare)), None)
+    told = [f"{key}={bare[key]}" for key in meant] if meant else ["prompt=question", "completion=answer"]
+    return f"name your columns with --columns, {'' if meant else 'e.g. '}--columns {' '.join(map(quote, told))}"
 
 
 def _misspelt(
@@ -461,7 +471,9 @@ def chat(where: str, row: Row) -> Chat:
         raise FinepointError(f"{where}: 'messages' is no list of turns; {TURNS}")
     turns = [_turn(where, turn) for turn in messages]
     if turns[0][0] == "assistant" or turns[-1][0] != "assistant":
-        raise FinepointError(f"{where}: a conversation must begin with another role and end with the assistant")
+        roles = ", ".join(role for role, *_ in turns[:1] + turns[1:][-1:])
+        raise FinepointError(f"{where}: a conversation must begin with another role and end with the assistant, and "
+                             f"begins and ends here with: {roles}")  # fmt: skip
     more = tuple(_json(where, "messages", rest) for *_, rest in turns)
     return Chat(tuple((role, content) for role, content, _ in turns), more if any(more) else (),
                 _json(where, "tools", _for_template(where, row)), where=where)  # fmt: skip

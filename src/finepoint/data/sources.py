@@ -99,8 +99,32 @@ def text_lines(path: Path) -> Iterator[str]:
             try:
                 yield line.decode("utf-8" if number else "utf-8-sig")
             except UnicodeDecodeError as error:
-                raise FinepointError(f"{path} is not UTF-8 text (byte {before + error.start})") from error
+                at = before + error.start
+                raise FinepointError(f"{path} is not UTF-8 text (byte {at}){_looks_like(path)}") from error
             before += len(line)
+
+
+BEGIN: Mapping[bytes, str] = {
+    b"\x1f\x8b": "gzip has packed it, so its name is to end in .gz",
+    b"PK": "it is a zip archive or a spreadsheet; give what is in it, a table saved as .csv",
+    b"PAR1": "it is parquet, and its name is to end in .parquet",
+    b"ARROW1": "it is arrow, and its name is to end in .arrow",
+    b"\xff\xfe": "it is UTF-16; save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16; save it as UTF-8",
+    b"\x28\xb5\x2f\xfd": "zstandard has packed it; unpack it, or pack it with gzip",
+}
+"""how files begin that go by the name of another type, and the way out"""
+
+
+def _looks_like(path: Path) -> str:
+    """What a file that cannot be read seems to be, for the end of a message; nothing where that is not known."""
+    with opened(path) as file:
+        begin = file.read(8)
+    if found := next((told for magic, told in BEGIN.items() if begin.startswith(magic)), None):
+        return f"; {found}"
+    ending = ending_of(path)
+    return "" if ending in SOURCES or not ending else (
+        f"; {ending} is no type of data that is known, {', '.join(SOURCES)} are")  # fmt: skip
 
 
 @source(".jsonl")
@@ -113,12 +137,13 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
                 whole = "; a file that is one list is to be called .json" if number == 1 and line[0] == "[" else ""
+                whole = whole or (_looks_like(path) if number == 1 else "")
                 raise FinepointError(f"{where}: not JSON ({error}); expected one object a line{whole}") from error
 
 
 @source(".json")
 def json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of objects, or an object that holds one list; JSON Lines under this name are read as such."""
+    """A list of objects, an object that holds one list, or columns; JSON Lines under this name are read as such."""
     text = "".join(text_lines(path))
     try:
         found = json.loads(text)
@@ -126,12 +151,28 @@ def json_list(path: Path) -> Iterator[tuple[str, Any]]:
         if getattr(error, "msg", "") == "Extra data":
             return json_lines(path)
         raise FinepointError(f"{path}: not JSON ({error})") from error
-    if isinstance(found, dict):
+    if isinstance(found, dict) and (columns := _columns_of(found)):
+        found = [dict(zip(found, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    elif isinstance(found, dict):
         lists = [value for value in found.values() if isinstance(value, list)]
         found = lists[0] if len(lists) == 1 else [found]
     if not isinstance(found, list):
         raise FinepointError(f"{path} holds a {type(found).__name__}; expected a list of objects")
     return ((f"{path}, row {number}", row) for number, row in enumerate(found, 1))
+
+
+def _columns_of(found: Row) -> list[list[Any]]:
+    """The columns of a table that is written so: lists of one length, or what pandas writes, objects of the same keys.
+
+    Empty where it is none: lists of objects are conversations, or rows.
+    """
+    columns = list(found.values())
+    if len(columns) < 2:
+        return []
+    if all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        columns = [list(column.values()) for column in columns]
+    alike = all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+    return columns if alike and not any(isinstance(cell, dict) for column in columns for cell in column) else []
 
 
 @source(".csv")
@@ -147,7 +188,11 @@ def tab_separated(path: Path) -> Iterator[tuple[str, Any]]:
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
     """A table under a line of names. Every cell is the text that is written there; lists are written as JSON."""
     csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(text_lines(path), delimiter=delimiter, strict=True)
+    texts = text_lines(path)
+    first = next(texts, "")
+    if delimiter not in first and delimiter == ",":  # as spreadsheets write where the comma is in numbers
+        delimiter = next((other for other in ";\t" if other in first), delimiter)
+    lines = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
     try:
         names = next(lines, [])
         if len(set(names)) < len(names):
