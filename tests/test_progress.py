@@ -178,9 +178,7 @@ def test_a_run_is_watched_while_it_trains_when_it_was_left_and_when_it_is_done(r
 
 def test_time_left_is_told_by_the_pace_of_the_last_steps_since_the_run_went_on():
     line = [{"step": n, "seconds": 100.0 * n} for n in range(4)]
-    line += [
-        {"step": n, "seconds": n - 3.0} for n in range(4, 9)
-    ]
+    line += [{"step": n, "seconds": n - 3.0} for n in range(4, 9)]
     assert _left(line, 18) == 10.0
     assert _left(line[:1], 18) is None
     assert _left(line, None) is None
