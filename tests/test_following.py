@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 import finepoint
 from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_llama
 from finepoint.errors import FinepointError
-from finepoint.tuner.kernels import following
+from finepoint.tuner.kernels import together
 from finepoint.tuner.tuner import SparseTuner
 
 BATCHES = random_batches(3)
@@ -390,8 +390,8 @@ def test_a_weight_is_written_once_a_step_and_no_more(checkpointing, monkeypatch)
     if checkpointing:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     optimizer, written = torch.optim.AdamW(deltas(model), lr=1e-2), []
-    original = following._write_
-    monkeypatch.setattr(following, "_write_", lambda weight, *rest: (written.append(1), original(weight, *rest)))
+    original = together.write_
+    monkeypatch.setattr(together, "write_", lambda rows: (written.extend(rows), original(rows)))
     for step in range(1, 4):
         for batch in BATCHES[:2]:
             model(**batch).loss.backward()

@@ -4,7 +4,6 @@ before the first batch, averaged by k numbers.
 
 import json
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from finepoint.adapters.fingerprint import (
 from finepoint.errors import FinepointError
 from finepoint.models.quantised import float_values
 from finepoint.runtime import distributed
+from finepoint.tuner.kernels import together
 from finepoint.tuner.optimizer_hooks import follow_after_steps
 from finepoint.tuner.sparse_weight import SparseWeight, refuse_transforms
 from finepoint.tuner.spot_checks import SpotChecks
@@ -135,8 +135,20 @@ class Deltas(nn.ModuleDict):
 
     def catch_up_(self) -> None:
         """Has the weights follow that do not hold base + delta; nothing is written where all do."""
-        for member in lagging([member for member in self.members() if member.follows]):
-            member.follow_()
+        self.write_(lagging([member for member in self.members() if member.follows]))
+
+    def write_(self, members: Iterable[Any]) -> None:
+        """Has the weights of some of the entries hold base + delta, all in one call where that can be."""
+        rows = []
+        for member in members:
+            row = member.row()
+            if row is None:
+                member.follow_()
+            else:
+                rows.append((member, row))
+        together.write_([row for _, row in rows])
+        for member, row in rows:
+            member.is_written(row)
 
     def follow_(self) -> None:
         """Writes base + delta into all weights; past autograd's version counters where the deltas are as they were."""
@@ -221,33 +233,22 @@ def _read(kept: Tensor) -> Fingerprint:
 
 def lagging(members: Iterable[SparseWeight]) -> list[SparseWeight]:
     """Those whose deltas were changed since they were written; of an accelerator one answer is waited for, for all."""
-    devices: dict[torch.device, list[SparseWeight]] = defaultdict(list)
-    for member in members:
-        devices[member.delta.device].append(member)
-    found = []
-    for device, group in devices.items():
-        if not _are_equal(group, at_once=device.type != "cpu"):
-            found += [member for member in group if member.lags()]
-    return found
+    members = list(members)
+    pairs = [pair for member in members if (pair := _compared(member)) is not None]
+    if len(pairs) == len(members) and together.same_bits(pairs):
+        return []
+    return [member for member in members if member.lags()]
 
 
-@torch.no_grad()
-def _are_equal(group: list[SparseWeight], at_once: bool) -> bool:
-    """Whether all deltas certainly are as they were written: in half of the time that asking each takes."""
-    deltas: list[Tensor] = []
-    written: list[Tensor] = []
-    for member in group:
-        delta, known = member.delta, member.written
-        refuse_transforms(member.name, delta)
-        if known is None or known.device != delta.device or known.dtype != delta.dtype:
-            return False
-        if delta.is_meta or distributed.is_sharded(delta) or member.overwritten():
-            return False
-        deltas.append(delta)
-        written.append(known)
-    if at_once:
-        return torch.equal(torch.cat(deltas), torch.cat(written))
-    return all(map(torch.equal, deltas, written))
+def _compared(member: SparseWeight) -> tuple[Tensor, Tensor] | None:
+    """Deltas and those written last, whose bits tell whether the weight lags; None where more has to be asked."""
+    delta, known = member.delta, member.written
+    refuse_transforms(member.name, delta)
+    if known is None or known.device != delta.device or known.dtype != delta.dtype or known.shape != delta.shape:
+        return None
+    if delta.is_meta or distributed.is_sharded(delta) or member.overwritten():
+        return None
+    return delta.detach(), known
 
 
 def within_ddp() -> bool:

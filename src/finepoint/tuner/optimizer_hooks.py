@@ -42,7 +42,7 @@ def _stepped(optimizer: Optimizer) -> Iterator[tuple[nn.ModuleDict, dict[str, nn
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if live else set()
     for container in live:
         yield container, {name: member for name, member in container.items()
-                          if any(id(parameter) in stepped for parameter in member._parameters.values())}  # fmt: skip
+                          if not stepped.isdisjoint(map(id, member._parameters.values()))}  # fmt: skip
 
 
 def _rate(optimizer: Optimizer, members: dict[str, nn.Module]) -> float:
@@ -84,7 +84,7 @@ def _register() -> None:
             # A gradient scaler has looked already, and the step will leave out what it found. `model/norm/weight` holds
             # the delta of model.norm.weight.
             trained = {name.replace("/", "."): parameter for name, member in members.items() if not scaled
-                       for parameter in member.parameters(recurse=False)}  # fmt: skip
+                       for parameter in member._parameters.values() if parameter is not None}  # fmt: skip
             refuse_not_finite(trained, "; the step was not taken and the weights are as they were")
             if members and (checks := getattr(container, "spot_checks", None)):
                 checks.before_step()
@@ -95,8 +95,11 @@ def _register() -> None:
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for container, members in _stepped(optimizer):
-            for member in members.values():
-                member.follow_()  # type: ignore[operator]
+            if together := getattr(container, "write_", None):
+                together(members.values())
+            else:
+                for member in members.values():
+                    member.follow_()  # type: ignore[operator]
             if members and (checks := getattr(container, "spot_checks", None)):
                 checks.stepped()
 

@@ -6,6 +6,7 @@ settle as they are, the base's values stay known, so that an adapter covers all 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,12 @@ from torch.autograd import forward_ad
 from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, gather, moved, scatter_
 from finepoint.adapters.fingerprint import Moved as BaseMoved
-from finepoint.adapters.fingerprint import stamps
 from finepoint.errors import FinepointError
 from finepoint.models.grids import EntryGrid
 from finepoint.runtime import distributed
 from finepoint.tuner.kernels import follow_
 from finepoint.tuner.kernels.groups import Groups, whole_groups
+from finepoint.tuner.kernels.together import Row
 
 
 class Moved(NamedTuple):
@@ -71,7 +72,7 @@ class SparseWeight(nn.Module):
         # A copy, whatever becomes of what was given; contiguous, since compiled code reads them by their address.
         short = torch.int32 if weight.numel() <= 1 << 31 else torch.long
         indices = indices.detach().to(weight.device, short, copy=True).contiguous()
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = _wide(weight.dtype)
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("base", gather(weight, indices), persistent=False)
         self.delta = nn.Parameter(torch.zeros(len(indices), dtype=wide, device=weight.device))
@@ -215,14 +216,19 @@ class SparseWeight(nn.Module):
 
     def stamp(self) -> Any:
         """What a write to the weight changes, or another in its place; always the same where FSDP2 exchanges it."""
-        return None if distributed.is_sharded(self.weight) else stamps({self.name: self.weight})
+        weight = self.weight
+        if distributed.is_sharded(weight):
+            return None
+        return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
     def overwritten(self) -> bool:
         """Whether somebody else has written to the weight since the deltas were; a cast one is told by `check_fit`."""
+        if self.stamp() == self._stamp:
+            return False
         cast = self.written is not None and self.written.dtype != self.delta.dtype
-        stands_in = not self.weight.is_leaf  # for itself: see `hooks`
+        stands_in = not self.weight.is_leaf  # for itself: see `autograd`
         exchanged = self.sharded or getattr(self._owner[0], "_is_fsdp_managed_module", False)
-        return not (exchanged or cast or stands_in) and self.stamp() != self._stamp
+        return not (exchanged or cast or stands_in)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -245,18 +251,40 @@ class SparseWeight(nn.Module):
                 scatter_(weight, self.indices, self.grid.snapped(delta, weight.dtype))
         self.written, self.shown = delta.clone(), None
 
+    def row(self) -> Row | None:
+        """What `together.write_` takes to have the weight hold base + delta, `is_written` to be called then; None where
+        the weight has a way of its own to `write_`.
+
+        Raises:
+            FinepointError: as for `check_fit`.
+        """
+        self.check_fit()
+        weight, delta, written = self.weight, self.delta, self.written
+        if self.sharded or distributed.is_sharded(weight) or distributed.is_sharded(delta):
+            return None
+        if weight.is_meta or weight.device != delta.device:
+            return None
+        if written is None or written.shape != delta.shape or not _alike(written, delta) or written.is_inference():
+            written = torch.empty_like(delta, memory_format=torch.contiguous_format, requires_grad=False)
+        return Row(weight, self.indices, self.base, delta.detach(), written)
+
+    def is_written(self, row: Row) -> None:
+        """To be told that the weight was written as `row` says."""
+        own = vars(self)  # past nn.Module, which asks of every value whether it is a parameter
+        own["written"], own["shown"], own["_stamp"] = row.written, None, self.stamp()
+
     def check_fit(self) -> None:
         """Refuses a weight that is no longer the one whose entries are trained.
 
         Raises:
             FinepointError: the model was cast, the weight has another shape, or the deltas have.
         """
-        wide = torch.promote_types(self.base.dtype, torch.float32)
-        if self.weight.dtype != self.base.dtype or self.delta.dtype != wide:
+        weight, delta, base, indices = self.weight, self.delta, self.base, self.indices
+        if weight.dtype != base.dtype or delta.dtype != _wide(base.dtype):
             raise FinepointError(f"{self.name} was cast after SparseTuner; cast the model first, then make the tuner")
-        if self.weight.shape != self.shape or self.delta.shape != self.indices.shape:
-            now = f"{tuple(self.weight.shape)} with {tuple(self.delta.shape)} deltas"
-            raise FinepointError(f"{self.name} is {now}, and was {tuple(self.shape)} with {len(self.indices)} when its "
+        if weight.shape != self.shape or delta.shape != indices.shape:
+            now = f"{tuple(weight.shape)} with {tuple(delta.shape)} deltas"
+            raise FinepointError(f"{self.name} is {now}, and was {tuple(self.shape)} with {len(indices)} when its "
                                  "SparseTuner was made; make another one")  # fmt: skip
 
     def lags(self) -> bool:
@@ -394,6 +422,9 @@ class QuantisedSparseWeight(SparseWeight):
     def write_(self, weight: Tensor) -> None:
         self.shown = None
 
+    def row(self) -> None:
+        """Nothing is written."""
+
     def lags(self) -> bool:
         return False
 
@@ -404,6 +435,16 @@ class QuantisedSparseWeight(SparseWeight):
 
 def _never() -> bool:
     return False
+
+
+@lru_cache
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """That of the deltas over a weight of this dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device
 
 
 def _as_integers(numbers: Tensor) -> Tensor:

@@ -235,3 +235,101 @@ def add_at_half(weight: np.ndarray, indices: np.ndarray, base: np.ndarray, delta
             rounded = wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))
             bits = np.uint16(rounded >> np.uint32(16)) if exact == exact else np.uint16(0x7FC0)
         weight[np.uint64(indices[entry])] = bits
+
+
+# All weights in one call: a table of addresses, and of each weight's sizes. `sizes` is (2 + 4 n,): the next weight, how
+# many there are, then of each the entries, the weight's numbers, its kind (`KINDS`) and the bytes of an index.
+# Its addresses are of itself, the indices, the base's values, the deltas, and those written last.
+
+KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+@njit(cache=True)
+def _write_shares(pointers: Any) -> None:
+    """Weight after weight takes base + delta, and the deltas are copied to those written last, until none is left."""
+    weights = carray(pointers[0], (2,), np.int64)[1]
+    sizes = carray(pointers[0], (2 + 4 * weights,), np.int64)
+    number: int = next_ticket(sizes)  # type: ignore[call-arg]  # Numba passes the first argument
+    while number < weights:
+        kind = sizes[2 + 4 * number + 2]
+        if kind == 0:
+            _write_one(pointers, sizes, number, np.float32, np.float32, None)
+        elif kind == 1:
+            _write_one(pointers, sizes, number, np.float64, np.float64, None)
+        else:
+            _write_one(pointers, sizes, number, np.uint16, np.float32, np.uint32(16))
+        number = next_ticket(sizes)
+
+
+@njit(cache=True)
+def _write_one(pointers: Any, sizes: np.ndarray, number: int, operand: Any, wide: Any, shift: Any) -> None:
+    count, numbers, _, index_bytes = sizes[2 + 4 * number : 6 + 4 * number]
+    at = 1 + 5 * number
+    weight = carray(pointers[at], (numbers,), operand)
+    base = carray(pointers[at + 2], (count,), operand)
+    delta = carray(pointers[at + 3], (count,), wide)
+    if index_bytes == 4:
+        _add(weight, carray(pointers[at + 1], (count,), np.int32), base, delta, shift)
+    else:
+        _add(weight, carray(pointers[at + 1], (count,), np.int64), base, delta, shift)
+    carray(pointers[at + 4], (count,), wide)[:] = delta
+
+
+@njit(cache=True)
+def _add(weight: np.ndarray, indices: np.ndarray, base: np.ndarray, delta: np.ndarray, shift: Any) -> None:
+    if shift is None:
+        add_at(weight, indices, base, delta)
+    else:
+        add_at_half(weight, indices, base, delta)
+
+
+@njit(cache=True)
+def _compare(pointers: Any) -> None:
+    """Whether of each pair of tensors both have the same bits: of `sizes` the first number, which was how many pairs
+    there are, then of each the words of four bytes."""
+    pairs = carray(pointers[0], (1,), np.int64)[0]
+    sizes = carray(pointers[0], (1 + pairs,), np.int64)
+    same = True
+    for number in range(pairs):
+        words = sizes[1 + number]
+        one = carray(pointers[1 + 2 * number], (words,), np.uint32)
+        other = carray(pointers[2 + 2 * number], (words,), np.uint32)
+        differing = np.uint32(0)
+        for word in range(words):
+            differing |= one[word] ^ other[word]
+        same = same and differing == 0
+    sizes[0] = 1 if same else 0
+
+
+@lru_cache
+def _writer() -> Any:
+    return cfunc(SIGNATURE, cache=True)(lambda pointers: _write_shares(pointers))
+
+
+@lru_cache
+def _comparer() -> Any:
+    return cfunc(SIGNATURE, cache=True)(lambda pointers: _compare(pointers))
+
+
+def write_together(addresses: list[int], sizes: list[int]) -> None:
+    """Has all weights of a table (see above) take base + delta.
+
+    Args:
+        addresses: five of each weight; all are contiguous, on the CPU, and stay alive meanwhile.
+        sizes: four of each weight.
+    """
+    weights = len(sizes) // 4
+    pointers, _alive = _table(addresses, [0, weights, *sizes])
+    in_torch_threads(_writer(), pointers, min(thread_count(), weights))
+
+
+def same_bits(addresses: list[int], words: list[int]) -> bool:
+    """Whether both of each pair of tensors have the same bits: two addresses, and how many words of four bytes."""
+    pointers, sizes = _table(addresses, [len(words), *words])
+    in_torch_threads(_comparer(), pointers, 1)
+    return bool(sizes[0])
+
+
+def _table(addresses: list[int], sizes: list[int]) -> tuple[Any, Any]:
+    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
+    return (ctypes.c_void_p * (1 + len(addresses)))(ctypes.addressof(numbers), *addresses), numbers
