@@ -15,7 +15,8 @@ others use, without a call of its module, stands in for itself while the modules
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -27,7 +28,7 @@ from finepoint.adapters.entries import gather
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
 from finepoint.tuner.kernels import sampled_embedding_gradient, sampled_gradient
-from finepoint.tuner.sparse_weight import SparseWeight
+from finepoint.tuner.sparse_weight import SparseWeight, eagerly
 
 WHOLE = 1_000  # modules around a weight: all there are
 
@@ -140,6 +141,17 @@ def _outwards(model: nn.Module, name: str) -> Iterator[nn.Module]:
             yield module
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's `once_differentiable`, which is asked only where a graph of the backward pass is made."""
+    guarded = once_differentiable(backward)
+
+    @wraps(backward)
+    def either(ctx: Any, *gradients: Tensor) -> Any:
+        return guarded(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return either
+
+
 class _Output:
     """Hooked after a plain layer: its output goes on through an identity. Bound methods, not closures, so that a deep
     copy of the model has hooks on its own copies."""
@@ -147,14 +159,15 @@ class _Output:
     def __init__(self, entries: SparseWeight) -> None:
         self.entries = entries
 
-    @torch.compiler.disable
+    @eagerly
     def of_linear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.entries.wanted():
+        entries = self.entries
+        if not entries.wanted():
             return output
         x = args[0] if args else kwargs["input"]
-        return _SampledLinear.apply(output, self.entries.delta, x, self.entries)
+        return _SampledLinear.apply(output, entries.delta, x, entries)
 
-    @torch.compiler.disable
+    @eagerly
     def of_embedding(
         self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
@@ -169,21 +182,23 @@ class _SampledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, delta: Tensor, x: Tensor, entries: SparseWeight) -> Tensor:
-        ctx.save_for_backward(x if entries.groups is None else entries.groups.saved(x))
+        groups = entries.groups
+        ctx.save_for_backward(x if groups is None else groups.saved(x))
         ctx.entries = entries
         # Declared as changed in place, so that the output is itself and no view: models may add to it in place.
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """dL/dW at the chosen entries, (k,), from dy (.., out) and what was saved of x (.., in).
 
         In plain PyTorch: `(dy.reshape(-1, out).T @ x.reshape(-1, in)).reshape(-1)[indices]`.
         """
         (x,), entries = ctx.saved_tensors, ctx.entries
-        gradient = entries.groups.gradient(dy, x) if entries.groups else sampled_gradient(dy, x, entries.indices)
+        groups = entries.groups
+        gradient = sampled_gradient(dy, x, entries.indices) if groups is None else groups.gradient(dy, x)
         return dy, gradient, None, None
 
 
@@ -200,7 +215,7 @@ class _SampledEmbedding(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         gradient = sampled_embedding_gradient(dy, tokens, ctx.entries.indices, ctx.padding)
@@ -219,7 +234,7 @@ class _GatheredWeight(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dense: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gather(dense, ctx.entries.indices).to(ctx.entries.delta.dtype)
         return dense if ctx.needs_input_grad[0] else None, gradient, None

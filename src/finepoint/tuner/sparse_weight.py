@@ -6,7 +6,7 @@ settle as they are, the base's values stay known, so that an adapter covers all 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,24 @@ from finepoint.runtime import distributed
 from finepoint.tuner.kernels import follow_
 from finepoint.tuner.kernels.groups import Groups, whole_groups
 from finepoint.tuner.kernels.together import Row
+
+
+def eagerly(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile leaves the hook alone, and all that it calls.
+
+    torch's own `disable` is asked only within compiled code: it costs more than most hooks do.
+    """
+    disabled = torch.compiler.disable(hook)
+    within = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)  # None where nothing is compiled
+    if within is None:  # an earlier torch
+        return disabled
+
+    @torch._dynamo.decorators.skip
+    @wraps(hook)
+    def either(*args: Any) -> Any:
+        return hook(*args) if within() is None else disabled(*args)
+
+    return either
 
 
 class Moved(NamedTuple):
@@ -377,7 +395,7 @@ class SparseWeight(nn.Module):
         Raises:
             FinepointError: it is made within a transform of torch.func.
         """
-        found = torch.is_grad_enabled() and self.delta.requires_grad and len(self.indices) > 0
+        found = torch.is_grad_enabled() and self.delta.requires_grad and self.indices.numel() > 0
         if found and torch._C._functorch.peek_interpreter_stack() is not None:
             raise FinepointError(f"the model computes with {self.name} within a transform of torch.func (vmap, grad), "
                                  "in which its entries get no gradient; leave it out of the targets")  # fmt: skip
@@ -385,7 +403,7 @@ class SparseWeight(nn.Module):
 
     # The hooks. Bound methods, not closures, so that a deep copy of the model has hooks on its own copies.
 
-    @torch.compiler.disable
+    @eagerly
     def before_forward(self, module: nn.Module, args: Any) -> None:
         # A backward pass that computes a layer again wants it as it was.
         if not (self.looked_at() or torch._C._current_graph_task_id() != -1):
