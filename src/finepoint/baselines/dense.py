@@ -20,7 +20,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.change import Change
 from finepoint.adapters.fingerprint import form_of
 from finepoint.errors import FinepointError
-from finepoint.models.weights import Master
+from finepoint.models.weights import Master, Masters
 from finepoint.runtime.devices import in_float64, norm_of
 from finepoint.runtime.files import writing
 from finepoint.tuner.interface import Tuner
@@ -52,7 +52,7 @@ class DenseTuner(Tuner):
         for weight in self.weights.values():
             weight.requires_grad_(True)
         masters = {name: Master(weight) for name, weight in self.weights.items() if weight.itemsize == 2}
-        self.masters = nn.ModuleDict({name.replace(".", "/"): master for name, master in masters.items()})
+        self.masters = Masters({name.replace(".", "/"): master for name, master in masters.items()})
         self._trained = {name: masters[name].value if name in masters else w for name, w in self.weights.items()}
         setattr(model, CONTAINER, self.masters)
         follow_after_steps(self.masters)

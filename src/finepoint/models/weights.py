@@ -2,7 +2,7 @@
 precision, where a float32 master keeps the small steps that rounding would lose."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -21,13 +21,22 @@ class Master(nn.Module):
         self.value = nn.Parameter(weight.detach().float())
         self.handle = weight.register_post_accumulate_grad_hook(partial(_move_gradient, self.value))
 
-    def check_fit(self) -> None:
-        """A weight of any floating-point dtype can take the master's value."""
-
     @torch.no_grad()
     def follow_(self) -> None:
         """The weight takes the master's value, rounded once."""
         self._weight[0].detach().copy_(self.value.detach())
+
+
+class Masters(nn.ModuleDict):
+    """The masters of a model, which its weights follow after an optimizer's steps."""
+
+    def check_fit(self, masters: Iterable[Master]) -> None:
+        """A weight of any floating-point dtype can take its master's value."""
+
+    def write_(self, masters: Iterable[Master]) -> None:
+        """Has the weights take their masters' values."""
+        for master in masters:
+            master.follow_()
 
 
 def _move_gradient(value: nn.Parameter, weight: Tensor) -> None:

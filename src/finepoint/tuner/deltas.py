@@ -28,6 +28,7 @@ from finepoint.tuner.kernels import together
 from finepoint.tuner.optimizer_hooks import follow_after_steps
 from finepoint.tuner.sparse_weight import SparseWeight, refuse_transforms
 from finepoint.tuner.spot_checks import SpotChecks
+from finepoint.tuner.table import Table
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +47,17 @@ class Deltas(nn.ModuleDict):
         self.spot_checks: SpotChecks | None = None
         self.wanted: tuple[float, str] | None = None
         """until the first step: the learning rate that these entries usually want, and what they are"""
+        self.table: Table | None = None
+        """all weights as they were written last, where one call can do it"""
         self.running = 0
         """the id of the module, out of those that tell, in whose forward we are"""
         for member in entries.values():
             member.looked_at = self.is_running
         self.attend()
         follow_after_steps(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "table": None}  # it knows where the original lies
 
     def __setstate__(self, state: Any) -> None:
         """Of a deep copy, or of what was pickled: its weights follow steps as well."""
@@ -135,10 +141,16 @@ class Deltas(nn.ModuleDict):
 
     def catch_up_(self) -> None:
         """Has the weights follow that do not hold base + delta; nothing is written where all do."""
-        self.write_(lagging([member for member in self.members() if member.follows]))
+        table = self.holding()
+        if table is None or not table.unchanged():
+            self.write_(lagging([member for member in self.members() if member.follows]))
 
     def write_(self, members: Iterable[Any]) -> None:
         """Has the weights of some of the entries hold base + delta, all in one call where that can be."""
+        members = list(members)
+        if len(members) == len(self) and (table := self.holding()):
+            table.write_()
+            return
         rows = []
         for member in members:
             row = member.row()
@@ -149,6 +161,25 @@ class Deltas(nn.ModuleDict):
         together.write_([row for _, row in rows])
         for member, row in rows:
             member.is_written(row)
+        if len(rows) == len(self):
+            self.table = Table.of(rows)
+
+    def holding(self) -> Table | None:
+        """The table, where all is as it was then; else it is forgotten, with the tensors that it knows."""
+        if self.table is not None and not self.table.holds():
+            self.table = None
+        return self.table
+
+    def check_fit(self, members: Iterable[Any]) -> None:
+        """Refuses weights that are no longer those whose entries are trained.
+
+        Raises:
+            FinepointError: as for `SparseWeight.check_fit`.
+        """
+        members = list(members)
+        if members and self.holding() is None:
+            for member in members:
+                member.check_fit()
 
     def follow_(self) -> None:
         """Writes base + delta into all weights; past autograd's version counters where the deltas are as they were."""
@@ -195,6 +226,7 @@ class Deltas(nn.ModuleDict):
             raise FinepointError("within DDP entries cannot be chosen anew; train with several processes by "
                                  "`finepoint train`, which averages the deltas itself")  # fmt: skip
         self.attend()
+        self.table = None
         if self.spot_checks:
             self.spot_checks.cancel()
         if self.met:

@@ -20,11 +20,11 @@ _LIVE: "weakref.WeakSet[nn.ModuleDict]" = weakref.WeakSet()
 
 
 def follow_after_steps(container: nn.ModuleDict) -> None:
-    """From now on `follow_()` of the container's modules is called after each step of a torch optimizer that they are
-    parameters of.
+    """From now on the container's `write_(modules)` is called after each step of a torch optimizer, with those of its
+    modules whose parameters it steps.
 
-    Such an optimizer is stopped before its step, with nothing changed, where a gradient is not finite, a module's
-    `check_fit()` refuses or the container's `spot_checks` do; each module's `pull_()` adds to its gradient before.
+    Such an optimizer is stopped before its step, with nothing changed, where a gradient is not finite, a container's
+    `check_fit(modules)` refuses or its `spot_checks` do; each module's `pull_()` adds to its gradient before.
     Optimizers of other parameters are none of our business, whatever has become of the modules.
     """
     _LIVE.add(container)
@@ -59,7 +59,7 @@ def _pull_(member: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     Raises:
         FinepointError: these are not made yet, or parts of them lie elsewhere.
     """
-    if getattr(member, "pull", None) is None:
+    if member._buffers.get("pull") is None:
         return
     if kwargs.get("closure") or any(callable(given) for given in args[1:]):
         raise FinepointError("a closure makes the gradients within optimizer.step, where what is to be kept cannot be "
@@ -78,8 +78,8 @@ def _register() -> None:
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         scaled = getattr(optimizer, "found_inf", None) is not None
         for container, members in _stepped(optimizer):
+            container.check_fit(members.values())  # type: ignore[operator]
             for member in members.values():
-                member.check_fit()  # type: ignore[operator]
                 _pull_(member, optimizer, args, kwargs)
             # A gradient scaler has looked already, and the step will leave out what it found. `model/norm/weight` holds
             # the delta of model.norm.weight.
@@ -95,11 +95,7 @@ def _register() -> None:
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for container, members in _stepped(optimizer):
-            if together := getattr(container, "write_", None):
-                together(members.values())
-            else:
-                for member in members.values():
-                    member.follow_()  # type: ignore[operator]
+            container.write_(members.values())  # type: ignore[operator]
             if members and (checks := getattr(container, "spot_checks", None)):
                 checks.stepped()
 

@@ -285,13 +285,13 @@ def _add(weight: np.ndarray, indices: np.ndarray, base: np.ndarray, delta: np.nd
 
 @njit(cache=True)
 def _compare(pointers: Any) -> None:
-    """Whether of each pair of tensors both have the same bits: of `sizes` the first number, which was how many pairs
-    there are, then of each the words of four bytes."""
-    pairs = carray(pointers[0], (1,), np.int64)[0]
-    sizes = carray(pointers[0], (1 + pairs,), np.int64)
+    """Whether both tensors of every pair have the same bits; of `sizes` the first number is the answer, the second how
+    many pairs there are, the others the words of four bytes of each."""
+    pairs = carray(pointers[0], (2,), np.int64)[1]
+    sizes = carray(pointers[0], (2 + pairs,), np.int64)
     same = True
     for number in range(pairs):
-        words = sizes[1 + number]
+        words = sizes[2 + number]
         one = carray(pointers[1 + 2 * number], (words,), np.uint32)
         other = carray(pointers[2 + 2 * number], (words,), np.uint32)
         differing = np.uint32(0)
@@ -311,25 +311,27 @@ def _comparer() -> Any:
     return cfunc(SIGNATURE, cache=True)(lambda pointers: _compare(pointers))
 
 
-def write_together(addresses: list[int], sizes: list[int]) -> None:
-    """Has all weights of a table (see above) take base + delta.
+class Table:
+    """Addresses and sizes of many tensors, where compiled code finds them; whoever makes it keeps the tensors alive.
 
     Args:
-        addresses: five of each weight; all are contiguous, on the CPU, and stay alive meanwhile.
-        sizes: four of each weight.
+        addresses: five of each weight, or two of each pair; all are contiguous and on the CPU.
+        sizes: four of each weight, or the words of four bytes of each pair.
     """
-    weights = len(sizes) // 4
-    pointers, _alive = _table(addresses, [0, weights, *sizes])
-    in_torch_threads(_writer(), pointers, min(thread_count(), weights))
+
+    def __init__(self, addresses: list[int], sizes: list[int], each: int) -> None:
+        self.count = len(sizes) // each
+        self.numbers = (ctypes.c_int64 * (2 + len(sizes)))(0, self.count, *sizes)
+        self.pointers = (ctypes.c_void_p * (1 + len(addresses)))(ctypes.addressof(self.numbers), *addresses)
 
 
-def same_bits(addresses: list[int], words: list[int]) -> bool:
-    """Whether both of each pair of tensors have the same bits: two addresses, and how many words of four bytes."""
-    pointers, sizes = _table(addresses, [len(words), *words])
-    in_torch_threads(_comparer(), pointers, 1)
-    return bool(sizes[0])
+def write_together(table: Table) -> None:
+    """Has all weights of a table take base + delta."""
+    table.numbers[0] = 0
+    in_torch_threads(_writer(), table.pointers, min(thread_count(), table.count))
 
 
-def _table(addresses: list[int], sizes: list[int]) -> tuple[Any, Any]:
-    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
-    return (ctypes.c_void_p * (1 + len(addresses)))(ctypes.addressof(numbers), *addresses), numbers
+def same_bits(table: Table) -> bool:
+    """Whether both of each pair of a table have the same bits."""
+    in_torch_threads(_comparer(), table.pointers, 1)
+    return bool(table.numbers[0])

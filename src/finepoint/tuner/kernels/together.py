@@ -7,7 +7,7 @@ that only the last write is weight by weight.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def write_(rows: Sequence[Row]) -> None:
     """weight[indices] = base + delta and written = delta, row by row as `kernels.follow_` does it, to the bit."""
     compiled, others = _parted(rows, _fits)
     if compiled:
-        _write_(compiled)
+        _write_(compiled, tabled(compiled))
         torch.autograd.graph.increment_version([row.weight for row in compiled if not row.weight.is_inference()])
     by_kind: dict[tuple[torch.device, torch.dtype], list[Row]] = defaultdict(list)
     for row in others:
@@ -51,7 +51,7 @@ def same_bits(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     Of an accelerator one answer is waited for.
     """
     compiled, others = _parted(pairs, lambda pair: numba is not None and pair[0].itemsize >= 4 and _plain(pair))
-    if compiled and not _same(compiled):
+    if compiled and not _same(compiled, tabled_pairs(compiled)):
         return False
     by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for pair in others:
@@ -91,23 +91,59 @@ def _plain(parts: Iterable[Tensor]) -> bool:
     return all(part.is_cpu and part.is_contiguous() for part in parts)
 
 
-def _in_one_call_(rows: Sequence[Row]) -> None:
+def tabled(rows: Sequence[Row]) -> Any:
+    """Where compiled code finds the rows, all of which fit it."""
     sizes = []
     for weight, indices, *_ in rows:
         sizes += [indices.numel(), weight.numel(), numba.KINDS[weight.dtype], indices.itemsize]
-    numba.write_together([part.data_ptr() for row in rows for part in row], sizes)
+    return numba.Table([part.data_ptr() for row in rows for part in row], sizes, 4)
 
 
-def _in_steps_(rows: Sequence[Row]) -> None:
+def tabled_pairs(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """The same for pairs of tensors."""
+    words = [one.numel() * one.itemsize // 4 for one, _ in pairs]
+    return numba.Table([part.data_ptr() for pair in pairs for part in pair], words, 1)
+
+
+def _in_one_call_(rows: Sequence[Row], table: Any) -> None:
+    numba.write_together(table)
+
+
+def _in_steps_(rows: Sequence[Row], table: Any) -> None:
     for row in rows:
         in_a_row_([row])
 
 
-def _compare_in_one_call(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    words = [one.numel() * one.itemsize // 4 for one, _ in pairs]
-    return bool(numba.same_bits([part.data_ptr() for pair in pairs for part in pair], words))
+def _compare_in_one_call(pairs: Sequence[tuple[Tensor, Tensor]], table: Any) -> bool:
+    return bool(numba.same_bits(table))
+
+
+class Kept:
+    """Rows that are written and compared again and again, their table made once.
+
+    Whoever keeps it sees to it that no tensor of theirs is exchanged.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.weights = [row.weight for row in rows]
+        self.pairs = [(row.delta, row.written) for row in rows]
+        self._table, self._pairs = tabled(rows), tabled_pairs(self.pairs)
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Kept | None":
+        """None where not all rows fit compiled code."""
+        fit = rows and all(_fits(row) and not row.weight.is_inference() for row in rows)
+        return cls(rows) if fit else None
+
+    def write_(self) -> None:
+        _write_(self.rows, self._table)
+        torch.autograd.graph.increment_version(self.weights)
+
+    def unchanged(self) -> bool:
+        return _same(self.pairs, self._pairs)
 
 
 numba = numba_kernels()
 _write_ = or_plain(_in_one_call_, _in_steps_)
-_same = or_plain(_compare_in_one_call, _same_in_a_row)
+_same = or_plain(_compare_in_one_call, lambda pairs, table: _same_in_a_row(pairs))
