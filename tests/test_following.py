@@ -4,21 +4,27 @@ The reference is a fresh model into which base + delta is written entry by entry
 """
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainingArguments
 
 import finepoint
 from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_llama
+from finepoint.adapters.entries import moved
 from finepoint.errors import FinepointError
 from finepoint.tuner.kernels import together
 from finepoint.tuner.tuner import SparseTuner
 
 BATCHES = random_batches(3)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PROMPT = torch.arange(4, 10)[None]
 NAMES = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"]
 INDICES = {name: torch.arange(1, 16, 3) for name in NAMES}
@@ -429,9 +435,17 @@ def broken_by_another_shape(model):
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("breaks", [broken_by_a_cast, broken_by_another_shape])
-def test_a_broken_tuner_stops_its_own_optimizer_before_the_step_and_no_other(breaks):
+def broken_under_the_same_address(model):
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.view(-1)[:6].view(2, 3)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("breaks", [broken_by_a_cast, broken_by_another_shape, broken_under_the_same_address])
+def test_a_broken_tuner_stops_its_own_optimizer_before_the_step_and_no_other(breaks, written):
     broken, whole = sparse(std=0.1), sparse(std=0.1)
+    if written:
+        logits(broken), logits(whole)
     breaks(broken)
     before = [delta.detach().clone() for delta in deltas(broken)]
     for each in (broken, whole):
@@ -519,3 +533,50 @@ def test_values_that_are_written_to_the_trained_entries_do_not_stay():
         layer.weight.view(-1)[INDICES[NAMES[1]]] += 1
     assert torch.equal(logits(model), logits(as_it_should_be(model)))
     finepoint.tuner_of(model).adapter()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.lists(st.sampled_from(DTYPES), min_size=1, max_size=4))
+def test_all_weights_at_once_are_written_and_compared_as_one_by_one(seed, dtypes):
+    generator = torch.Generator().manual_seed(seed)
+    rows, expected = [], []
+    for place, dtype in enumerate(dtypes):
+        weight = torch.randn(20, 30, generator=generator).to(dtype)
+        weight[0, 0] = -0.0
+        if seed % 5 == place:
+            weight = weight.T  # not in one piece
+        indices = torch.randperm(600, generator=generator)[: (seed + place) % 40].sort().values
+        indices = indices.to(torch.int32 if seed % 2 else torch.int64)
+        base = weight.reshape(-1)[indices]
+        delta = torch.randn(len(indices), generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+        delta[::3] = 0
+        rows.append(together.Row(weight, indices, base, delta, torch.full_like(delta, torch.nan)))
+        after = weight.clone(memory_format=torch.contiguous_format)
+        after.view(-1)[indices.long()] = moved(base, delta)
+        expected.append(after)
+    versions = [row.weight._version for row in rows]
+    together.write_(rows)
+    for row, after, version in zip(rows, expected, versions, strict=True):
+        assert torch.equal(bits(row.weight), bits(after))
+        assert torch.equal(bits(row.written), bits(row.delta))
+        assert row.weight._version > version  # autograd refuses graphs that have saved it
+    pairs = [(row.delta, row.written) for row in rows]
+    assert together.same_bits(pairs)
+    for row in rows:
+        if len(row.delta):
+            row.delta[-1] = -row.delta[-1]  # of a zero the sign alone
+            assert not together.same_bits(pairs)
+            row.delta[-1] = -row.delta[-1]
+
+
+def test_a_table_is_dropped_with_the_tensors_that_it_knows_once_one_is_exchanged():
+    model = sparse(std=0.1)
+    logits(model)
+    kept = finepoint.tuner_of(model)._deltas
+    assert kept.table is not None
+    layer = model.model.layers[0].mlp.up_proj
+    gone = weakref.ref(layer.weight)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    logits(model)
+    gc.collect()
+    assert gone() is None

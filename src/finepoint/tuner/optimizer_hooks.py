@@ -59,8 +59,6 @@ def _pull_(member: Any, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     Raises:
         FinepointError: these are not made yet, or parts of them lie elsewhere.
     """
-    if member._buffers.get("pull") is None:
-        return
     if kwargs.get("closure") or any(callable(given) for given in args[1:]):
         raise FinepointError("a closure makes the gradients within optimizer.step, where what is to be kept cannot be "
                              "added; call backward before step(), or leave out protect")  # fmt: skip
@@ -80,7 +78,8 @@ def _register() -> None:
         for container, members in _stepped(optimizer):
             container.check_fit(members.values())  # type: ignore[operator]
             for member in members.values():
-                _pull_(member, optimizer, args, kwargs)
+                if member._buffers.get("pull") is not None:
+                    _pull_(member, optimizer, args, kwargs)
             # A gradient scaler has looked already, and the step will leave out what it found. `model/norm/weight` holds
             # the delta of model.norm.weight.
             trained = {name.replace("/", "."): parameter for name, member in members.items() if not scaled
