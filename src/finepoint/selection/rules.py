@@ -76,6 +76,11 @@ class Rule:
         """Whether it looks at text that is to be kept."""
         return any(need in FROM_KEPT for need in self.needs)
 
+    @property
+    def uniform(self) -> bool:
+        """Whether it takes every set of entries alike, so that its choice can be drawn without scores."""
+        return self is RULES["random"] and self.package == OURS
+
 
 class _Rules(dict[str, Rule]):
     """The rules by name; printed a line each."""

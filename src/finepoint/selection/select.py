@@ -23,6 +23,7 @@ from finepoint.selection.statistics import Statistics, seeded_generator, stream_
 from finepoint.selection.structure import Pooling, Tiling, columns_within, confine, room_within, share_within, tilings
 from finepoint.selection.summary import Summary
 from finepoint.selection.targets import Targets, match, target_weights
+from finepoint.selection.uniform import draw_uniformly
 
 Scope = Literal["global", "weight", "layer"]
 Threshold = Literal["exact", "sampled"]
@@ -145,12 +146,34 @@ def select(
             scored = _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
             yield _confined(scored, columns[name], share, pooling, chosen_rule, seed) if share else scored
 
-    tiles, gradients = (sampled if threshold == "sampled" else exact)(scores, plan, sizes, seed)
+    gradients: dict[str, Tensor] = {}
+    if chosen_rule.uniform and threshold == "exact" and not share:
+        tiles = _uniform(plan, sizes, taken, weights, seed, summary)
+    else:
+        tiles, gradients = (sampled if threshold == "sampled" else exact)(scores, plan, sizes, seed)
     _check_room(tiles, plan, within if threshold == "exact" else None)
     indices = {name: cut[name].indices(tiles[name]) for name in weights if len(tiles.get(name, ()))}
     if not indices:
         raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
     return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan, structure, within))
+
+
+def _uniform(
+    plan: Sequence[Budget],
+    sizes: Mapping[str, int],
+    taken: Mapping[str, Tensor],
+    weights: Mapping[str, nn.Parameter],
+    seed: int,
+    summary: Summary,
+) -> dict[str, Tensor]:
+    """What the rule `random` chooses, without a score for each entry."""
+    for name, weight in weights.items():
+        summary.see(name, distributed.whole(weight), None)
+    tiles: dict[str, Tensor] = {}
+    for budget in plan:
+        if budget.names:
+            tiles |= draw_uniformly({name: sizes[name] for name in budget.names}, budget.k, taken, seed)
+    return tiles
 
 
 def _scored(
@@ -171,7 +194,7 @@ def _scored(
     gradient = None if statistics.gradient is None else statistics.gradient.abs()
     summary.see(name, weight, gradient)
     # A mean of many draws is near the middle, which would leave random's choice to the smallest groups.
-    values = cut.pooled(values, "first" if rule.name == "random" else pooling)
+    values = cut.pooled(values, "first" if rule.uniform else pooling)
     if name in taken:  # on a copy: a rule may have returned the weight itself
         values = values.index_fill(0, taken[name].to(values.device), -torch.inf)
     return name, values, gradient if cut.is_entries else None
