@@ -14,7 +14,8 @@ import quantised_file
 ON_WORDS = ("--model", "my-model", "--data", "words.jsonl", "--batch-size", "4")
 SHORT = ("train", *ON_WORDS, "--lr", "0.01", "--steps")
 TRAIN = (*SHORT, "8", "--save-every", "2", "--validation", "few.jsonl", "--eval-every", "3")
-ENTRIES = ("--rule", "gallop", "--density", "0.05", "--scoring-examples", "8")
+GALLOP = ("--rule", "gallop", "--scoring-examples", "8")
+ENTRIES = (*GALLOP, "--density", "0.05")
 EXPORT = ("export", "--model", "my-model", "--adapter")
 NEW, ON = ("--overwrite",), ("--resume",)
 QUANTISED = "out/model.gguf"
@@ -48,7 +49,7 @@ COMMANDS = {
     "train, lora": Command((*TRAIN, "--baseline", "lora"), (ON, NEW)),
     "train, full": Command((*TRAIN, "--baseline", "full"), (ON, NEW)),
     "train, density auto": Command(
-        (*SHORT, "24", "--validation", "few.jsonl", *"--rule", "gallop", "--scoring-examples", "8", "--density", "auto"), (ON, NEW)
+        (*SHORT, "24", "--validation", "few.jsonl", *GALLOP, "--density", "auto"), (ON, NEW)
     ),
     "select": Command(("select", *ON_WORDS, *ENTRIES, *NEW), over=("select", *ON_WORDS, "--density", "0.1")),
     "merge": Command(("merge", "a", "b", *NEW), over=("merge", "a", "b", "--weights", "1", "0.5")),

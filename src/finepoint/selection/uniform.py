@@ -47,7 +47,7 @@ def _draw(
         for name, size in sizes.items():
             here = int(rng.binomial(left, size / of))
             left, of = left - here, of - size
-            found[name] = _without(np.unique(rng.integers(0, size, here)), held.get(name))
+            found[name] = _without(_different(rng.integers(0, size, here)), held.get(name))
         if (count := sum(map(len, found.values()))) >= k:
             return _leaving_out(rng, found, count - k)
         draws += draws // 8 + 16
@@ -65,3 +65,9 @@ def _leaving_out(rng: np.random.Generator, found: Mapping[str, np.ndarray], more
 
 def _without(places: np.ndarray, held: np.ndarray | None) -> np.ndarray:
     return places if held is None else np.setdiff1d(places, held, assume_unique=True)
+
+
+def _different(places: np.ndarray) -> np.ndarray:
+    """Each once, ascending; sorting is several times faster than the hashing of `numpy.unique`."""
+    places.sort()
+    return places[np.flatnonzero(np.diff(places, prepend=-1))]
