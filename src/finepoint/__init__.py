@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from finepoint.errors import FinepointError
     from finepoint.evaluation.evaluate import evaluate
     from finepoint.evaluation.generate import generate
+    from finepoint.evaluation.samples import samples
     from finepoint.exchange.extract import extract
     from finepoint.exchange.formats import export, import_adapter
     from finepoint.huggingface.reference import reference
@@ -57,6 +58,7 @@ _HOMES = {
     "rebased": "finepoint.adapters.bases",
     "reference": "finepoint.huggingface.reference",
     "register": "finepoint.selection.rules",
+    "samples": "finepoint.evaluation.samples",
     "save": "finepoint.huggingface.sparsify",
     "scale_by_depth": "finepoint.adapters.scaling",
     "scale_to_budget": "finepoint.training.budget",
@@ -92,6 +94,7 @@ __all__ = [
     "rebased",
     "reference",
     "register",
+    "samples",
     "save",
     "scale_by_depth",
     "scale_to_budget",

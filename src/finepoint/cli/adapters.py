@@ -80,7 +80,7 @@ class ScaleConfig:
 
     adapter: str = setting("adapter folder, also LoRA's or DoRA's as PEFT writes them", positional=True)
     model: str = setting(MODEL)
-    protect: str = setting("text whose predictions are to be kept, a JSON Lines file; not what training protected")
+    protect: str | list[str] = setting("text whose predictions are to be kept, files; not what training protected")
     protect_examples: int = setting(
         "at most so many of these texts, always the same, up to 256 tokens of each", 64, least=1)
     disturb_at_most: float = setting(

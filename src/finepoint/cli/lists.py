@@ -14,18 +14,26 @@ from finepoint.selection.settings import DEFAULT_RULE
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Fetch the data of a recipe and write it as JSON Lines; or `preview FILE ..`: what files are read as."""
+    """Fetch the data of a recipe and write it as JSON Lines; or `preview FILE ..`: what files are read as.
+
+    Or `samples`: texts that a model itself writes, to keep it by (--protect) without text of your own.
+    """
 
     name: str | list[str] | None = setting(
-        "the recipe, also without its flag: `finepoint data vader`; or preview, and files; all recipes where not given",
+        "the recipe, also without its flag: `finepoint data vader`; or samples; or preview, and files; all recipes "
+        "where not given",
         None, positional=True)
-    output: str | None = setting("folder to write; required with a recipe", None)
-    model: str | None = setting("for preview: the model to be trained, in whose tokens lengths are told", None)
+    output: str | None = setting("folder to write; required with a recipe, and with samples", None)
+    model: str | None = setting(
+        "for preview: the model to be trained, in whose tokens lengths are told; for samples: the model that writes",
+        None)
     columns: dict[str, str] = setting(
         "for preview: what the files' columns are called: prompt=question completion=answer", {})
     max_length: int | None = setting(
         "for preview: longest example in tokens; the model's context where not given", None, least=1)
-    examples: int = setting("for preview: so many examples of each file are shown", 3, least=0)
+    examples: int | None = setting(
+        "for preview: so many examples of each file are shown, 3 where not given; for samples: so many are written, 64",
+        None, least=0)
     overwrite: bool = setting(OVERWRITE, False)
     json: bool = setting(JSON, False)
 
@@ -72,6 +80,9 @@ def run_data(config: DataConfig) -> None:
     if name == "preview":
         _preview(config, files)
         return
+    if name == "samples":
+        _samples(config, files)
+        return
     found = recipe(name)
     if files:
         raise FinepointError(
@@ -102,7 +113,7 @@ def _preview(config: DataConfig, files: list[str]) -> None:
 
         tokenizer = load_tokenizer(config.model)
         limit = context_length(SimpleNamespace(config=load_config(config.model)), limit)
-    found = preview(files, config.columns, tokenizer, limit, config.examples)
+    found = preview(files, config.columns, tokenizer, limit, 3 if config.examples is None else config.examples)
     if config.json:
         print_json(found)
         return
@@ -112,6 +123,26 @@ def _preview(config: DataConfig, files: list[str]) -> None:
         for other, counts in leaked.items():
             more = f", {counts['normalised']} more but for case, spaces and punctuation" if counts["normalised"] else ""
             print(f"{counts['exact']} of {counts['n']} examples of {other} are in {source}{more}")
+
+
+def _samples(config: DataConfig, files: list[str]) -> None:
+    from finepoint.data.recipes.splits import write_files
+    from finepoint.evaluation.samples import samples
+    from finepoint.models.loading import load_model, load_tokenizer
+    from finepoint.runtime.files import claim_folder
+
+    if files or not config.model or not config.output:
+        raise FinepointError("samples are written by a model to a folder: `finepoint data samples --model MODEL "
+                             "--output DIR`")  # fmt: skip
+    with claim_folder(config.output, config.overwrite) as folder:
+        model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+        forms = {"texts": False} | ({"conversations": True} if tokenizer.chat_template else {})
+        each = max(1, (config.examples or 64) // len(forms))
+        counts = write_files(folder, {name: samples(model, tokenizer, each, chat=chat) for name, chat in forms.items()})
+    if config.json:
+        print_json({"output": config.output, "rows": counts, "model": config.model})
+        return
+    print_table(["file", "rows"], list(counts.items()), title=config.output)
 
 
 def _show_file(file: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ def kl_of_protected(model: Any, tokenizer: Any, examples: Sequence[Example], ada
     Raises:
         FinepointError: they have classes, or nothing in them has a label.
     """
-    rows = rows_to_keep(examples, model, tokenizer, "the protected text")
+    rows = rows_to_keep(examples, model, tokenizer)
     collator = Collator.of(model, tokenizer, [row.ids for row in rows])
     base = BasePredictions.of(model, collator, rows, changing=adapter)
     with adapter.applied(model):

@@ -36,7 +36,7 @@ class EvalConfig:
     columns: dict[str, str] = setting(
         "what the columns of these sets are called: prompt=question completion=answer; one without any of them is read "
         "as it is", {})
-    protect: str | None = setting(
+    protect: str | list[str] | None = setting(
         "text whose predictions were to be kept, a file like the others: how far each adapter has moved them (KL)",
         None)
     protect_examples: int = setting(

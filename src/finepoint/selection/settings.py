@@ -80,9 +80,9 @@ class SelectConfig(Choice):
         "is read as it is",
         {}, "statistics", "files", file=True)
     chat_turns: ChatTurns = setting(CHAT_TURNS, "all", "statistics", "files")
-    protect: str | None = setting(
-        "text whose predictions are to be kept, a file like those of --data, news, or novels: rules may look at it "
-        "(gain), and training holds the model to its base there",
+    protect: str | list[str] | None = setting(
+        "text whose predictions are to be kept, files like those of --data, news, or novels: rules may look at it "
+        "(gain), and training holds the model to its base there; of several equal parts",
         None, "statistics", "what is kept", file=True)
     protect_examples: int = setting(
         "at most so many of these texts, always the same, up to 256 tokens of each",

@@ -14,7 +14,6 @@ from finepoint.adapters.format import TENSORS
 from finepoint.adapters.scaling import scale_by_depth, wise_ft
 from finepoint.data.examples import Example, Labelled, Text, read_examples, some
 from finepoint.data.leaks import Seen, leaks
-from finepoint.data.recipes.table import text_file
 from finepoint.data.sources import name_of
 from finepoint.errors import FinepointError
 from finepoint.evaluation.evaluate import Evaluation
@@ -27,7 +26,7 @@ from finepoint.studies.settings import CompareConfig
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import Arm, Cell, Study, train_config
 from finepoint.training.callbacks import LOG, read_log
-from finepoint.training.context import TrainingContext, training_context
+from finepoint.training.context import TrainingContext, examples_to_keep, training_context
 from finepoint.training.run import fit, versions
 from finepoint.training.settings import TrainConfig
 
@@ -102,8 +101,8 @@ class WorkerState:
     def protected(self) -> Sequence[Example]:
         """What any arm protects: on the same texts all are measured."""
         told = (self.study.config.train, *(arm.train for arm in self.study.arms))
-        file = next((settings["protect"] for settings in told if settings.get("protect")), None)
-        return self.examples(text_file(file), EvalConfig.protect_examples) if file else ()
+        sources = next((settings["protect"] for settings in told if settings.get("protect")), None)
+        return examples_to_keep(sources, EvalConfig.protect_examples) if sources else ()
 
     def trained_answers(self, task: str) -> list[str]:
         return frequent_answers(self.examples(self.study.config.tasks[task]["train"], None))

@@ -14,7 +14,6 @@ from typing import Any
 
 from finepoint.data.examples import read_examples
 from finepoint.data.leaks import warn_of_leaks
-from finepoint.data.recipes.table import text_file
 from finepoint.errors import FinepointError
 from finepoint.models.packages import digest
 from finepoint.runtime.files import alone, contents, read_json, read_record, refuse_version, write_json, write_record
@@ -26,6 +25,7 @@ from finepoint.studies.executors import LOST, Executor, InProcess, LocalProcesse
 from finepoint.studies.settings import CompareConfig
 from finepoint.studies.study import Cell, Study, described, make_study, planned
 from finepoint.training.checkpoints import digest_of
+from finepoint.training.context import protected_files
 from finepoint.training.run import versions
 
 logger = logging.getLogger(__name__)
@@ -229,7 +229,8 @@ def manifest_of(study: Study) -> dict[str, Any]:
     config = study.config
     files = [path for task in config.tasks.values() for path in task.values()] + list(config.probes.values())
     settings = (config.train, *(arm.train for arm in study.arms))
-    files += [text_file(told[name]) for told in settings for name in ("protect", "fisher_data") if told.get(name)]
+    named = [told[name] for told in settings for name in ("protect", "fisher_data") if told.get(name)]
+    files += [file for sources in named for file in protected_files(sources)]
     return {
         "format": FORMAT,
         **described(study),

@@ -19,7 +19,7 @@ from finepoint.adapters.adapter import SparseAdapter, check_base
 from finepoint.adapters.entries import gather, same_bits
 from finepoint.adapters.scaling import scale_by_depth, wise_ft
 from finepoint.data.batches import Collator, Row
-from finepoint.data.examples import as_examples
+from finepoint.data.examples import Example, as_examples
 from finepoint.errors import FinepointError
 from finepoint.runtime.settings import fits, spelled
 from finepoint.training.context import rows_to_keep
@@ -96,7 +96,9 @@ def scale_to_budget(
     if adapter.info.get("task") == "classification":
         raise FinepointError("the adapter is a classifier's, and a budget is for what a model writes next")
     check_base(model)
-    rows = rows_to_keep(as_examples(texts), model, tokenizer, "the text")
+    # Those that are examples already may be of several files, each of a form of its own.
+    examples = texts if all(isinstance(text, Example) for text in texts) else as_examples(texts)
+    rows = rows_to_keep(examples, model, tokenizer)
     collator = Collator.of(model, tokenizer, [row.ids for row in rows])
     base = BasePredictions.of(model, collator, rows, changing=list(adapter))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -228,7 +229,7 @@ def kept_rows(config: SelectConfig, context: TrainingContext) -> list[Row]:
     examples = examples_to_keep(config.protect, config.protect_examples)
     if context.labels:
         raise FinepointError(CLASSIFIERS)
-    return rows_to_keep(examples, context.model, context.tokenizer, config.protect, config.max_length)
+    return rows_to_keep(examples, context.model, context.tokenizer, config.max_length)
 
 
 def rows_to_read(rows: Sequence[Row], tokenizer: Any, amount: int) -> list[Row]:
@@ -239,9 +240,22 @@ def rows_to_read(rows: Sequence[Row], tokenizer: Any, amount: int) -> list[Row]:
     return [row for row in (cut(row, TOKENS_READ, front) for row in rows) if learned(row)] or list(rows)
 
 
-def examples_to_keep(source: str, amount: int) -> list[Example]:
-    """So many examples of `--protect`, a file or a text that is made by a recipe; always the same."""
-    return some(read_examples(text_file(source)), amount)
+def examples_to_keep(sources: str | Sequence[str], amount: int) -> list[Example]:
+    """So many examples of `--protect`, files or texts that are made by recipes, in equal parts; always the same.
+
+    Raises:
+        FinepointError: there are fewer than the files; or as for `read_examples`.
+    """
+    files = protected_files(sources)
+    if amount < len(files):
+        raise FinepointError(f"--protect-examples is {amount}, and --protect names {len(files)} files; give one each")
+    parts = [amount // len(files) + (place < amount % len(files)) for place in range(len(files))]
+    return [example for file, part in zip(files, parts, strict=True) for example in some(read_examples(file), part)]
+
+
+def protected_files(sources: str | Sequence[str]) -> list[str]:
+    """The files of `--protect`; those of named texts are made the first time."""
+    return [text_file(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
 
 def apart(config: SelectConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -259,20 +273,22 @@ def apart(config: SelectConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
     return [row for at, row in enumerate(rows) if at not in measured], [rows[at] for at in sorted(measured)]
 
 
-def rows_to_keep(
-    examples: Sequence[Example], model: Any, tokenizer: Any, source: str, max_length: int | None = None
-) -> list[Row]:
-    """Examples whose predictions are to be kept in tokens, at most `TOKENS_KEPT` of each.
+def rows_to_keep(examples: Sequence[Example], model: Any, tokenizer: Any, max_length: int | None = None) -> list[Row]:
+    """Examples whose predictions are to be kept in tokens, at most `TOKENS_KEPT` of each; they may be of several forms.
 
     Raises:
         FinepointError: they have classes, or nothing in them has a label.
     """
-    if isinstance(examples[0], Labelled):
+    if any(isinstance(example, Labelled) for example in examples):
         raise FinepointError(CLASSIFIERS)
     limit = min(TOKENS_KEPT, context_length(model, max_length))
-    rows = encode_all(tokenizer, examples, limit, what="protected example", model=model, whole=False)
+    forms: dict[type, list[Example]] = defaultdict(list)
+    for example in examples:
+        forms[type(example)].append(example)
+    rows = [row for alike in forms.values() for row in
+            encode_all(tokenizer, alike, limit, what="protected example", model=model, whole=False)]  # fmt: skip
     if not (found := [row for row in rows if learned(row) > 0]):
-        raise FinepointError(f"{source} has no token to keep the prediction of")
+        raise FinepointError("the protected texts have no token to keep the prediction of")
     return found
 
 

@@ -1,0 +1,90 @@
+"""Texts that a model itself writes: something to keep it by where there is no text of one's own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from finepoint.data.batches import context_length
+from finepoint.data.examples import as_examples
+from finepoint.data.tokens import around, encode_prompts
+from finepoint.errors import FinepointError
+from finepoint.evaluation.generation import Written, end_tokens, generating_by, read, written
+from finepoint.selection.passes import evaluating
+
+TOKENS = 96  # of each text and each answer
+BESIDE = 16  # texts that are written at a time
+MARK = "QUESTION"  # stands for a user's words in a template
+
+
+def samples(
+    model: Any, tokenizer: Any, count: int = 64, *, chat: bool | None = None, seed: int = 0, tokens: int = TOKENS
+) -> list[dict[str, Any]]:
+    """Texts drawn from a causal model as it is: something to `protect` where there is no text of one's own.
+
+    Conversations are a user's words that the model makes up behind the beginning of its chat template (Magpie,
+    arXiv:2406.08464), and its likeliest answer to them; else a text begins with nothing but the token that texts begin
+    with.
+
+    Args:
+        count: at most so many; what is empty is left out.
+        chat: conversations; where the tokenizer has a chat template, if not given.
+        seed: of what is drawn: the same texts on the same machine.
+        tokens: most of each text, and of each answer.
+
+    Returns:
+        Rows of the form {"messages"} or {"text"}.
+
+    Raises:
+        FinepointError: the model writes no text of its own, as a classifier; conversations without a chat template.
+    """
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise FinepointError(f"samples are what a causal language model writes, and {type(model).__name__} is none")
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    if not chat:
+        return [{"text": text} for text in _drawn(model, tokenizer, _start(model, tokenizer), count, tokens, seed)]
+    if not tokenizer.chat_template:
+        raise FinepointError("conversations need a chat template, and the tokenizer has none; give chat=False")
+    asked = _drawn(model, tokenizer, _opening(tokenizer), count, tokens // 2, seed)
+    answers = _answered(model, tokenizer, asked, tokens) if asked else []
+    return [_talk(question, answer.text) for question, answer in zip(asked, answers, strict=True) if not answer.empty]
+
+
+def _answered(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[Written]:
+    prompts = encode_prompts(tokenizer, as_examples([_talk(question, "-") for question in questions]))
+    return written(model, tokenizer, prompts, context_length(model, None), tokens)
+
+
+def _talk(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _start(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that a text of no content begins with."""
+    if front := around(tokenizer)[0]:
+        return front
+    known = (tokenizer.bos_token_id, *sorted(end_tokens(model, tokenizer)))
+    if (first := next((token for token in known if token is not None), None)) is None:
+        raise FinepointError("the tokenizer knows no token that a text begins with, or ends with")
+    return [first]
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The tokens before a user's first words."""
+    shown = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+    return tokenizer(shown.split(MARK)[0], add_special_tokens=False)["input_ids"]
+
+
+def _drawn(model: Any, tokenizer: Any, start: Sequence[int], count: int, tokens: int, seed: int) -> list[str]:
+    """So many texts behind a start, at most, each drawn token by token from the model's own probabilities."""
+    ends, found = sorted(end_tokens(model, tokenizer)), []
+    settings = GenerationConfig(max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)  # fmt: skip
+    with torch.random.fork_rng(), evaluating(model), generating_by(model, settings) as writer:
+        torch.manual_seed(seed)
+        for first in range(0, count, BESIDE):
+            ids = torch.tensor([list(start)] * min(BESIDE, count - first), device=model.device)
+            drawn = writer.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            found += read(tokenizer, drawn[:, len(start) :].tolist())
+    return [text for text in map(str.strip, found) if text]
