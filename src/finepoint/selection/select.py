@@ -4,6 +4,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -146,34 +147,27 @@ def select(
             scored = _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
             yield _confined(scored, columns[name], share, pooling, chosen_rule, seed) if share else scored
 
-    gradients: dict[str, Tensor] = {}
-    if chosen_rule.uniform and threshold == "exact" and not share:
-        tiles = _uniform(plan, sizes, taken, weights, seed, summary)
-    else:
-        tiles, gradients = (sampled if threshold == "sampled" else exact)(scores, plan, sizes, seed)
+    exactly = partial(_uniform, weights, taken, summary) if chosen_rule.uniform and not share else exact
+    tiles, gradients = (sampled if threshold == "sampled" else exactly)(scores, plan, sizes, seed)
     _check_room(tiles, plan, within if threshold == "exact" else None)
     indices = {name: cut[name].indices(tiles[name]) for name in weights if len(tiles.get(name, ()))}
-    if not indices:
-        raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
     return Selection(indices, chosen_rule.name, summary.result(weights, indices, gradients, plan, structure, within))
 
 
 def _uniform(
+    weights: Mapping[str, nn.Parameter],
+    taken: Mapping[str, Tensor],
+    summary: Summary,
+    scores: Any,
     plan: Sequence[Budget],
     sizes: Mapping[str, int],
-    taken: Mapping[str, Tensor],
-    weights: Mapping[str, nn.Parameter],
     seed: int,
-    summary: Summary,
-) -> dict[str, Tensor]:
+) -> "Chosen":
     """What the rule `random` chooses, without a score for each entry."""
     for name, weight in weights.items():
         summary.see(name, distributed.whole(weight), None)
-    tiles: dict[str, Tensor] = {}
-    for budget in plan:
-        if budget.names:
-            tiles |= draw_uniformly({name: sizes[name] for name in budget.names}, budget.k, taken, seed)
-    return tiles
+    parts = [(budget.k, {name: sizes[name] for name in budget.names}) for budget in plan if budget.names]
+    return {name: tiles for k, part in parts for name, tiles in draw_uniformly(part, k, taken, seed).items()}, {}
 
 
 def _scored(
@@ -213,7 +207,7 @@ def _sizes(
 def _confined(scored: Scored, columns: Tiling, share: float, pooling: Pooling, rule: Rule, seed: int) -> Scored:
     """What a weight offers in the best share of its columns, or in such as are drawn; -inf elsewhere."""
     name, values, gradient = scored
-    if rule.name == "random":
+    if rule.uniform:
         by = torch.rand(columns.count, generator=seeded_generator(seed, f"columns of {name}"), dtype=torch.float64)
     else:
         by = columns.pooled(values.masked_fill(values == -torch.inf, 0), pooling)
@@ -225,6 +219,8 @@ def _check_room(tiles: Mapping[str, Tensor], plan: Sequence[Budget], within: str
     if within and found < wanted:
         raise FinepointError(f"{wanted} entries are asked for, and {found} are left within {within} after exclude; "
                              "give a larger share, or a lower density")  # fmt: skip
+    if not found:
+        raise FinepointError("no entry was chosen: every score lies below the sampled threshold; use --threshold exact")
 
 
 def _taking_part(
