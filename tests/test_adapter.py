@@ -144,6 +144,35 @@ def test_load_of_save_is_the_same_bit_for_bit(tmp_path, store):
     ).read_bytes()
 
 
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("structure", ["row", "column"])
+def test_a_row_or_a_column_is_one_number_in_the_file(structure, compact, tmp_path):
+    model = tiny_llama(torch.bfloat16)
+    selection = finepoint.select(model, rule="random", density=0.3, structure=structure)
+    with finepoint.SparseTuner(model, selection) as tuner, torch.no_grad():
+        for delta in tuner.parameters():
+            delta.normal_()
+        adapter = tuner.adapter()
+    folder = adapter.save(tmp_path / "a", compact=compact)
+    assert_same_adapter(adapter, SparseAdapter.load(folder))
+    file = folder / "finepoint.safetensors"
+    assert json.loads((folder / "finepoint_config.json").read_text())["format_version"] == 5
+    lines = 0
+    for name, tensor in load_file(file).items():
+        assert name.endswith((f".{structure}s", ".value"))
+        lines += tensor.numel() if name.endswith("s") else 0
+    with safe_open(file, "pt") as opened:
+        held = sum(opened.get_tensor(key).nbytes for key in opened.keys())  # noqa: SIM118 - not a dict
+    assert held == 2 * adapter.count + 4 * lines  # two bytes an entry
+    rewrite(folder, lambda t: [part.__setitem__(0, 9999) for key, part in t.items() if key.endswith("s")], None)
+    with pytest.raises(FinepointError, match="not ascending and unique|lies outside the weight"):
+        SparseAdapter.load(folder)
+    adapter.save(folder, overwrite=True)
+    rewrite(folder, lambda t: t.update({key: part[1:].clone() for key, part in t.items() if key.endswith("s")}), None)
+    with pytest.raises(FinepointError, match="rows or columns, .* entries announced"):
+        SparseAdapter.load(folder)
+
+
 def assert_same_adapter(a, b):
     assert a.info == b.info
     assert list(a.changes) == list(b.changes)
@@ -267,7 +296,7 @@ DAMAGE = {
     "shape": (None, lambda c: c["weights"][NAME].update(shape=[2**60, 2**60]), "not a list of sizes"),
     "type": (None, lambda c: c["weights"][NAME].update(dtype="complex64"), "dtype 'complex64'"),
     "checksum": (None, lambda c: c["weights"][NAME].update(base_checksum=None), "checksum of the base"),
-    "version": (None, lambda c: c.update(format_version=5), "format version 5; this finepoint reads 1, 2, 3, 4"),
+    "version": (None, lambda c: c.update(format_version=6), "format version 6; this finepoint reads 1, 2, 3, 4, 5"),
     "weights": (None, lambda c: c.update(weights=[1]), "damaged"),
 }  # fmt: skip
 

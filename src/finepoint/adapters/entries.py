@@ -1,6 +1,7 @@
 """Reading and writing single entries of a weight, bit for bit."""
 
 from hashlib import sha256
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +55,30 @@ def moved(base: Tensor, delta: Tensor) -> Tensor:
     Where the delta is 0 the base's bits are kept: -0.0 + 0 would be +0.0.
     """
     return torch.where(delta == 0, base, (base.to(delta.dtype) + delta).to(base.dtype))
+
+
+def every(rows: Tensor, columns: Tensor, features: int) -> Tensor:
+    """The flat positions where these rows and columns cross."""
+    return (rows.long()[:, None] * features + columns).reshape(-1)
+
+
+def lines_of(indices: Tensor, shape: tuple[int, ...]) -> tuple[Literal["rows", "columns"], Tensor] | None:
+    """The whole rows or columns of a matrix that the indices are all of, if they are.
+
+    indices: (k,), flat, ascending, unique.
+    """
+    if len(shape) != 2 or not len(indices):
+        return None
+    out, features = shape
+    if len(indices) % features == 0:
+        rows = indices[::features] // features
+        if torch.equal(indices.long(), every(rows, torch.arange(features, device=indices.device), features)):
+            return "rows", rows
+    if len(indices) % out == 0:
+        columns = indices[: len(indices) // out]
+        if torch.equal(indices.long(), every(torch.arange(out, device=indices.device), columns, features)):
+            return "columns", columns
+    return None
 
 
 def checksum(values: Tensor) -> str:

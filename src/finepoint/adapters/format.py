@@ -1,11 +1,12 @@
 """The adapter folder: one safetensors file that says everything, and a readable copy of its configuration.
 
-`finepoint.safetensors` holds for each weight `<name>.indices` (int32 where they fit, else int64), or the `<name>.gaps`
-between them (since format version 2), with `<name>.delta` or `<name>.value`; or `<name>.full`. A merged change that has
-no checksum over all its entries adds the indices of its parts, `<name>.parts.<number>.indices` or `.gaps` (since
-version 3); the configuration lists their checksums. The file's metadata holds the configuration, and in it (since
-version 4) the form of the base and a digest over the configuration and all tensors. With the form lies the base's
-fingerprint, which files of earlier finepoints lack. Since that is all one file, replacing it is atomic.
+`finepoint.safetensors` holds for each weight `<name>.indices` (int32 where they fit, else int64), the `<name>.gaps`
+between them (since format version 2), or, where they are whole `<name>.rows` or `<name>.columns` of a matrix, these
+(int32, since version 5, which only such files have), with `<name>.delta` or `<name>.value`; or `<name>.full`. A merged
+change that has no checksum over all its entries adds the indices of its parts, `<name>.parts.<number>.indices` or
+`.gaps` (since version 3); the configuration lists their checksums. The file's metadata holds the configuration, and in
+it (since version 4) the form of the base and a digest over the configuration and all tensors. With the form lies the
+base's fingerprint, which files of earlier finepoints lack. Since that is all one file, replacing it is atomic.
 `finepoint_config.json` repeats the configuration for people and hubs; `load` does not read it.
 
 A file is read from the outside in, so that a hostile one costs neither time nor memory: its header first, then what the
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finepoint.adapters.change import Change, Contents
+from finepoint.adapters.entries import every, lines_of
 from finepoint.adapters.fingerprint import FINGERPRINT, is_fingerprint
 from finepoint.adapters.hub import card, fetch, is_hub_id
 from finepoint.errors import FinepointError
@@ -35,10 +37,11 @@ from finepoint.runtime.tensor_files import DTYPES, LONGEST_HEADER, Form, forms, 
 
 logger = logging.getLogger(__name__)
 DIGESTED = 4  # the first version with a digest over all
-NEWEST = 4  # 2: some indices are written as gaps; 3: some changes have parts; 4: a digest over all
+NEWEST = 5  # 2: some indices are gaps; 3: some changes have parts; 4: a digest over all; 5: some indices are lines
 TENSORS = "finepoint.safetensors"
 CONFIG = "finepoint_config.json"
 KINDS = ("delta", "value", "full")
+LINES = ("rows", "columns")
 INT32_ENTRIES = 1 << 31
 MOST_LABELS = 1 << 16  # classes: a model is given a head of so many rows before the adapter is applied
 STORED = {dtype: stored for stored, dtype in DTYPES.items()}
@@ -62,11 +65,13 @@ def write(adapter: Contents, folder: Path, compact: bool = False) -> None:
     tensors: dict[str, Tensor] = {}
     for name, change in adapter.changes.items():
         if change.kind != "full":
-            tensors |= _written(name, change.indices, change.shape, compact)
+            lines = _lines(name, change.indices, change.shape)
+            tensors |= lines or _written(name, change.indices, change.shape, compact)
         for i, (indices, _) in enumerate(change.parts):
             tensors |= _written(f"{name}.parts.{i}", indices, change.shape, compact)
         tensors[f"{name}.{change.kind}"] = change.numbers.detach().cpu().contiguous()
-    config = _as_json({"format_version": NEWEST} | _config(adapter))
+    version = NEWEST if any(f"{name}.{line}" in tensors for name in adapter.changes for line in LINES) else DIGESTED
+    config = _as_json({"format_version": version} | _config(adapter))
     config["digest"] = _digest(config, tensors)
     metadata = {"finepoint": json.dumps(config)}  # one key: their order in the file is not defined
     write_atomic(folder / TENSORS, partial(_write, tensors, metadata))
@@ -144,6 +149,13 @@ def _written(name: str, indices: Tensor, shape: tuple[int, ...], compact: bool) 
         return {f"{name}.gaps": to_gaps(indices.cpu())}
     narrow = torch.int32 if prod(shape) <= INT32_ENTRIES else torch.int64
     return {f"{name}.indices": indices.to("cpu", narrow)}
+
+
+def _lines(name: str, indices: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The rows or columns of a matrix that the indices are all of, if they are: one number for each."""
+    if 1 not in shape and (found := lines_of(indices, shape)):
+        return {f"{name}.{found[0]}": found[1].to("cpu", torch.int32)}
+    return {}
 
 
 def _config(adapter: Contents) -> dict[str, Any]:
@@ -241,7 +253,10 @@ def _check_announced(need: Need, name: str, facts: dict[str, Any], known: dict[s
         return
     wide = "F64" if dtype == "float64" else "F32"
     need(stored == (STORED[str(dtype)] if kind == "value" else wide), f"{kind} is stored as {stored}")
-    _check_positions(need, name, known, form, prod(shape))
+    if lines := [line for line in LINES if f"{name}.{line}" in known]:
+        _check_lines(need, shape, lines[0] == "rows", *known.pop(f"{name}.{lines[0]}"), count)
+    else:
+        _check_positions(need, name, known, form, prod(shape))
     need((count,) == form, f"{count} entries announced, {form} in the file")
     digests = facts.get("part_checksums", [facts.get("base_checksum")])
     sound = isinstance(digests, list) and len(digests) > 0 and all(isinstance(d, str) and d for d in digests)
@@ -249,6 +264,14 @@ def _check_announced(need: Need, name: str, facts: dict[str, Any], known: dict[s
     need(not facts.keys() >= {"part_checksums", "base_checksum"}, "it has checksums of parts and one over all")
     for i in range(len(digests) if "part_checksums" in facts else 0):
         _check_positions(need, f"{name}.parts.{i}", known, None, prod(shape))
+
+
+def _check_lines(need: Need, shape: list[int], rows: bool, stored: str, form: tuple[int, ...], count: Any) -> None:
+    """Rows or columns of a possible form, so many as give that many entries."""
+    need(len(shape) == 2, "rows or columns of what is no matrix")
+    lines, length = shape if rows else shape[::-1]
+    need(stored == "I32" and len(form) == 1, "rows or columns are not a list of integers")
+    need(form[0] <= lines and form[0] * length == count, f"{form[0]} rows or columns, {count} entries announced")
 
 
 def _check_positions(
@@ -273,7 +296,7 @@ def _change(need: Need, name: str, facts: dict[str, Any], tensors: Mapping[str, 
     """One weight's change, its numbers checked."""
     shape, dtype, kind = tuple(facts["shape"]), facts["dtype"], facts["kind"]
     numbers = tensors[f"{name}.{kind}"]
-    indices = torch.empty(0, dtype=torch.long) if kind == "full" else _indices(need, name, tensors, prod(shape))
+    indices = torch.empty(0, dtype=torch.long) if kind == "full" else _positions(need, name, tensors, shape)
     need(all(bool(torch.isfinite(part).all()) for part in numbers.reshape(-1).split(SLICE)), "a number is not finite")
     if kind == "full":
         return Change(shape, dtype, "full", indices, numbers)
@@ -284,6 +307,19 @@ def _change(need: Need, name: str, facts: dict[str, Any], tensors: Mapping[str, 
     digests = facts["part_checksums"]
     places = [_indices(need, f"{name}.parts.{i}", tensors, prod(shape)) for i in range(len(digests))]
     return Change(shape, dtype, kind, indices, numbers, "", tuple(zip(places, digests, strict=True)))
+
+
+def _positions(need: Need, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The positions of a change, (k,) int64: of rows, of columns, or its indices."""
+    for line in LINES:
+        if f"{name}.{line}" in tensors:
+            lines, rows = tensors[f"{name}.{line}"].long(), line == "rows"
+            need(bool((lines[1:] > lines[:-1]).all()), f"{line} are not ascending and unique")
+            need(not len(lines) or (int(lines[0]) >= 0 and int(lines[-1]) < shape[0 if rows else 1]),
+                 f"one of the {line} lies outside the weight")  # fmt: skip
+            whole = torch.arange(shape[1] if rows else shape[0])
+            return every(lines, whole, shape[1]) if rows else every(whole, lines, shape[1])
+    return _indices(need, name, tensors, prod(shape))
 
 
 def _indices(need: Need, name: str, tensors: Mapping[str, Tensor], entries: int) -> Tensor:

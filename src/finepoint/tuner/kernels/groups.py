@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finepoint.adapters.entries import every as every
+from finepoint.adapters.entries import lines_of
 from finepoint.tuner.kernels import sampled_gradient
 from finepoint.tuner.kernels.choice import multiplied
 
@@ -124,22 +126,9 @@ def whole_groups(indices: Tensor, shape: tuple[int, ...]) -> Groups | None:
     """
     if len(shape) != 2 or not len(indices):
         return None
-    whole = _whole_rows(indices, shape) or _whole_columns(indices, shape) or _whole_blocks(indices, shape)
-    return whole or _few_columns(indices, shape)
-
-
-def _whole_rows(indices: Tensor, shape: tuple[int, ...]) -> Rows | None:
-    _, features = shape
-    rows = indices[::features] // features
-    whole = len(indices) % features == 0 and torch.equal(indices, every(rows, _up_to(features, indices), features))
-    return Rows(rows) if whole else None
-
-
-def _whole_columns(indices: Tensor, shape: tuple[int, ...]) -> Columns | None:
-    out, features = shape
-    columns = indices[: len(indices) // out]
-    whole = len(indices) % out == 0 and torch.equal(indices, every(_up_to(out, indices), columns, features))
-    return Columns(columns) if whole else None
+    if lines := lines_of(indices, shape):
+        return Rows(lines[1]) if lines[0] == "rows" else Columns(lines[1])
+    return _whole_blocks(indices, shape) or _few_columns(indices, shape)
 
 
 def _whole_blocks(indices: Tensor, shape: tuple[int, ...]) -> Blocks | None:
@@ -175,12 +164,3 @@ def _grain(places: Tensor, length: int) -> int:
     starts = begins.nonzero()[:, 0]
     lengths = torch.cat([starts, starts.new_tensor([len(places)])]).diff()
     return int(np.gcd.reduce(torch.cat([at[starts], lengths, lengths.new_tensor([length])]).cpu().numpy()))
-
-
-def every(rows: Tensor, columns: Tensor, features: int) -> Tensor:
-    """The flat positions where these rows and columns cross."""
-    return (rows.long()[:, None] * features + columns).reshape(-1)
-
-
-def _up_to(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, device=like.device)
