@@ -10,6 +10,7 @@ from conftest import make_tokenizer, tiny_llama
 from finepoint.data.examples import Chat, Completion, Labelled, Text
 from finepoint.data.tokens import IGNORED, encode, encode_all, room_of_prompt
 from finepoint.evaluation.scoring import mean_nll
+from finepoint.training.context import rows_to_keep
 from tongues import tongue
 
 
@@ -93,3 +94,15 @@ def test_the_log_says_which_share_of_the_tokens_is_lost_and_warns_of_much(count,
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 2 examples are longer than 12 tokens and are taken in several rows, 4 in all"
     ]
+
+
+@pytest.mark.parametrize(("folder", "text", "said"), [
+    ("mine", "abc " * 100, True), ("mine", "abc", False), ("cache", "abc " * 100, False),
+])  # fmt: skip
+def test_of_protected_texts_it_is_told_where_users_lose_much_of_their_own(
+    folder, text, said, caplog, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path / "cache"))
+    caplog.set_level(logging.INFO)
+    rows_to_keep([Text(text, where=f"{tmp_path / folder}/news.jsonl, line 1")], tiny_llama(), make_tokenizer())
+    assert ("lost their beginning" in caplog.text) == said

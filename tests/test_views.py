@@ -281,6 +281,31 @@ def test_equal_norm_is_of_rules_of_one_density(results):
     assert any(row["id"] is not None for row in rows)
 
 
+def test_arms_with_the_same_numbers_everywhere_are_said_to_be_equal(tmp_path):
+    folder = write_study(tmp_path / "s", arms=[arm("gallop", 0.1), arm("random", 0.1), arm("lora", kind="baseline")])
+    assert views.equal_arms(read_results(folder)) == []
+    for file in (folder / "cells").glob("*random*"):
+        file.unlink()
+    for file in (folder / "cells").glob("*gallop*"):
+        cell = json.loads(file.read_text())
+        put(folder / "cells" / file.name.replace("gallop", "random"), cell | {"arm": "random-0.1"})
+    found = read_results(folder)
+    assert views.equal_arms(found) == [["gallop-0.1", "random-0.1"]]
+    assert any(said.startswith("gallop-0.1 and random-0.1 gave the same") for said in views.warnings(found))
+    cell = json.loads(file.read_text())
+    put(file, cell | {"update_norm": cell["update_norm"] + 1e-9})
+    assert views.equal_arms(read_results(folder)) == []
+
+
+def test_runs_are_linked_where_the_folder_has_them(tmp_path):
+    folder = write_study(tmp_path / "s", arms=[arm("random", 0.1)])
+    rows = views.runs(read_results(folder))
+    there = [row for row in rows if row["run"]]
+    assert len(rows) == len(read_results(folder).cells)
+    assert all((folder / row["run"]).is_file() for row in there)
+    assert all(row["adapter"] is None for row in rows)
+
+
 def test_warnings_name_what_is_wrong(tmp_path):
     arms = [arm("full", kind="baseline"), arm("gallop", 0.1)]
     arms[1]["lrs"] = [1e-4]

@@ -596,6 +596,10 @@ class Tally:
         examples, tokens = self.lost.get(part, (0, 0))
         self.lost[part] = [examples + sum(each > 0 for each in lost), tokens + sum(lost)]
 
+    def lost_share(self) -> float:
+        """Of all tokens."""
+        return sum(tokens for _, tokens in self.lost.values()) / max(1, self.tokens)
+
     def count_contexts(self, tokenizer: Any, splits: Sequence[Split]) -> None:
         others = [split for split in splits if split.context != split.given]
         self.others += len(others)

@@ -184,7 +184,7 @@ def html(page: Page, figures: Any) -> str:
         return Markup(figures.themed(raw, f"d{next(numbers)}"))
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["groups"] = tables.GROUPS
+    environment.globals |= {"groups": tables.GROUPS, "nothing": tables.NOTHING}
     template = environment.from_string(files("finepoint.reporting").joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(ours=OURS, page=page, svg=svg, data=[name for name, rows in page.data.items() if rows],
                            colours=[(name, light) for name, light in figures.COLOURS.values()])  # fmt: skip

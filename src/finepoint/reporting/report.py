@@ -1,9 +1,12 @@
 """`finepoint report`: the page of a study, of a sequence of tasks, of a run, or of adapters side by side."""
 
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -29,7 +32,7 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
     place = Path(config.output) if config.output else first / "report"
     figures = drawing_package()
     if not others and (first / STUDY).is_file():
-        page = study_page(read_results(first), figures)
+        page = study_page(read_results(first), figures, place)
     else:
         page = _page_of_adapters(config.folder, figures)
     return write_page(page, cleared(place)) | {"summary": page.data.get("summary", [])}
@@ -49,14 +52,19 @@ def _page_of_adapters(folders: Sequence[str], figures: Any) -> Page:
     return study_page(read_results(first), figures)  # which says what is missing
 
 
-def study_page(results: Results, figures: Any) -> Page:
-    """The page of a study, finished or not."""
+def study_page(results: Results, figures: Any, place: Path | None = None) -> Page:
+    """The page of a study, finished or not.
+
+    Args:
+        place: where it will lie, for its links to the runs; the study's `report` where not given.
+    """
     data = view_data(results)
+    sections = [*build(results, data, figures), _runs(results, data, place)]
     marks = {arm: figures.marker_svg(style) for arm, style in figures.styles(results).items()}
     tasks = ", ".join(results.tasks)
     return Page(
         f"Sparse fine-tuning study: {tasks}", "Sparse fine-tuning, compared", byline(results), headline(results),
-        views.warnings(results), build(results, data, figures), data, DEFINITIONS, configuration(results), marks,
+        views.warnings(results), sections, data, DEFINITIONS, configuration(results), marks,
     )  # fmt: skip
 
 
@@ -102,6 +110,7 @@ def view_data(results: Results) -> dict[str, list[Row]]:
         "epsilon": overlap.epsilon_sweep(results, overlap_rows),
         "antidotes": views.antidotes(results),
         "answers": views.answers(results),
+        "runs": views.runs(results),
         "failures": views.failures(results),
         "missing": views.missing(results),
     }
@@ -298,6 +307,20 @@ def _answers(data: dict[str, list[Row]]) -> Section:
         "Answers",
         "Each test scored in every way there is, beside what guessing would get.",
         tables=[table("answers", "Scores by test", caption, data["answers"], columns, 12)],
+    )
+
+
+def _runs(results: Results, data: dict[str, list[Row]], place: Path | None) -> Section:
+    columns = [
+        *RUN, fixed("validation", "validation"), general("loss", "loss"), NORM, text("run", "run"),
+        text("adapter", "adapter"),
+    ]  # fmt: skip
+    root = os.path.relpath(results.folder.resolve(), (place or results.folder / "report").resolve())
+    found = table("runs", "Every run", "Everything measured on a run is in its file", data["runs"], columns)
+    return Section(
+        "Runs",
+        "One line for each, with its files in the study's folder where they are still there.",
+        tables=[replace(found, root=quote(f"{Path(root).as_posix()}/"), linked=("run", "adapter"))],
     )
 
 

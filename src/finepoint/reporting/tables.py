@@ -31,6 +31,7 @@ class Table:
         name: of its LaTeX label and place in the page.
         numeric: which columns are set on the right.
         folded: shown only when asked for, for being long.
+        root: cells of the columns `linked` are paths below it, as an address.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Table:
     rows: list[list[str]]
     numeric: list[bool]
     folded: bool = False
+    root: str = ""
+    linked: tuple[str, ...] = ()
 
 
 def table(name: str, title: str, caption: str, rows: Sequence[Row], columns: Sequence[Column], fold: int = 30) -> Table:

@@ -3,6 +3,7 @@
 The confounds that let one rule look better than another for free (tuning, budget, movement) have a view each.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import atan, cos, exp, isfinite, log, log10, pi, sin, sqrt
 from statistics import fmean, median
@@ -515,6 +516,8 @@ def warnings(results: Results) -> list[str]:
         found.append(
             f"arms were tuned over {min(counts)} to {max(counts)} learning rates: more trials are an advantage"
         )
+    found += [f"{', '.join(arms[:-1])} and {arms[-1]} gave the same numbers in all of their runs: here they are one "
+              "method, and their markers lie on each other" for arms in equal_arms(results)]  # fmt: skip
     if gone := missing(results):
         found.append(f"{len(gone)} runs of the grid have not finished: {_arms(gone)}")
     if results.failures:
@@ -523,6 +526,32 @@ def warnings(results: Results) -> list[str]:
         found.append(f"the folder lacks the entries that {len(lost)} runs chose: their overlap is left out")
     if not results.base:
         found.append("the base model has not been measured yet (no base.json)")
+    return found
+
+
+def equal_arms(results: Results) -> list[list[str]]:
+    """Arms that have done the same runs (task, rate, seed) with the same numbers in each."""
+    measured = ("scores", "validation", "changes", "update_norm")
+    groups: dict[str, list[str]] = {}
+    for arm in results.arms:
+        runs = [[cell["task"], cell["lr"], cell["seed"], *(cell.get(key) for key in measured)]
+                for cell in results.cells if cell["arm"] == arm]  # fmt: skip
+        if runs:
+            groups.setdefault(json.dumps(sorted(runs, key=lambda run: run[:3]), sort_keys=True), []).append(arm)
+    return [arms for arms in groups.values() if len(arms) > 1]
+
+
+def runs(results: Results) -> list[Row]:
+    """The finished runs with what they found, and where each and its adapter lie, where the folder still has them."""
+    found = []
+    for cell in results.cells:
+        name = str(cell.get("id") or "")
+        places = {"run": f"cells/{name}.json", "adapter": f"adapters/{name}"}
+        there = {key: place if name and (results.folder / place).exists() else None for key, place in places.items()}
+        validation = cell.get("validation") or {}
+        found.append({"task": cell["task"], "arm": cell["arm"], "lr": cell["lr"], "seed": cell["seed"], **there,
+                      "validation": number(validation.get("accuracy")), "loss": number(validation.get("loss")),
+                      "update_norm": number(cell.get("update_norm"))})  # fmt: skip
     return found
 
 

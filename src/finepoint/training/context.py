@@ -34,9 +34,10 @@ from finepoint.data.leaks import Seen
 from finepoint.data.recipes.table import text_file
 from finepoint.data.sources import name_of
 from finepoint.data.store import identity_of, large_data, learnable, lengths
-from finepoint.data.tokens import Row, around, cut, encode_all, learned, padding_id
+from finepoint.data.tokens import MUCH, Row, Tally, around, cut, encode_all, encode_part, learned, padding_id
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of, class_order, load_config, load_model, load_tokenizer, new_head
+from finepoint.models.packages import cache_folder
 from finepoint.models.probing import PACKABLE, counts_from_zero, keeps_apart
 from finepoint.models.quantised import quantised_layers
 from finepoint.runtime import distributed
@@ -282,11 +283,15 @@ def rows_to_keep(examples: Sequence[Example], model: Any, tokenizer: Any, max_le
     if any(isinstance(example, Labelled) for example in examples):
         raise FinepointError(CLASSIFIERS)
     limit = min(TOKENS_KEPT, context_length(model, max_length))
-    forms: dict[type, list[Example]] = defaultdict(list)
+    groups: dict[tuple[type, bool], list[Example]] = defaultdict(list)
     for example in examples:
-        forms[type(example)].append(example)
-    rows = [row for alike in forms.values() for row in
-            encode_all(tokenizer, alike, limit, what="protected example", model=model, whole=False)]  # fmt: skip
+        groups[type(example), example.where.startswith(str(cache_folder()))].append(example)
+    rows = []
+    for (_, made), alike in groups.items():
+        tally = Tally()
+        rows += encode_part(tokenizer, alike, limit, (), tally, model, whole=False)
+        if not made and tally.lost_share() >= MUCH:  # texts of our own are long, and their beginning will do
+            tally.tell(limit, "protected example")
     if not (found := [row for row in rows if learned(row) > 0]):
         raise FinepointError("the protected texts have no token to keep the prediction of")
     return found
