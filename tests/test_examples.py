@@ -41,6 +41,18 @@ def test_the_notebook_runs_and_draws(given, tmp_path, monkeypatch):
     assert "by chance" in outputs[-1].text
 
 
+def test_the_notebook_for_colab_trains_and_answers(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINEPOINT_EXAMPLE_MODEL", str(given / "my-model"))
+    notebook = nbformat.read(EXAMPLES / "colab.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    told = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output.data["text/html"] for output in told if "text/html" in output.get("data", {})]
+    assert any("<th>base</th><th>adapters/support</th>" in html for html in shown)
+    assert (tmp_path / "support-adapter.zip").stat().st_size > 0
+
+
 def test_what_the_notebook_shows_names_no_machine():
     text = (EXAMPLES / "where_do_rules_choose.ipynb").read_text()
     assert '"stderr"' not in text
