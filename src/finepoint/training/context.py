@@ -283,14 +283,15 @@ def rows_to_keep(examples: Sequence[Example], model: Any, tokenizer: Any, max_le
     if any(isinstance(example, Labelled) for example in examples):
         raise FinepointError(CLASSIFIERS)
     limit = min(TOKENS_KEPT, context_length(model, max_length))
-    groups: dict[tuple[type, bool], list[Example]] = defaultdict(list)
+    forms: dict[type, list[Example]] = defaultdict(list)
     for example in examples:
-        groups[type(example), example.where.startswith(str(cache_folder()))].append(example)
+        forms[type(example)].append(example)
     rows = []
-    for (_, made), alike in groups.items():
+    for alike in forms.values():
         tally = Tally()
         rows += encode_part(tokenizer, alike, limit, (), tally, model, whole=False)
-        if not made and tally.lost_share() >= MUCH:  # texts of our own are long, and their beginning will do
+        ours = all(example.where.startswith(str(cache_folder())) for example in alike)
+        if tally.lost_share() >= MUCH and not ours:  # texts of our own are long, and their beginning will do
             tally.tell(limit, "protected example")
     if not (found := [row for row in rows if learned(row) > 0]):
         raise FinepointError("the protected texts have no token to keep the prediction of")
