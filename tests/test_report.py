@@ -8,16 +8,19 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from browser import CHROMIUM, Browser
-from conftest import tiny_llama
+from conftest import tiny_llama, write_lines
 from finepoint import save, sparsify, train
 from finepoint.cli import main
 from finepoint.errors import FinepointError
+from finepoint.evaluation.before_after import keep_answers
+from finepoint.evaluation.generate import generate
 from finepoint.reporting.report import write_report
 from finepoint.reporting.tables import (
     GROUPS,
@@ -34,6 +37,7 @@ from finepoint.reporting.text import headline
 from finepoint.reporting.views import paths, summary
 from finepoint.studies.results import read_results
 from finepoint.studies.settings import ReportConfig
+from finepoint.training.run import ANSWERS
 from finepoint.training.settings import TrainConfig
 from studies import arm, put, write_study
 
@@ -404,6 +408,35 @@ def test_a_run_has_a_page_with_its_curves_and_places(browser, model_folder, choi
     assert browser.complaints() == []
     assert browser.value("document.documentElement.scrollWidth") <= 390
     assert f"{record['trained']:,}" in page_of(found)
+
+
+@pytest.mark.parametrize("form", ["completion", "choices", "chat", "text"])
+def test_a_run_keeps_a_few_answers_of_before_and_after_for_its_page(model_folder, tmp_path, form):
+    rows = {
+        "completion": {"prompt": "ab|<i>", "completion": " c"},
+        "choices": {"prompt": "ab|<i>", "choices": [" d", " c"], "answer": 1},
+        "chat": {"messages": [{"role": "user", "content": "ab|<i>"}, {"role": "assistant", "content": " c"}]},
+        "text": {"text": "ab|<i> c"},
+    }
+    data, run = write_lines(tmp_path / "d.jsonl", [rows[form]] * 4), tmp_path / "run"
+    config = TrainConfig(model=str(model_folder), data=data, validation=data, steps=2, density=0.05, output=str(run),
+                         no_audit=True, lr=0.3)  # fmt: skip
+    train(config, afterwards=keep_answers)
+    if form == "text":
+        assert not (run / ANSWERS).exists()
+        return
+    found = json.loads((run / ANSWERS).read_text())["examples"]
+    assert len(found) == 3
+    asked = {"chat": "user: ab|<i>"}.get(form, "ab|<i>")
+    assert {(each["prompt"], each["wanted"]) for each in found} == {(asked, " c")}
+    prompt = [{"role": "user", "content": "ab|<i>"}] if form == "chat" else "ab|<i>"
+    answers = generate(str(model_folder), prompt, str(run), base=True, new_tokens=32, raw=True, dtype="float32")
+    assert (found[0]["base"], found[0]["trained"]) == tuple(texts[0] for texts in answers.by.values())
+    page = page_of(write_report(ReportConfig(folder=[str(run)], output=str(tmp_path / "page"))))
+    assert "Before and after" in page
+    assert "ab|&lt;i&gt;" in page
+    train(replace(config, overwrite=True, answers=0), afterwards=keep_answers)
+    assert not (run / ANSWERS).exists()
 
 
 def test_an_adapter_alone_has_a_page_and_nothing_is_told_of_a_training(tmp_path):

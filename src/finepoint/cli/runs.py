@@ -1,7 +1,9 @@
 """Commands that train, choose and measure: demo, train, align, select, plan, eval."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -59,12 +61,17 @@ def print_demo(found: dict[str, Any]) -> None:
 
 def run_train(config: TrainConfig) -> None:
     if config.density == "auto":
-        from finepoint.studies.density import train_auto as train
+        from finepoint.studies.density import train_auto
+
+        train: Callable[[TrainConfig], dict[str, Any]] = train_auto
 
         if distributed.launched():
             raise FinepointError("the search of --density auto runs in one process; start it without a launcher")
     else:
-        from finepoint.training.run import train
+        from finepoint.evaluation.before_after import keep_answers
+        from finepoint.training.run import train as train_once
+
+        train = partial(train_once, afterwards=keep_answers)
 
     if config.fit:
         from finepoint.memory.fit import fitted

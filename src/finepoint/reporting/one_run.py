@@ -14,7 +14,7 @@ from finepoint.reporting.tables import general, table, text, whole
 from finepoint.reporting.views import Row, number
 from finepoint.runtime.files import read_json
 from finepoint.training.callbacks import LOG, read_log
-from finepoint.training.run import RECORD
+from finepoint.training.run import ANSWERS, RECORD
 
 DEFINITIONS = {
     "training loss": "Of each logged step, and as the mean over a tenth of the run; nats a token.",
@@ -57,10 +57,13 @@ def run_page(folder: Path, figures: Any) -> Page:
     modules = by_module(adapter) if adapter else []
     byline = [str(info.get("base_model") or ""), str(record.get("baseline") or info.get("rule") or "")]
     sections = [_training(curve, known, figures)] if curve or known else []
+    answers = read_json(folder / ANSWERS).get("examples", []) if (folder / ANSWERS).is_file() else []
+    sections += [_answers(answers)] if answers else []
     sections += [_places(adapter, modules, figures)] if adapter else []
     return Page(
         f"finepoint: {folder.name}", folder.name, " · ".join(part for part in byline if part),
-        _findings(record, adapter), _warnings(record, info), sections, {"curve": curve, "modules": modules},
+        _findings(record, adapter), _warnings(record, info), sections,
+        {"curve": curve, "answers": answers, "modules": modules},
         DEFINITIONS,
         yaml.safe_dump({"record": _short(record), "adapter": _short(info)}, sort_keys=False, allow_unicode=True),
     )  # fmt: skip
@@ -85,6 +88,16 @@ def _training(curve: Sequence[Row], known: Sequence[Row], figures: Any) -> Secti
         [Drawing("curve", "Along the steps", "The thin line is each logged step, the thick one the mean over a tenth "
                  "of the run.", "curve", panels, "the folder has no log")],
         [table("facts", "The run", "From its record", known, [text("", "fact"), text("", "value")])],
+    )  # fmt: skip
+
+
+def _answers(answers: Sequence[Row]) -> Section:
+    columns = [text("prompt", "prompt"), text("wanted", "wanted"), text("before", "base"), text("after", "trained")]
+    return Section(
+        "Before and after",
+        "What the model wrote after a few validation examples, without the adapter and with it.",
+        tables=[table("answers", "Answers", "The likeliest token after token, at most 32; of a prompt its end", answers,
+                      columns)],
     )  # fmt: skip
 
 

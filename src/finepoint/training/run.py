@@ -74,9 +74,12 @@ from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
 
 logger = logging.getLogger(__name__)
+ANSWERS = "answers.json"
+"""a few validation examples with what was answered before training and after, where they were asked"""
 BEST = ".best.safetensors"  # while a run is under way
 AUDITED = 2  # examples that the gradients are tried on
 Make = Callable[[TrainingContext, list[str], Fingerprint, Path | None], tuple[Method, dict[str, Any]]]
+Afterwards = Callable[[TrainConfig, TrainingContext, SparseAdapter, Path], None]
 EVALUATIONS = 5  # over a run with validation examples and no --eval-every
 
 
@@ -177,11 +180,14 @@ class Run(Generic[Told]):
         return record
 
 
-def train(config: TrainConfig, context: TrainingContext | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, context: TrainingContext | None = None, afterwards: Afterwards | None = None
+) -> dict[str, Any]:
     """Runs the whole of `finepoint train`; the adapter, the log and the record of the run are in `config.output`.
 
     Args:
         context: a loaded model and data to train on instead of loading them; its model is left at the base.
+        afterwards: called with what was trained once it is saved and the model is the base again; in one process.
 
     Returns:
         The record: `trained`, `changed`, `vanished` (moved, and lost to rounding),
@@ -192,7 +198,7 @@ def train(config: TrainConfig, context: TrainingContext | None = None) -> dict[s
             adapter of the last good step has been saved).
         BrokenOff: it was interrupted; the adapter of the last good step and a checkpoint have been saved.
     """
-    return _fit(config, context, keeps=True)[0]
+    return _fit(config, context, keeps=True, afterwards=afterwards)[0]
 
 
 def fit(
@@ -224,6 +230,7 @@ def _fit(
     keeps: bool,
     earlier: EarlierTasks | None = None,
     start: Path | None = None,
+    afterwards: Afterwards | None = None,
 ) -> tuple[dict[str, Any], SparseAdapter]:
     spec = resolve(config)
     with claimed(config, keeps) as folder:
@@ -247,6 +254,8 @@ def _fit(
         record = run.write_record({"adapter_bytes": size, **results, **settled, "leaks": leaked})
         # Not before a killed run has no more use for it.
         distributed.on_first(partial((folder / BEST).unlink, missing_ok=True))
+        if afterwards and distributed.count() == 1:
+            afterwards(config, context, adapter, folder)
         return record, adapter
 
 
@@ -546,7 +555,7 @@ def audit_(
 def forget_earlier_run(folder: Path) -> None:
     """Takes away what would be taken for this run's: its adapter comes in the place of the earlier one."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    for name in (LOG, UNDER_WAY, RECORD, BEST, TRAINED_ON):
+    for name in (LOG, UNDER_WAY, RECORD, BEST, TRAINED_ON, ANSWERS):
         (folder / name).unlink(missing_ok=True)
 
 

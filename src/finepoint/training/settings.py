@@ -101,6 +101,9 @@ class TrainConfig(Training):
     keep: Literal["last", "best"] = setting(
         "the parameters of the last step, or the best: of the evaluation with the lowest validation loss",
         "last", "length", "while it runs")
+    answers: int = setting(
+        "so many validation examples are answered before training and after, for `finepoint report`; 0 for none",
+        3, section="while it runs", least=0)
     patience: int | None = setting(
         "stop after so many evaluations without a lower validation loss", None, "length", "while it runs", least=1)
     round_to: Literal["bfloat16", "float16"] | None = setting(
