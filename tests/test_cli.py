@@ -317,3 +317,20 @@ def test_the_doctor_says_what_is_there_and_what_is_fast(monkeypatch, capsys, tmp
     if not found["machine"]["GPU"]:
         assert "pip install 'finepoint[cpu]'" in text
         assert "no bfloat16 arithmetic" in text
+
+
+def test_rules_are_listed_without_torch_once_they_are_known(tmp_path, monkeypatch):
+    """What is kept is what was found; a file that is broken, or of other sources, is found again."""
+    monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path))
+    code = ("import sys; from finepoint.cli import main; status = main(['rules', '--json']); "
+            "print('torch' in sys.modules, file=sys.stderr); sys.exit(status)")  # fmt: skip
+
+    def listed():
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout), done.stderr.strip() == "True"
+
+    (tmp_path / "rules.json").write_text('{"of": 3}')
+    first, heavy = listed()
+    assert heavy
+    assert listed() == (first, False)
+    assert first.keys() >= {"random", "gain", "baselines", "schedules"}

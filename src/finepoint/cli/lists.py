@@ -1,13 +1,22 @@
 """Commands that tell what there is: data, rules, schema, doctor."""
 
+import json
 import logging
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from finepoint.cli.output import print_json, print_marked, print_table
 from finepoint.errors import FinepointError
+from finepoint.models.packages import cache_folder
+from finepoint.runtime.files import write_json
 from finepoint.runtime.settings import JSON, OVERWRITE, did_you_mean, json_schema, setting
+from finepoint.selection.plugins import offered
 from finepoint.selection.settings import DEFAULT_RULE
+from finepoint.version import __version__
 
 # fmt: off
 
@@ -193,43 +202,75 @@ logger = logging.getLogger(__name__)
 
 
 def run_rules(config: RulesConfig) -> None:
-    from finepoint.baselines.registry import BASELINES
-    from finepoint.selection.rules import ALIASES, OURS, every_rule
-    from finepoint.training.refresh import SCHEDULES
-
-    rules, problems = every_rule()
+    listed, problems = _listed()
     for problem in problems:
         logger.warning("left out: %s", " ".join(problem.split()))
-    other_names = {rule.name: [alias for alias, name in ALIASES.items() if name == rule.name] for rule in rules}
     if config.json:
-        listed = {
-            rule.name: {"formula": rule.formula, "source": rule.source, "package": rule.package,
-                        "options": rule.options, "also": other_names[rule.name], "needs_data": rule.needs_data}
-            for rule in rules
-        }  # fmt: skip
-        baselines = {
-            baseline.name: {"formula": baseline.formula, "source": baseline.source, "options": baseline.options,
-                            "lr": baseline.lr}
-            for baseline in BASELINES.values()
-        }  # fmt: skip
-        schedules = {name: {"formula": formula, "source": source} for name, (formula, source) in SCHEDULES.items()}
-        print_json(listed | {"baselines": baselines, "schedules": schedules})
+        print_json(listed)
         return
+    rules = {name: rule for name, rule in listed.items() if name not in ("baselines", "schedules")}
     rows = [
-        [", ".join([rule.name, *other_names[rule.name]]), rule.formula,
-         rule.source if rule.package == OURS else f"plug-in: {rule.package}", _options(rule.options),
-         "yes" if rule.needs_data else "no"]
-        for rule in rules
+        [", ".join([name, *rule["also"]]), rule["formula"],
+         rule["source"] if rule["package"] == "finepoint" else f"plug-in: {rule['package']}", _options(rule["options"]),
+         "yes" if rule["needs_data"] else "no"]
+        for name, rule in rules.items()
     ]  # fmt: skip
     print_table(["rule", "score (higher = train it)", "source", "options", "needs data"], rows)
     print(f"where no rule is given: {DEFAULT_RULE}\n")
     rows = [
-        [baseline.name, baseline.formula, baseline.source, _options(baseline.options), f"{baseline.lr:g}"]
-        for baseline in BASELINES.values()
+        [name, baseline["formula"], baseline["source"], _options(baseline["options"]), f"{baseline['lr']:g}"]
+        for name, baseline in listed["baselines"].items()
     ]
     print_table(["baseline", "what is trained", "source", "options", "default lr"], rows)
     print()
-    print_table(["--refresh", "what is chosen anew while training", "source"], [[n, *f] for n, f in SCHEDULES.items()])
+    schedules = [[name, each["formula"], each["source"]] for name, each in listed["schedules"].items()]
+    print_table(["--refresh", "what is chosen anew while training", "source"], schedules)
+
+
+def _listed() -> tuple[dict[str, Any], list[str]]:
+    """The rules, baselines and schedules, JSON-ready, and what is wrong with rules of plug-ins.
+
+    They are found by importing all there is, which takes seconds. Where nobody else can have brought any, the list is
+    kept until finepoint's own files change.
+    """
+    if offered() or "finepoint.selection.rules" in sys.modules:
+        return _found()
+    place, now = cache_folder() / "rules.json", _sources()
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        kept = json.loads(place.read_text("utf-8"))
+        if kept["of"] == now and {"baselines", "schedules"} <= kept["listed"].keys():
+            return kept["listed"], []
+    listed, problems = _found()
+    with suppress(FinepointError, OSError):
+        write_json(place, {"of": now, "listed": listed})
+    return listed, problems
+
+
+def _sources() -> str:
+    """What tells one state of finepoint's own files from another."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    told = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return sha256(repr((__version__, told)).encode()).hexdigest()
+
+
+def _found() -> tuple[dict[str, Any], list[str]]:
+    from finepoint.baselines.registry import BASELINES
+    from finepoint.selection.rules import ALIASES, every_rule
+    from finepoint.training.refresh import SCHEDULES
+
+    rules, problems = every_rule()
+    listed: dict[str, Any] = {
+        rule.name: {"formula": rule.formula, "source": rule.source, "package": rule.package, "options": rule.options,
+                    "also": [alias for alias, name in ALIASES.items() if name == rule.name],
+                    "needs_data": rule.needs_data}
+        for rule in rules
+    }  # fmt: skip
+    baselines = {
+        each.name: {"formula": each.formula, "source": each.source, "options": each.options, "lr": each.lr}
+        for each in BASELINES.values()
+    }
+    schedules = {name: {"formula": formula, "source": source} for name, (formula, source) in SCHEDULES.items()}
+    return listed | {"baselines": baselines, "schedules": schedules}, problems
 
 
 def _options(options: dict[str, float]) -> str:
