@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-QUICK = ("startup", "sampled_gradient", "swap", "file_size", "top_k", "step", "memory", "scoring")
+QUICK = ("startup", "sampled_gradient", "swap", "file_size", "top_k", "step", "memory", "scoring", "sync")
 ALL = (*QUICK, "profile_step", "selection", "loss", "scaling")
 
 

@@ -84,4 +84,7 @@ def python_page() -> str:
         lines += ["", f"## {title}"]
         for name in found:
             lines += ["", f"::: finepoint.{name}"]
+    lines += ["", "## Live models, servers"]
+    for name in ("sync.Sender", "sync.Receiver", "sync.SendEachStep", "sync.GroupLine", "exchange.vllm_engine.switch"):
+        lines += ["", f"::: finepoint.{name}"]
     return "\n".join(lines) + "\n"
