@@ -96,8 +96,8 @@ def _answers(answers: Sequence[Row]) -> Section:
     return Section(
         "Before and after",
         "What the model wrote after a few validation examples, without the adapter and with it.",
-        tables=[table("before-after", "Answers", "The likeliest token after token, at most 32; of a prompt its end", answers,
-                      columns)],
+        tables=[table("before-after", "Answers", "The likeliest token after token, at most 32; of a prompt its end",
+                      answers, columns)],
     )  # fmt: skip
 
 
