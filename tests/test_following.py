@@ -396,8 +396,8 @@ def test_a_weight_is_written_once_a_step_and_no_more(checkpointing, monkeypatch)
     if checkpointing:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     optimizer, written = torch.optim.AdamW(deltas(model), lr=1e-2), []
-    original = together.write_
-    monkeypatch.setattr(together, "write_", lambda rows: (written.extend(rows), original(rows)))
+    original = together._write_
+    monkeypatch.setattr(together, "_write_", lambda rows, table: (written.extend(rows), original(rows, table)))
     for step in range(1, 4):
         for batch in BATCHES[:2]:
             model(**batch).loss.backward()
