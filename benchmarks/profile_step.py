@@ -24,7 +24,7 @@ def one(density: float, dtype: str, repeats: int) -> dict[str, float]:
     from common import bound
     from finepoint.models.loading import load_model
     from finepoint.tuner import autograd
-    from finepoint.tuner import tuner as tuning
+    from finepoint.tuner import deltas
     from finepoint.tuner.kernels import numba as compiled
 
     spent = dict.fromkeys(PARTS, 0.0)
@@ -42,7 +42,7 @@ def one(density: float, dtype: str, repeats: int) -> dict[str, float]:
 
     timed(autograd, "sampled_gradient", "sampled gradient")
     timed(compiled, "in_torch_threads", "in the kernel")
-    timed(tuning.SparseWeight, "follow_", "following")
+    timed(deltas.Deltas, "write_", "following")
     timed(autograd._Output, "of_linear", "hooks")
     batches = text_batches(4, 128, 8)
     model = load_model("smollm2", dtype).train()
