@@ -23,8 +23,7 @@ def one(density: float, dtype: str, repeats: int) -> dict[str, float]:
     import finepoint
     from common import bound
     from finepoint.models.loading import load_model
-    from finepoint.tuner import autograd
-    from finepoint.tuner import deltas
+    from finepoint.tuner import autograd, deltas
     from finepoint.tuner.kernels import numba as compiled
 
     spent = dict.fromkeys(PARTS, 0.0)
