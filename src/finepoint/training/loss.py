@@ -21,6 +21,7 @@ from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
 from finepoint.runtime.settings import did_you_mean
 from finepoint.selection.passes import label_count, undisturbed
+from finepoint.tuner.autograd import AS_IT_IS
 
 CHUNK = 256  # positions whose logits are alive at a time: fewer cost time, more only memory
 LIKELY = 20  # tokens, the likeliest, whose entropy EAFT takes for all
@@ -210,8 +211,12 @@ def head_states(model: Any, head: nn.Module, batch: Mapping[str, Any]) -> Tensor
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if "use_cache" in accepted(model):
         inputs["use_cache"] = False  # keys and values of all layers, for a generation that does not come
-    with head.register_forward_pre_hook(take):
-        model(**inputs)
+    vars(head)[AS_IT_IS] = True
+    try:
+        with head.register_forward_pre_hook(take):
+            model(**inputs)
+    finally:
+        vars(head).pop(AS_IT_IS, None)
     return found[0]
 
 

@@ -30,6 +30,7 @@ from finepoint.runtime import distributed
 from finepoint.tuner.kernels import sampled_embedding_gradient, sampled_gradient
 from finepoint.tuner.sparse_weight import SparseWeight, eagerly
 
+AS_IT_IS = "_finepoint_as_it_is"  # on a head while its input is only taken, not multiplied
 WHOLE = 1_000  # modules around a weight: all there are
 
 
@@ -83,7 +84,7 @@ def fold_head_input(model: nn.Module) -> list[Any]:
 
 def _in_one_piece(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     states = args[0] if args else None
-    if not isinstance(states, Tensor) or states.is_contiguous():
+    if AS_IT_IS in vars(module) or not isinstance(states, Tensor) or states.is_contiguous():
         return None
     return (states.contiguous(), *args[1:])
 
