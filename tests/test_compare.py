@@ -356,7 +356,7 @@ def test_a_base_that_cannot_be_measured_ends_the_study(tmp_path):
         StudyState(tmp_path).keep(None, Failure("no luck", ""))
 
 
-@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_killed_worker_costs_one_cell_at_most(config, tmp_path, executor):
     """Real processes: the one that has the first cell is killed as soon as the base is measured."""
     if executor == "ray":

@@ -120,6 +120,7 @@ def test_a_trial_that_diverges_is_out_and_the_search_goes_on(config, tmp_path, m
     assert len(capsys.readouterr().out.splitlines()) == len(record["search"]) + 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_search_and_the_trial_is_done_again(config, monkeypatch):
     one, calls = density.fit, []
 

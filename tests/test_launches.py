@@ -47,7 +47,11 @@ def test_a_frozen_head_multiplies_a_slice_of_positions_in_one_product_and_not_ro
 
 
 def functions_called(step):
-    """How many functions of Python a step runs."""
+    """How many functions of Python a step runs: the least of three, since others' finalisers may come in between."""
+    return min(_called(step) for _ in range(3))
+
+
+def _called(step):
     called = 0
 
     def count(frame, event, argument):

@@ -101,6 +101,7 @@ def parts(tensor):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "package", "share"), [("int8", "torchao", 0.5), ("nf4", "bitsandbytes", 0.25)])
 def test_the_plan_holds_over_a_quantised_base(long_llama, bits, package, share):
     pytest.importorskip(package)
@@ -115,6 +116,7 @@ def test_the_plan_holds_over_a_quantised_base(long_llama, bits, package, share):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")
+@pytest.mark.slow
 def test_the_plan_holds_with_checkpointing(long_llama):
     settings = {"density": 0.01, "batch_size": 2, "tokens": 512, "gradient_checkpointing": True}
     found = planned(long_llama, rule="random", **settings)
@@ -279,7 +281,7 @@ def test_attention_takes_the_operator_of_the_device():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")
-@pytest.mark.parametrize("rule", ["movement", "wanda"])
+@pytest.mark.parametrize("rule", [pytest.param("movement", marks=pytest.mark.slow), "wanda"])
 def test_the_plan_holds_for_rules_that_train_or_only_look(long_llama, rule):
     settings = {"density": 0.01, "batch_size": 1, "tokens": 64, "rule": rule}
     assert_close(planned(long_llama, **settings)["selection"], measured(long_llama, "selection", **settings))

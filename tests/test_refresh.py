@@ -603,8 +603,8 @@ def test_several_processes_choose_and_train_as_one(config, sharded):
 def test_an_optimizer_of_eight_bits_is_refused_and_nothing_is_changed():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = tiny_llama()
-    first = finepoint.select(model, rule="random", count=50)
-    second = finepoint.select(model, rule="random", count=50, seed=1)
+    first = finepoint.select(model, rule="random", count=50, scope="weight")
+    second = finepoint.select(model, rule="random", count=50, scope="weight", seed=1)
     name = "model.embed_tokens.weight"
     with SparseTuner(model, {name: torch.arange(1024)}, ready=first) as tuner:
         # bitsandbytes quantises states from 4,096 numbers on; here from the first.

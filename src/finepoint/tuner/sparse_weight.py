@@ -280,7 +280,7 @@ class SparseWeight(nn.Module):
         weight, delta, written = self.weight, self.delta, self.written
         if self.sharded or distributed.is_sharded(weight) or distributed.is_sharded(delta):
             return None
-        if weight.is_meta or weight.device != delta.device:
+        if self.grid is not None or weight.is_meta or weight.device != delta.device:
             return None
         if written is None or written.shape != delta.shape or not _alike(written, delta) or written.is_inference():
             written = torch.empty_like(delta, memory_format=torch.contiguous_format, requires_grad=False)

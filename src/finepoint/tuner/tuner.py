@@ -219,6 +219,7 @@ class SparseTuner(Tuner):
         """
         for name, entries in self.entries.items():
             entries.grid = grids[name]
+        self._deltas.table = None  # it writes base + delta
         self.follow_()
 
     def want_(self, rate: float, what: str) -> None:
