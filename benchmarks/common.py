@@ -156,11 +156,11 @@ def bound(model: Any) -> Step:
     return stepper(model, [])
 
 
-def sparse(density: float, structure: str = "entry") -> Callable[[Any], Step]:
+def sparse(density: float, structure: str = "entry", within: str | None = None) -> Callable[[Any], Step]:
     def make(model: Any) -> Step:
         import finepoint
 
-        chosen = finepoint.select(model, rule="random", density=density, structure=structure)
+        chosen = finepoint.select(model, rule="random", density=density, structure=structure, within=within)
         tuner = finepoint.SparseTuner(model, chosen)
         return stepper(model, tuner.parameters())
 
@@ -204,6 +204,7 @@ ARMS: dict[str, Callable[[Any], Step]] = {
     "sparse 0.1 %": sparse(1e-3),
     "sparse 1 %": sparse(1e-2),
     "columns 1 %": sparse(1e-2, "column"),
+    "1 % within 3 % of columns": sparse(1e-2, within="columns:0.03"),
     "rows 1 %": sparse(1e-2, "row"),
     "blocks 16x16 1 %": sparse(1e-2, "block:16x16"),
     "LoRA r8": through_peft("LoraConfig", r=8),

@@ -8,7 +8,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.data.batches import context_length
 from finepoint.data.examples import Chat, Choices, Completion, Example, read_examples, some
 from finepoint.data.tokens import encode_prompts
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, one_line
 from finepoint.evaluation.generation import written
 from finepoint.runtime.files import write_json
 from finepoint.training.context import TrainingContext
@@ -36,8 +36,8 @@ def keep_answers(config: TrainConfig, context: TrainingContext, adapter: SparseA
         base = written(context.model, context.tokenizer, prompts, limit, WRITTEN)
         with adapter.applied(context.model):
             trained = written(context.model, context.tokenizer, prompts, limit, WRITTEN)
-    except FinepointError as error:
-        logger.info("no examples are kept for the report: %s", error)
+    except (FinepointError, RuntimeError) as error:  # such as memory that does not do: the training is not lost by it
+        logger.info("no examples are kept for the report: %s", one_line(error))
         return
     rows: list[dict[str, Any]] = [
         {"prompt": each[0], "wanted": each[1], "base": one.text, "trained": other.text}

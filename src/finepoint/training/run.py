@@ -175,8 +175,8 @@ class Run(Generic[Told]):
             "config": asdict(self.spec.config),
             "versions": versions(),
         }
-        distributed.on_first(partial(write_record, self.folder / RECORD, record))
         distributed.on_first(partial((self.folder / UNDER_WAY).unlink, missing_ok=True))
+        distributed.on_first(partial(write_record, self.folder / RECORD, record))
         return record
 
 
@@ -251,11 +251,11 @@ def _fit(
             results |= run.outcome()
             adapter, size = run.save()
         settled = {"settled": adapter.count - results["trained"]} if config.refresh else {}
-        record = run.write_record({"adapter_bytes": size, **results, **settled, "leaks": leaked})
-        # Not before a killed run has no more use for it.
-        distributed.on_first(partial((folder / BEST).unlink, missing_ok=True))
         if afterwards and distributed.count() == 1:
             afterwards(config, context, adapter, folder)
+        # The record says that all is done, and comes last: a killed run without it is gone on with.
+        record = run.write_record({"adapter_bytes": size, **results, **settled, "leaks": leaked})
+        distributed.on_first(partial((folder / BEST).unlink, missing_ok=True))
         return record, adapter
 
 
