@@ -37,7 +37,7 @@ def keep_answers(config: TrainConfig, context: TrainingContext, adapter: SparseA
         with adapter.applied(context.model):
             trained = written(context.model, context.tokenizer, prompts, limit, WRITTEN)
     except (FinepointError, RuntimeError) as error:  # such as memory that does not do: the training is not lost by it
-        logger.info("no examples are kept for the report: %s", one_line(error))
+        logger.info("no examples are kept for the report: %s", one_line(str(error)))
         return
     rows: list[dict[str, Any]] = [
         {"prompt": each[0], "wanted": each[1], "base": one.text, "trained": other.text}
