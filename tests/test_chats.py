@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import write_lines
+from conftest import make_tokenizer, write_lines
 from finepoint.data.chats import learned_turns, told
 from finepoint.data.examples import Chat, as_examples, read_examples
 from finepoint.data.leaks import Seen
@@ -334,3 +334,28 @@ def test_which_turns_count_is_one_setting_of_training_and_of_evaluation(model_fo
     others = write_lines(tmp_path / "others.jsonl", [{"text": "ab"}])
     with pytest.raises(FinepointError, match="--chat-turns is for conversations, and the data hold none"):
         prepare(replace(config, data=others))
+
+
+def test_parts_that_a_template_writes_as_python_shows_them_are_not_learned():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'][:10] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    example = as_examples([{"messages": [{"role": "user", "content": "a"},
+                                         {"role": "assistant", "content": "a longer answer"}]}])  # fmt: skip
+    with pytest.raises(FinepointError, match="leaves out a part of the assistant's answer"):
+        encode_all(tokenizer, example, 99)
+
+
+def test_a_call_of_sharegpt_is_the_assistants(tmp_path):
+    turns = [{"from": "human", "value": "how warm?"},
+             {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "Bern"}}'},
+             {"from": "observation", "value": "20"}, {"from": "gpt", "value": "20 degrees"}]  # fmt: skip
+    (found,) = read_examples(write_lines(tmp_path / "calls.jsonl", [{"conversations": turns}]))
+    assert [role for role, _ in found.messages] == ["user", "assistant", "tool", "assistant"]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "Bern"}}}
+    assert json.loads(found.more[1])["tool_calls"] == [call]
+    turns[1]["value"] = "look(Bern)"
+    with pytest.raises(FinepointError, match="line 1: a turn from function_call holds a JSON object"):
+        read_examples(write_lines(tmp_path / "wrong.jsonl", [{"conversations": turns}]))

@@ -484,7 +484,7 @@ def test_a_resumed_run_is_held_back_alike(config, tmp_path, changes):
 def test_a_run_goes_on_with_the_same_texts_alone(config, tmp_path):
     trained(config, save_every=3)
     other = write_lines(tmp_path / "other.jsonl", [{"text": "quite another text"}])
-    with pytest.raises(FinepointError, match="was trained with examples"):
+    with pytest.raises(FinepointError, match="was trained with other examples"):
         trained(config, steps=9, resume=True, protect=str(other))
     with pytest.raises(FinepointError, match="was trained with protect_strength"):
         trained(config, steps=9, resume=True, protect_strength=1.0)

@@ -8,8 +8,8 @@ from copy import deepcopy
 import pytest
 
 from conftest import write_lines
-from finepoint.data.examples import Choices, Completion, Labelled, Text, read_examples
-from finepoint.data.sources import SOURCES, Given, ending_of, place_or_rows
+from finepoint.data.examples import Choices, Completion, Labelled, Text, as_examples, read_examples
+from finepoint.data.sources import SOURCES, Given, ending_of, of_memory, place_or_rows
 from finepoint.errors import FinepointError
 from finepoint.models.packages import digest
 from finepoint.studies.compare import contents_at
@@ -268,3 +268,25 @@ def test_the_way_out_of_unknown_keys_can_be_taken(tmp_path, row, way_out):
         read_examples(tmp_path / "a.jsonl")
     if "Prompt" in row:
         assert read_examples(tmp_path / "a.jsonl", {"prompt": "Prompt", "completion": " Completion"})
+
+
+def test_arguments_of_other_rows_calls_are_none_of_a_call(tmp_path):
+    """A table gives each row the keys of all: what was not there comes as nothing, at any depth."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "look", "arguments": arguments}}]}]}
+        for arguments in ({"a": 1}, {"b": {"c": "x"}})]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "calls.parquet"))
+    found = read_examples(str(tmp_path / "calls.parquet"))
+    assert [json.loads(chat.more[1])["tool_calls"][0]["function"]["arguments"] for chat in found] == [
+        {"a": 1}, {"b": {"c": "x"}}]  # fmt: skip
+
+
+def test_a_frame_gives_conversations_and_numbers_as_a_file_does(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}] * 2
+    frame = pandas.DataFrame(rows)
+    frame.to_parquet(tmp_path / "chat.parquet")
+    assert as_examples(of_memory(pandas.read_parquet(tmp_path / "chat.parquet"))) == as_examples(rows)
+    labels = pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]})
+    assert [example.label for example in as_examples(of_memory(labels))] == ["0", "1"]

@@ -152,8 +152,26 @@ def test_stores_that_were_not_used_for_longest_give_way(kept, tmp_path):
         found, rows = stored(write_lines(tmp_path / "a.jsonl", [{"prompt": "a" * (number + 1), "completion": "b"}]))
         folders.append(rows.folder)
         os.utime(rows.folder / store.FACTS, (number + 1, number + 1))
-        os.utime(found.folder / store.FACTS, (number + 1, number + 1))
+        os.utime(found.folder / store.FACTS, (number + 0.5, number + 0.5))
     store.tidy(kept, sum(file.stat().st_size for file in folders[-1].iterdir()) + 1)
     assert folders[2].is_dir()
     assert not folders[0].exists()
     assert not folders[1].exists()
+
+
+@pytest.mark.parametrize("file", ["ids.bin", "mask.bin", "ends.npy"])
+def test_a_store_that_is_damaged_is_made_anew(kept, tmp_path, file, caplog):
+    path = write_lines(tmp_path / "a.jsonl", ROWS["completion"])
+    _, rows = stored([path])
+    expected = list(rows)
+    damaged = rows.folder / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    for broken in (bytes(content), bytes(content[: len(content) // 2])):
+        damaged.write_bytes(broken)
+        caplog.clear()
+        assert list(stored([path])[1]) == expected
+        assert "are damaged, and are made anew" in caplog.text
+    caplog.clear()
+    assert list(stored([path])[1]) == expected
+    assert "damaged" not in caplog.text

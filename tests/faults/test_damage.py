@@ -54,7 +54,7 @@ def test_a_checkpoint_of_other_settings_is_refused(desk, tmp_path):
     place = killed_after(desk, tmp_path / "x", "train", "checkpoints/checkpoint-4/sealed.json")
     words = (*COMMANDS["train"].line[1:], "--resume")
     for more, message in ((("--seed", "3"), "was trained with seed 0, not 3"), (("--lr", "0.1"), "lr 0.01, not 0.1"),
-                          (("--data", "few.jsonl"), "was trained with examples ")):  # fmt: skip
+                          (("--data", "few.jsonl"), "was trained with other examples")):  # fmt: skip
         said = desk.run(place, changed(words, *more), status=(2,))
         assert message in said.splitlines()[-1], said
     desk.finish(place, "train")

@@ -76,11 +76,18 @@ def _data(config: Any) -> Words:
     files = names[1:] if names[:1] == ["preview"] else []
     if config.output and not files:
         files = [str(path) for path in sorted(Path(config.output).glob("*-train.jsonl"))]
-    return (
-        ["train", "--model", config.model or "MODEL", "--data", files[0], "--output", "adapters/mine"]
-        if files
-        else None
-    )
+    if not files:
+        return None
+    command = ["align", "--method", "dpo"] if _holds_pairs(files[0]) else ["train"]
+    return [*command, "--model", config.model or "MODEL", "--data", files[0], "--output", "adapters/mine"]
+
+
+def _holds_pairs(source: str) -> bool:
+    """Whether the first row is a preference pair."""
+    from finepoint.data.sources import rows_of
+
+    _, row = next(iter(rows_of(source)))
+    return isinstance(row, dict) and {"chosen", "rejected"} <= set(row)
 
 
 NEXT: dict[str, Callable[[Any], Words]] = {

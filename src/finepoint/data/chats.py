@@ -178,6 +178,9 @@ class Talk:
             raise self.refused(f"the chat template {problem}")
 
 
+PARTS_SHOWN = "{'type': "
+
+
 def _as_taken(tokenizer: Any, chat: Chat) -> tuple[Talk, str]:
     """The conversation in the spelling of which the template renders most, and that rendering.
 
@@ -194,6 +197,8 @@ def _as_taken(tokenizer: Any, chat: Chat) -> tuple[Talk, str]:
             problem = problem or error
             continue
         needed = [part for turn in turns for part in (_parted(turn)[1], *_called(turn))]
+        if PARTS_SHOWN in whole and PARTS_SHOWN not in " ".join(content for _, content in chat.messages):
+            continue  # the template takes texts, and has written the parts as Python shows them
         found = _one_after_another(whole, needed)
         if best is None or found > best[0]:
             best = found, talk, whole

@@ -13,7 +13,7 @@ from typing import Any
 from finepoint.data.sources import SOURCES as SOURCES  # their former place
 from finepoint.data.sources import Given, Row, of_memory, parts_of, rows_of
 from finepoint.data.sources import source as source
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, one_line
 from finepoint.runtime.settings import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -554,8 +554,21 @@ def sharegpt(where: str, row: Row) -> Chat:
         if {"from", "value"} <= set(turn):
             told = {key: value for key, value in turn.items() if key not in ("from", "value")}
             turn = told | {"role": turn["from"], "content": turn["value"]}
-        messages.append(turn | {"role": ROLES.get(turn.get("role", ""), turn.get("role"))})
+        turn |= {"role": ROLES.get(turn.get("role", ""), turn.get("role"))}
+        messages.append(_calling(where, turn) if turn["role"] == "function_call" else turn)
     return chat(where, row | {"messages": messages})
+
+
+def _calling(where: str, turn: Row) -> Row:
+    """The assistant's turn that calls the tool which a turn of the role `function_call` holds as JSON."""
+    try:
+        call = json.loads(turn["content"])
+        function = {"name": call["name"], "arguments": call["arguments"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise FinepointError(f"{where}: a turn from function_call holds a JSON object with name and arguments, not "
+                             f"{one_line(str(turn.get('content')), 80)!r}") from error  # fmt: skip
+    rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return rest | {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
 
 
 def answered(where: str, row: Row) -> Chat:

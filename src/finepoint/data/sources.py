@@ -271,9 +271,15 @@ def _placed(what: Any, parts: Iterable[list[Row]]) -> Iterator[tuple[str, Any]]:
 
 
 def _without_gaps(value: Any) -> Any:
-    """Turns of a conversation without keys that they lack; an empty `content` says something."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [{k: v for k, v in turn.items() if v is not None or k == "content"} for turn in value]
+    """What a cell holds without the keys that it lacks, at any depth (as in the arguments of a tool's call).
+
+    An empty `content` of a turn says something.
+    """
+    if isinstance(value, list):
+        return [_without_gaps(each) for each in value]
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if v is not None or (k == "content" and {"role"} <= set(value))}
+        return {k: _without_gaps(v) for k, v in kept.items()}
     return value
 
 
@@ -378,14 +384,20 @@ def of_memory(data: Any) -> Iterable[Any]:
     if hasattr(data, "with_format") and getattr(data, "column_names", None):
         return (row for _, row in of_table("data", data))
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas
-        return [{name: _filled(value) for name, value in row.items()} for row in data.to_dict("records")]
+        return [{name: _without_gaps(_filled(value)) for name, value in row.items()} for row in data.to_dict("records")]
     if not isinstance(data, Iterable):
         raise FinepointError(f"data is a {type(data).__name__}; expected a file, a Dataset, a frame, or rows")
     return data
 
 
 def _filled(value: Any) -> Any:
-    """A cell of a data frame, None where it is one of the things that stand for nothing there."""
+    """A cell of a data frame in Python's own types, None where it is one of the things that stand for nothing there."""
+    if type(value).__module__ == "numpy":
+        value = value.tolist()  # of an array a list, of a number a number
+    if isinstance(value, list):
+        return [_filled(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _filled(each) for key, each in value.items()}
     nothing = (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
     return None if nothing else value
 

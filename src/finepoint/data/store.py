@@ -12,7 +12,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -50,7 +50,7 @@ from finepoint.version import __version__
 logger = logging.getLogger(__name__)
 LARGE = 8 << 20  # bytes of data files: what is smaller is read in a moment
 MOST = 16 << 30  # bytes of all stores
-FORMAT = 1
+FORMAT = 2
 FACTS = "facts.json"  # written last
 
 
@@ -156,7 +156,7 @@ class LargeData:
         key = key_of(identity_of(tokenizer), limit, list(labels), turns)
         folder = self.folder.with_name(f"{self.folder.name}-{key}")
         with alone(folder):
-            if not (folder / FACTS).is_file():
+            if not is_whole(folder):
                 with partial_folder(folder) as made:
                     self._write(made, tokenizer, limit, labels, what, model, turns)
                     move_files(made, folder)
@@ -179,7 +179,7 @@ class LargeData:
         if not any(written.learned):
             raise nothing_learned(what)
         facts = {"digest": written.digest.text(), "largest": written.largest}
-        write_json(folder / FACTS, facts | {"tally": asdict(tally)})
+        _seal(folder, facts | {"tally": asdict(tally)})
 
 
 @dataclass
@@ -240,7 +240,7 @@ def large_data(data: Any, columns: Mapping[str, str], need: bool) -> LargeData |
     folder = cache_folder() / "tokens" / key_of(contents, dict(columns), need)
     try:
         with alone(folder):
-            if not (folder / FACTS).is_file():
+            if not is_whole(folder):
                 with partial_folder(folder) as made:
                     _survey(made, sources, columns, need)
                     move_files(made, folder)
@@ -280,7 +280,26 @@ def _survey(folder: Path, sources: Sequence[Any], columns: Mapping[str, str], ne
     told = [{"rows": part.rows, "keys": list(part.taken.keys) if part.taken else [],
              "ignored": list(part.taken.ignored) if part.taken else []} for part in parts]  # fmt: skip
     form = type(parts[0].examples[0]).__name__.lower()
-    write_json(folder / FACTS, {"parts": told, "form": form, "labels": in_order(names)})
+    _seal(folder, {"parts": told, "form": form, "labels": in_order(names)})
+
+
+def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes what is known of a store, last of all, and with it the contents of its files."""
+    files = {path.name: digest(path) for path in sorted(folder.iterdir())}
+    with writing(folder):
+        write_json(folder / FACTS, {**facts, "files": files})
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a store is there, and holds to the byte what was written; a line says where it does not."""
+    if not (folder / FACTS).is_file():
+        return False
+    with suppress(FinepointError, OSError, LookupError, AttributeError):
+        files = read_json(folder / FACTS)["files"]
+        if files and all(digest(folder / name) == known for name, known in files.items()):
+            return True
+    logger.warning("the tokens kept in %s are damaged, and are made anew", folder)
+    return False
 
 
 def key_of(*what: Any) -> str:

@@ -138,6 +138,10 @@ def refuse_others(what: str | Path, before: Mapping[str, Any], settings: Mapping
         _refuse_unlike(what, before[BASE], settings[BASE])
     for name, now in json.loads(json.dumps(settings)).items():
         if name != BASE and name in before and before[name] != now:
+            if name == "examples":
+                raise FinepointError(f"{what} was trained with other examples: a data file has changed, or what a chat "
+                                     "template writes (a date?); give the same again, or start afresh with "
+                                     "--overwrite")  # fmt: skip
             then, today = ("(none given)" if value is None else value for value in (before[name], now))
             raise FinepointError(f"{what} was trained with {name} {then}, not {today}; give the same "
                                  "settings again, or start afresh with --overwrite")  # fmt: skip
