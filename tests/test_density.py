@@ -93,7 +93,7 @@ def test_a_search_goes_on_with_the_same_data_and_settings_alone(config, tmp_path
     choose(SelectConfig(model=config.model, output=excluded, rule="random", count=5))
     changed = {"data": other, "validation": other, "rule": "magnitude-high", "seed": 1, "steps": 9,
                "exclude": [excluded]}[change]  # fmt: skip
-    with pytest.raises(FinepointError, match="was trained with .*; give the same settings again, or start afresh"):
+    with pytest.raises(FinepointError, match="was trained with .*; give the same .*again, or start afresh"):
         train_auto(replace(config, resume=True, **{change: changed}))
     same = write_lines(tmp_path / "same.jsonl", rows)  # by another name
     monkeypatch.setattr(density, "fit", tired)

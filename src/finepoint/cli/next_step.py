@@ -3,10 +3,12 @@
 import logging
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from finepoint.errors import FinepointError
 from finepoint.runtime.settings import default_of
 
 logger = logging.getLogger(__name__)
@@ -86,8 +88,10 @@ def _holds_pairs(source: str) -> bool:
     """Whether the first row is a preference pair."""
     from finepoint.data.sources import rows_of
 
-    _, row = next(iter(rows_of(source)))
-    return isinstance(row, dict) and {"chosen", "rejected"} <= set(row)
+    with suppress(FinepointError):  # the line is a hint: what is wrong with a file its reader says
+        for _, row in rows_of(source):
+            return isinstance(row, dict) and {"chosen", "rejected"} <= set(row)
+    return False
 
 
 NEXT: dict[str, Callable[[Any], Words]] = {
