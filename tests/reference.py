@@ -4,6 +4,20 @@ import torch
 from torch import nn
 
 
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
+
+
+def train_beside_dense(model, tuner, reference, chosen, batches):
+    """Trains a tuner's model, and its copy `reference` densely with masked gradients, by the same steps of AdamW."""
+    optimizer = adamw(tuner.parameters())
+    for batch in batches:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    dense_masked_training(reference, chosen, [[batch] for batch in batches], adamw)
+
+
 def dense_masked_training(model, indices, batches, make_optimizer, delta_decay=False):
     """Trains `model` (changed in place) with dense gradients, all but the chosen entries zeroed, and puts every other
     entry back after each step. `batches` is a list of steps, each a list of batches whose losses add up."""

@@ -18,7 +18,7 @@ from finepoint.selection.structure import Tiling, tilings
 from finepoint.selection.targets import target_weights
 from finepoint.tuner.kernels import groups, plain
 from finepoint.tuner.kernels.groups import FEW, LEAST, Blocks, Columns, Confined, Rows, every, whole_groups
-from reference import dense_masked_training
+from reference import train_beside_dense
 
 STRUCTURES = ["row", "column", "block:4x4", "block:3x5", "block:1000x2"]
 
@@ -151,10 +151,6 @@ def test_a_sampled_threshold_takes_whole_groups_too():
         assert len(indices) == len(rows) * model.get_parameter(name).shape[1]
 
 
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
-
-
 @pytest.mark.parametrize("structure", ["row", "column", "block:4x4", "block:8x4"])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gemma])
 def test_training_whole_groups_equals_dense_training_with_a_masked_gradient(structure, make, monkeypatch):
@@ -168,12 +164,7 @@ def test_training_whole_groups_equals_dense_training_with_a_masked_gradient(stru
     kind = {"row": Rows, "column": Columns}.get(structure, Blocks)
     assert kind in found
     assert found <= {Rows, Columns, Blocks, Confined}  # of a small weight blocks may be all of its rows
-    optimizer = adamw(tuner.parameters())
-    for batch in batches:
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    dense_masked_training(reference, chosen, [[batch] for batch in batches], adamw)
+    train_beside_dense(model, tuner, reference, chosen, batches)
     trained = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in reference.named_parameters(remove_duplicate=False):
         torch.testing.assert_close(trained[name], parameter, rtol=1e-12, atol=1e-12)

@@ -17,7 +17,7 @@ from finepoint.selection.structure import share_within
 from finepoint.selection.targets import target_weights
 from finepoint.tuner.kernels import plain
 from finepoint.tuner.kernels.groups import FEW, Confined, whole_groups
-from reference import dense_masked_training, dense_top_k, mean_gradient
+from reference import dense_top_k, mean_gradient, train_beside_dense
 
 
 def columns_of(model, selection):
@@ -67,20 +67,12 @@ def test_a_random_choice_draws_its_columns_and_then_its_entries_evenly():
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gemma])
 def test_training_is_dense_training_with_a_masked_gradient(make):
-    def adamw(parameters):
-        return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
-
     batches, model = random_batches(), make(torch.float64)
     reference = copy.deepcopy(model)
     chosen = finepoint.select(model, rule="random", density=0.05, within="columns:0.2")
     tuner = finepoint.SparseTuner(model, chosen)
     assert {type(entries.groups) for entries in tuner.entries.values()} == {Confined}
-    optimizer = adamw(tuner.parameters())
-    for batch in batches:
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    dense_masked_training(reference, chosen, [[batch] for batch in batches], adamw)
+    train_beside_dense(model, tuner, reference, chosen, batches)
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-12, atol=1e-12)
 

@@ -278,7 +278,7 @@ def _without_gaps(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_gaps(each) for each in value]
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if v is not None or (k == "content" and {"role"} <= set(value))}
+        kept = {k: v for k, v in value.items() if v is not None or (k == "content" and "role" in value)}
         return {k: _without_gaps(v) for k, v in kept.items()}
     return value
 

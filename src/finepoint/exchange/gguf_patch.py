@@ -32,7 +32,6 @@ from finepoint.exchange.overlay import Patch
 from finepoint.models.gguf import GGUFFile, Place, float_values, loaded, not_the_files, open_gguf, places
 from finepoint.models.grids import FLOATS, FORMS, EntryGrid, Numbers, changed_bytes, codes_at
 from finepoint.models.loading import PACKAGED, gguf_file
-from finepoint.models.packages import digest
 from finepoint.runtime.files import PARTIAL, alone, claim_file, refuse_version, writing
 from finepoint.runtime.tensor_files import forms, opened
 
@@ -111,7 +110,7 @@ def patch_of(file: GGUFFile, source: Source) -> tuple[GGUFPatch, dict[str, Any]]
 
 def finished(file: GGUFFile, tensors: dict[str, Codes], info: dict[str, Any]) -> GGUFPatch:
     """A patch that knows what it makes of the file."""
-    made = GGUFPatch(tensors, digest(file.path), "", info)
+    made = GGUFPatch(tensors, file.digest, "", info)
     after = sha256()
     for piece in _flipped(file, made):
         after.update(piece)
@@ -267,7 +266,7 @@ def patch_file(name: str, adapter: str, output: str | None = None, overwrite: bo
     target = path if output is None else _copy(path, output, overwrite)
     with _at_work(target) as work:
         file = open_gguf(path)
-        own = digest(path)
+        own = file.digest
         _refuse_patched(path, own)
         if (Path(adapter) / FILE).is_file():
             patch = read_patch(Path(adapter) / FILE)
@@ -311,7 +310,7 @@ def unpatch_file(
         if not place.is_file():
             raise FinepointError(f"{path} is not patched, as far as is known: there is no {place}; give --patch DIR, "
                                  "what finepoint export --format gguf-patch wrote")  # fmt: skip
-        known, own = read_patch(place), digest(path)
+        known, own = read_patch(place), file.digest
         if own not in (known.before, known.after):
             raise FinepointError(f"{path} is neither the file that {place} is a patch of, nor that file patched")
         if own == known.after:

@@ -8,6 +8,7 @@ not known here: numbered entries are sent through its own processing.
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from finepoint.errors import FinepointError, needing, reason_of
 from finepoint.models.grids import FLOATS, FORMS, ROUNDED, EntryGrid, Form, Numbers
+from finepoint.models.packages import digest
 from finepoint.models.weights import names_of_weights
 
 VERSIONS = (2, 3)
@@ -64,6 +66,11 @@ class GGUFFile:
     path: Path
     architecture: str
     tensors: dict[str, GGUFTensor]
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the whole file, read once."""
+        return digest(self.path)
 
     def bytes(self) -> Numbers:
         """The file's bytes, (n,) uint8, mapped into memory."""

@@ -110,9 +110,10 @@ def select(
             those of one weight; the budget is spread in proportion to size.
         targets: see `target_weights`; a mapping from pattern to density gives every pattern its own budget.
         exclude: adapters (or indices by weight name) whose entries may not be chosen; of weights of this model.
+        seed: for rules that draw, and for the sampled threshold.
         scoring_memory: share of the weights whose gradients are held at a time; less memory, more passes.
         threshold: `exact` gives exactly k entries; `sampled` about k, those above an estimated threshold.
-        rule_options: the rule's options, e.g. `{"epsilon": 1e-6}`. seed: for rules that draw, and sampled thresholds.
+        rule_options: the rule's options, e.g. `{"epsilon": 1e-6}`.
         structure: `entry`; or whole groups of entries, each scored by the `pooling` of its entries' scores: `row` and
             `column` of a weight as it is stored, `block:RxC`, `head` (of an attention projection). Density and count
             then are shares and numbers of groups, and a group with an excluded entry is not chosen.

@@ -239,5 +239,9 @@ def _shares(batches: Sequence[Batch], counts: Sequence[int], sharded: bool, per_
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator for one weight: equal seeds and names give equal numbers, equal shapes do not."""
-    digest = sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(seed_of(seed, name) >> 1)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """64 bits that depend on both."""
+    return int.from_bytes(sha256(f"{seed}:{name}".encode()).digest()[:8], "little")

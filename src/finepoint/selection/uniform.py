@@ -1,12 +1,13 @@
 """Entries drawn at random, each set as likely as any other: what is drawn costs, not what is drawn from."""
 
 from collections.abc import Mapping
-from hashlib import sha256
 from math import log, sqrt
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from finepoint.selection.statistics import seed_of
 
 
 def draw_uniformly(sizes: Mapping[str, int], k: int, taken: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -25,7 +26,7 @@ def draw_uniformly(sizes: Mapping[str, int], k: int, taken: Mapping[str, Tensor]
     held = {name: taken[name].cpu().numpy() for name in sizes if name in taken}
     free = sum(sizes.values()) - sum(map(len, held.values()))
     assert 0 <= k <= free
-    rng = np.random.default_rng(int.from_bytes(sha256(f"{seed}:{next(iter(sizes))}".encode()).digest()[:8], "little"))
+    rng = np.random.default_rng(seed_of(seed, next(iter(sizes))))
     if k <= free / 2:
         drawn = _draw(rng, sizes, k, held, free)
     else:  # fewer are left out than taken

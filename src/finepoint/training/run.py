@@ -544,7 +544,8 @@ def audit_(
         return
     if config.gradient_checkpointing:  # as the Trainer will
         getattr(context.model, f"{CHECKPOINTING}_enable")()
-    rows, sizes = learnable(context.rows), lengths(learnable(context.rows))
+    rows = learnable(context.rows)
+    sizes = lengths(rows)
     longest = sizes.index(max(sizes))
     tried = [rows[longest], *(rows[at] for at in range(min(AUDITED, len(rows))) if at != longest)][:AUDITED]
     batch = on_device(context.collator.batches(tried, len(tried))[0], next(context.model.parameters()).device)
