@@ -8,7 +8,8 @@ from typing import Literal
 import pytest
 
 from finepoint.cli import COMMANDS, command_named, main
-from finepoint.cli.completion import choices, known
+from finepoint.cli.completion import known
+from finepoint.runtime.settings import choices
 
 
 def completed(script, *words):
@@ -25,6 +26,7 @@ def test_bash_completes_commands_flags_and_choices(capsys):
     assert sorted(completed(script, "")) == sorted(COMMANDS)
     assert completed(script, "train", "--protect-by") == ["--protect-by"]
     assert "float64" in completed(script, "train", "--dtype", "")
+    assert "breadcrumbs" in completed(script, "merge", "--how", "")
     assert completed(script, "train", "--dtype", "bfl") == ["bfloat16"]
     assert completed(script, "train", "--data", "x") == []  # a file's name, which bash knows
     assert completed(script, "nonsense", "--") == []

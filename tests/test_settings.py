@@ -18,7 +18,7 @@ from finepoint.cli.options import flags, help_text, parse
 from finepoint.data.sources import SOURCES
 from finepoint.errors import FinepointError
 from finepoint.exchange.layouts import LAYOUTS, layout_named
-from finepoint.runtime.settings import deciding, json_schema, names, sections, setting
+from finepoint.runtime.settings import deciding, json_schema, meaning, names, sections, setting, values_of
 from finepoint.selection.rules import RULES
 from finepoint.studies.settings import CompareConfig, SequenceConfig
 from finepoint.studies.sharing import key
@@ -26,7 +26,7 @@ from finepoint.studies.study import OWN
 from finepoint.training.checkpoints import decisive, refuse_others
 from finepoint.training.keep import PROTECTIONS
 from finepoint.training.loss import LOSSES
-from finepoint.training.settings import TrainConfig
+from finepoint.training.settings import PlanConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,3 +237,23 @@ def test_settings_and_rules_print_small():
     for line, name in zip(repr(RULES).splitlines(), RULES, strict=True):
         assert line.startswith(f"{name}:")
     assert "0x" not in repr(RULES)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "registry"),
+    [(TrainConfig, "baseline", BASELINES), (TrainConfig, "protect_by", PROTECTIONS), (TrainConfig, "loss", LOSSES),
+     (PlanConfig, "protect_by", PROTECTIONS), (MergeConfig, "how", MERGE_METHODS), (ExportConfig, "format", LAYOUTS)],
+)  # fmt: skip
+def test_functions_with_a_decorator_are_the_values_of_a_setting(config, field, registry):
+    assert layout_named("merged")
+    known = next(each for each in fields(config) if each.name == field)
+    ours = [name for name, each in registry.items() if "finepoint" in getattr(each, "__module__", "finepoint")]
+    assert sorted(values_of(known)) == sorted(ours)
+
+
+def test_help_names_every_value_that_is_listed():
+    for command in COMMANDS:
+        for known in fields(command_named(command).config):
+            assert [value for value in values_of(known) if value not in meaning(known)] == [], (command, known.name)
+    schedule = next(each for each in fields(TrainConfig) if each.name == "schedule")
+    assert meaning(schedule).endswith("afterwards: linear, cosine, constant")

@@ -47,9 +47,3 @@ class AlignConfig(Training):
     batch_size: int = setting(
         "pairs (dpo) or answers (grpo: a multiple of generations) a batch; examples a scoring batch",
         16, "statistics", "training", least=1)
-    weight_decay: float = setting(
-        "pulls the deltas to zero, i.e. towards the base model", 0.0, "bits", "training", least=0)
-    save_every: int | None = setting(
-        "write a checkpoint after every so many steps; it holds what is trained and the optimizer's state",
-        None, section="while it runs", least=1)
-    resume: bool = setting("go on from the newest checkpoint in --output", False, section="files")

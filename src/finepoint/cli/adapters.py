@@ -56,7 +56,7 @@ class MergeConfig:
         "adapter folders, also without their flag: `finepoint merge DIR DIR ..`", [], positional=True)
     how: str = setting(
         "sum (task arithmetic), mean, ties, dare, breadcrumbs or consensus; on shared entries first, last or error",
-        "sum")
+        "sum", registry="adapters/combining.py method")
     weights: list[float] = setting("a factor for each adapter, in their order, may be negative; 1 where not given", [])
     options: dict[str, float] = setting("the method's options, e.g. density=0.5 for ties, drop=0.5 seed=1 for dare", {})
     model: str | None = setting(
@@ -121,7 +121,7 @@ class ExportConfig:
         positional=True)
     format: str = setting(
         "merged, shira, supertuning, sparta, vllm-patch, gguf-patch (codes of a quantised .gguf base), or gguf (with "
-        "llama.cpp's converter on the PATH)")
+        "llama.cpp's converter on the PATH)", registry="exchange/*.py layout")
     output: str = setting("folder to write")
     dtype: DType = setting("of the written weights (merged, gguf, vllm-patch); auto keeps the base's", "auto")
     any_base: bool = setting(ANY_BASE, False)

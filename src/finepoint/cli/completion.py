@@ -1,10 +1,9 @@
 """Completion of commands, flags and their choices, as a script for the user's shell; made from the settings."""
 
 from dataclasses import dataclass, fields
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal
 
-from finepoint.runtime.settings import JSON, setting
+from finepoint.runtime.settings import JSON, setting, values_of
 
 Shell = Literal["bash", "zsh", "fish"]
 
@@ -33,17 +32,9 @@ def known() -> dict[str, dict[str, list[str]]]:
 
     return {
         command: {"--config": [], "--help": []}
-        | {f"--{field.name.replace('_', '-')}": choices(field.type) for field in fields(command_named(command).config)}
+        | {f"--{field.name.replace('_', '-')}": values_of(field) for field in fields(command_named(command).config)}
         for command in COMMANDS
     }
-
-
-def choices(kind: Any) -> list[str]:
-    """The values that a setting of this type can have, where they are few."""
-    if get_origin(kind) is Literal:
-        return [str(member) for member in get_args(kind)]
-    members = [member for member in get_args(kind) if member is not NoneType]
-    return choices(members[0]) if len(members) == 1 and get_origin(kind) not in (list, dict) else []
 
 
 def _bash() -> str:

@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from finepoint.errors import FinepointError
-from finepoint.runtime.settings import default_of, did_you_mean, refuse_out_of_range, sections
+from finepoint.runtime.settings import default_of, did_you_mean, meaning, refuse_out_of_range, sections
 
 Config = TypeVar("Config")
 
@@ -300,9 +300,9 @@ def help_text(config: type, command: str) -> str:
     lines = [f"usage: finepoint {command} [--config FILE.yaml] [--flag value ..]", "", summary(config)]
     for heading, members in sections(config):
         lines += ["", *([f"{heading}:"] if heading else [])]
-        for flag, meaning, default in map(row, members):
+        for flag, what, default in map(row, members):
             shown = default if default == "required" else f"default: {default}"
-            lines.append(f"  {flag:<24} {meaning} ({shown})")
+            lines.append(f"  {flag:<24} {what} ({shown})")
     lines += ["", f"--print-config prints all of them as YAML; `finepoint schema {command}` is their JSON schema"]
     return "\n".join(lines)
 
@@ -326,4 +326,4 @@ def row(known: Field[Any]) -> tuple[str, str, str]:
         shown = "none"
     else:
         shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-    return _flag(known.name), known.metadata["meaning"], shown
+    return _flag(known.name), meaning(known), shown

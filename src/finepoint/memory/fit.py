@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 
@@ -150,7 +150,7 @@ def _asked(config: TrainConfig) -> PlanConfig:
         tokens=max(2, max(len(row.ids) for row in rows)), learned=max(map(_kept, rows)),
         dtype=config.dtype, quantise=config.quantise, device=device,
         gradient_checkpointing=config.gradient_checkpointing,
-        protect_by=cast(Any, config.protect_by if config.protect or config.protect_by == "l2" else None),
+        protect_by=config.protect_by if config.protect or config.protect_by == "l2" else None,
     )  # fmt: skip
 
 

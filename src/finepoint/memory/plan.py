@@ -39,7 +39,7 @@ from finepoint.selection.structure import Tiling, columns_within, share_within, 
 from finepoint.selection.targets import target_weights
 from finepoint.selection.warmup import warm_up_
 from finepoint.training.context import TOKENS_KEPT, TOKENS_READ
-from finepoint.training.keep import PROTECTIONS
+from finepoint.training.keep import protection_named
 from finepoint.training.run import CHECKPOINTING  # the process that trains has it in memory, and this one stands for it
 from finepoint.training.settings import PlanConfig, TrainConfig
 from finepoint.tuner.anchor import Anchor
@@ -84,6 +84,8 @@ def plan(config: PlanConfig) -> Plan:
         FinepointError: an unknown model, rule or target; a number out of range; a model that needs numbers to run.
     """
     rule = rule_named(config.rule)
+    if config.protect_by:
+        protection_named(config.protect_by)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = shape_of(config.model, config.dtype, device, config.quantise)
     _check(config, context_length(model, None))
@@ -182,7 +184,7 @@ def _pull(config: PlanConfig, model: Any, tuner: SparseTuner, tracker: MemoryTra
     tracker.enter("kept")
     if config.protect_by is None:
         return lambda: None
-    known = PROTECTIONS[config.protect_by]
+    known = protection_named(config.protect_by)
     if not known.beside:
         read = known.reads
         fisher = {name: torch.empty_like(value if read else value[:1]) for name, value in tuner.trained().items()}

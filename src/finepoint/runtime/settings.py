@@ -6,9 +6,11 @@ heavy is imported, so that help is instant.
 
 import dataclasses
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -55,7 +57,7 @@ def setting(
     meaning: str, default: Any = MISSING, decides: Decides = "nothing", section: str = "", *,
     file: bool = False, positional: bool = False, also: str = "",
     least: float | None = None, above: float | None = None, most: float | None = None, within: str = "",
-    keys: Mapping[str, Any] | None = None,
+    keys: Mapping[str, Any] | None = None, registry: str = "",
 ) -> Any:  # fmt: skip
     """A field of a command's settings: a flag, and a key of its YAML.
 
@@ -71,11 +73,12 @@ def setting(
         within: what is said of these bounds, where "give at most 1" would not be clear.
         keys: the names that a mapping may have, or each mapping of a list, and below each name the keys of its own
             (None: any); the name "*" stands for all names.
+        registry: files of ours and the decorator there that makes a function one of its values; see `values_of`.
     """
     assert section in SECTIONS, section
     metadata = {"meaning": meaning, "decides": decides, "section": section, "file": file, "positional": positional,
                 "also": also, "least": least, "above": above, "most": most, "within": within,
-                "keys": keys}  # fmt: skip
+                "keys": keys, "registry": registry}  # fmt: skip
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -151,6 +154,34 @@ def sections(config: type) -> Iterator[tuple[str, list[Field[Any]]]]:
             yield heading, found
 
 
+def values_of(known: Field[Any]) -> list[str]:
+    """The values that a setting can have, where they are listed: by its type, or as functions with a decorator."""
+    registry = known.metadata["registry"]
+    return _registered(*registry.split()) if registry else choices(known.type)
+
+
+def choices(kind: Any) -> list[str]:
+    """The values that a setting of this type can have, where they are few."""
+    if get_origin(kind) is Literal:
+        return [str(member) for member in get_args(kind)]
+    members = [member for member in get_args(kind) if member is not NoneType]
+    return choices(members[0]) if len(members) == 1 and get_origin(kind) is not dict else []
+
+
+def _registered(files: str, decorator: str) -> list[str]:
+    """The names by which functions are known. The files are read, not imported: help needs no torch."""
+    pattern = re.compile(rf'^@{decorator}\((?:"([\w-]+)"[,)])?.*?^def (\w+)', re.MULTILINE | re.DOTALL)
+    texts = [file.read_text("utf-8") for file in sorted(Path(__file__).parents[1].glob(files))]
+    return [given or function.replace("_", "-") for text in texts for given, function in pattern.findall(text)]
+
+
+def meaning(known: Field[Any]) -> str:
+    """What a setting means, with those of its possible values that its own words leave out."""
+    told, each = known.metadata["meaning"], values_of(known)
+    left = [value for value in each if not re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", told)]
+    return f"{told}{': ' if left == each else '; also '}{', '.join(left)}" if left else told
+
+
 def did_you_mean(
     given: str, known: Iterable[str], then: str = "", spell: Callable[[str], str] = repr, most: int = 1
 ) -> str:
@@ -213,7 +244,7 @@ def json_schema(config: type, title: str) -> dict[str, Any]:
     properties = {}
     for name, each in known.items():
         default = default_of(each)
-        properties[name] = {"description": each.metadata["meaning"], **_schema_of(each.type)}
+        properties[name] = {"description": meaning(each), **_schema_of(each.type)}
         bounds = {"minimum": "least", "exclusiveMinimum": "above", "maximum": "most"}
         properties[name] |= {
             word: each.metadata[bound] for word, bound in bounds.items() if each.metadata[bound] is not None

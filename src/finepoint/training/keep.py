@@ -21,7 +21,7 @@ from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
 from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
-from finepoint.runtime.settings import did_you_mean, refuse_without
+from finepoint.runtime.settings import named, refuse_without
 from finepoint.selection.passes import drawing, label_count, on_device
 from finepoint.selection.rules import rule_named
 from finepoint.training.context import TrainingContext, rows_to_read
@@ -154,10 +154,7 @@ def protection_named(name: str) -> Protection:
     Raises:
         FinepointError: there is none; the known ones are listed.
     """
-    if name not in PROTECTIONS:
-        told = did_you_mean(name, PROTECTIONS, f"the protections: {', '.join(PROTECTIONS)}")
-        raise FinepointError(f"no protection {name!r}{told}")
-    return PROTECTIONS[name]
+    return named(PROTECTIONS, name, "no protection", "the protections")
 
 
 def protection_of(config: Training, baseline: Baseline | None) -> Protection | None:

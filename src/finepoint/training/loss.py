@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from finepoint.data.batches import IGNORED, accepted
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
-from finepoint.runtime.settings import did_you_mean
+from finepoint.runtime.settings import named
 from finepoint.selection.passes import label_count, undisturbed
 from finepoint.tuner.autograd import AS_IT_IS
 
@@ -80,9 +80,7 @@ def loss_named(name: str) -> TokenLoss:
     Raises:
         FinepointError: there is none; the known ones are listed.
     """
-    if name not in LOSSES:
-        raise FinepointError(f"no loss {name!r}{did_you_mean(name, LOSSES, 'the losses: ' + ', '.join(LOSSES))}")
-    return LOSSES[name]
+    return named(LOSSES, name, "no loss", "the losses")
 
 
 def completion_loss(

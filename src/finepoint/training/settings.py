@@ -31,7 +31,7 @@ class Training(SelectConfig):
         None, "selection", "which entries", file=True)
     baseline: str | None = setting(
         "instead of chosen entries full, lora, dora, head, bitfit, random-half, ewc, mofo; rosa: with lora's",
-        None, "bits", "instead of entries")
+        None, "bits", "instead of entries", registry="baselines/registry.py baseline")
     baseline_options: dict[str, float] = setting(
         "the baseline's options, e.g. rank=8 alpha=16", {}, "bits", "instead of entries")
     lr: float | None = setting(
@@ -51,7 +51,7 @@ class Training(SelectConfig):
         "how: anchor (entries that matter to the text are held back: EWC), empirical (the same, as baseline ewc has "
         "it), l2 (all are; needs no text), kl (the text's predictions stay near the base's), replay (it is trained "
         "along)",
-        "anchor", "bits", "what is kept")
+        "anchor", "bits", "what is kept", registry="training/keep.py protection")
     protect_strength: float | None = setting(
         "how strongly; anchor and empirical 1000, l2 0.03, kl and replay 1 where not given",
         None, "bits", "what is kept", least=0)
@@ -115,7 +115,7 @@ class TrainConfig(Training):
         None, "bits", "training", above=0, most=0.999999)
     loss: str = setting(
         "what is minimised: nll, or one that weighs tokens by what the model says of them: dft, eaft",
-        "nll", "bits", "training")
+        "nll", "bits", "training", registry="training/loss.py token_loss")
     on_grid: bool = setting(
         "train on the codes of a quantised .gguf base, so that the file, patched, is the model that was measured",
         False, "bits", "training")
@@ -151,8 +151,8 @@ class PlanConfig:
     padded: bool = setting(
         "examples differ in length (the longest has so many tokens), so that attention needs a mask", True)
     gradient_checkpointing: bool = setting("recompute activations in the backward pass", False)
-    protect_by: Literal["anchor", "empirical", "l2", "kl", "replay"] | None = setting(
-        "training is held to its base in this way", None)
+    protect_by: str | None = setting(
+        "training is held to its base in this way", None, registry="training/keep.py protection")
     dtype: DType = setting(DTYPE, "auto")
     quantise: Quantise | None = setting(
         "the linear layers of the base are held in int8 or int4 (torchao) or nf4 (bitsandbytes)", None)
