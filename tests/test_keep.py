@@ -34,11 +34,12 @@ from finepoint.training import context
 from finepoint.training.context import TrainingContext, examples_to_keep, rows_to_read
 from finepoint.training.divergence import BasePredictions
 from finepoint.training.earlier import EarlierTasks
-from finepoint.training.keep import PROTECTIONS, Beside, Protected, _generator, fisher_at
+from finepoint.training.keep import PROTECTIONS, Beside, Protected, _generator, fisher_at, step_sizes
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
 from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Method
+from finepoint.tuner.optimizers import scale_steps_
 
 
 @pytest.fixture
@@ -330,11 +331,14 @@ def protected(model, tuner, strength, head=()):
     return Protected(place, tuner, head, TEXTS, strength, 2, seed=3)
 
 
+def text_batches():
+    return [{"input_ids": torch.tensor([row.ids]), "labels": torch.tensor([row.labels])} for row in TEXTS]
+
+
 def dense_term(name, model, base, texts):
     """What a protection adds to the loss, written plainly, without its strength."""
     if name in ("anchor", "empirical", "l2"):
-        batches = [{"input_ids": torch.tensor([row.ids]), "labels": torch.tensor([row.labels])} for row in TEXTS]
-        fisher = dense_fisher(copy.deepcopy(base), batches, 3 if name == "anchor" else None)
+        fisher = dense_fisher(copy.deepcopy(base), text_batches(), 3 if name == "anchor" else None)
         pairs = [(weight - base.get_parameter(key), fisher[key]) for key, weight in model.named_parameters()]
         return sum((change.square() * (1 if name == "l2" else f)).sum() for change, f in pairs) / 2
     terms = []
@@ -470,6 +474,8 @@ def test_strength_0_is_no_protection_and_more_moves_less(config, tmp_path):
     {"refresh": "every:2", "dropped": "keep", "protect_by": "kl"},
     {"baseline": "full", "density": None},
     {"baseline": "lora", "density": None, "protect_by": "kl"},
+    {"protect_steps": True},
+    {"baseline": "full", "density": None, "protect_by": "replay", "protect_steps": True},
 ], ids=str)  # fmt: skip
 def test_a_resumed_run_is_held_back_alike(config, tmp_path, changes):
     changes = changes | ({"protect": None} if changes.get("protect_by") == "l2" else {})
@@ -479,6 +485,63 @@ def test_a_resumed_run_is_held_back_alike(config, tmp_path, changes):
         train(config)
     train(replace(config, resume=True))
     assert_same_tensors(config.output, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("by", ["anchor", "kl"])
+def test_steps_are_those_of_whole_weights_by_what_the_text_needs(by, batches):
+    """Of AdamW in float64: each moves an entry by c / sqrt(F + mean F / 10), on average 1, of what it would have."""
+    model, dense = tiny_llama(torch.float64).eval(), tiny_llama(torch.float64).eval()
+    needed = dense_fisher(copy.deepcopy(dense), text_batches(), 3)
+    indices = dict(finepoint.select(model, rule="random", density=0.2))
+    start = {name: dense.get_parameter(name).detach().clone() for name in indices}
+    with finepoint.SparseTuner(model, indices, audit=False) as tuner:
+        given = protected(model, tuner, 0.0)
+        sizes = step_sizes(given, PROTECTIONS[by].make(given))
+        optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.01, weight_decay=0.1)
+        scale_steps_(optimizer, tuner.trained(), sizes)
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = {name: model.get_parameter(name).detach().clone() for name in indices}
+
+    every = torch.cat([needed[name].view(-1)[indices[name]] for name in indices])
+    wide = 1 / (every + every.mean() / 10).sqrt()
+    deltas = {name: torch.zeros(len(places), dtype=torch.float64) for name, places in indices.items()}
+    moving = {name: torch.nn.Parameter(delta.clone()) for name, delta in deltas.items()}
+    optimizer = torch.optim.AdamW(moving.values(), lr=0.01, weight_decay=0.1)
+    for batch in batches:
+        dense.zero_grad()
+        dense(**batch).loss.backward()
+        for name, places in indices.items():
+            moving[name].data.copy_(deltas[name])
+            moving[name].grad = dense.get_parameter(name).grad.view(-1)[places].clone()
+        optimizer.step()
+        with torch.no_grad():
+            for name, places in indices.items():
+                share = 1 / (needed[name].view(-1)[places] + every.mean() / 10).sqrt() / wide.mean()
+                deltas[name] += share * (moving[name] - deltas[name])
+                dense.get_parameter(name).copy_(start[name])
+                dense.get_parameter(name).view(-1)[places] += deltas[name]
+    for name in indices:
+        torch.testing.assert_close(found[name], dense.get_parameter(name), rtol=1e-9, atol=1e-12)
+    assert float(wide.max() / wide.min()) > 1.5  # else it would be no other training
+
+
+def test_steps_of_one_size_are_those_of_the_optimizer(config, tmp_path, monkeypatch):
+    """To the bit; and what the text needs gives others, of chosen entries and of whole weights."""
+    whole = {"baseline": "full", "density": None, "lr": 1e-3}
+    for changes in ({}, whole):
+        plain = trained(config, output=str(tmp_path / "plain"), overwrite=True, **changes)
+        other = trained(config, output=str(tmp_path / "steps"), overwrite=True, protect_steps=True, **changes)
+        assert other.info["protect_steps"] is True
+        assert "protect_steps" not in plain.info
+        assert any(not other.changes[name].equals(plain.changes[name]) for name in plain)
+        with monkeypatch.context() as patch:
+            alike = lambda given, penalty: {name: torch.ones_like(x) for name, x in given.tuner.trained().items()}  # noqa: E731
+            patch.setattr("finepoint.training.run.step_sizes", alike)
+            ones = trained(config, output=str(tmp_path / "ones"), overwrite=True, protect_steps=True, **changes)
+        assert all(ones.changes[name].equals(plain.changes[name]) for name in plain)
 
 
 def test_a_run_goes_on_with_the_same_texts_alone(config, tmp_path):
@@ -575,6 +638,9 @@ def test_what_cannot_be_protected_is_refused(config, tmp_path):
         ({"data": str(classes)}, "classifiers write nothing"),
         ({"protect_strength": -1.0}, "at least 0"),
         ({"protect_share": 0.7}, "leave out --protect-share"),
+        ({"protect": None, "protect_by": "l2", "protect_steps": True}, "protect_steps says something of --protect"),
+        ({"baseline": "lora", "density": None, "protect_by": "kl", "protect_steps": True}, "leave it out"),
+        ({"refresh": "every:2", "protect_steps": True}, "leave out --refresh"),
     ):
         with pytest.raises(FinepointError, match=message):
             train(replace(config, overwrite=True, **changes))

@@ -128,3 +128,14 @@ def sequence_metrics(matrix: Sequence[Sequence[float]]) -> dict[str, float]:
         "backward_transfer": mean(last[j] - matrix[j][j] for j in earlier),
         "forgetting": mean(max(row[j] for row in matrix[:-1]) - last[j] for j in earlier),
     }
+
+
+def losses_metrics(matrix: Sequence[Sequence[float]]) -> dict[str, float]:
+    """As `sequence_metrics`, of L[i][j], the loss on task j after training tasks 0..i.
+
+    Returns:
+        `average_loss`, the mean of the last row; `loss_rise`, the mean over all but the last task of
+        L[T-1][j] - L[j][j], above 0 where later tasks hurt.
+    """
+    last = matrix[-1]
+    return {"average_loss": mean(last), "loss_rise": mean(last[j] - matrix[j][j] for j in range(len(matrix) - 1))}

@@ -38,7 +38,7 @@ from finepoint.version import __version__
 
 logger = logging.getLogger(__name__)
 TEXTS_READ = SelectConfig.protect_read
-HELD = ("protect", "protect_by", "protect_strength", "earlier", *MEASURED)
+HELD = ("protect", "protect_by", "protect_strength", "protect_steps", "earlier", *MEASURED)
 SINGLE = "single_label_classification"
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -24,8 +24,8 @@ from finepoint.data.examples import Example, Labelled, Text, read_examples, some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
 from finepoint.data.tokens import encode_all
 from finepoint.errors import FinepointError
-from finepoint.evaluation.metrics import sequence_metrics
-from finepoint.evaluation.scoring import accuracy
+from finepoint.evaluation.metrics import losses_metrics, sequence_metrics
+from finepoint.evaluation.scoring import accuracy, mean_nll
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.models.packages import digest
 from finepoint.runtime.files import claim_folder, contents, read_json, read_record, write_json, write_record
@@ -65,8 +65,9 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
     Returns:
         `base` (accuracies before), `leaks` (tests that hold examples which a task is trained on), and for each way
         (`exclude`, `allow`, ..): `matrix` R[i][j], the accuracy on task j after training tasks 0..i, with
-        `average_accuracy`, `backward_transfer`, `forgetting`; `overlaps`, entries that adapters share; `removable`,
-        whether each adapter alone could be taken out, bit for bit.
+        `average_accuracy`, `backward_transfer`, `forgetting`; `losses`, as the matrix, of the right answers, in nats a
+        token (`base_losses` before), with `average_loss` and `loss_rise`; `overlaps`, entries that adapters share;
+        `removable`, whether each adapter alone could be taken out, bit for bit.
 
     Raises:
         FinepointError: whatever the user can mend.
@@ -82,8 +83,12 @@ def _run(config: SequenceConfig, folder: Path) -> dict[str, Any]:
         config, folder, load_model(config.model, config.dtype), load_tokenizer(config.model), _tests(config)
     )
     leaked = _leaks(state)
-    found: dict[str, Any] = {"tasks": state.tasks, "leaks": leaked,
-                             "base": _remembered(folder / "base.json", lambda: _row(state))}  # fmt: skip
+    found: dict[str, Any] = {
+        "tasks": state.tasks,
+        "leaks": leaked,
+        "base": _remembered(folder / "base.json", lambda: _row(state)),
+        "base_losses": _remembered(folder / "base-losses.json", lambda: _losses(state)),
+    }
     for way in ways_of(config):
         found[way] = _one_way(state, way)
     write_json(folder / SEQUENCE_RESULT, found | {"config": asdict(config), "versions": versions()})
@@ -104,7 +109,7 @@ def _leaks(state: SequenceState) -> dict[str, dict[str, dict[str, int]]]:
 def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
     """All tasks in one way of choosing; the model is back at the base afterwards."""
     adapters: list[SparseAdapter] = []
-    matrix, records = [], []
+    matrix, losses, records = [], [], []
     try:
         for task in state.tasks:
             place = state.adapter_folder(way, task)
@@ -118,6 +123,8 @@ def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
             records.append(read_record(place / RECORD))
             row = _remembered(place / "accuracies.json", lambda: _row(state))
             matrix.append([row[name] for name in state.tasks])
+            loss = _remembered(place / "losses.json", lambda: _losses(state))
+            losses.append([loss[name] for name in state.tasks])
             logger.info("%s, after %s: %s", way, task, ", ".join(f"{name} {row[name]:.3f}" for name in state.tasks))
         removable = [_removable(state.model, adapters, i) for i in range(len(adapters))]
     finally:
@@ -127,6 +134,8 @@ def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
     return {
         "matrix": matrix,
         **sequence_metrics(matrix),
+        "losses": losses,
+        **losses_metrics(losses),
         "trained": [record["trained"] for record in records],
         "seconds": [record["seconds"] for record in records],
         "overlaps": [[shared(a, b) for b in adapters] for a in adapters],
@@ -193,6 +202,13 @@ def _row(state: SequenceState) -> dict[str, float]:
                        new_tokens=config.new_tokens)["accuracy"]
         for name, examples in state.tests.items()
     }  # fmt: skip
+
+
+def _losses(state: SequenceState) -> dict[str, float]:
+    """The loss on every task of the model as it is: it tells more than few right answers do."""
+    longest = state.config.train.get("max_length")
+    return {name: mean_nll(state.model, state.tokenizer, examples, max_length=longest)["nll"]
+            for name, examples in state.tests.items()}  # fmt: skip
 
 
 def _removable(model: nn.Module, adapters: Sequence[SparseAdapter], which: int) -> bool:

@@ -23,7 +23,7 @@ from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
 from finepoint.runtime.settings import named, refuse_without
 from finepoint.selection.passes import drawing, label_count, on_device
-from finepoint.selection.rules import rule_named
+from finepoint.selection.rules import TINIEST, rule_named
 from finepoint.training.context import TrainingContext, rows_to_read
 from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
 from finepoint.training.loss import completion_loss, drawn_loss, plain_head
@@ -32,6 +32,7 @@ from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Penalty, Tuner
 
 logger = logging.getLogger(__name__)
+FLOOR = 0.1  # of the mean information, beneath that of any entry: as rule gain has it
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Protected:
     """so many of the texts at most are read for the information of `anchor`"""
     moving: bool = False
     """whether other entries may be chosen on the way"""
+    reads: bool = True
+    """whether the protection itself looks at the texts"""
 
     def batches(self, rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
         """Rows as batches, on the model's device."""
@@ -108,14 +111,34 @@ def empirical(given: Protected) -> Penalty:
 
 
 def _anchored(given: Protected, seed: int | None, rows: Sequence[Row]) -> Anchor:
-    tuner, context = given.tuner, given.context
-
     def measure() -> dict[str, Tensor]:
-        with at_base(tuner):
-            fisher = fisher_at(tuner, context.model, context.collator.batches(rows, 1), seed)
-        return {name: found for name, found in fisher.items() if name not in given.head}
+        return information(given, seed, rows)
 
-    return Anchor(tuner.trained, {} if given.moving else measure(), given.strength, _start(tuner), measure)
+    return Anchor(given.tuner.trained, {} if given.moving else measure(), given.strength, _start(given.tuner), measure)
+
+
+def information(given: Protected, seed: int | None, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """What rows need of all that is trained and has a base, see `fisher_at`."""
+    with at_base(given.tuner):
+        fisher = fisher_at(given.tuner, given.context.model, given.context.collator.batches(rows, 1), seed)
+    return {name: found for name, found in fisher.items() if name not in given.head}
+
+
+def step_sizes(given: Protected, penalty: Penalty) -> dict[str, Tensor]:
+    """By what a step is multiplied where `--protect-steps` is: c / sqrt(F + mean F / 10), 1 on average.
+
+    Returns:
+        By the names of `tuner.trained()`, of their shapes and dtypes.
+    """
+    if isinstance(penalty, Anchor) and given.reads:
+        fisher = penalty.fisher  # is read already
+    else:
+        fisher = information(given, given.seed, rows_to_read(given.rows, given.context.tokenizer, given.texts_read))
+    count = sum(part.numel() for part in fisher.values())
+    floor = FLOOR * sum(float(part.sum()) for part in fisher.values()) / count
+    sizes = {name: (part + max(floor, TINIEST)).rsqrt() for name, part in fisher.items()}
+    average = sum(float(part.sum()) for part in sizes.values()) / count
+    return {name: part / average for name, part in sizes.items()}
 
 
 @protection("(strength/2) sum (w - w0)^2", "L2-SP, arXiv:1802.01483", 0.03, reads=False, weights=True)
@@ -164,7 +187,7 @@ def protection_of(config: Training, baseline: Baseline | None) -> Protection | N
         FinepointError: it lacks text, has text that it does not read, or does not go with the baseline.
     """
     found = protection_named(config.protect_by)
-    refuse_without(config, "protect", ["protect_examples", "protect_read", "protect_share"])
+    refuse_without(config, "protect", ["protect_examples", "protect_read", "protect_share", "protect_steps"])
     if config.protect is None and found.reads:
         if config.protect_by != "anchor" or config.protect_strength is not None:
             raise FinepointError(f"--protect-by {found.name} reads what is to be kept; give --protect FILE")
@@ -173,6 +196,8 @@ def protection_of(config: Training, baseline: Baseline | None) -> Protection | N
     if not found.beside and config.protect_share != Training.protect_share:
         raise FinepointError(f"--protect-by {found.name} has no text beside a step's examples; leave out "
                              "--protect-share, or give --protect-by kl or replay")  # fmt: skip
+    if config.protect_steps:
+        _check_steps(config, baseline)
     if baseline and baseline.fisher:
         raise FinepointError(f"{baseline.name} has its own pull to the base; give --baseline full with --protect")
     if baseline and baseline.low_rank and found.weights:
@@ -182,13 +207,23 @@ def protection_of(config: Training, baseline: Baseline | None) -> Protection | N
     return found
 
 
+def _check_steps(config: Training, baseline: Baseline | None) -> None:
+    """Refuses step sizes of their own for what has no information, or another one from time to time."""
+    if baseline and baseline.low_rank:
+        raise FinepointError(f"--protect-steps is for weights' own numbers, and baseline {baseline.name} trains "
+                             "factors of them; leave it out")  # fmt: skip
+    if getattr(config, "refresh", None):
+        raise FinepointError("--protect-steps is for entries that are chosen once; leave out --refresh")
+
+
 def _refuse_unread(config: Training, found: Protection, by_rule: bool) -> None:
     """Refuses text that nothing looks at, and how many texts are read where it is not asked.
 
     Args:
-        by_rule: the rule that chooses entries looks at it.
+        by_rule: the rule that chooses entries looks at it; step sizes of their own do as well.
     """
     measured = getattr(config, "disturb_at_most", None) is not None
+    by_rule = by_rule or config.protect_steps
     if config.protect is not None and not (found.reads or by_rule or measured):
         raise FinepointError(f"--protect-by {found.name} reads no text; leave out --protect, or take anchor")
     if config.protect_read != Training.protect_read and not (found.few or by_rule):
@@ -284,13 +319,19 @@ class Beside:
 
     def __init__(self, given: Protected, loss: Callable[[dict[str, Any], Sequence[int], int], Tensor]) -> None:
         self.given, self.loss, self.strength = given, loss, given.strength
+        self.orders: dict[int, list[int]] = {}  # of the rounds that the last step was in
 
     def places(self, step: int) -> list[int]:
         """Which texts take part in the step after so many: a resumed run meets those that it would have met."""
         texts, wanted = len(self.given.rows), range(step * self.given.a_step, (step + 1) * self.given.a_step)
         rounds = {place // texts for place in wanted}
-        orders = {turn: random.Random(f"{self.given.seed}:{turn}").sample(range(texts), texts) for turn in rounds}
-        return [orders[place // texts][place % texts] for place in wanted]
+        self.orders = {turn: self.orders.get(turn) or self._order(turn) for turn in rounds}
+        return [self.orders[place // texts][place % texts] for place in wanted]
+
+    def _order(self, turn: int) -> list[int]:
+        """Of all texts, the time after so many."""
+        texts = len(self.given.rows)
+        return random.Random(f"{self.given.seed}:{turn}").sample(range(texts), texts)
 
     def add_(self, step: int) -> None:
         model, places = self.given.context.model, self.places(step)

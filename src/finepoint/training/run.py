@@ -59,7 +59,7 @@ from finepoint.training.context import (
 )
 from finepoint.training.context import choose as choose  # its former place
 from finepoint.training.earlier import EARLIER, EarlierTasks
-from finepoint.training.keep import Protected, texts_a_step
+from finepoint.training.keep import Protected, step_sizes, texts_a_step
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
 from finepoint.training.resolve import RunSpec, Told, check_processes, rate_of, resolve, steps_of
@@ -346,6 +346,7 @@ def _particulars(spec: RunSpec[Any]) -> dict[str, Any]:
         facts |= {"baseline": config.baseline, "baseline_options": config.baseline_options}
     if spec.protection:
         facts |= {"protect": config.protect, "protect_by": spec.protection.name, "protect_strength": spec.strength}
+        facts |= {"protect_steps": True} if config.protect_steps else {}
     return facts
 
 
@@ -511,8 +512,10 @@ def held(spec: RunSpec[Any], context: TrainingContext, method: Method, head: lis
     assert protection is not None
     kept, measured = apart(config, list(context.kept))
     given = Protected(context, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
-                      config.protect_read, moving=method.refresh is not None)  # fmt: skip
-    method = replace(method, penalty=protection.make(given))
+                      config.protect_read, moving=method.refresh is not None, reads=protection.reads)  # fmt: skip
+    method = replace(method, penalty=(penalty := protection.make(given)))
+    if config.protect_steps:
+        method = replace(method, steps=step_sizes(given, penalty))
     if most is None:
         return method
     return replace(method, holding=Holding(most, method, context.collator, measured, config.schedule != "constant"))

@@ -58,6 +58,10 @@ class Training(SelectConfig):
     protect_share: float = setting(
         "for kl and replay: so many of these texts take part in a step, for each training example in it",
         0.25, "bits", "what is kept", above=0)
+    protect_steps: bool = setting(
+        "what the texts need takes smaller steps: each is multiplied by c / sqrt(F + mean F / 10), 1 on average, F as "
+        "for anchor",
+        False, "bits", "what is kept")
     clip: float = setting(
         "largest norm of the gradient of all that is trained; 0 for none", 1.0, "bits", "training", least=0)
     gradient_checkpointing: bool = setting(

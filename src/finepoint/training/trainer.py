@@ -31,6 +31,7 @@ from finepoint.training.loss import Measure, completion_loss, nll
 from finepoint.training.resolve import RunSpec, warmup_of
 from finepoint.tuner.finite import NotFiniteError
 from finepoint.tuner.interface import Method
+from finepoint.tuner.optimizers import scale_steps_
 
 DELTAS = "deltas.safetensors"
 # transformers renamed it in 5.x and warns about the old name.
@@ -126,6 +127,13 @@ class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[m
                 if term:
                     term.add_(self.state.global_step)
         return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, of whose steps the method may take a share."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.method.steps:
+            scale_steps_(optimizer, self.method.tuner.trained(), self.method.steps)
+        return optimizer
 
     def keep(self, file: Path) -> None:
         """Writes what is trained, as it stands; where other entries may be chosen, also which they are."""

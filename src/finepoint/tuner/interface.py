@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,6 +184,8 @@ class Method:
     penalty: Penalty | None = None
     anchors: Sequence[Penalty] = ()
     """further terms, of earlier tasks"""
+    steps: Mapping[str, Tensor] = field(default_factory=dict)
+    """by what each step of what is trained is multiplied, by name; all of it is taken where nothing is said"""
     average: Average | None = None
     """what is left of it in place of the last step's"""
     optimizer: Optimizer | None = None

@@ -1,10 +1,10 @@
 """AdamW of our own: entries that join at different times, and MoFO's, which moves the largest momenta alone.
 
-A step is taken parameter by parameter.
+A step is taken parameter by parameter. Of any optimizer's step a share can be taken, another one for each number.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -91,3 +91,26 @@ class MoFOAdamW(AdamWByParameter):
         root = (gather(square, chosen) / (1 - beta2 ** state["step"])).sqrt()
         value = gather(parameter, chosen) * (1 - group["lr"] * group["weight_decay"])
         scatter_(parameter, chosen, value - group["lr"] * first / (root + group["epsilon"]))
+
+
+def scale_steps_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], shares: Mapping[str, Tensor]) -> None:
+    """From now on parameters move by `shares` of what a step of the optimizer would move them by.
+
+    Its state knows nothing of that. A share of 1 is the step itself, to the bit.
+
+    Args:
+        shares: by the names of `trained`, of their shapes; what has none is moved as ever.
+    """
+    before: dict[str, Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        before.update({name: trained[name].detach().clone() for name in shares})
+
+    @torch.no_grad()
+    def take(*_: Any) -> None:
+        for name, share in shares.items():
+            trained[name].copy_(before.pop(name).lerp(trained[name], share))
+
+    # torch calls an optimizer's own hooks around its step before those of all, by which weights follow.
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(take)
