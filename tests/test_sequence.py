@@ -13,12 +13,13 @@ from finepoint.adapters.peft import load_merged
 from finepoint.data.examples import read_examples, some
 from finepoint.errors import FinepointError
 from finepoint.evaluation.metrics import sequence_metrics
-from finepoint.evaluation.scoring import accuracy
+from finepoint.evaluation.scoring import accuracy, mean_nll
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.reporting.report import write_report
 from finepoint.studies import sequence
 from finepoint.studies.sequence import run_sequence, values_of
 from finepoint.studies.settings import ReportConfig, SequenceConfig
+from finepoint.training.earlier import Apart, input_factors
 
 LETTERS = "abcdefgh"
 
@@ -243,6 +244,45 @@ def test_other_methods_take_the_same_way(config):
     row = [accuracy(model, tokenizer, examples)["accuracy"] for examples in tests.values()]
     assert found["lora-on"]["matrix"][1] == row
     assert write_report(ReportConfig(folder=[config.output]))["figures"] == ["accuracies"]
+
+
+def test_factors_are_kept_apart_from_those_of_earlier_tasks(config, tmp_path):
+    """By the gradient of 0.5 x the sum of |A A_t^T|; at strength 0 it is LoRA for each task, to the bit."""
+    config, found = only(config, "first", "second", ways=["lora", "lora-apart"]), {}
+    config = replace(config, rates={"lora": 1e-2, "lora-apart": 1e-2})
+    for strength in (0.0, 5.0):
+        run_sequence(replace(config, output=str(tmp_path / f"s{strength}"), apart_strength=strength))
+        found[strength] = [input_factors(tmp_path / f"s{strength}" / folder)
+                           for folder in ("first-lora/first", "lora-apart/second")]  # fmt: skip
+    plain = input_factors(tmp_path / "s0.0" / "lora/second")
+    assert plain
+    assert all(torch.equal(plain[name], found[0.0][1][name]) for name in plain)
+    near, far = (sum(float((one[name] @ other[name].T).abs().sum()) for name in one) for one, other in found.values())
+    assert far < near
+
+    draw = torch.Generator().manual_seed(0)
+    factor, before = (torch.randn(2, 7, generator=draw, dtype=torch.float64) for _ in range(2))
+    ours, theirs = torch.nn.Parameter(factor.clone()), torch.nn.Parameter(factor.clone())
+    Apart(lambda: {"a": ours}, {"a": before}, 0.5).add_()
+    (0.5 * (theirs @ before.T).abs().sum()).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_losses_are_those_of_the_right_answers(config):
+    """Beside the accuracies, of the model with the adapters one after the other."""
+    config = only(config, "first", "second", ways=["exclude"])
+    found, (one, two) = run_sequence(config), adapters(config, "exclude")
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    tests = [some(read_examples(files["test"]), 4) for files in config.tasks.values()]
+    rows = [[mean_nll(model, tokenizer, examples)["nll"] for examples in tests]]
+    for adapter in (one, two):
+        adapter.apply(model)
+        rows.append([mean_nll(model, tokenizer, examples)["nll"] for examples in tests])
+    base, *matrix = rows
+    assert list(found["base_losses"].values()) == base
+    assert found["exclude"]["losses"] == matrix
+    assert found["exclude"]["loss_rise"] == matrix[1][0] - matrix[0][0]
+    assert found["exclude"]["average_loss"] == pytest.approx(sum(matrix[1]) / 2)
 
 
 def test_metrics_of_a_sequence_by_hand():

@@ -28,6 +28,8 @@ SEQUENCE_DEFINITIONS = {
     "backward transfer": "Mean over all but the last task of R[last, j] − R[j, j] (arXiv:1706.08840); below 0 later "
                          "tasks hurt.",
     "forgetting": "Mean over the same of the best R[i, j] before the last task − R[last, j] (arXiv:1801.10112).",
+    "average loss": "Mean loss of the right answers over all tasks at the end, in nats a token.",
+    "rise of loss": "Mean over all but the last task of the loss at the end − that right after its own training.",
     "removable": "The adapter alone was taken out of the model that holds all of them: its entries had the base's bits "
                  "again, all others kept theirs.",
 }  # fmt: skip
@@ -99,7 +101,8 @@ def summaries(found: Mapping[str, Any], ways: Sequence[str]) -> list[Row]:
         common = sum(one["overlaps"][i][j] for i in range(len(tasks)) for j in range(i))
         rows.append({"way": TITLES[way], "common": common, "trained": sum(one["trained"]),
                      "removable": ", ".join(removable) or "none",
-                     **{key: one[key] for key in ("average_accuracy", "backward_transfer", "forgetting")}})  # fmt: skip
+                     **{key: one[key] for key in ("average_accuracy", "backward_transfer", "forgetting")},
+                     **{key: one.get(key) for key in ("average_loss", "loss_rise")}})  # fmt: skip
     return rows
 
 
@@ -107,6 +110,7 @@ def _matrices(data: Mapping[str, list[Row]], tasks: Sequence[str], figures: Any)
     columns = [
         text("entries", "way"), fixed("average accuracy", "average_accuracy"),
         change("backward transfer", "backward_transfer"), change("forgetting", "forgetting"),
+        fixed("average loss", "average_loss"), change("rise of loss", "loss_rise"),
         whole("trained", "trained"), whole("common to two", "common"), text("removable", "removable"),
     ]  # fmt: skip
     panels = [

@@ -28,6 +28,8 @@ class Way:
     baseline: str = ""
     """trained instead of chosen entries"""
 
+    apart: bool = False
+    """factors look elsewhere than those of earlier tasks"""
     goes_on: bool = False
     """one adapter is trained on and on, instead of one a task"""
 
@@ -45,6 +47,7 @@ WAYS = {
     "exclude-anchored": Way("each task on entries of its own, earlier tasks anchored", exclude=True, anchored=True),
     "lora": Way("LoRA for each task", baseline="lora"),
     "lora-on": Way("one LoRA, trained on from task to task", baseline="lora", goes_on=True),
+    "lora-apart": Way("LoRA for each task, apart from earlier ones (O-LoRA)", baseline="lora", apart=True),
     "full": Way("every weight", baseline="full"),
     "full-anchored": Way("every weight, earlier tasks anchored (EWC)", anchored=True, baseline="full"),
 }

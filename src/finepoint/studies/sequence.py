@@ -33,7 +33,7 @@ from finepoint.runtime.settings import deciding, did_you_mean, named
 from finepoint.studies.results import OVERLAPS, SEQUENCE, SEQUENCE_RESULT, WAYS, adapter_folder
 from finepoint.studies.settings import SequenceConfig
 from finepoint.training.context import TrainingContext, training_context
-from finepoint.training.earlier import EarlierTasks
+from finepoint.training.earlier import Earlier, EarlierFactors, EarlierTasks
 from finepoint.training.resolve import resolve, unused_by
 from finepoint.training.run import RECORD, fit, versions
 from finepoint.training.settings import TrainConfig
@@ -153,7 +153,11 @@ def _train(state: SequenceState, way: str, task: str, place: Path) -> None:
     examples = read_examples(settings.data, settings.columns)
     where: TrainingContext = training_context(settings, state.model, state.tokenizer, examples)
     logger.info("training %s, %s", task, WAYS[way].title)
-    earlier = _earlier(state, settings, before) if before and WAYS[way].anchored else None
+    earlier: Earlier | None = None
+    if before and WAYS[way].anchored:
+        earlier = _earlier(state, settings, before)
+    elif before and WAYS[way].apart:
+        earlier = EarlierFactors({name: state.adapter_folder(way, name) for name in before}, config.apart_strength)
     fit(settings, where, earlier, state.adapter_folder(way, before[-1]) if before and WAYS[way].goes_on else None)
 
 

@@ -80,9 +80,11 @@ The same command goes on where it stopped."""
     overlap: Literal["exclude", "allow", "both"] = setting(
         "exclude entries that earlier tasks own, allow them, or both ways one after the other", "both", "length")
     ways: list[Literal[
-        "exclude", "allow", "anchored", "exclude-anchored", "lora", "lora-on", "full", "full-anchored"]] = setting(
+        "exclude", "allow", "anchored", "exclude-anchored", "lora", "lora-on", "lora-apart", "full",
+        "full-anchored"]] = setting(
         "instead of overlap: which of exclude, allow; anchored, exclude-anchored (what each earlier task has left is "
-        "held back where its examples need it: EWC); lora, lora-on (one, trained on), full, full-anchored",
+        "held back where its examples need it: EWC); lora, lora-on (one, trained on), lora-apart (O-LoRA), full, "
+        "full-anchored",
         [], "length")
     rates: dict[str, float] = setting(
         "learning rates by way, e.g. lora=1e-3; lr or the default where not given", {}, "bits")
@@ -90,6 +92,7 @@ The same command goes on where it stopped."""
         "for anchored ways: so many training examples of each earlier task are read, always the same", 64, "bits",
         least=1)
     earlier_strength: float = setting("for anchored ways: how strongly earlier tasks are held", 1000.0, "bits", least=0)
+    apart_strength: float = setting("for lora-apart: how strongly factors are kept apart", 0.5, "bits", least=0)
     train: dict[str, Any] = setting("further settings of finepoint train, e.g. {steps: 60}", {}, "bits", keys=TRAIN)
     test_limit: int | None = setting("at most so many examples of each test set", None, "bits", least=1)
     new_tokens: int = setting("most tokens to generate where an answer is written", 8, "bits", least=1)

@@ -58,7 +58,7 @@ from finepoint.training.context import (
     scoring_rows,
 )
 from finepoint.training.context import choose as choose  # its former place
-from finepoint.training.earlier import EARLIER, EarlierTasks
+from finepoint.training.earlier import EARLIER, Earlier
 from finepoint.training.keep import Protected, step_sizes, texts_a_step
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
@@ -204,7 +204,7 @@ def train(
 def fit(
     config: TrainConfig,
     context: TrainingContext | None = None,
-    earlier: EarlierTasks | None = None,
+    earlier: Earlier | None = None,
     start: Path | None = None,
 ) -> tuple[dict[str, Any], SparseAdapter]:
     """`train`, which also returns the trained change: of every method in one form, so that all are measured alike.
@@ -228,7 +228,7 @@ def _fit(
     config: TrainConfig,
     context: TrainingContext | None,
     keeps: bool,
-    earlier: EarlierTasks | None = None,
+    earlier: Earlier | None = None,
     start: Path | None = None,
     afterwards: Afterwards | None = None,
 ) -> tuple[dict[str, Any], SparseAdapter]:
@@ -290,7 +290,7 @@ def saved_by(config: Training, folder: Path) -> list[str]:
 @contextmanager
 def begun(
     spec: RunSpec[Told], context: TrainingContext, folder: Path, saved: Sequence[str],
-    make: Make, rows: Sequence[Any], steps: int, keeps: bool = True, earlier: EarlierTasks | None = None, **facts: Any,
+    make: Make, rows: Sequence[Any], steps: int, keeps: bool = True, earlier: Earlier | None = None, **facts: Any,
 ) -> Iterator[Run[Told]]:  # fmt: skip
     """A run that is ready to train; afterwards the model is the base again, bit for bit.
 
