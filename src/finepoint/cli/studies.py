@@ -45,6 +45,7 @@ def run_sequence(config: SequenceConfig) -> None:
         removable = [task for task, yes in zip(tasks, result["removable"], strict=True) if yes]
         print(f"average accuracy {result['average_accuracy']:.3f}, backward transfer "
               f"{signed(result['backward_transfer'])}, forgetting {signed(result['forgetting'])}; "
+              f"average loss {result['average_loss']:.3f}, raised by later tasks by {signed(result['loss_rise'])}; "
               f"can be taken out again, bit for bit: {', '.join(removable) or 'none'}\n")  # fmt: skip
 
 

@@ -15,7 +15,28 @@ Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Training(SelectConfig):
+class Keeping(SelectConfig):
+    """How training is held to its base."""
+
+    protect_by: str = setting(
+        "how: anchor (entries that matter to the text are held back: EWC), empirical (the same, as baseline ewc has "
+        "it), l2 (all are; needs no text), kl (the text's predictions stay near the base's), replay (it is trained "
+        "along)",
+        "anchor", "bits", "what is kept", registry="training/keep.py protection")
+    protect_strength: float | None = setting(
+        "how strongly; anchor and empirical 1000, l2 0.03, kl and replay 1 where not given",
+        None, "bits", "what is kept", least=0)
+    protect_share: float = setting(
+        "for kl and replay: so many of these texts take part in a step, for each training example in it",
+        0.25, "bits", "what is kept", above=0)
+    protect_steps: bool = setting(
+        "what the texts need takes smaller steps: each is multiplied by c / sqrt(F + mean F / 10), 1 on average, F as "
+        "for anchor",
+        False, "bits", "what is kept")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Training(Keeping):
     """What training entries by a loss, by preferences and by rewards have in common."""
 
     RATES: ClassVar[tuple[float, float] | None] = None
@@ -47,21 +68,6 @@ class Training(SelectConfig):
     weight_decay: float = setting(
         "pulls the deltas to zero, i.e. towards the base model; a baseline's weights or factors to zero",
         0.0, "bits", "training", least=0)
-    protect_by: str = setting(
-        "how: anchor (entries that matter to the text are held back: EWC), empirical (the same, as baseline ewc has "
-        "it), l2 (all are; needs no text), kl (the text's predictions stay near the base's), replay (it is trained "
-        "along)",
-        "anchor", "bits", "what is kept", registry="training/keep.py protection")
-    protect_strength: float | None = setting(
-        "how strongly; anchor and empirical 1000, l2 0.03, kl and replay 1 where not given",
-        None, "bits", "what is kept", least=0)
-    protect_share: float = setting(
-        "for kl and replay: so many of these texts take part in a step, for each training example in it",
-        0.25, "bits", "what is kept", above=0)
-    protect_steps: bool = setting(
-        "what the texts need takes smaller steps: each is multiplied by c / sqrt(F + mean F / 10), 1 on average, F as "
-        "for anchor",
-        False, "bits", "what is kept")
     clip: float = setting(
         "largest norm of the gradient of all that is trained; 0 for none", 1.0, "bits", "training", least=0)
     gradient_checkpointing: bool = setting(
