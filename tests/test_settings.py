@@ -14,11 +14,11 @@ from finepoint.alignment.settings import AlignConfig
 from finepoint.baselines.registry import BASELINES
 from finepoint.cli import COMMANDS, command_named, main
 from finepoint.cli.adapters import ExportConfig, MergeConfig
-from finepoint.cli.options import flags, help_text, parse
+from finepoint.cli.options import flags, help_text, parse, row
 from finepoint.data.sources import SOURCES
 from finepoint.errors import FinepointError
 from finepoint.exchange.layouts import LAYOUTS, layout_named
-from finepoint.runtime.settings import deciding, json_schema, meaning, names, sections, setting, values_of
+from finepoint.runtime.settings import deciding, json_schema, names, sections, setting, values_of
 from finepoint.selection.rules import RULES
 from finepoint.studies.settings import CompareConfig, SequenceConfig
 from finepoint.studies.sharing import key
@@ -254,6 +254,6 @@ def test_functions_with_a_decorator_are_the_values_of_a_setting(config, field, r
 def test_help_names_every_value_that_is_listed():
     for command in COMMANDS:
         for known in fields(command_named(command).config):
-            assert [value for value in values_of(known) if value not in meaning(known)] == [], (command, known.name)
-    schedule = next(each for each in fields(TrainConfig) if each.name == "schedule")
-    assert meaning(schedule).endswith("afterwards: linear, cosine, constant")
+            told = " ".join(row(known))
+            assert [value for value in values_of(known) if value not in told] == [], (command, known.name)
+    assert "how the learning rate falls afterwards (default: linear; or cosine, constant)" in help_text(Dummy, "train")

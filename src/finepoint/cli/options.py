@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from finepoint.errors import FinepointError
-from finepoint.runtime.settings import default_of, did_you_mean, meaning, refuse_out_of_range, sections
+from finepoint.runtime.settings import default_of, did_you_mean, refuse_out_of_range, sections, values_of
 
 Config = TypeVar("Config")
 
@@ -300,9 +300,9 @@ def help_text(config: type, command: str) -> str:
     lines = [f"usage: finepoint {command} [--config FILE.yaml] [--flag value ..]", "", summary(config)]
     for heading, members in sections(config):
         lines += ["", *([f"{heading}:"] if heading else [])]
-        for flag, what, default in map(row, members):
+        for flag, meaning, default in map(row, members):
             shown = default if default == "required" else f"default: {default}"
-            lines.append(f"  {flag:<24} {what} ({shown})")
+            lines.append(f"  {flag:<24} {meaning} ({shown})")
     lines += ["", f"--print-config prints all of them as YAML; `finepoint schema {command}` is their JSON schema"]
     return "\n".join(lines)
 
@@ -318,12 +318,14 @@ def flags(config: type) -> list[tuple[str, str, str]]:
 
 
 def row(known: Field[Any]) -> tuple[str, str, str]:
-    """A flag, its meaning, and its default or `required`."""
-    value = default_of(known)
+    """A flag, its meaning, and its default or `required`, with the other values where the meaning leaves some out."""
+    value, meaning = default_of(known), known.metadata["meaning"]
     if value is MISSING:
         shown = "required"
     elif value is None or value in ([], {}):
         shown = "none"
     else:
         shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-    return _flag(known.name), meaning(known), shown
+    others = [other for other in values_of(known) if other != shown]
+    left_out = [other for other in others if not re.search(rf"(?<![\w-]){re.escape(other)}(?![\w-])", meaning)]
+    return _flag(known.name), meaning, f"{shown}; or {', '.join(others)}" if left_out else shown

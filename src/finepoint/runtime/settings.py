@@ -175,13 +175,6 @@ def _registered(files: str, decorator: str) -> list[str]:
     return [given or function.replace("_", "-") for text in texts for given, function in pattern.findall(text)]
 
 
-def meaning(known: Field[Any]) -> str:
-    """What a setting means, with those of its possible values that its own words leave out."""
-    told, each = known.metadata["meaning"], values_of(known)
-    left = [value for value in each if not re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", told)]
-    return f"{told}{': ' if left == each else '; also '}{', '.join(left)}" if left else told
-
-
 def did_you_mean(
     given: str, known: Iterable[str], then: str = "", spell: Callable[[str], str] = repr, most: int = 1
 ) -> str:
@@ -244,12 +237,13 @@ def json_schema(config: type, title: str) -> dict[str, Any]:
     properties = {}
     for name, each in known.items():
         default = default_of(each)
-        properties[name] = {"description": meaning(each), **_schema_of(each.type)}
+        properties[name] = {"description": each.metadata["meaning"], **_schema_of(each.type)}
         bounds = {"minimum": "least", "exclusiveMinimum": "above", "maximum": "most"}
         properties[name] |= {
             word: each.metadata[bound] for word, bound in bounds.items() if each.metadata[bound] is not None
         }
         properties[name] |= {} if default is MISSING else {"default": default}
+        properties[name] |= {"examples": values_of(each)} if each.metadata["registry"] else {}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, "type": "object",
             "properties": properties, "additionalProperties": False}  # fmt: skip
 
