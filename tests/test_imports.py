@@ -9,6 +9,9 @@ import pytest
 
 import finepoint
 from finepoint import moved
+from finepoint.baselines.registry import BASELINES
+from finepoint.training.keep import PROTECTIONS
+from finepoint.training.loss import LOSSES
 
 ROOT = Path(finepoint.__file__).parent
 # The rooms from top to bottom; whoever stands in one line knows nothing of each other.
@@ -152,6 +155,8 @@ def test_whatever_a_user_meets_prints_in_one_line(llama):
         adapter = tuner.adapter()
         met = [indices, tuner, adapter, adapter.fingerprint, *adapter.changes.values()]
         assert f"{indices.count:,} entries" in repr(adapter)
+        met += [llama.finepoint, *tuner.entries.values(), BASELINES["lora"], PROTECTIONS["kl"], LOSSES["dft"]]
+        assert repr(llama.finepoint) == f"Deltas({indices.count:,} entries of {len(indices)} weights)"
     kept = finepoint.AdapterSet(llama)
     kept.add("a", adapter)
     assert repr(kept) == "AdapterSet(a)"

@@ -15,7 +15,7 @@ from finepoint.baselines.rosa import HybridTuner
 from finepoint.errors import FinepointError
 from finepoint.models.loading import block_of
 from finepoint.models.quantised import quantised_layers
-from finepoint.runtime.settings import named
+from finepoint.runtime.settings import Cited, named
 from finepoint.selection.passes import Batch
 from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.targets import Targets, target_weights
@@ -52,8 +52,8 @@ class BaselineContext:
             raise FinepointError(f"{min(quantised)} is quantised, and baselines train float weights; give a float base")
 
 
-@dataclass(frozen=True)
-class Baseline:
+@dataclass(frozen=True, repr=False)
+class Baseline(Cited):
     """A baseline, by name, with its formula and where it comes from."""
 
     name: str

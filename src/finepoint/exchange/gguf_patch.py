@@ -65,6 +65,9 @@ class GGUFPatch:
     after: str
     info: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"GGUFPatch({self.count:,} codes of {len(self.tensors)} tensors)"
+
     @property
     def count(self) -> int:
         """Changed codes."""

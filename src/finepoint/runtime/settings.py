@@ -91,6 +91,17 @@ LIMITS = (
 )
 
 
+class Cited:
+    """What is known by name, with its formula and where it comes from: printed so."""
+
+    name: str
+    formula: str
+    source: str
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.formula} ({self.source})"
+
+
 class Printed:
     """Settings that print only what is not at its default."""
 

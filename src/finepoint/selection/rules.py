@@ -29,7 +29,7 @@ from torch import Tensor
 
 from finepoint.errors import FinepointError
 from finepoint.runtime.devices import home_of_float64, in_float64
-from finepoint.runtime.settings import did_you_mean
+from finepoint.runtime.settings import Cited, did_you_mean
 from finepoint.selection.formula import expression, is_expression
 from finepoint.selection.plugins import function_of, offered, package_of
 
@@ -42,8 +42,8 @@ STATISTICS = (*FROM_DATA, *FROM_KEPT)
 NEEDS = ("weight", *STATISTICS, "generator")
 
 
-@dataclass(frozen=True)
-class Rule:
+@dataclass(frozen=True, repr=False)
+class Rule(Cited):
     """A rule, by name, with its formula and where it comes from."""
 
     name: str
@@ -52,9 +52,6 @@ class Rule:
     source: str
     package: str = OURS
     """what it comes from: finepoint, a package with its version, or a module"""
-
-    def __repr__(self) -> str:
-        return f"{self.name}: {self.formula} ({self.source})"
 
     @property
     def needs(self) -> tuple[str, ...]:

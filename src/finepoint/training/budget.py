@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from math import exp, inf, log, sqrt
 from typing import Any, Literal
 
-import torch
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from finepoint.adapters.adapter import SparseAdapter, check_base
@@ -59,6 +58,11 @@ class Scaled:
     tokens: int
     """over whose predictions the KL is a mean"""
     seconds: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Scaled({self.scale:.4g}; KL {self.kl_before:.3g} -> {self.kl:.3g} on {self.texts} texts; {self.adapter})"
+        )
 
 
 def scale_to_budget(
@@ -245,7 +249,6 @@ class Holding(TrainerCallback):
     def _measured(self, state: TrainerState) -> list[dict[str, float]]:
         return [record for record in state.log_history if STRENGTH in record]
 
-    @torch.no_grad()
     def settle_(self) -> dict[str, Any]:
         """Scales the change down to the budget, if it is above it; what a record says of it.
 
@@ -254,18 +257,16 @@ class Holding(TrainerCallback):
         """
         trained = {name: delta.detach().clone() for name, delta in self.tuner.trained().items()}
 
-        def scaled(scale: float) -> None:
-            for name, delta in self.tuner.trained().items():
-                delta.copy_(trained[name] if scale == 1 else trained[name] * scale)
-            self.tuner.follow_()
+        def scale_(scale: float) -> None:
+            self.tuner.put_({name: delta if scale == 1 else delta * scale for name, delta in trained.items()})
 
         def measure(scale: float) -> float:
-            scaled(scale)
+            scale_(scale)
             return self.all.kl(self.tuner.model)
 
         tries = search(measure, self.budget)
         scale, kl = best(tries, self.budget)
-        scaled(scale)
+        scale_(scale)
         if scale < 1:
             logger.warning("the change is scaled by %.4g: KL to the base on texts held out was %.4g, and is %.4g now",
                            scale, tries[0][1], kl)  # fmt: skip

@@ -21,7 +21,7 @@ from finepoint.errors import FinepointError
 from finepoint.models.probing import evaluating
 from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
-from finepoint.runtime.settings import named, refuse_without
+from finepoint.runtime.settings import Cited, named, refuse_without
 from finepoint.selection.passes import drawing, label_count, on_device
 from finepoint.selection.rules import TINIEST, rule_named
 from finepoint.training.context import TrainingContext, rows_to_read
@@ -65,8 +65,8 @@ class Protected:
 Make = Callable[[Protected], Penalty]
 
 
-@dataclass(frozen=True)
-class Protection:
+@dataclass(frozen=True, repr=False)
+class Protection(Cited):
     """A protection, by name, with its formula and where it comes from."""
 
     name: str

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from finepoint.data.batches import IGNORED, accepted
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
-from finepoint.runtime.settings import named
+from finepoint.runtime.settings import Cited, named
 from finepoint.selection.passes import label_count, undisturbed
 from finepoint.tuner.autograd import AS_IT_IS
 
@@ -31,8 +31,8 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_scale", "lm_head_multiplier")
 
 
-@dataclass(frozen=True)
-class TokenLoss:
+@dataclass(frozen=True, repr=False)
+class TokenLoss(Cited):
     """What `--loss` names, with its formula and where it comes from."""
 
     name: str

@@ -67,9 +67,9 @@ from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import CHECKPOINTING, SparseCheckpoints, SparseTrainer, shared_arguments
 from finepoint.tuner.finite import NotFiniteError, TrainingFailedError
-from finepoint.tuner.interface import Average, Method
+from finepoint.tuner.interface import Method
 from finepoint.tuner.kernels import choice
-from finepoint.tuner.optimizers import PerEntryAdamW
+from finepoint.tuner.optimizers import MovingAverage, PerEntryAdamW
 from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
 
@@ -81,6 +81,15 @@ AUDITED = 2  # examples that the gradients are tried on
 Make = Callable[[TrainingContext, list[str], Fingerprint, Path | None], tuple[Method, dict[str, Any]]]
 Afterwards = Callable[[TrainConfig, TrainingContext, SparseAdapter, Path], None]
 EVALUATIONS = 5  # over a run with validation examples and no --eval-every
+
+
+class Record(dict[str, Any]):
+    """What a run was told and has found, as `run.json` has it; printed in a line."""
+
+    def __repr__(self) -> str:
+        what = "numbers" if self["baseline"] else "entries"
+        return (f"Record({self['trained']:,} {what} in {self['steps']} steps of {self['config']['output']}: "
+                f"loss {self['first_loss']:.3f} -> {self['last_loss']:.3f}, {self['seconds']:.0f} s)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,7 @@ class Run(Generic[Told]):
 
     def write_record(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """Writes, last of all, what the run was told and has found."""
-        record = {
+        record = Record({
             "baseline": self.spec.config.baseline,
             "seconds": round(time.perf_counter() - self.began, 2),
             "selection_seconds": round(self.prepared, 2),
@@ -174,7 +183,7 @@ class Run(Generic[Told]):
             **({"kernels": kernels} if (kernels := choice.told()) else {}),
             "config": asdict(self.spec.config),
             "versions": versions(),
-        }
+        })  # fmt: skip
         distributed.on_first(partial((self.folder / UNDER_WAY).unlink, missing_ok=True))
         distributed.on_first(partial(write_record, self.folder / RECORD, record))
         return record
@@ -484,7 +493,7 @@ def _method(
             refresh = Refresh(config, context, tuner, head, steps).choose_
             method = replace(method, optimizer=optimizer, refresh=refresh)
     if config.ema is not None:
-        method = replace(method, average=Average(method.tuner, config.ema))
+        method = replace(method, average=MovingAverage(method.tuner.trained, method.tuner.put_, config.ema))
     if config.round_to:
         method = replace(method, after_step=partial(method.tuner.round_, getattr(torch, config.round_to)))
     return method, chosen

@@ -56,6 +56,9 @@ class Deltas(nn.ModuleDict):
         self.attend()
         follow_after_steps(self)
 
+    def __repr__(self) -> str:
+        return f"Deltas({sum(len(each.indices) for each in self.members()):,} entries of {len(self)} weights)"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "table": None}  # it knows where the original lies
 

@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS, write
 from finepoint.errors import FinepointError
-
-STEPS = "average.steps"
+from finepoint.tuner.optimizers import MovingAverage
 
 
 class Tuner(Protocol):
@@ -41,6 +40,13 @@ class Tuner(Protocol):
     def follow_(self) -> None:
         """Has the model's weights follow the trained parameters. Only needed after changing those by hand."""
         return  # where the model computes with these themselves
+
+    @torch.no_grad()
+    def put_(self, values: Mapping[str, Tensor]) -> None:
+        """Gives what is trained these values, by name, and has the weights follow."""
+        for name, value in self.trained().items():
+            value.copy_(values[name])
+        self.follow_()
 
     def changed(self) -> int:
         """How many entries of the model's weights hold (for LoRA: would hold) another stored value than the base's."""
@@ -118,53 +124,6 @@ class Penalty(Protocol):
         """Adds its gradient to those of what is trained: once for each step, the one after so many."""
 
 
-class Average:
-    """The mean of what is trained over all steps so far, a step counting `decay` times as much as the next one.
-
-    Held beside what is trained, in its dtype.
-    """
-
-    def __init__(self, tuner: Tuner, decay: float) -> None:
-        self.tuner, self.decay, self.steps = tuner, decay, 0
-        self.values = {name: value.detach().clone() for name, value in tuner.trained().items()}
-
-    @torch.no_grad()
-    def step_(self) -> None:
-        """Takes in what a step has left."""
-        self.steps += 1
-        share = (1 - self.decay) / (1 - self.decay**self.steps)  # the first step's is the average itself
-        for name, value in self.tuner.trained().items():
-            self.values[name].lerp_(value, share)
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Inside, what is trained is the average, and the model computes with it."""
-        trained = self.tuner.trained()
-        held = {name: value.detach().clone() for name, value in trained.items()}
-        try:
-            self._put_(self.values)
-            yield
-        finally:
-            self._put_(held)
-
-    @torch.no_grad()
-    def _put_(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in self.tuner.trained().items():
-            value.copy_(values[name])
-        self.tuner.follow_()
-
-    def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint needs."""
-        averages = {f"{name}.average": value for name, value in self.values.items()}
-        return averages | {STEPS: torch.tensor(float(self.steps))}
-
-    def restore_(self, kept: Mapping[str, Tensor]) -> None:
-        """Puts back what `kept` gave."""
-        self.steps = int(kept[STEPS])
-        for name, value in self.values.items():
-            value.copy_(kept[f"{name}.average"])
-
-
 class DisturbanceBudget(Protocol):
     """A budget of disturbance that is kept along a run; `training.budget.Holding` is one, as a callback."""
 
@@ -186,7 +145,7 @@ class Method:
     """further terms, of earlier tasks"""
     steps: Mapping[str, Tensor] = field(default_factory=dict)
     """by what each step of what is trained is multiplied, by name; all of it is taken where nothing is said"""
-    average: Average | None = None
+    average: MovingAverage | None = None
     """what is left of it in place of the last step's"""
     optimizer: Optimizer | None = None
     """steps the trained parameters; AdamW where None"""

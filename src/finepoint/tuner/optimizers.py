@@ -1,10 +1,12 @@
 """AdamW of our own: entries that join at different times, and MoFO's, which moves the largest momenta alone.
 
-A step is taken parameter by parameter. Of any optimizer's step a share can be taken, another one for each number.
+A step is taken parameter by parameter. Of any optimizer's step a share can be taken, another one for each number. And
+the moving average of what is trained.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finepoint.adapters.entries import gather, scatter_
+
+STEPS = "average.steps"
 
 
 class AdamWByParameter(Optimizer):
@@ -114,3 +118,48 @@ def scale_steps_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], shar
     # torch calls an optimizer's own hooks around its step before those of all, by which weights follow.
     optimizer.register_step_pre_hook(keep)
     optimizer.register_step_post_hook(take)
+
+
+class MovingAverage:
+    """The mean of what is trained over all steps so far, a step counting `decay` times as much as the next one.
+
+    Held beside what is trained, in its dtype.
+
+    Args:
+        trained, put_: the tuner's.
+    """
+
+    def __init__(
+        self, trained: Callable[[], Mapping[str, Tensor]], put_: Callable[[Mapping[str, Tensor]], None], decay: float
+    ) -> None:
+        self.trained, self.put_, self.decay, self.steps = trained, put_, decay, 0
+        self.values = {name: value.detach().clone() for name, value in trained().items()}
+
+    @torch.no_grad()
+    def step_(self) -> None:
+        """Takes in what a step has left."""
+        self.steps += 1
+        share = (1 - self.decay) / (1 - self.decay**self.steps)  # the first step's is the average itself
+        for name, value in self.trained().items():
+            self.values[name].lerp_(value, share)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Inside, what is trained is the average, and the model computes with it."""
+        held = {name: value.detach().clone() for name, value in self.trained().items()}
+        try:
+            self.put_(self.values)
+            yield
+        finally:
+            self.put_(held)
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint needs."""
+        averages = {f"{name}.average": value for name, value in self.values.items()}
+        return averages | {STEPS: torch.tensor(float(self.steps))}
+
+    def restore_(self, kept: Mapping[str, Tensor]) -> None:
+        """Puts back what `kept` gave."""
+        self.steps = int(kept[STEPS])
+        for name, value in self.values.items():
+            value.copy_(kept[f"{name}.average"])

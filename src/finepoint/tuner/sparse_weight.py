@@ -104,6 +104,9 @@ class SparseWeight(nn.Module):
         self.looked_at: Callable[[], bool] = _never  # whether somebody has asked for all of the model's entries
         self._hidden: tuple[Tensor, Tensor] | None = None
 
+    def extra_repr(self) -> str:
+        return f"{len(self.indices):,} entries of {self.name}"
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Takes deltas from a state dict; where that says which entries they are of, they must be these.
 
