@@ -9,8 +9,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from keyword import iskeyword
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 if TYPE_CHECKING:
@@ -21,9 +19,9 @@ FILES = {
     "runs": {
         "demo": "fine-tune a small real model and compare: the quickest look",
         "train": "choose entries, train them in place, save an adapter",
-        "align": "the same by preferences (DPO) or rewards (GRPO)",
-        "select": "choose entries only",
-        "plan": "predict the peak memory of both",
+        "align": "train entries by preferences (DPO) or rewards (GRPO)",
+        "select": "choose entries, train nothing",
+        "plan": "predict the peak memory of choosing and training",
         "eval": "measure a model and adapters: ID, OOD, forgetting",
     },
     "talk": {
@@ -44,7 +42,7 @@ FILES = {
         "merge": "combine adapters into one, see how they interfere",
         "scale": "weaken an adapter until it keeps a budget of disturbance",
         "extract": "make an adapter of the difference of two checkpoints",
-        "export": "write an adapter merged, or for PEFT, peft-sparta, vLLM",
+        "export": "write a plain model, or files for PEFT, peft-sparta, vLLM, GGUF",
         "import": "make an adapter of one of PEFT's or peft-sparta's",
         "push": "send an adapter with its model card to the hub",
         "pull": "fetch an adapter from the hub into a folder",
@@ -55,12 +53,12 @@ FILES = {
     },
     "lists": {
         "data": "list the data recipes, write one; preview files",
-        "rules": "list the rules with formula and source",
+        "rules": "list rules and baselines with formula and source",
         "schema": "print the JSON schema of a command's YAML file",
-        "doctor": "say what this machine has, which kernels are fast on it, and what will be slow",
+        "doctor": "say what this machine has, and what will be slow on it",
     },
     "completion": {
-        "completion": "print what has bash, zsh or fish complete flags",
+        "completion": "print a script that completes flags in bash, zsh or fish",
     },
 }
 COMMANDS = {name: what for commands in FILES.values() for name, what in commands.items()}
@@ -163,11 +161,6 @@ def command_named(name: str) -> Command:
     module = import_module(f"finepoint.cli.{next(file for file, names in FILES.items() if name in names)}")
     run = getattr(module, f"run_{name}")
     return Command(get_type_hints(run)["config"], run, getattr(module, f"help_{name}", None))
-
-
-def module_of(name: str) -> ModuleType:
-    """A command as the module that it was once, with `CONFIG` and `run`."""
-    return import_module(f"finepoint.cli.{name}{'_' if iskeyword(name) else ''}")
 
 
 def _overview() -> str:

@@ -10,7 +10,7 @@ Shell = Literal["bash", "zsh", "fish"]
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionConfig:
-    """Print what has a shell complete commands and flags: `source <(finepoint completion bash)`."""
+    """Print a script that completes commands and flags in a shell: `source <(finepoint completion bash)`."""
 
     shell: Shell = setting("bash, zsh or fish, also without its flag", positional=True)
     json: bool = setting(JSON, False)

@@ -48,8 +48,8 @@ class Choice(Printed):
     pooling: Literal["mean", "sum"] = setting(
         "a group's score is the mean or the sum of its entries'", "mean", "selection", "which entries")
     within: str | None = setting(
-        "columns:SHARE, single entries in so large a share of each weight's columns, the best (random: drawn): less "
-        "memory, a smaller product",
+        "columns:SHARE, single entries within this share of each weight's columns, the best ones (rule random draws "
+        "them): less memory, a smaller product",
         None, "selection", "which entries")
     scope: Literal["global", "weight", "layer"] = setting(
         "what competes with each other: all target entries, or those of one weight or one layer",
@@ -81,15 +81,15 @@ class SelectConfig(Choice):
         {}, "statistics", "files", file=True)
     chat_turns: ChatTurns = setting(CHAT_TURNS, "all", "statistics", "files")
     protect: str | list[str] | None = setting(
-        "text whose predictions are to be kept, files like those of --data, news, or novels: rules may look at it "
-        "(gain), and training holds the model to its base there; of several equal parts",
+        "text whose predictions are to be kept: files like those of --data (equal parts of several), or news, or "
+        "novels; rules may look at it (gain), and training holds the model to its base there",
         None, "statistics", "what is kept", file=True)
     protect_examples: int = setting(
         "at most so many of these texts, always the same, up to 256 tokens of each",
         64, "statistics", "what is kept", least=1)
     protect_read: int = setting(
-        "so many of them are read for which entries matter to them (by rules and by anchor), 64 tokens of each", 16,
-        "statistics", "what is kept", least=1)
+        "how many of them rules and anchor read to see which entries matter, 64 tokens of each",
+        16, "statistics", "what is kept", least=1)
     max_length: int | None = setting(
         "longest example in tokens; the model's context where not given", None, "statistics", "training", least=1)
     batch_size: int = setting("examples a batch", 16, "statistics", "training", least=1)

@@ -60,9 +60,7 @@ class Scaled:
     seconds: float
 
     def __repr__(self) -> str:
-        return (
-            f"Scaled({self.scale:.4g}; KL {self.kl_before:.3g} -> {self.kl:.3g} on {self.texts} texts; {self.adapter})"
-        )
+        return f"Scaled({self.scale:.4g}; KL {self.kl_before:.3g} -> {self.kl:.3g} on {self.texts} texts)"
 
 
 def scale_to_budget(

@@ -27,7 +27,7 @@ class Keeping(SelectConfig):
         "how strongly; anchor and empirical 1000, l2 0.03, kl and replay 1 where not given",
         None, "bits", "what is kept", least=0)
     protect_share: float = setting(
-        "for kl and replay: so many of these texts take part in a step, for each training example in it",
+        "for kl and replay: how many of these texts go into a step for each training example in it",
         0.25, "bits", "what is kept", above=0)
     protect_steps: bool = setting(
         "what the texts need takes smaller steps: each is multiplied by c / sqrt(F + mean F / 10), 1 on average, F as "
@@ -51,7 +51,7 @@ class Training(Keeping):
         "folder of a selection or an adapter whose entries to train, instead of choosing by a rule",
         None, "selection", "which entries", file=True)
     baseline: str | None = setting(
-        "instead of chosen entries full, lora, dora, head, bitfit, random-half, ewc, mofo; rosa: with lora's",
+        "instead of chosen entries: full, lora, dora, head, bitfit, random-half, ewc, mofo; rosa: with lora's",
         None, "bits", "instead of entries", registry="baselines/registry.py baseline")
     baseline_options: dict[str, float] = setting(
         "the baseline's options, e.g. rank=8 alpha=16", {}, "bits", "instead of entries")
@@ -99,8 +99,9 @@ class TrainConfig(Training):
         "for ewc: examples of what is not to be forgotten, a file like those of --data",
         None, "bits", "files", file=True)
     disturb_at_most: float | None = setting(
-        "a budget for the KL, in nats a token, of the base's predictions to the trained model's on a fourth of these "
-        "texts, which hold nothing back: the strength is adapted, from --protect-strength on, and a rest scaled away",
+        "a budget: the KL of the base's predictions to the trained model's, in nats a token, on a fourth of these "
+        "texts that is kept out of training; how strongly the model is held is adapted on the way, beginning with "
+        "--protect-strength, and what is too much at the end is scaled away",
         None, "statistics", "what is kept", least=1e-6)
     refresh: str | list[str] | None = setting(
         "choose anew while training: every:N [until:M], or drop-grow:FRACTION [every:N] [until:M] as SpIEL does",
@@ -112,7 +113,7 @@ class TrainConfig(Training):
         "the parameters of the last step, or the best: of the evaluation with the lowest validation loss",
         "last", "length", "while it runs")
     answers: int = setting(
-        "so many validation examples are answered before training and after, for `finepoint report`; 0 for none",
+        "how many validation examples are answered before and after training, for `finepoint report`; 0 for none",
         3, section="while it runs", least=0)
     patience: int | None = setting(
         "stop after so many evaluations without a lower validation loss", None, "length", "while it runs", least=1)
@@ -121,7 +122,7 @@ class TrainConfig(Training):
         None, "bits", "training")
     epochs: float = setting("passes over the data, where steps is not given", 1.0, "length", "training", above=0)
     ema: float | None = setting(
-        "the adapter is the moving average of what is trained: a step counts so much as the next, e.g. 0.99",
+        "the adapter is the moving average of what is trained, each step counting e.g. 0.99 times as much as the next",
         None, "bits", "training", above=0, most=0.999999)
     loss: str = setting(
         "what is minimised: nll, or one that weighs tokens by what the model says of them: dft, eaft",
