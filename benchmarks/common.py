@@ -89,9 +89,9 @@ def shown(value: Any) -> str:
 def text_file(name: str = "news") -> str:
     """A file of the demo's real data, fetched at first use."""
     if not DATA.is_dir():
-        from finepoint.data.recipes.vader import write_vader
+        from finepoint.data.recipes.table import recipe
 
-        write_vader(DATA)
+        recipe("vader").write(DATA)
     return str(DATA / f"{name}.jsonl")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from finepoint.data.examples import read_examples
 from finepoint.data.recipes import hub
-from finepoint.data.recipes.hub import TASKS, examples, write_hub
+from finepoint.data.recipes.hub import TASKS, examples
 from finepoint.data.recipes.table import recipe
 from finepoint.errors import FinepointError
 
@@ -146,9 +146,9 @@ def test_validation_is_drawn_from_train_where_the_test_is_secret(stand_in, tmp_p
 
 
 def test_parts_are_as_on_the_hub_where_they_are_open(stand_in, tmp_path):
-    assert set(write_hub("arc-c", tmp_path / "a")) == {"arc-c-train", "arc-c-validation", "arc-c-test", "dropped"}
-    assert set(write_hub("mmlu", tmp_path / "b")) == {"mmlu-dev", "mmlu-validation", "mmlu-test", "dropped"}
-    assert "mnli-test-mismatched" in write_hub("mnli", tmp_path / "c")
+    assert set(recipe("arc-c").write(tmp_path / "a")) == {"arc-c-train", "arc-c-validation", "arc-c-test", "dropped"}
+    assert set(recipe("mmlu").write(tmp_path / "b")) == {"mmlu-dev", "mmlu-validation", "mmlu-test", "dropped"}
+    assert "mnli-test-mismatched" in recipe("mnli").write(tmp_path / "c")
     assert TASKS["mnli"].written == ["train", "validation", "test", "test-mismatched"]
 
 
@@ -159,4 +159,4 @@ def test_what_goes_wrong_is_said_in_a_line(stand_in, monkeypatch, tmp_path):
         hub.load(TASKS["boolq"], "broken")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FinepointError, match=r"pip install 'finepoint\[hub\]'"):
-        write_hub("boolq", tmp_path)
+        recipe("boolq").write(tmp_path)

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finepoint.data.recipes.vader import write_vader
+from finepoint.data.recipes.table import recipe
 from finepoint.evaluation.evaluate import Evaluation, read_sets
 from finepoint.evaluation.settings import DemoConfig
 from finepoint.runtime.files import claim_folder, write_json
@@ -39,7 +39,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 def _run(config: DemoConfig, folder: Path) -> dict[str, Any]:
     data = folder / "data"
     logger.info("data: VADER's movie reviews to train on, three other domains to see what carries over")
-    write_vader(data, overwrite=True)
+    recipe("vader").write(data, overwrite=True)
     evaluation = Evaluation(
         id=read_sets([f"movies={data / 'movies-test.jsonl'}"], "id", config.limit),
         ood=read_sets([f"{name}={data / name}.jsonl" for name in OOD], "ood", config.limit * 3 // 8),

@@ -21,7 +21,6 @@ from typing import Any
 from finepoint.data.recipes.splits import split_by_group, write_files
 from finepoint.errors import FinepointError
 from finepoint.models.packages import fetch
-from finepoint.runtime.files import claim_folder
 
 PACKAGE = "reasoning-gym==0.1.25"
 SHA256 = "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435"
@@ -66,25 +65,21 @@ REASONING = (
 REASONING_ROWS = {"train": 2000, "validation": 250, "test": 500}
 
 
-def write_arithmetic(output: str | Path, overwrite: bool = False) -> dict[str, int]:
+def write_arithmetic(folder: Path) -> dict[str, int]:
     """Writes additions of two numbers below 100 (arithmetic-train, -validation, -test) and three harder sets.
 
     Each is harder in one way: -harder has three digits, -terms three numbers, -minus subtractions.
-
-    Raises:
-        FinepointError: the package cannot be fetched or run, or the folder is not empty.
     """
-    with claim_folder(output, overwrite) as folder:
-        two, digits, terms = (distinct(rows) for rows in generate([TWO, DIGITS, TERMS]))
-        files = {f"arithmetic-{part}": rows for part, rows in split(additions(two), ARITHMETIC_ROWS).items()}
-        shifts = {
-            "harder": additions(digits),
-            "terms": additions(terms),
-            "minus": [row for row in two if "-" in row["question"]],
-        }
-        for name, rows in shifts.items():
-            files[f"arithmetic-{name}"] = [as_row(row) for row in rows[: ARITHMETIC_ROWS["test"]]]
-        return write_files(folder, files)
+    two, digits, terms = (distinct(rows) for rows in generate([TWO, DIGITS, TERMS]))
+    files = {f"arithmetic-{part}": rows for part, rows in split(additions(two), ARITHMETIC_ROWS).items()}
+    shifts = {
+        "harder": additions(digits),
+        "terms": additions(terms),
+        "minus": [row for row in two if "-" in row["question"]],
+    }
+    for name, rows in shifts.items():
+        files[f"arithmetic-{name}"] = [as_row(row) for row in rows[: ARITHMETIC_ROWS["test"]]]
+    return write_files(folder, files)
 
 
 def additions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,19 +91,14 @@ def additions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def write_reasoning(output: str | Path, overwrite: bool = False) -> dict[str, int]:
-    """Writes train, validation and test of each generator, at its own difficulty; problems of gsm_symbolic by template.
-
-    Raises:
-        FinepointError: the package cannot be fetched or run, or the folder is not empty.
-    """
-    with claim_folder(output, overwrite) as folder:
-        files = {
-            f"{pool.name.replace('_', '-')}-{part}": rows
-            for pool, found in zip(REASONING, generate(REASONING), strict=True)
-            for part, rows in split(distinct(found), REASONING_ROWS).items()
-        }
-        return write_files(folder, files)
+def write_reasoning(folder: Path) -> dict[str, int]:
+    """Writes train, validation and test of each generator at its own difficulty; gsm_symbolic's by template."""
+    files = {
+        f"{pool.name.replace('_', '-')}-{part}": rows
+        for pool, found in zip(REASONING, generate(REASONING), strict=True)
+        for part, rows in split(distinct(found), REASONING_ROWS).items()
+    }
+    return write_files(folder, files)
 
 
 def generate(pools: Sequence[Pool]) -> list[list[dict[str, Any]]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from finepoint.data.recipes.splits import split_by_group, write_files
 from finepoint.errors import FinepointError, needing, reason_of
-from finepoint.runtime.files import claim_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,23 +56,19 @@ class HubTask:
         return list(dict.fromkeys([*drawn, *self.parts]))
 
 
-def write_hub(name: str, output: str | Path, overwrite: bool = False) -> dict[str, int]:
+def write_hub(name: str, folder: Path) -> dict[str, int]:
     """Writes NAME-train, -validation and -test (.jsonl), as far as the task has them; rows by file.
 
     Rows without an answer, or with two equal choices, are dropped and counted.
-
-    Raises:
-        FinepointError: `datasets` is not installed, the hub cannot be reached, or the folder is not empty.
     """
     task = TASKS[name]
-    with claim_folder(output, overwrite) as folder:
-        found = {part: load(task, split) for part, split in task.parts.items()}
-        given = sum(len(rows) for rows in found.values())
-        parts = {part: examples(task, rows) for part, rows in found.items()}
-        counts = {"dropped": given - sum(len(rows) for rows in parts.values())}
-        if set(task.written) - set(parts):
-            parts = drawn_validation(parts)
-        return write_files(folder, {f"{name}-{part}": rows for part, rows in parts.items()}) | counts
+    found = {part: load(task, split) for part, split in task.parts.items()}
+    given = sum(len(rows) for rows in found.values())
+    parts = {part: examples(task, rows) for part, rows in found.items()}
+    counts = {"dropped": given - sum(len(rows) for rows in parts.values())}
+    if set(task.written) - set(parts):
+        parts = drawn_validation(parts)
+    return write_files(folder, {f"{name}-{part}": rows for part, rows in parts.items()}) | counts
 
 
 def load(task: HubTask, split: str) -> list[Row]:

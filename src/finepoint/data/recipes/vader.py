@@ -14,7 +14,6 @@ from pathlib import Path
 
 from finepoint.data.recipes.splits import split_by_group, without_near_duplicates, write_files
 from finepoint.models.packages import fetch
-from finepoint.runtime.files import claim_folder
 
 PACKAGE = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -41,24 +40,20 @@ class Snippet:
     order: int
 
 
-def write_vader(output: str | Path, overwrite: bool = False) -> dict[str, int]:
+def write_vader(folder: Path) -> dict[str, int]:
     """Writes movies-train, -validation, -test, amazon, tweets, nyt (.jsonl) and news (text, a probe); rows by file.
 
     A row is kept if its mean rating is at least 1 in size, and labelled by its sign. Groups never cross splits, and
     training rows that nearly repeat a validation or test row (word Jaccard of 0.6 or more) are dropped.
-
-    Raises:
-        FinepointError: the package cannot be fetched, or the folder is not empty.
     """
-    with claim_folder(output, overwrite) as folder:
-        snippets = {domain: read_domain(domain) for domain in DOMAINS}
-        files = {domain: rated(snippets[domain]) for domain in DOMAINS}
-        train, validation, test = split_by_group(files.pop("movies"), lambda s: s.group, (TEST_SHARE, TEST_SHARE), SEED)
-        kept = without_near_duplicates(train, [*validation, *test], lambda s: s.text)
-        files = {"movies-train": kept, "movies-validation": validation, "movies-test": test, **files}
-        written = {name: [as_row(snippet) for snippet in rows] for name, rows in files.items()}
-        counts = write_files(folder, written | {"news": documents(snippets["nyt"])})
-        return counts | {"dropped-near-duplicates": len(train) - len(kept)}
+    snippets = {domain: read_domain(domain) for domain in DOMAINS}
+    files = {domain: rated(snippets[domain]) for domain in DOMAINS}
+    train, validation, test = split_by_group(files.pop("movies"), lambda s: s.group, (TEST_SHARE, TEST_SHARE), SEED)
+    kept = without_near_duplicates(train, [*validation, *test], lambda s: s.text)
+    files = {"movies-train": kept, "movies-validation": validation, "movies-test": test, **files}
+    written = {name: [as_row(snippet) for snippet in rows] for name, rows in files.items()}
+    counts = write_files(folder, written | {"news": documents(snippets["nyt"])})
+    return counts | {"dropped-near-duplicates": len(train) - len(kept)}
 
 
 def read_domain(domain: str) -> list[Snippet]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from finepoint.data.recipes.splits import split_by_group, without_near_duplicates, write_files
 from finepoint.models.packages import debian_file, fetch_debian
-from finepoint.runtime.files import claim_folder, write_text
+from finepoint.runtime.files import write_text
 
 PACKAGE = "wordnet-base=1:3.0-37"
 SHA256 = "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752"
@@ -41,18 +41,13 @@ class Synset:
         return self.gloss.split(";")[0].strip()
 
 
-def write_wordnet(output: str | Path, overwrite: bool = False) -> dict[str, int]:
-    """Writes wordnet-train, -validation and -test (.jsonl) and WordNet's notice (NOTICE.txt); rows by file.
-
-    Raises:
-        FinepointError: the package cannot be fetched, or the folder is not empty.
-    """
-    with claim_folder(output, overwrite) as folder:
-        package = fetch_debian(PACKAGE, SHA256)
-        items = questions(parse(debian_file(package, NOUNS).decode("latin-1")), SEED)
-        parts = split(items, SEED)
-        write_text(folder / "NOTICE.txt", debian_file(package, NOTICE).decode("utf-8"))
-        return write_files(folder, {f"wordnet-{part}": rows for part, rows in parts.items()})
+def write_wordnet(folder: Path) -> dict[str, int]:
+    """Writes wordnet-train, -validation and -test (.jsonl) and WordNet's notice (NOTICE.txt); rows by file."""
+    package = fetch_debian(PACKAGE, SHA256)
+    items = questions(parse(debian_file(package, NOUNS).decode("latin-1")), SEED)
+    parts = split(items, SEED)
+    write_text(folder / "NOTICE.txt", debian_file(package, NOTICE).decode("utf-8"))
+    return write_files(folder, {f"wordnet-{part}": rows for part, rows in parts.items()})
 
 
 def parse(text: str) -> list[Synset]:
