@@ -109,13 +109,14 @@ FILES = {
     "tuner.kernels.following": "tuner.kernels",
     "tuner.kernels.threads": "tuner.kernels.numba",
 }
-FILES |= {
+COMMANDS = {
     f"cli.{name}": f"cli.{file}"
     for file, names in {
         "runs": "demo train align select plan eval", "studies": "compare sequence report", "lists": "data rules schema",
         "adapters": "inspect verify merge scale extract export import import_",
     }.items() for name in names.split()
 }  # fmt: skip
+FILES |= COMMANDS | {"cli.watching": "cli.runs"}
 CONFIG = "config"  # the settings of all commands stood in one file
 SETTINGS = {
     "selection.settings": "DEFAULT_RULE SelectConfig",
@@ -150,7 +151,7 @@ class Alias(Loader):
         assert name is not None
         if spec.name.removeprefix("finepoint.") not in ROOMS:
             logger.warning("%s is called %s now", spec.name, name)
-        if spec.name.startswith("finepoint.cli."):
+        if spec.name.removeprefix("finepoint.") in COMMANDS:
             return Command(spec.name)
         module = import_module(name)
         self.own = module.__spec__

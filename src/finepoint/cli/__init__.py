@@ -23,6 +23,7 @@ FILES = {
         "select": "choose entries, train nothing",
         "plan": "predict the peak memory of choosing and training",
         "eval": "measure a model and adapters: ID, OOD, forgetting",
+        "watch": "follow a run from another terminal",
     },
     "talk": {
         "generate": "ask a model and adapters, print what they write",
@@ -32,9 +33,6 @@ FILES = {
         "compare": "run a study: methods x rates x seeds x tasks, resumable",
         "sequence": "train task after task, each on entries of its own",
         "report": "write the page of a study: figures, tables, data",
-    },
-    "watching": {
-        "watch": "follow a run from another terminal",
     },
     "adapters": {
         "inspect": "say what is in an adapter",

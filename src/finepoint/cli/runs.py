@@ -1,10 +1,11 @@
-"""Commands that train, choose and measure: demo, train, align, select, plan, eval."""
+"""Commands that train, choose and measure: demo, train, align, select, plan, eval, watch."""
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from finepoint.alignment.settings import AlignConfig
@@ -12,8 +13,17 @@ from finepoint.cli.output import print_json, print_table, signed
 from finepoint.errors import FinepointError
 from finepoint.evaluation.settings import DemoConfig, EvalConfig
 from finepoint.runtime import distributed
+from finepoint.runtime.settings import JSON, setting
 from finepoint.selection.settings import SelectConfig
 from finepoint.training.settings import PlanConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Follow a run from another terminal: step, loss, rate, tokens a second, time left; or say how it ended."""
+
+    folder: str = setting("its --output, also without its flag: `finepoint watch DIR`", positional=True)
+    json: bool = setting(JSON + "; as it stands now, without waiting", False)
 
 
 def run_demo(config: DemoConfig) -> None:
@@ -238,3 +248,24 @@ def print_scores(found: dict[str, Any]) -> None:
     for title, rows in confusions(found):
         print()
         print_table(*rows, title=title)
+
+
+def run_watch(config: WatchConfig) -> None:
+    from finepoint.runtime.progress import console, progress
+    from finepoint.training.watching import followed, standing, told
+
+    folder = Path(config.folder)
+    found = standing(folder)
+    if config.json:
+        print_json(found)
+        return
+    if found["state"] != "training" or not console.is_terminal or not found["steps"]:
+        for found in followed(folder):
+            print(told(found), flush=True)
+        return
+    with progress("training", found["steps"]) as bar:
+        bar.start(found["step"])
+        for found in followed(folder):
+            bar(found["step"] - bar.done)
+            bar.tell(told(found).partition(", ")[2])
+    print(told(found))
