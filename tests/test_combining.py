@@ -381,7 +381,7 @@ def refusals():
         "nothing": (lambda: merge([]), "nothing to merge"),
         "count": (lambda: merge([a, b], [1.0]), "1 weights for 2 adapters; give one for each"),
         "nan weight": (lambda: merge([a, b], [1.0, float("nan")]), "a weight is nan; expected a finite number"),
-        "how": (lambda: merge([a, b], how="tiez"), "no way to merge called 'tiez'; there are: sum, mean, ties"),
+        "how": (lambda: merge([a, b], how="tiez"), r"'tiez'; did you mean 'ties'\? there are: sum, mean, ties"),
         "option": (lambda: merge([a, b], how="ties", drop=1), "ties has no option 'drop'; it has: density, scale"),
         "no options": (lambda: merge([a, b], drop=1), "sum has no option 'drop'; it has: none"),
         "option value": (lambda: merge([a, b], how="ties", density="x"), "ties: density is 'x'; expected a number"),

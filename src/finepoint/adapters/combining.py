@@ -19,6 +19,7 @@ from finepoint.adapters.entries import checksum, gather, moved
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, form_of, unlike
 from finepoint.adapters.union import Aligned, aligned
 from finepoint.errors import FinepointError
+from finepoint.runtime.settings import named
 
 
 def merge(
@@ -38,7 +39,7 @@ def merge(
     Args:
         adapters: of one base model; none may hold whole weights (a new head, dense training).
         weights: a factor for each, 1 where not given; may be negative (task arithmetic, arXiv:2212.04089).
-        how: one of `METHODS`: sum, mean, ties, dare, breadcrumbs, consensus, first, last, error.
+        how: one of `METHODS`.
         model: the base model, which stays as it is. Every adapter is then checked against it and the result has one
             checksum; without it the result keeps the checksums of its parts, with their indices. It is needed where
             adapters hold exact values (half precision) whose deltas matter.
@@ -287,16 +288,15 @@ def _checked(adapters: Sequence[SparseAdapter], weights: Sequence[float] | None)
 
 def _method(how: str, options: Mapping[str, float]) -> tuple[Callable[..., Tensor], dict[str, float]]:
     """The method and all its options, those not given by their default."""
-    if how not in METHODS:
-        raise FinepointError(f"there is no way to merge called {how!r}; there are: {', '.join(METHODS)}")
-    parameters = list(inspect.signature(METHODS[how]).parameters.values())[2:]
+    found = named(METHODS, how, "there is no way to merge called", "there are")
+    parameters = list(inspect.signature(found).parameters.values())[2:]
     known = {parameter.name: parameter.default for parameter in parameters}
     for name, value in options.items():
         if name not in known:
             raise FinepointError(f"{how} has no option {name!r}; it has: {', '.join(known) or 'none'}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise FinepointError(f"{how}: {name} is {value!r}; expected a number")
-    return METHODS[how], known | dict(options)
+    return found, known | dict(options)
 
 
 def _check_base(adapters: Sequence[SparseAdapter], model: nn.Module) -> None:

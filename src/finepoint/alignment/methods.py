@@ -37,6 +37,7 @@ from finepoint.errors import FinepointError
 from finepoint.evaluation.generation import warn_of_long_references, written
 from finepoint.evaluation.scoring import choice_likelihoods, token_log_likelihoods
 from finepoint.huggingface.reference import Reference
+from finepoint.runtime.settings import did_you_mean
 from finepoint.training.trainer import SparseCheckpoints
 
 Reward = Callable[[str, str], float]
@@ -251,7 +252,8 @@ def reward_named(name: str) -> Reward:
         return REWARDS[name]
     module, _, function = name.partition(":")
     if not function:
-        raise FinepointError(f"unknown reward {name!r}; known rewards: {', '.join(REWARDS)}, or module:function")
+        listed = f"known rewards: {', '.join(REWARDS)}, or module:function"
+        raise FinepointError(f"unknown reward {name!r}{did_you_mean(name, REWARDS, listed)}")
     try:
         found: Reward = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -262,21 +262,23 @@ def _survey(folder: Path, sources: Sequence[Any], columns: Mapping[str, str], ne
     """Reads all examples once, and writes what must be known of them before any is in tokens."""
     names: set[str] = set()
     parts = []
-    digests = (array("q"), array("q"))
-    for source in sources:
-        logger.info("reading %s", source)
-        reading, first, count = Reading(str(source), FORMS, columns, need and len(sources) == 1), None, 0
-        for example in reading.examples(rows_of(source)):
-            first, count = first or example, count + 1
-            for kept, one in zip(digests, digests_of(example), strict=True):
-                kept.append(one)
-            if isinstance(example, Labelled):
-                names.add(example.label)
-        parts.append(Part(str(source), [first], count, reading.taken))
+
+    def digests() -> Iterator[tuple[int, int]]:
+        for source in sources:
+            logger.info("reading %s", source)
+            reading, first, count = Reading(str(source), FORMS, columns, need and len(sources) == 1), None, 0
+            for example in reading.examples(rows_of(source)):
+                first, count = first or example, count + 1
+                if isinstance(example, Labelled):
+                    names.add(example.label)
+                yield digests_of(example)
+            parts.append(Part(str(source), [first], count, reading.taken))
+
+    seen = Seen.of_digests(digests())
     refuse_unlike(parts, columns, need)
     with writing(folder):
-        for name, kept in zip(("exact", "normalised"), digests, strict=True):
-            np.save(folder / f"{name}.npy", np.unique(np.frombuffer(kept, np.int64)))
+        for name, kept in (("exact", seen.exact), ("normalised", seen.normalised)):
+            np.save(folder / f"{name}.npy", kept)
     told = [{"rows": part.rows, "keys": list(part.taken.keys) if part.taken else [],
              "ignored": list(part.taken.ignored) if part.taken else []} for part in parts]  # fmt: skip
     form = type(parts[0].examples[0]).__name__.lower()

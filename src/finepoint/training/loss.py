@@ -138,7 +138,7 @@ def drawn_loss(model: Any, batch: Mapping[str, Any], draw: Callable[[Tensor], Te
     wanted = targets != IGNORED
     states = states_of(model, head, batch)
 
-    def measure(logits: Tensor, instead_of: Tensor) -> Tensor:
+    def measure(logits: Tensor, _: Tensor) -> Tensor:
         return nll(logits, draw(logits.detach()))
 
     return summed_loss(head, states, wanted, targets[wanted], measure), int(wanted.sum())
