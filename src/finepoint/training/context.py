@@ -268,8 +268,8 @@ def apart(config: SelectConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
     if getattr(config, "disturb_at_most", None) is None:
         return rows, []
     if len(rows) < 2:
-        raise FinepointError("--disturb-at-most measures on protected texts that are kept out of training; give at least "
-                             "two with --protect")  # fmt: skip
+        raise FinepointError("--disturb-at-most measures on protected texts that are kept out of training; give at "
+                             "least two with --protect")  # fmt: skip
     measured = set(random.Random(config.seed).sample(range(len(rows)), max(1, len(rows) // APART)))
     return [row for at, row in enumerate(rows) if at not in measured], [rows[at] for at in sorted(measured)]
 
