@@ -33,7 +33,7 @@ from finepoint.evaluation.evaluate import evaluate_config
 from finepoint.evaluation.settings import EvalConfig
 from finepoint.huggingface.reference import Reference, as_it_is
 from finepoint.models.loading import load_model
-from finepoint.models.quantised import float_values, is_quantised, quantised_layers
+from finepoint.models.quantised import float_values, grid_at, is_quantised, quantised_layers
 from finepoint.selection.settings import SelectConfig
 from finepoint.studies.compare import compare
 from finepoint.studies.settings import CompareConfig
@@ -378,13 +378,14 @@ def test_alignment_over_a_quantised_base(folder, tmp_path, method, bits):
     config = AlignConfig(
         model=folder, quantise=bits, method=method, data=write_lines(tmp_path / "rows.jsonl", rows), steps=3, lr=3e-2,
         batch_size=8, density=0.1, rule="random", new_tokens=4, beta=0.1, output=str(tmp_path / "out"),
-        reward="test_quantised:letters",
+        reward="test_quantised:letters", on_grid=bits == "nf4",
     )  # fmt: skip
     record = align(config)
     assert record["changed"] > 0
     again = align(replace(config, indices=str(tmp_path / "out"), output=str(tmp_path / "again")))
     assert [row["loss"] for row in again["log"]] == [row["loss"] for row in record["log"]], "the same entries"
     assert SparseAdapter.load(tmp_path / "out").info["quantise"] == bits
+    assert SparseAdapter.load(tmp_path / "out").info.get("on_grid", False) == config.on_grid
 
 
 def test_the_reference_over_a_quantised_base_is_that_base(quantised):
@@ -572,3 +573,90 @@ def test_a_plain_model_is_untouched_by_all_this():
     assert not quantised_layers(model)
     assert not any(is_quantised(parameter) for parameter in model.parameters())
     assert not is_quantised(nn.Parameter(torch.ones(2)))
+
+
+# --- on the grid
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_grid_holds_what_the_layer_stands_for_with_every_other_code(quantised, dtype):
+    """The library's own dequantisation of codes that are written into its weight, against the grid's numbers."""
+    table = pytest.importorskip("bitsandbytes").functional.get_4bit_type
+    model = quantised.to(dtype)
+    for name, layer in list(quantised_layers(model).items())[:4]:
+        weight = copy.deepcopy(layer.weight)
+        at = torch.arange(0, weight.numel(), 3)
+        grid = grid_at(name, weight, at, float_values(weight).view(-1)[at])
+        parts = weight.parts["codes"] if hasattr(weight, "parts") else weight.qdata
+        for level in range(len(grid.levels)):
+            packed = parts.dtype == torch.uint8
+            order = table(weight.form.kind, device="cpu").sort(stable=True).indices if packed else None
+            code = int(order[level]) * 17 if packed else int(grid.levels[level])  # the same in both halves of a byte
+            parts.fill_(code)
+            found = float_values(weight).view(-1)[at]
+            assert torch.equal(grid.values(torch.full_like(grid.at, level)), found)
+        # And an entry goes to the nearest of them.
+        every = torch.stack([grid.values(torch.full_like(grid.at, level)) for level in range(len(grid.levels))]).float()
+        base = grid.values(grid.at).float()
+        step = (every[1:] - every[:-1]).abs().amax(0)
+        delta = torch.randn(len(at), generator=torch.Generator().manual_seed(0)) * step * 4
+        wanted = base + delta
+        missed = (every - wanted).abs()
+        found = grid.snapped(delta, weight.dtype)
+        assert torch.equal(grid.snapped(torch.zeros_like(delta), weight.dtype).float(), base)
+        if weight.dtype == torch.float32:  # else rounding decides between neighbours
+            assert bool(((found - wanted).abs() <= missed.amin(0) + 1e-5 * step).all())
+
+
+def test_training_on_the_grid_of_quantised_layers_is_the_dense_formula_straight_through(quantised):
+    batches, rate = random_batches(3), 0.5
+    indices = some_indices(quantised, 31)
+    plain, before = as_plain(quantised), codes(quantised)
+    layers = quantised_layers(quantised)
+    grids = {name: grid_at(name, layer.weight, indices[name], float_values(layer.weight).view(-1)[indices[name]])
+             for name, layer in layers.items()}  # fmt: skip
+    finepoint.sparsify(quantised, indices=indices, on_grid=True, audit=False)
+    tuner = finepoint.tuner_of(quantised)
+    optimizer = torch.optim.SGD(tuner.parameters(), rate)
+    masters = {name: torch.zeros(len(at)) for name, at in indices.items()}
+    weights = dict(plain.named_parameters())
+    for batch in batches:
+        assert torch.equal(quantised(**batch).logits, plain(**batch).logits)
+        quantised(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        plain.zero_grad()
+        plain(**batch).loss.backward()
+        for name, at in indices.items():
+            masters[name] -= rate * weights[name].grad.view(-1)[at]
+            with torch.no_grad():
+                weights[name].view(-1)[at] = grids[name].snapped(masters[name], torch.float32)
+    for name, delta in tuner.trained().items():
+        assert torch.allclose(delta, masters[name], rtol=1e-3, atol=1e-5)
+    adapter = tuner.adapter()
+    assert 0 < tuner.changed() < sum(map(len, indices.values()))
+    finepoint.unload(quantised, revert=True)
+    assert_same_bits(codes(quantised), before)
+    with adapter.applied(quantised):
+        for name, change in adapter.changes.items():
+            every = torch.stack([grids[name].values(torch.full_like(grids[name].at, at))
+                                 for at in range(len(grids[name].levels))])  # fmt: skip
+            assert bool((every == change.new_values(every[grids[name].at, torch.arange(every.shape[1])])).any(0).all())
+
+
+def test_the_commands_train_on_the_grid_of_quantised_layers(folder, checkpoint, data, tmp_path):
+    given = {"data": data, "steps": 2, "batch_size": 4, "density": 0.05, "rule": "random", "on_grid": True, "lr": 0.02,
+             "no_audit": True}  # fmt: skip
+    record = train(TrainConfig(**given, model=checkpoint("bnb-nf4"), output=str(tmp_path / "a")))
+    assert record["changed"] > 0
+    assert SparseAdapter.load(tmp_path / "a").info["on_grid"]
+    with pytest.raises(FinepointError, match=r"has no grid: .* or --quantise int8"):
+        train(TrainConfig(**given, model=folder, output=str(tmp_path / "c")))
+    plain = load_model(folder, quantise="int8")
+    with pytest.raises(FinepointError, match="embed_tokens.weight is float32, whose grid finepoint does not know"):
+        finepoint.sparsify(plain, "random", targets="all", on_grid=True, audit=False)
+    with pytest.raises(FinepointError, match=r"on_grid is 'x'; give the .gguf file"):
+        finepoint.sparsify(plain, "random", on_grid="x")
+    with pytest.raises(FinepointError, match="chosen once"):
+        finepoint.sparsify(plain, "random", on_grid=True, refreshable=True)
+    assert not hasattr(plain, "finepoint")

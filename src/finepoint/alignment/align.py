@@ -20,7 +20,7 @@ from finepoint.data.sources import name_of
 from finepoint.errors import FinepointError, needing
 from finepoint.evaluation.generation import sampling_plainly
 from finepoint.huggingface.reference import Reference
-from finepoint.models.loading import load_model, load_tokenizer
+from finepoint.models.loading import gguf_file, load_model, load_tokenizer
 from finepoint.runtime import distributed
 from finepoint.training.callbacks import LOG, Watch, read_log
 from finepoint.training.context import TrainingContext, entries_for, training_context
@@ -30,6 +30,7 @@ from finepoint.training.tracking import tracked
 from finepoint.training.trainer import shared_arguments
 from finepoint.tuner.audit import outcome
 from finepoint.tuner.interface import Method
+from finepoint.tuner.on_grid import snap_to_base_
 from finepoint.tuner.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         warn_of_leaks(leaked)
         make = partial(_method, spec)
         facts: dict[str, Any] = {"method": config.method, "beta": beta_of(config)}
+        facts |= {"on_grid": True} if config.on_grid else {}
         with begun(spec, context, folder, saved, make, rows, config.steps or 0, **facts) as run:
             reference = Reference(context.model, run.method.tuner.as_it_is())
             before = alignment.measure(context.model, context.tokenizer, held_out)
@@ -123,6 +125,8 @@ def _method(
         return baseline_method(spec, context, head)
     indices, chosen = entries_for(spec.config, context, resumed)
     tuner = SparseTuner(context.model, indices, audit=False, base=base)
+    if spec.config.on_grid:
+        snap_to_base_(tuner, gguf_file(spec.config.model))
     audit_(spec.config, context, tuner, lambda batch: outcome(context.model(**batch)))
     if not spec.config.no_audit:
         tuner.check_steps()  # TRL's loss does things with the model that the audit has not seen

@@ -20,7 +20,7 @@ from finepoint.data.sources import is_place, name_of
 from finepoint.errors import FinepointError
 from finepoint.huggingface.scoring_data import scoring_batches
 from finepoint.huggingface.session import ATTACHED, SESSION, Results, Session, adapter_of, attach, session_of
-from finepoint.models.loading import from_bitsandbytes_, head_of
+from finepoint.models.loading import from_bitsandbytes_, gguf_file, head_of
 from finepoint.models.weights import in_memory
 from finepoint.selection.passes import Batch, label_count, on_device, split
 from finepoint.selection.rates import usual_rate
@@ -33,6 +33,7 @@ from finepoint.selection.targets import Targets, target_weights
 from finepoint.training.context import TOKENS_READ
 from finepoint.training.keep import PROTECTIONS, fisher_at
 from finepoint.tuner.audit import outcome
+from finepoint.tuner.on_grid import snap_to_base_
 from finepoint.tuner.tuner import CONTAINER, SparseTuner
 from finepoint.version import __version__
 
@@ -69,6 +70,7 @@ def sparsify(
     audit: bool = True,
     protect: Any = None,
     protect_strength: float = PROTECTIONS["anchor"].strength,
+    on_grid: str | bool = False,
 ) -> Model:
     """Chooses entries of a model and makes them, and them alone, trainable: by any trainer, in place.
 
@@ -92,6 +94,8 @@ def sparsify(
         audit: try that every chosen entry gets the gradient of its own loss, on `data`, or the first input there is.
         protect: up to 16 texts to predict as before, in any form of `data`: before each step of any optimizer, what
             matters to them is pulled back to the base (EWC, arXiv:1612.00796), by `protect_strength`; for `gain`, too.
+        on_grid: the entries take the values that their base's codes can stand for, and no others: the `.gguf` file that
+            the model was loaded from, or True where its layers are quantised. They are chosen once.
         max_length: longest scoring example in tokens; the model's context where not given.
         count, scope, targets, exclude, rule_options, structure, pooling, within, scoring_memory, seed: see `select`.
 
@@ -101,7 +105,10 @@ def sparsify(
         FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
     """
     batches: list[Batch] = []
+    if on_grid and refreshable:
+        raise FinepointError("entries on a grid are chosen once; leave out refreshable, or on_grid")
     whole, info = _whole(model, whole, indices), _origin(model, data)
+    file = _grid_file(on_grid)
     from_bitsandbytes_(model)
     entire = {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
     refuse_excluded(indices or {}, exclude, model)
@@ -119,8 +126,11 @@ def sparsify(
     tuner = SparseTuner(
         model, chosen, target_weights(model, targets) if refreshable else (), audit=audit and not batches
     )
+    if on_grid:
+        snap_to_base_(tuner, file)
+        info |= {"on_grid": True}
     _audit_(tuner, batches[:1] if audit else [])
-    _want_(tuner, indices, structure)
+    _want_(tuner, indices, structure, bool(on_grid))
     attach(model, Session(tuner, info | _hold_(tuner, kept, seed, protect_strength), whole, _seen(data)))
     return model
 
@@ -137,10 +147,24 @@ def _selected(
     return found, batches
 
 
-def _want_(tuner: SparseTuner, chosen: Any, structure: str) -> None:
+def _grid_file(on_grid: str | bool) -> Path | None:
+    """The GGUF file whose grid is meant; None for the model's own layers.
+
+    Raises:
+        FinepointError: it is none.
+    """
+    if isinstance(on_grid, bool):
+        return None
+    if file := gguf_file(str(on_grid)):
+        return file
+    raise FinepointError(f"on_grid is {on_grid!r}; give the .gguf file that the model was loaded from, or True where "
+                         "its layers are quantised")  # fmt: skip
+
+
+def _want_(tuner: SparseTuner, chosen: Any, structure: str, on_grid: bool = False) -> None:
     """Has a rate told that is far too small for what a rule has chosen."""
     if isinstance(chosen, Selection):
-        usual = usual_rate(rule_named(chosen.rule), chosen.statistics["density"], structure)
+        usual = usual_rate(rule_named(chosen.rule), chosen.statistics["density"], structure, on_grid)
         tuner.want_(usual, f"those of rule {chosen.rule}")
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from finepoint.errors import FinepointError, needing
+from finepoint.models.grids import LevelGrid
 
 aten = torch.ops.aten
 KEPT = {aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default}
@@ -59,14 +60,36 @@ class Packed(Tensor):
             rows = self.parts["codes"].float() * self.parts["scales"].view(-1, 1)
             return (rows * (1 / 127)).to(self.dtype)
         # By ourselves: bitsandbytes 0.50 reads rows that are no multiple of a block wrongly on CPUs with AVX-512.
-        kind, dtype, block, group = self.form
-        scales = self.parts["scales"]
-        if group:
-            inner = _by_block(self.parts["nested_scales"], group, len(scales))
-            scales = self.parts["nested_code"][scales.int()] * inner + self.parts["offset"]
-        pairs = _pairs(kind, scales.device)
+        pairs = _pairs(self.form.kind, self.device)
         values = nn.functional.embedding(self.parts["codes"].view(-1).int(), pairs).view(-1)[: self.numel()]
-        return (values * _by_block(scales, block, len(values))).view(self.shape).to(dtype).to(self.dtype)
+        scales = _by_block(self.scales_of_blocks(), self.form.block, len(values))
+        return (values * scales).view(self.shape).to(self.form.dtype).to(self.dtype)
+
+    def scales_of_blocks(self) -> Tensor:
+        """Of four bits: (blocks,) float32, worked out where they are quantised themselves."""
+        scales = self.parts["scales"]
+        if not (group := self.form.group):
+            return scales
+        inner = _by_block(self.parts["nested_scales"], group, len(scales))
+        return self.parts["nested_code"][scales.int()] * inner + self.parts["offset"]
+
+    def grid(self, indices: Tensor) -> LevelGrid:
+        """Where entries can be. indices: flat, (k,) int64."""
+        if self.form.kind == "int8":
+            codes, scales = self.parts["codes"].view(-1)[indices].long(), self.parts["scales"].view(-1)
+            levels = torch.arange(-127.0, 128.0, device=self.device)
+            return LevelGrid(codes + 127, scales[indices // self.shape[1]], None, levels, self._of_eight_bits, 1 / 127)
+        byte = self.parts["codes"].view(-1)[indices // 2].long()
+        codes = torch.where(indices % 2 == 0, byte >> 4, byte & 15)
+        levels, order = _pairs(self.form.kind, self.device)[:16, 1].sort(stable=True)
+        scales = self.scales_of_blocks()[indices // self.form.block]
+        return LevelGrid(order.argsort()[codes], scales, None, levels, self._of_four_bits)
+
+    def _of_eight_bits(self, levels: Tensor, scales: Tensor) -> Tensor:
+        return (levels * scales * (1 / 127)).to(self.dtype)
+
+    def _of_four_bits(self, levels: Tensor, scales: Tensor) -> Tensor:
+        return (levels * scales).to(self.form.dtype).to(self.dtype)
 
     def __getattr__(self, name: str) -> Tensor:
         try:

@@ -1,4 +1,6 @@
-"""The grids of GGUF's number formats: every entry of a block is a code times the block's step, plus its minimum.
+"""Where entries of quantised weights can be: GGUF's number formats, and a layer's weight in torchao's or bitsandbytes'.
+
+In GGUF's every entry of a block is a code times the block's step, plus its minimum.
 
 A code lies in one or two bit fields of its block, so that it can be read and changed without any other. Layouts as
 llama.cpp's `block_q4_0` to `block_q6_K` have them; float formats have no grid, and their bits are their codes.
@@ -6,6 +8,7 @@ llama.cpp's `block_q4_0` to `block_q6_K` have them; float formats have no grid, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -141,6 +144,13 @@ def changed_bytes(form: Form, start: int, positions: Numbers, bits: Numbers) -> 
     return np.concatenate(addresses), np.concatenate(masks)
 
 
+class Grid(Protocol):
+    """Where k entries of a weight can be."""
+
+    def snapped(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a loaded model holds when its entries are moved by deltas and rounded to the grid: (k,), `dtype`."""
+
+
 @dataclass(frozen=True)
 class EntryGrid:
     """Where chosen entries of a weight can be: on their own block's steps. All (k,)."""
@@ -192,3 +202,37 @@ class EntryGrid:
     def snapped(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
         """What a loaded model holds when its entries are moved by deltas and rounded to the grid: (k,), `dtype`."""
         return self.rounded(self.moved(delta)).to(dtype)
+
+
+@dataclass(frozen=True)
+class LevelGrid:
+    """Where chosen entries of a weight in torchao's or bitsandbytes' few bits can be: a level times a scale. All (k,)
+    but the levels."""
+
+    at: Tensor
+    """which level the base's entries are at, int64"""
+    scale: Tensor
+    """as the library keeps it, or works it out"""
+    zero: Tensor | None
+    """what is taken off a level first, if anything is, int64"""
+    levels: Tensor
+    """(m,) float32, ascending"""
+    value: Callable[[Tensor, Tensor], Tensor]
+    """from levels less zero, float32, and scales to values, rounded in the library's own order"""
+    unit: float = 1.0
+    """how many scales a level of 1 is"""
+
+    def values(self, at: Tensor) -> Tensor:
+        """What levels stand for: (k,)."""
+        levels = self.levels[at]
+        return self.value(levels if self.zero is None else levels - self.zero, self.scale)
+
+    def moved(self, delta: Tensor) -> Tensor:
+        """The levels nearest to where the deltas lead: (k,) int64; where the scale is 0, there is nowhere to go."""
+        steps = torch.where(self.scale == 0, 0.0, delta.float() / (self.scale.float() * self.unit))
+        between = (self.levels[1:] + self.levels[:-1]) / 2
+        return torch.where(steps == 0, self.at, torch.bucketize(self.levels[self.at] + steps, between))
+
+    def snapped(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the dequantised weight holds when its entries are moved by deltas and rounded to the grid: (k,)."""
+        return self.values(self.moved(delta)).to(dtype)

@@ -397,6 +397,14 @@ def _tell_what_quantised(name: str, place: str) -> None:
         raise _other_method(name, config)
 
 
+def is_quantised_checkpoint(name: str) -> bool:
+    """Whether the configuration of a model says that its weights are quantised; False where there is none."""
+    try:
+        return hasattr(load_config(name), "quantization_config")
+    except FinepointError:
+        return False
+
+
 def _method(config: Any) -> str | None:
     """What a checkpoint was quantised by, in transformers' words."""
     said = getattr(config, "quantization_config", None)

@@ -9,6 +9,7 @@ float values exist for one layer at a time, forward and backward.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finepoint.errors import FinepointError, needing
-from finepoint.models.bitsandbytes import nf4
+from finepoint.models.bitsandbytes import Packed, nf4
+from finepoint.models.grids import LevelGrid
 from finepoint.runtime.settings import Quantise
 
 GROUP = 32  # entries of a row that share a scale, in int4
@@ -32,6 +34,46 @@ def is_quantised(weight: Tensor) -> bool:
 def float_values(weight: Tensor) -> Tensor:
     """The weight's values as an ordinary tensor: itself, or a new one where it is quantised; no autograd."""
     return weight.detach().dequantize() if is_quantised(weight) else weight.detach()
+
+
+def grid_at(name: str, weight: Tensor, indices: Tensor, base: Tensor) -> LevelGrid:
+    """Where chosen entries of a quantised weight can be, its scales staying as they are.
+
+    Args:
+        indices: flat positions, (k,).
+        base: the dequantised weight's values there, (k,).
+
+    Raises:
+        FinepointError: the weight holds floats, or is in a form whose grid is not known here.
+    """
+    indices = indices.long()
+    if isinstance(weight, Packed):
+        grid = weight.grid(indices)
+    elif is_quantised(weight) and all(hasattr(weight, part) for part in ("qdata", "scale", "zero_point", "block_size")):
+        grid = _grid_of_torchao(weight, indices)
+    else:
+        form = type(weight).__name__ if is_quantised(weight) else str(weight.dtype).removeprefix("torch.")
+        raise FinepointError(f"{name} is {form}, whose grid finepoint does not know; leave it out of the targets")
+    if not torch.equal(grid.values(grid.at).to(base.dtype), base):
+        raise FinepointError(f"{name} is a {type(weight).__name__} whose values are not its codes times its scales; "
+                             "leave out --on-grid")  # fmt: skip
+    return grid
+
+
+def _grid_of_torchao(weight: Any, indices: Tensor) -> LevelGrid:
+    """Int8Tensor's and IntxUnpackedToInt8Tensor's: integers less their zero point, times the scale of their block."""
+    columns, (down, across) = weight.shape[1], map(int, weight.block_size)
+    block = indices // columns // down * -(-columns // across) + indices % columns // across
+    bits = 4 if str(getattr(weight, "target_dtype", "")) == "torch.int4" else 8
+    lowest = -(1 << bits - 1)
+    zero = None if weight.zero_point is None else weight.zero_point.reshape(-1)[block].long()
+    levels = torch.arange(lowest, -lowest, device=weight.device, dtype=torch.float32)
+    at = weight.qdata.reshape(-1)[indices].long() - lowest
+    return LevelGrid(at, weight.scale.reshape(-1)[block], zero, levels, partial(_by_torchao, weight.dtype))
+
+
+def _by_torchao(dtype: torch.dtype, levels: Tensor, scale: Tensor) -> Tensor:
+    return (levels.to(dtype) * scale).to(dtype)
 
 
 def quantise_(model: nn.Module, bits: Quantise, layers: Sequence[str]) -> None:

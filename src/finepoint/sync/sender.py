@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finepoint.adapters.entries import moved, scatter_
+from finepoint.adapters.entries import scatter_
 from finepoint.adapters.fingerprint import Fingerprint, contents_of, fingerprint_of, form_of
 from finepoint.errors import FinepointError
 from finepoint.models.quantised import float_values
@@ -189,7 +189,7 @@ class Sender:
     # Values and places.
 
     def _values(self, entries: SparseWeight, known: Moved) -> bytes:
-        values = moved(known.base, known.delta)
+        values = entries.meant(known)
         if self._dtype is not None and self._dtype != values.dtype:
             sent = values.to(self._dtype)
             if not bool((sent.isfinite() | ~values.isfinite()).all()):

@@ -10,7 +10,7 @@ import torch
 from finepoint.adapters.format import CONFIG
 from finepoint.baselines.registry import Baseline, baseline_named, options_of
 from finepoint.errors import FinepointError
-from finepoint.models.loading import is_gguf
+from finepoint.models.loading import is_gguf, is_quantised_checkpoint
 from finepoint.runtime import distributed
 from finepoint.runtime.files import read_json
 from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
@@ -64,8 +64,6 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
     elif config.dropped != "revert":
         raise FinepointError("dropped says what becomes of entries that are trained no more; give --refresh with it")
     loss_named(config.loss)
-    if config.on_grid:
-        _check_on_grid(config)
     if bool(spec.baseline and spec.baseline.fisher) != (config.fisher_data is not None):
         raise FinepointError("baseline ewc, and it alone, takes examples of what is not to be forgotten; "
                              "give --baseline ewc --fisher-data FILE.jsonl")  # fmt: skip
@@ -77,16 +75,18 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
     return spec
 
 
-def _check_on_grid(config: TrainConfig) -> None:
+def _check_on_grid(config: Training) -> None:
     """Refuses bases without a grid, and what would leave it."""
-    if not is_gguf(config.model):
-        raise FinepointError(f"{config.model} has no grid: --on-grid trains on the codes of a GGUF file; give --model "
-                             "FILE.gguf, smollm2 or gemma3-270m, or leave it out")  # fmt: skip
-    others = {"baseline": config.baseline, "quantise": config.quantise, "refresh": config.refresh,
-              "round_to": config.round_to, "store": config.store == "delta"}  # fmt: skip
+    others = {"baseline": config.baseline, "quantise": is_gguf(config.model) and config.quantise,
+              **{name: getattr(config, name, None) for name in ("refresh", "round_to")},
+              "store": config.store == "delta"}  # fmt: skip
     if given := next((name for name, value in others.items() if value), None):
-        raise FinepointError(f"--on-grid trains chosen entries on the codes of the base's file, which goes without "
+        raise FinepointError(f"--on-grid trains chosen entries on the codes of the base, which goes without "
                              f"--{given.replace('_', '-')}; leave out one of them")  # fmt: skip
+    if not (config.quantise or is_gguf(config.model) or is_quantised_checkpoint(config.model)):
+        raise FinepointError(f"{config.model} has no grid: --on-grid trains on the codes of a quantised base; give "
+                             "--model FILE.gguf, smollm2, gemma3-270m or a quantised checkpoint, or --quantise int8, "
+                             "int4 or nf4")  # fmt: skip
 
 
 def _check_budget(config: TrainConfig) -> None:
@@ -116,6 +116,8 @@ def resolve_common(config: Told) -> RunSpec[Told]:
         raise FinepointError(f"lr is {config.lr}; give a rate above 0")
     check_structure(config.structure)
     share_within(config.within, config.structure, config.density)
+    if config.on_grid:
+        _check_on_grid(config)
     if config.baseline_options and not config.baseline:
         raise FinepointError("baseline_options are given without a baseline; give --baseline, or --rule-options")
     if config.baseline:
@@ -143,7 +145,7 @@ def rate_of(config: Training) -> float:
     if config.RATES:
         return config.RATES[0 if rule.needs_data else 1]
     known = density if isinstance(density, float | int) else None
-    return usual_rate(rule, known, config.structure, getattr(config, "on_grid", False))
+    return usual_rate(rule, known, config.structure, config.on_grid)
 
 
 def _check_refresh(config: TrainConfig) -> None:

@@ -25,7 +25,6 @@ from finepoint.data.examples import read_examples, some
 from finepoint.data.leaks import TRAINED_ON, leaks, warn_of_leaks
 from finepoint.data.store import learnable, lengths
 from finepoint.errors import FinepointError
-from finepoint.models.gguf import entry_grids, open_gguf
 from finepoint.models.loading import gguf_file, new_head
 from finepoint.runtime import distributed, interruption
 from finepoint.runtime.devices import peak_bytes, reset_peak
@@ -69,6 +68,7 @@ from finepoint.training.trainer import CHECKPOINTING, SparseCheckpoints, SparseT
 from finepoint.tuner.finite import NotFiniteError, TrainingFailedError
 from finepoint.tuner.interface import Method
 from finepoint.tuner.kernels import choice
+from finepoint.tuner.on_grid import snap_to_base_
 from finepoint.tuner.optimizers import MovingAverage, PerEntryAdamW
 from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
@@ -485,7 +485,7 @@ def _method(
         indices = dict(indices) | {name: torch.arange(context.model.get_parameter(name).numel()) for name in head}
         tuner = SparseTuner(context.model, indices, ready, audit=False, base=base)
         if config.on_grid:
-            _snap_(tuner, config.model)
+            snap_to_base_(tuner, gguf_file(config.model))
         audit_(config, context, tuner, partial(completion_loss, context.model))
         method = Method(tuner)
         if config.refresh:
@@ -497,22 +497,6 @@ def _method(
     if config.round_to:
         method = replace(method, after_step=partial(method.tuner.round_, getattr(torch, config.round_to)))
     return method, chosen
-
-
-def _snap_(tuner: SparseTuner, name: str) -> None:
-    """Has the entries trained on the grid of the file that the base is from.
-
-    Raises:
-        FinepointError: they have none there; the tuner is closed.
-    """
-    path = gguf_file(name)
-    assert path is not None
-    try:
-        entries = {name: (entries.indices, entries.base) for name, entries in tuner.entries.items()}
-        tuner.snap_(entry_grids(open_gguf(path), tuner.model, entries))
-    except FinepointError:
-        tuner.close()
-        raise
 
 
 def held(spec: RunSpec[Any], context: TrainingContext, method: Method, head: list[str]) -> Method:

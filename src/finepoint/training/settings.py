@@ -68,6 +68,9 @@ class Training(Keeping):
     weight_decay: float = setting(
         "pulls the deltas to zero, i.e. towards the base model; a baseline's weights or factors to zero",
         0.0, "bits", "training", least=0)
+    on_grid: bool = setting(
+        "train on the codes of a quantised base, so that the file, patched, is the model that was measured",
+        False, "bits", "training")
     clip: float = setting(
         "largest norm of the gradient of all that is trained; 0 for none", 1.0, "bits", "training", least=0)
     gradient_checkpointing: bool = setting(
@@ -127,9 +130,6 @@ class TrainConfig(Training):
     loss: str = setting(
         "what is minimised: nll, or one that weighs tokens by what the model says of them: dft, eaft",
         "nll", "bits", "training", registry="training/loss.py token_loss")
-    on_grid: bool = setting(
-        "train on the codes of a quantised .gguf base, so that the file, patched, is the model that was measured",
-        False, "bits", "training")
     packing: bool = setting(
         "several examples in a row, each as if it were alone: the same batches with less padding",
         False, "bits", "training")

@@ -17,7 +17,7 @@ from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum, gather, moved, scatter_
 from finepoint.adapters.fingerprint import Moved as BaseMoved
 from finepoint.errors import FinepointError
-from finepoint.models.grids import EntryGrid
+from finepoint.models.grids import Grid
 from finepoint.runtime import distributed
 from finepoint.tuner.kernels import follow_
 from finepoint.tuner.kernels.groups import Groups, whole_groups
@@ -74,7 +74,7 @@ class SparseWeight(nn.Module):
     """how strongly each delta is pulled back to 0 before a step, (k,), its dtype; see `SparseTuner.hold_`"""
     shown: Tensor | None = None
     """what the entries hold instead of base + delta, (k,), for as long as they do"""
-    grid: EntryGrid | None = None
+    grid: Grid | None = None
     """where the entries can be, if not anywhere: the weight then holds what is nearest to base + delta"""
 
     def __init__(self, name: str, model: nn.Module, weight: nn.Parameter, indices: Tensor) -> None:
@@ -372,6 +372,12 @@ class SparseWeight(nn.Module):
         """What these entries hold, in the weight's dtype: (k,)."""
         return gather(self.weight, entries.indices)
 
+    def meant(self, entries: Moved) -> Tensor:
+        """What these entries hold by their deltas, whatever the weight holds just now: (k,)."""
+        if self.grid is None:
+            return moved(entries.base, entries.delta)
+        return self.grid.snapped(entries.delta, entries.base.dtype)  # chosen once: these are the ones in training
+
     def changed(self) -> int:
         """Entries whose stored value differs from the base's."""
         known = self.known()
@@ -423,10 +429,12 @@ class QuantisedSparseWeight(SparseWeight):
 
     def alter_(self, weight: Tensor) -> None:
         """weight[indices] = base + delta in the dequantised weight, which is a copy; or what it is to show instead."""
-        if self.shown is None:
-            follow_(weight, self.indices, self.base, distributed.whole(self.delta))
-        else:
+        if self.shown is not None:
             scatter_(weight, self.indices, self.shown)
+        elif self.grid is not None:
+            scatter_(weight, self.indices, self.grid.snapped(self.delta.detach(), weight.dtype))
+        else:
+            follow_(weight, self.indices, self.base, distributed.whole(self.delta))
 
     def show_(self, earlier: Moved, values: Tensor) -> None:
         self.shown = values  # its entries are chosen once
@@ -435,7 +443,7 @@ class QuantisedSparseWeight(SparseWeight):
         self.shown = None
 
     def held(self, entries: Moved) -> Tensor:
-        return moved(entries.base, entries.delta)
+        return self.meant(entries)
 
     def moved(self) -> list[BaseMoved]:
         return []

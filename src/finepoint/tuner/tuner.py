@@ -36,7 +36,7 @@ from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, contents_of
 from finepoint.data.small_input import made_up
 from finepoint.errors import FinepointError
 from finepoint.models.bitsandbytes import check_weight
-from finepoint.models.grids import EntryGrid
+from finepoint.models.grids import Grid
 from finepoint.models.quantised import is_quantised, replace_forwards
 from finepoint.models.weights import in_memory, is_outline
 from finepoint.runtime import distributed
@@ -210,12 +210,12 @@ class SparseTuner(Tuner):
             entries = self.entries[name]
             entries.pull = (strength * found).to(entries.delta)
 
-    def snap_(self, grids: Mapping[str, EntryGrid]) -> None:
+    def snap_(self, grids: Mapping[str, Grid]) -> None:
         """From now on the weights hold what is nearest to base + delta on these grids. The gradient of an entry is
         that of its delta, as if nothing were rounded (straight through): steps too small to reach the next code add up.
 
         Args:
-            grids: by weight name, of the chosen entries, (k,); see `models.gguf.entry_grids`.
+            grids: by weight name, of the chosen entries, (k,); see `on_grid`.
         """
         for name, entries in self.entries.items():
             entries.grid = grids[name]
