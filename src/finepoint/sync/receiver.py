@@ -114,11 +114,14 @@ class Receiver:
         """
         with self._came:
             waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return None
+        contents = contents_of(self.model)
         taken: tuple[Message, list[Tensor]] | None = None
         refused: FinepointError | None = None
         for message in waiting:
             try:
-                values = self._values_of(message)
+                values = self._values_of(message, contents)
             except FinepointError as error:
                 self._answer(message, "refused", str(error))
                 refused = error
@@ -126,7 +129,7 @@ class Receiver:
             if values is not None:
                 taken, refused = (message, values), None
         if taken is not None:
-            self._apply(*taken)
+            self._apply(*taken, contents)
         if refused is not None:
             raise refused
         return taken and self.version
@@ -160,11 +163,11 @@ class Receiver:
             kept = ", ".join(map(str, sorted({0, *there})))
             raise FinepointError(f"version {version} is not kept; there are {kept} (Receiver(.., keep=N) keeps more)")
         if version:
-            self._write(there[version])
+            self._write(there[version], contents_of(self.model))
             while self._earlier and self._earlier[-1].version >= version:
                 self._earlier.pop()
         else:
-            self._write(None)
+            self._write(None, contents_of(self.model))
             self._earlier.clear()
         self._tell({"kind": "answer", "session": self._session, "version": self._seen, "outcome": "rolled back",
                     "held": self.version})  # fmt: skip
@@ -238,7 +241,7 @@ class Receiver:
 
     # What is written.
 
-    def _values_of(self, message: Message) -> list[Tensor] | None:
+    def _values_of(self, message: Message, contents: Mapping[str, Tensor]) -> list[Tensor] | None:
         """The values that a message has for the places that are known from now on; None if it is not newer, or came
         before its places, which the sender is asked for.
 
@@ -251,28 +254,27 @@ class Receiver:
             return None
         if message.full:
             places, payload = places_of(message)
-            self._check(message, places)
+            self._check(message, places, contents)
         elif self._places is None or another or self._places.digest != message.head.get("places"):
             self._greet()
             return None
         else:
             places, payload = self._places, memoryview(message.payload)
-        values = self._cast(places, places.split(payload))
+        values = self._cast(places, places.split(payload), contents)
         if another:
             self._past.add(self._session)
             self._session, self._earlier = message.session, deque(maxlen=self._earlier.maxlen)
         self._places, self._seen = places, message.version
         return values
 
-    def _check(self, message: Message, places: Places) -> None:
+    def _check(self, message: Message, places: Places, weights: Mapping[str, Tensor]) -> None:
         """Refuses places that are none of this model's, and another base.
 
         Raises:
             FinepointError: they are; the weight is named.
         """
-        weights = dict(self.model.named_parameters(remove_duplicate=False))
         for place in places.each:
-            if place.name not in weights:
+            if not isinstance(weights.get(place.name), nn.Parameter):
                 raise FinepointError(f"values came for {place.name}, which the model has not")
             if tuple(weights[place.name].shape) != place.shape:
                 raise FinepointError(f"{place.name}: shape {tuple(weights[place.name].shape)} in the model, "
@@ -289,13 +291,12 @@ class Receiver:
                                  "weights in all; load that base, or name this one's dtype where it is the same base "
                                  "rounded: Sender(.., dtype=torch.bfloat16)")  # fmt: skip
 
-    def _cast(self, places: Places, values: list[Tensor]) -> list[Tensor]:
+    def _cast(self, places: Places, values: list[Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
         """Values in the dtypes and on the devices of this model's weights.
 
         Raises:
             FinepointError: one is too large a number for its weight's dtype.
         """
-        weights = dict(self.model.named_parameters(remove_duplicate=False))
         found = [sent.to(weights[place.name].device, weights[place.name].dtype)
                  for place, sent in zip(places.each, values, strict=True)]  # fmt: skip
         for place, sent, cast in zip(places.each, values, found, strict=True):
@@ -311,12 +312,12 @@ class Receiver:
                                "the same" if exact else "rounded, so that the two models differ")  # fmt: skip
         return found
 
-    def _apply(self, message: Message, values: list[Tensor]) -> None:
+    def _apply(self, message: Message, values: list[Tensor], contents: Mapping[str, Tensor]) -> None:
         assert self._places is not None
         before = self._now
         base = before.base if before is not None and before.places is self._places else []
         try:
-            self._write(Held(message.session, message.version, self._places, base, values))
+            self._write(Held(message.session, message.version, self._places, base, values), contents)
         except FinepointError as error:
             self._answer(message, "refused", str(error))
             raise
@@ -324,35 +325,34 @@ class Receiver:
             self._earlier.append(before)
         self._answer(message, "applied")
 
-    def _write(self, then: Held | None) -> None:
+    def _write(self, then: Held | None, contents: Mapping[str, Tensor]) -> None:
         """Has the model hold a version, or the base, instead of what it holds: all of it, or nothing of it.
 
         Raises:
             FinepointError: the weights were replaced by somebody else.
         """
-        weights = dict(self.model.named_parameters(remove_duplicate=False))
-        self._refuse_other_weights(weights)
+        self._refuse_other_weights(contents)
         now, done = self._now, list[Write]()
         stays = now is not None and then is not None and now.places is then.places
 
         def write(held: Held, values: list[Tensor], before: list[Tensor]) -> None:
             for place, value, old in zip(held.places.each, values, before, strict=True):
-                done.append((weights[place.name], place.indices, value, old))
-                scatter_(weights[place.name], place.indices, value)
+                done.append((contents[place.name], place.indices, value, old))
+                scatter_(contents[place.name], place.indices, value)
 
         try:
             if now is not None and not stays:
                 write(now, now.base, now.values)
             if then is not None:
                 if not then.base:  # the model holds the base everywhere now
-                    then.base.extend(gather(weights[place.name], place.indices) for place in then.places.each)
+                    then.base.extend(gather(contents[place.name], place.indices) for place in then.places.each)
                 write(then, then.values, now.values if stays and now is not None else then.base)
         except BaseException:
             for weight, indices, _, old in reversed(done):
                 scatter_(weight, indices, old)
             raise
         finally:
-            self._stamps = stamps(contents_of(self.model))
+            self._stamps = stamps(contents)
         self._now = then
 
     def _refuse_other_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -366,7 +366,7 @@ class Receiver:
             for place, values in zip(self._now.places.each, self._now.values, strict=True):
                 if place.name not in weights or not same_bits(gather(weights[place.name], place.indices), values):
                     raise FinepointError(f"{place.name} {told}")
-        if stamps(contents_of(self.model)) != self._stamps:
+        if stamps(weights) != self._stamps:
             for name, _ in unlike(self.base, self._beneath(self.base.one_in)):
                 raise FinepointError(f"{name} {told}")
 
