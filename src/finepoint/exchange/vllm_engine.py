@@ -6,24 +6,31 @@ vLLM finds `register` by the entry point `vllm.general_plugins`. Then
 
 serves the base with the adapter; no merged copy is written. The values lie in the stream of weights in the files' own
 coordinates, so that whatever vLLM does with them afterwards (fused layers, packing, sharding) needs no other code.
+
+With `"in_place": true` beside it vLLM's weights stay as they were read, unpacked, and are written to where they lie: an
+adapter is exchanged in milliseconds, and a `finepoint.sync.Receiver` can follow a training.
 """
 
-from collections.abc import Iterator
-from copy import copy
+from collections.abc import Iterator, Mapping
+from copy import copy, deepcopy
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import scatter_
+from finepoint.adapters.fingerprint import contents_of, fingerprint, unlike
+from finepoint.adapters.format import TENSORS
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint, open_checkpoint
 from finepoint.exchange.overlay import Patch, lay_over
 
 FORMAT = "finepoint"
-ADAPTER = "adapter"  # its key in vLLM's extra configuration of the loader
+ADAPTER, IN_PLACE = "adapter", "in_place"  # keys in vLLM's extra configuration of the loader
+VIEWS = "_finepoint_views"  # where a model of vLLM's keeps itself as transformers has it
 opened = lru_cache(maxsize=4)(open_checkpoint)  # a base is read through and compared once in a process
 
 
@@ -31,6 +38,7 @@ def register() -> None:
     """Makes `--load-format finepoint` known to vLLM, in every process of its; may be called again."""
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.v1.worker.worker_base import WorkerBase
 
     if FORMAT in _LOAD_FORMAT_TO_MODEL_LOADER:
         return
@@ -41,22 +49,43 @@ def register() -> None:
 
         def __init__(self, load_config: Any) -> None:
             given, plain = dict(load_config.model_loader_extra_config or {}), copy(load_config)
-            self._adapter = given.pop(ADAPTER, None)
+            self._adapter, self._in_place = given.pop(ADAPTER, None), bool(given.pop(IN_PLACE, False))
             plain.load_format, plain.model_loader_extra_config = "safetensors", given
             super().__init__(plain)
 
         def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
             stream = super().get_all_weights(model_config, model)
-            if not self._adapter:
+            if not self._adapter or self._in_place:
                 return stream
             return laid_over(stream, self._adapter, model_config.model, model_config.dtype)
+
+        def create_model(self, *args: Any, **kwargs: Any) -> Any:
+            model = super().create_model(*args, **kwargs)
+            for layer in model.modules() if self._in_place else ():
+                layer._cpu_skip_gemm_dispatch = True  # vLLM's own word for: multiply by the weight as it is
+            return model
+
+        def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+            model = super().load_model(vllm_config, model_config, prefix)
+            if self._in_place:
+                for layer in model.modules():
+                    if hasattr(layer, "cpu_linear"):
+                        layer.cpu_linear = nn.functional.linear
+                vars(model)[VIEWS] = views = as_transformers(model, model_config.model, model_config.dtype)
+                _exchange(views, self._adapter)
+            return model
+
+    def finepoint_switch(worker: Any, adapter: str | None) -> None:
+        _exchange(vars(worker.model_runner.get_model())[VIEWS], adapter)
+
+    WorkerBase.finepoint_switch = finepoint_switch  # called by its name, in whatever process
 
 
 def switch(engine: Any, adapter: str | None) -> None:
     """Has a running engine, loaded with this format, answer with another adapter, or as its base (None).
 
-    To be called while no request is under way. vLLM reads its weights again, with the values in their places, and
-    drops what it has computed of earlier prompts.
+    To be called while no request is under way. vLLM reads its weights again, with the values in their places, or, made
+    with `"in_place": true`, the values alone are written; it drops what it has computed of earlier prompts.
 
     Args:
         engine: a `vllm.LLM`.
@@ -73,11 +102,97 @@ def switch(engine: Any, adapter: str | None) -> None:
     if engine.llm_engine.has_unfinished_requests():
         raise FinepointError("requests are under way; switch between two")
     extra = dict(config.load_config.model_loader_extra_config or {})
+    if extra.get(IN_PLACE):
+        engine.collective_rpc("finepoint_switch", args=(adapter,))
+        _forget(engine)
+        return
     for folder in filter(None, (extra.get(ADAPTER), adapter)):
         _refuse_tied(folder, patches_for(folder, config.model_config.model, config.model_config.dtype), config)
     extra[ADAPTER] = adapter
     engine.collective_rpc("update_config", args=({"load_config": {"model_loader_extra_config": extra}},))
     engine.collective_rpc("reload_weights")
+    _forget(engine)
+
+
+def model_of(engine: Any) -> nn.Module:
+    """The model of an engine made with `"in_place": true`, as transformers has it, over vLLM's own weights: what an
+    adapter, or a `finepoint.sync.Receiver`, writes there, vLLM answers with. Between two requests alone, and followed
+    by `engine.reset_prefix_cache()`.
+
+    Raises:
+        FinepointError: the engine runs in another process, or was made otherwise.
+    """
+    core = getattr(engine.llm_engine.engine_core, "engine_core", None)
+    if core is None:
+        raise FinepointError("the engine runs in a process of its own, and so do its weights; set "
+                             "VLLM_ENABLE_V1_MULTIPROCESSING=0 before making it")  # fmt: skip
+    model = core.model_executor.driver_worker.worker.model_runner.get_model()
+    if VIEWS not in vars(model):
+        raise FinepointError(f"the engine's weights are packed; make it with load_format={FORMAT!r} and "
+                             f"model_loader_extra_config={{{IN_PLACE!r}: True}}")  # fmt: skip
+    found: nn.Module = vars(model)[VIEWS]
+    return found
+
+
+def as_transformers(model: nn.Module, base: str, dtype: torch.dtype) -> nn.Module:
+    """transformers' names and shapes of a model of vLLM's, each parameter a part of the weight that vLLM computes with.
+
+    Raises:
+        FinepointError: a weight lies there in another way than as rows of one, or holds other values than the base.
+    """
+    checkpoint, weights = opened(base), dict(model.named_parameters(remove_duplicate=False))
+    found = deepcopy(checkpoint.outline)
+    fused = {part: (whole, parts) for whole, parts in getattr(model, "packed_modules_mapping", {}).items()
+             for part in parts}  # fmt: skip
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in dict(found.named_parameters(remove_duplicate=False)).items():
+        if id(parameter) not in made:
+            made[id(parameter)] = nn.Parameter(_rows(name, parameter, weights, fused, found), requires_grad=False)
+        owner, _, leaf = name.rpartition(".")
+        found.get_submodule(owner)._parameters[leaf] = made[id(parameter)]
+    there = checkpoint.fingerprint(dtype=str(dtype).removeprefix("torch."))
+    for name, _ in unlike(there, fingerprint(contents_of(found), one_in=there.one_in)):
+        raise FinepointError(f"{name} has other values in vLLM than in {base}; leave out {IN_PLACE!r}")
+    return found
+
+
+def _rows(
+    name: str,
+    parameter: Tensor,
+    weights: Mapping[str, Tensor],
+    fused: Mapping[str, tuple[str, list[str]]],
+    model: nn.Module,
+) -> Tensor:
+    """Where a parameter lies in vLLM's weights: a view."""
+    owner, _, leaf = name.rpartition(".")
+    above, _, own = owner.rpartition(".")
+    whole, first, total = weights.get(name), 0, len(parameter)
+    if whole is None and own in fused:
+        joined, parts = fused[own]
+        sizes = [len(model.get_parameter(f"{above}.{part}.{leaf}")) for part in parts]
+        whole, first, total = weights.get(f"{above}.{joined}.{leaf}"), sum(sizes[: parts.index(own)]), sum(sizes)
+    padded = own in ("embed_tokens", "lm_head")  # to a multiple of rows
+    if whole is None or whole.shape[1:] != parameter.shape[1:] or (len(whole) != total and not padded):
+        raise FinepointError(f"vLLM keeps {name} in another way than as rows of a weight (sharded, quantised, "
+                             f"renamed), so leave out {IN_PLACE!r}")  # fmt: skip
+    return whole.data[first : first + len(parameter)]
+
+
+def _exchange(model: nn.Module, adapter: str | None) -> None:
+    """Has a model hold an adapter instead of those that are applied to it; after an error it holds these."""
+    held, new = applied_to(model), SparseAdapter.load(adapter) if adapter else None
+    for one in reversed(held):
+        one.revert(model)
+    try:
+        if new is not None:
+            new.apply(model)
+    except FinepointError:
+        for one in held:
+            one.apply(model)
+        raise
+
+
+def _forget(engine: Any) -> None:
     if not engine.reset_prefix_cache():
         raise FinepointError("vLLM could not drop what it has computed of earlier prompts; make the engine anew")
 
@@ -129,6 +244,14 @@ def patches_for(adapter: str, base: str, dtype: torch.dtype) -> dict[str, Patch]
         FinepointError: the adapter does not belong to the base, changes more than a base's weights, or was trained in
             another dtype than vLLM computes with.
     """
+    place = Path(adapter) / TENSORS
+    known = place.stat() if place.is_file() else None
+    return _patches_for(adapter, known and (known.st_mtime_ns, known.st_size), base, dtype)
+
+
+@lru_cache(maxsize=4)
+def _patches_for(adapter: str, stamp: object, base: str, dtype: torch.dtype) -> dict[str, Patch]:
+    """The same, once for each state of the adapter's file."""
     found, checkpoint = SparseAdapter.load(adapter), opened(base)
     if found.info.get("task") == "classification":
         raise FinepointError(f"{adapter} is a classifier's, with a head of its own; export it as merged and serve that")
