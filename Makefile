@@ -61,6 +61,7 @@ test-mergekit: $(INSTALLED)
 # Adapters in vLLM on the CPU, which wants versions of its own; what it needs for pictures and sound is left out.
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm tests/test_vllm_in_place.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -57,17 +57,16 @@ Scores = dict[str, Any]
 
 def planned(models: list[str]) -> Iterator[tuple[str, int, str, str]]:
     """Model, seed, task, arm, so that a part of them is of use."""
-    main, far = [*ARMS][:5], [*ARMS][5:]
+    most, slow, few = [*ARMS][:4], [*ARMS][4:5], [*ARMS][5:]
     small, *others = models
-    order = [(small, 0, task, arm) for task in TASKS for arm in main]
-    for other in others:
-        order += [(other, 0, task, arm) for task in ("sums", "words") for arm in main[:4]]
-    order += [(small, seed, task, arm) for seed in (1, 2) for task in TASKS for arm in main[1:4]]
-    order += [(small, 0, task, arm) for task in TASKS for arm in far]
-    for other in others:
-        order += [(other, 0, "movies", arm) for arm in main[:4]]
-        order += [(other, seed, task, arm) for seed in (1, 2) for task in TASKS for arm in main[1:4]]
-    yield from order
+    yield from ((small, 0, task, arm) for task in ("movies", "sums") for arm in most)
+    yield from ((other, 0, "sums", arm) for other in others for arm in most)
+    yield from ((small, 0, "words", arm) for arm in most)
+    yield from ((small, 0, task, arm) for task in TASKS for arm in slow)
+    yield from ((small, seed, task, arm) for seed in (1, 2) for task in TASKS for arm in most[1:])
+    yield from ((other, 0, task, arm) for other in others for task in TASKS for arm in most)
+    yield from ((small, 0, task, arm) for task in TASKS for arm in few)
+    yield from ((other, seed, task, arm) for other in others for seed in (1, 2) for task in TASKS for arm in most[1:])
 
 
 class Worker:

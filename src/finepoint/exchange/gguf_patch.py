@@ -283,8 +283,9 @@ def patch_file(name: str, adapter: str, output: str | None = None, overwrite: bo
         if own != patch.before:
             raise FinepointError(f"{path} is not the file that the patch in {adapter} was made for; give that one "
                                  f"(SHA-256 {patch.before[:16]}..)")  # fmt: skip
-        kept = _write(work, _beside(target), lambda into: save_patch(patch, into))
-        _rewrite(work, file, patch, target, patch.after)
+        with _taken_back(_beside(target)):
+            kept = _write(work, _beside(target), lambda into: save_patch(patch, into))
+            _rewrite(work, file, patch, target, patch.after)
     told = {key: patch.info[key] for key in TOLD}
     return {"file": str(path), "output": str(target), **told, "changed": patch.count, "patch_bytes": kept}
 
@@ -359,6 +360,18 @@ def _at_work(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # another process is at work there now
             work.rmdir()
+
+
+@contextmanager
+def _taken_back(place: Path) -> Iterator[None]:
+    """A small file is what it was before, if what is done inside fails."""
+    before = place.read_bytes() if place.is_file() else None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            place.unlink(missing_ok=True) if before is None else place.write_bytes(before)
+        raise
 
 
 def _write(work: Path, target: Path, write: Callable[[Path], None], mode: Path | None = None) -> int:

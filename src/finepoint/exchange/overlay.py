@@ -16,6 +16,7 @@ from finepoint.adapters.entries import checksum, gather
 from finepoint.adapters.fingerprint import differences, unlike
 from finepoint.errors import FinepointError
 from finepoint.exchange.checkpoint import Checkpoint
+from finepoint.models.loading import is_gguf
 from finepoint.runtime.progress import tracked
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,9 @@ def refuse_other_base(
             what = {"values": f"the values of {name} are not those of the base it was trained on, beside the entries "
                               "it changes", "missing": f"it has no weight {name!r}, and the adapter's base has",
                     "more": f"it has a weight {name!r} that the adapter's base has not"}  # fmt: skip
-            raise FinepointError(f"the adapter does not fit {checkpoint.name}: {what[how]}; give that base, or take "
-                                 "this one by name (--any-base)")  # fmt: skip
+            # A patch knows its file by every byte.
+            other = "" if is_gguf(checkpoint.name) else ", or take this one by name (--any-base)"
+            raise FinepointError(f"the adapter does not fit {checkpoint.name}: {what[how]}; give that base{other}")
 
 
 def classifier_outline(checkpoint: Checkpoint, info: Mapping[str, Any]) -> nn.Module:
