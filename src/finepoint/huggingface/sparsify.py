@@ -58,20 +58,14 @@ def sparsify(
     exclude: Sequence[Mapping[str, Tensor]] = (),
     whole: Sequence[str] | None = None,
     rule_options: Mapping[str, float] | None = None,
-    structure: str = "entry",
-    pooling: Pooling = "mean",
-    within: str | None = None,
-    scoring_examples: float = 256,
-    scoring_memory: float = 1.0,
-    batch_size: int = 16,
-    max_length: int | None = None,
+    structure: str = "entry", pooling: Pooling = "mean", within: str | None = None,
+    scoring_examples: float = 256, scoring_memory: float = 1.0, batch_size: int = 16, max_length: int | None = None,
     seed: int = 0,
     refreshable: bool = False,
     audit: bool = True,
-    protect: Any = None,
-    protect_strength: float = PROTECTIONS["anchor"].strength,
+    protect: Any = None, protect_strength: float = PROTECTIONS["anchor"].strength,
     on_grid: str | bool = False,
-) -> Model:
+) -> Model:  # fmt: skip
     """Chooses entries of a model and makes them, and them alone, trainable: by any trainer, in place.
 
     The model stays the same object. `model.save_pretrained` now writes the adapter and what a trainer resumes from,
@@ -105,10 +99,8 @@ def sparsify(
         FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
     """
     batches: list[Batch] = []
-    if on_grid and refreshable:
-        raise FinepointError("entries on a grid are chosen once; leave out refreshable, or on_grid")
     whole, info = _whole(model, whole, indices), _origin(model, data)
-    file = _grid_file(on_grid)
+    file = _grid_file(on_grid, refreshable)
     from_bitsandbytes_(model)
     entire = {name: torch.arange(model.get_parameter(name).numel()) for name in whole}
     refuse_excluded(indices or {}, exclude, model)
@@ -123,9 +115,8 @@ def sparsify(
         info |= _choice(indices, scope, seed, targets)
     chosen = {**indices, **entire}
     in_memory({name: weight for name, weight in model.named_parameters(remove_duplicate=False) if name in chosen})
-    tuner = SparseTuner(
-        model, chosen, target_weights(model, targets) if refreshable else (), audit=audit and not batches
-    )
+    ready = target_weights(model, targets) if refreshable else ()
+    tuner = SparseTuner(model, chosen, ready, audit=audit and not batches)
     if on_grid:
         snap_to_base_(tuner, file)
         info |= {"on_grid": True}
@@ -147,12 +138,14 @@ def _selected(
     return found, batches
 
 
-def _grid_file(on_grid: str | bool) -> Path | None:
+def _grid_file(on_grid: str | bool, refreshable: bool) -> Path | None:
     """The GGUF file whose grid is meant; None for the model's own layers.
 
     Raises:
-        FinepointError: it is none.
+        FinepointError: it is none; entries are to be chosen anew.
     """
+    if on_grid and refreshable:
+        raise FinepointError("entries on a grid are chosen once; leave out refreshable, or on_grid")
     if isinstance(on_grid, bool):
         return None
     if file := gguf_file(str(on_grid)):
