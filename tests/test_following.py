@@ -20,7 +20,7 @@ import finepoint
 from conftest import assert_same_bits, bits, random_batches, snapshot, tiny_llama
 from finepoint.adapters.entries import moved
 from finepoint.errors import FinepointError
-from finepoint.tuner.kernels import together
+from finepoint.tuner.kernels import all_weights
 from finepoint.tuner.tuner import SparseTuner
 
 BATCHES = random_batches(3)
@@ -396,8 +396,8 @@ def test_a_weight_is_written_once_a_step_and_no_more(checkpointing, monkeypatch)
     if checkpointing:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     optimizer, written = torch.optim.AdamW(deltas(model), lr=1e-2), []
-    original = together._write_
-    monkeypatch.setattr(together, "_write_", lambda rows, table: (written.extend(rows), original(rows, table)))
+    original = all_weights._write_
+    monkeypatch.setattr(all_weights, "_write_", lambda rows, table: (written.extend(rows), original(rows, table)))
     for step in range(1, 4):
         for batch in BATCHES[:2]:
             model(**batch).loss.backward()
@@ -550,22 +550,22 @@ def test_all_weights_at_once_are_written_and_compared_as_one_by_one(seed, dtypes
         base = weight.reshape(-1)[indices]
         delta = torch.randn(len(indices), generator=generator, dtype=torch.promote_types(dtype, torch.float32))
         delta[::3] = 0
-        rows.append(together.Row(weight, indices, base, delta, torch.full_like(delta, torch.nan)))
+        rows.append(all_weights.Row(weight, indices, base, delta, torch.full_like(delta, torch.nan)))
         after = weight.clone(memory_format=torch.contiguous_format)
         after.view(-1)[indices.long()] = moved(base, delta)
         expected.append(after)
     versions = [row.weight._version for row in rows]
-    together.write_(rows)
+    all_weights.write_(rows)
     for row, after, version in zip(rows, expected, versions, strict=True):
         assert torch.equal(bits(row.weight), bits(after))
         assert torch.equal(bits(row.written), bits(row.delta))
         assert row.weight._version > version  # autograd refuses graphs that have saved it
     pairs = [(row.delta, row.written) for row in rows]
-    assert together.same_bits(pairs)
+    assert all_weights.same_bits(pairs)
     for row in rows:
         if len(row.delta):
             row.delta[-1] = -row.delta[-1]  # of a zero the sign alone
-            assert not together.same_bits(pairs)
+            assert not all_weights.same_bits(pairs)
             row.delta[-1] = -row.delta[-1]
 
 

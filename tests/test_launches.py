@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import random_batches, tiny_llama
 from finepoint import SparseTuner, select
-from finepoint.tuner.kernels import together
+from finepoint.tuner.kernels import all_weights
 
 
 class Launches(TorchDispatchMode):
@@ -126,5 +126,5 @@ def writes_of(layers):
 def test_all_weights_follow_and_are_compared_in_no_operation_of_their_own(monkeypatch):
     pytest.importorskip("numba")
     assert [writes_of(layers) for layers in (1, 3)] == [0, 0]
-    monkeypatch.setattr(together, "numba", None)  # negative control: plain PyTorch writes weight by weight
+    monkeypatch.setattr(all_weights, "numba", None)  # negative control: plain PyTorch writes weight by weight
     assert 0 < writes_of(1) < writes_of(3)

@@ -108,6 +108,7 @@ FILES = {
     "tuner.kernels.compiled": "tuner.kernels",
     "tuner.kernels.following": "tuner.kernels",
     "tuner.kernels.threads": "tuner.kernels.numba",
+    "tuner.kernels.together": "tuner.kernels.all_weights",
 }
 COMMANDS = {
     f"cli.{name}": f"cli.{file}"

@@ -24,7 +24,7 @@ from finepoint.adapters.fingerprint import (
 from finepoint.errors import FinepointError
 from finepoint.models.quantised import float_values
 from finepoint.runtime import distributed
-from finepoint.tuner.kernels import together
+from finepoint.tuner.kernels import all_weights
 from finepoint.tuner.optimizer_hooks import follow_after_steps
 from finepoint.tuner.sparse_weight import SparseWeight, refuse_transforms
 from finepoint.tuner.spot_checks import SpotChecks
@@ -161,7 +161,7 @@ class Deltas(nn.ModuleDict):
                 member.follow_()
             else:
                 rows.append((member, row))
-        together.write_([row for _, row in rows])
+        all_weights.write_([row for _, row in rows])
         for member, row in rows:
             member.is_written(row)
         if len(rows) == len(self):
@@ -249,10 +249,10 @@ class Deltas(nn.ModuleDict):
         self.averaging = False
         deltas = [member.delta for member in self.members()]
         gradients = [torch.zeros_like(delta) if delta.grad is None else delta.grad for delta in deltas]
-        together = torch.cat(gradients)
-        distributed.add_up_(together)
-        together /= distributed.count()
-        for delta, mean in zip(deltas, together.split([len(delta) for delta in deltas]), strict=True):
+        joined = torch.cat(gradients)
+        distributed.add_up_(joined)
+        joined /= distributed.count()
+        for delta, mean in zip(deltas, joined.split([len(delta) for delta in deltas]), strict=True):
             delta.grad = mean.to(delta.dtype)
 
 
@@ -270,7 +270,7 @@ def lagging(members: Iterable[SparseWeight]) -> list[SparseWeight]:
     """Those whose deltas were changed since they were written; of an accelerator one answer is waited for, for all."""
     members = list(members)
     pairs = [pair for member in members if (pair := _compared(member)) is not None]
-    if len(pairs) == len(members) and together.same_bits(pairs):
+    if len(pairs) == len(members) and all_weights.same_bits(pairs):
         return []
     return [member for member in members if member.lags()]
 

@@ -20,8 +20,8 @@ from finepoint.errors import FinepointError
 from finepoint.models.grids import Grid
 from finepoint.runtime import distributed
 from finepoint.tuner.kernels import follow_
+from finepoint.tuner.kernels.all_weights import Row
 from finepoint.tuner.kernels.groups import Groups, whole_groups
-from finepoint.tuner.kernels.together import Row
 
 
 def eagerly(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -273,8 +273,8 @@ class SparseWeight(nn.Module):
         self.written, self.shown = delta.clone(), None
 
     def row(self) -> Row | None:
-        """What `together.write_` takes to have the weight hold base + delta, `is_written` to be called then; None where
-        the weight has a way of its own to `write_`.
+        """What `all_weights.write_` takes to have the weight hold base + delta; `is_written` is to be called then.
+        None where the weight has a way of its own to `write_`.
 
         Raises:
             FinepointError: as for `check_fit`.

@@ -3,7 +3,7 @@ exchanged a tensor. What every weight is asked one by one otherwise (`SparseWeig
 
 from collections.abc import Sequence
 
-from finepoint.tuner.kernels.together import Kept, Row
+from finepoint.tuner.kernels.all_weights import Kept, Row
 from finepoint.tuner.sparse_weight import SparseWeight
 
 
