@@ -146,6 +146,7 @@ def stepper(model: Any, parameters: list[Any]) -> Step:
             optimizer.zero_grad()
 
     step.count = sum(parameter.numel() for parameter in parameters)  # type: ignore[attr-defined]
+    step.model, step.optimizer = model, optimizer  # type: ignore[attr-defined]
     return step
 
 
@@ -167,13 +168,15 @@ def sparse(density: float, structure: str = "entry", within: str | None = None) 
     return make
 
 
-def through_peft(kind: str, **settings: Any) -> Callable[[Any], Step]:
+def through_peft(kind: str, narrow: bool = False, **settings: Any) -> Callable[[Any], Step]:
+    """An arm of PEFT's; `narrow`: what is trained is in the model's own dtype, where PEFT takes float32 by default."""
+
     def make(model: Any) -> Step:
         import peft
 
         linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         config = getattr(peft, kind)(target_modules=linear, **settings)
-        adapted = peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=not narrow)
         return stepper(adapted, [p for p in adapted.parameters() if p.requires_grad])
 
     return make

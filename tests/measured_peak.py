@@ -37,7 +37,10 @@ def batch_of(model, settings):
 
 def train(model, settings):
     indices = {}
-    for name, weight in target_weights(model).items():
+    groups = {name: settings[name] for name in ("structure", "within") if name in settings}
+    if groups:
+        indices = select(model, rule="random", density=settings["density"], **groups)
+    for name, weight in target_weights(model).items() if not groups else ():
         count = round(weight.numel() * settings["density"])
         indices[name] = torch.randperm(weight.numel())[:count].sort().values
     model.config.use_cache = False

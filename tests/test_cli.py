@@ -15,6 +15,8 @@ from finepoint.cli import COMMANDS, command_named, main
 from finepoint.cli.options import parse
 from finepoint.errors import FinepointError
 from finepoint.evaluation.settings import EvalConfig
+from finepoint.models.names import stored_weights, words_of
+from finepoint.selection.patterns import refuse_unmatched
 from finepoint.training.settings import TrainConfig
 
 
@@ -290,6 +292,55 @@ def test_a_density_that_is_no_share_is_refused_before_anything_is_loaded(command
     done = subprocess.run([sys.executable, "-c", code, command, *given], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"density is {float(density)}; it is a share of the target entries, in (0, 1]" in done.stderr
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    (["select", "--rule", "grdient"], "unknown rule 'grdient'; did you mean 'gradient'?"),
+    (["select", "--rule", "gallop", "--rule-options", "epsilom=1"], "rule 'gallop' has no option 'epsilom'"),
+    (["train", "--rule", "abs(q"], "rule 'abs(q' is no formula: '(' was never closed"),
+    (["plan", "--rule", "none-such"], "unknown rule 'none-such'"),
+    (["train", "--data", "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
+    (["train", "--validation", "nowhere.parquet"], "cannot read nowhere.parquet: No such file or directory"),
+    (["select", "--protect", "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
+    (["eval", "--id", "a=nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
+    (["train", "--model", "./nowhere"], "there is no folder ./nowhere; --model takes"),
+    (["plan", "--model", "nowhere.gguf"], "there is no file nowhere.gguf"),
+    (["chat", "--adapter", "nowhere"], "nowhere is not an adapter folder: it has no finepoint.safetensors"),
+    (["inspect", "nowhere"], "nowhere is not an adapter folder: it has no finepoint.safetensors"),
+    (["train", "--targets", "q_porj"], "no weight matches 'q_porj'; close names: q_proj"),
+    (["select", "--targets", "v,*.mlp.gate_up"], "no weight matches '*.mlp.gate_up'"),
+])  # fmt: skip
+def test_a_mistake_that_can_be_seen_without_torch_is_refused_without_it(tmp_path_factory, model_folder, given, told):
+    """Time is not measured: what takes seconds is what must not have been imported."""
+    code = ("import sys; from finepoint.cli import main; status = main(sys.argv[1:]); "
+            "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules); sys.exit(status)")  # fmt: skip
+    here = tmp_path_factory.mktemp("here")
+    (here / "there.jsonl").write_text('{"text": "a"}\n')
+    more = {"--model": str(model_folder)} if given[0] != "inspect" else {}
+    if given[0] in ("select", "train"):
+        more |= {"--output": "made", "--data": "there.jsonl"}
+    words = [word for flag, value in more.items() if flag not in given for word in (flag, value)]
+    done = subprocess.run([sys.executable, "-c", code, *given, *words], capture_output=True, text=True, cwd=here)
+    assert (done.returncode, done.stderr.startswith(f"finepoint {given[0]}: {told}")) == (2, True), done.stderr
+    assert {file.name for file in here.iterdir()} == {"there.jsonl"}
+
+
+def test_targets_that_only_loading_can_decide_are_left_to_it(model_folder, tmp_path):
+    """Not refused: what the code names, what the files name, what a model with code of its own may have."""
+    names = stored_weights(str(model_folder))
+    words = words_of(str(model_folder), names)
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    for targets in ("linear", "v,o", "*.v_proj", "model.layers.1.mlp.*", "*.bias", "lm_head", "*layers.[01].*", "*"):
+        refuse_unmatched(targets, names, words)
+    refuse_unmatched("q_porj", names, set())
+    refuse_unmatched("q_porj", [], words)
+    config = json.loads((model_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
+    assert words_of(str(tmp_path), names) == set()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma3"}))  # made of other models' parts
+    assert words_of(str(tmp_path), names) == set()
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
+    assert stored_weights(str(tmp_path)) == []
 
 
 def test_the_doctor_says_what_is_there_and_what_is_fast(monkeypatch, capsys, tmp_path):

@@ -16,6 +16,7 @@ from transformers import (
     MixtralConfig,
 )
 
+import finepoint
 from finepoint.cli import main
 from finepoint.errors import FinepointError
 from finepoint.memory import plan as planning
@@ -138,6 +139,28 @@ def peaks(folder, **settings):
     common = {"rule": "gallop", "device": "cuda", "dtype": "bfloat16", "batch_size": 2, "tokens": 16}
     found = plan(PlanConfig(model=str(folder), **common | settings))
     return sum(found.training.values()), found.selection and sum(found.selection.values())
+
+
+@pytest.mark.parametrize("chosen", [{"structure": "column"}, {"within": "columns:0.05"}])
+def test_the_plan_holds_for_columns_and_entries_in_few_columns(long_llama, chosen):
+    """Their inputs alone are kept, which is a fraction of what entries anywhere keep: the plan says that too."""
+    settings = {"density": 0.01, "tokens": 1024, "batch_size": 4, "learned": 8}
+    found = planned(long_llama, **settings, **chosen, rule="random")
+    assert sum(found["training"].values()) == pytest.approx(measured(long_llama, "training", **settings, **chosen),
+                                                            rel=0.15)  # fmt: skip
+    anywhere = planned(long_llama, **settings, rule="random")
+    assert found["training"]["activations"] < 0.8 * anywhere["training"]["activations"]
+
+
+@pytest.mark.parametrize("structure", ["row", "column", "block:4x4", "head"])
+def test_groups_are_planned_with_all_their_entries(model_folder, structure):
+    settings = {"model": str(model_folder), "tokens": 16, "batch_size": 2, "device": "cpu", "rule": "gallop"}
+    settings |= {"targets": "attention", "density": 0.25, "dtype": "float32"}
+    found = plan(PlanConfig(**settings, structure=structure))
+    model = load_model(str(model_folder), "float32")
+    real = finepoint.select(model, rule="random", density=0.25, structure=structure, targets="attention")
+    assert found.trained == pytest.approx(real.count, rel=0.1)
+    assert found.selection is not None
 
 
 def test_more_of_anything_takes_more_memory(model_folder):

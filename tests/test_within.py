@@ -13,7 +13,8 @@ from conftest import random_batches, tiny_gemma, tiny_llama
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli import main
 from finepoint.errors import FinepointError
-from finepoint.selection.structure import share_within
+from finepoint.selection.rules import RULES
+from finepoint.selection.structure import Tiling, confine, entries_within, places_within, share_within
 from finepoint.selection.targets import target_weights
 from finepoint.tuner.kernels import plain
 from finepoint.tuner.kernels.groups import FEW, Confined, whole_groups
@@ -63,6 +64,32 @@ def test_a_random_choice_draws_its_columns_and_then_its_entries_evenly():
     for counts in (rows, columns):
         expected = 200 * 16 / len(counts)
         assert (counts - expected).abs().max() < 6 * expected**0.5
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.data())
+def test_places_in_kept_columns_and_entries_are_one_to_one(experts, out, features, data):
+    shape = (experts, out, features) if experts > 1 else (out, features)
+    columns = Tiling(shape, out, 1)
+    kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, columns.count - 1), min_size=1))))
+    scores = torch.arange(float(columns.matrix[0] * features))
+    among = (confine(scores, columns, kept) > -torch.inf).nonzero().view(-1)
+    assert torch.equal(entries_within(torch.arange(len(kept) * out), columns, kept), among)
+    some = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(scores) - 1)))), dtype=torch.long)
+    inside = places_within(some, columns, kept)
+    assert (inside.diff() > 0).all()
+    assert torch.equal(entries_within(inside, columns, kept), some[torch.isin(some, among)])
+
+
+def test_a_random_choice_makes_no_score_and_leaves_out_what_is_excluded(monkeypatch):
+    model = torch.nn.Linear(16, 8, bias=False)
+    monkeypatch.setattr(RULES["random"].score, "__code__", (lambda weight, generator: 1 / 0).__code__)
+    settings = {"rule": "random", "within": "columns:0.25", "targets": "all", "seed": 3}
+    whole = finepoint.select(model, count=32, **settings)
+    taken = {"weight": whole["weight"][::2]}
+    rest = finepoint.select(model, count=16, exclude=[taken], **settings)
+    assert torch.equal(rest["weight"], whole["weight"][1::2])
+    with pytest.raises(FinepointError, match="17 entries are asked for, and 16 are left within columns:0.25"):
+        finepoint.select(model, count=17, exclude=[taken], **settings)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gemma])

@@ -30,7 +30,7 @@ from torch import Tensor
 from finepoint.adapters.change import Change, Contents
 from finepoint.adapters.entries import every, lines_of
 from finepoint.adapters.fingerprint import FINGERPRINT, is_fingerprint
-from finepoint.adapters.hub import card, fetch, is_hub_id
+from finepoint.adapters.hub import card, fetch, is_hub_id, refuse_no_adapter
 from finepoint.errors import FinepointError
 from finepoint.runtime.files import claim_folder, read_whole, refuse_version, write_atomic, write_json, write_text
 from finepoint.runtime.tensor_files import DTYPES, LONGEST_HEADER, Form, forms, header_bytes, opened
@@ -97,14 +97,7 @@ def read(folder: str | Path) -> Contents:
     if isinstance(folder, str) and is_hub_id(folder):
         folder = fetch(folder)
     path = Path(folder) / TENSORS
-    if not path.exists():
-        theirs = (Path(folder) / "adapter_config.json").exists()
-        hint = "; PEFT's adapters are taken by eval, export --format merged and import" if theirs else ""
-        if theirs and (Path(folder) / "adapter_model.bin").exists():
-            hint = "; adapter_model.bin is a pickle, which finepoint does not open: save it as safetensors"
-        if Path(folder).is_file():
-            raise FinepointError(f"{folder} is a file; give the folder that it is in: {Path(folder).parent}")
-        raise FinepointError(f"{folder} is not an adapter folder: it has no {TENSORS}{hint}")
+    refuse_no_adapter(folder)
     adapter = read_whole(path, partial(_read, path))
     if FINGERPRINT not in adapter.base:
         _say_what_is_not_known(str(path.absolute().parent), str(folder))

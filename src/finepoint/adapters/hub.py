@@ -4,10 +4,12 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finepoint.adapters.change import Contents
 from finepoint.errors import FinepointError, reason_of
+
+if TYPE_CHECKING:
+    from finepoint.adapters.change import Contents
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ("finepoint.safetensors", "finepoint_config.json", "README.md")
@@ -16,6 +18,23 @@ FILES = ("finepoint.safetensors", "finepoint_config.json", "README.md")
 def is_hub_id(name: str) -> bool:
     """Whether a name can only mean something on the hub: `owner/name`, where no such folder is on disk."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def refuse_no_adapter(folder: str | Path) -> None:
+    """Refuses what is no adapter folder.
+
+    Raises:
+        FinepointError: it is none; what it is rather, where that can be seen.
+    """
+    if (Path(folder) / FILES[0]).exists():
+        return
+    theirs = (Path(folder) / "adapter_config.json").exists()
+    hint = "; PEFT's adapters are taken by eval, export --format merged and import" if theirs else ""
+    if theirs and (Path(folder) / "adapter_model.bin").exists():
+        hint = "; adapter_model.bin is a pickle, which finepoint does not open: save it as safetensors"
+    if Path(folder).is_file():
+        raise FinepointError(f"{folder} is a file; give the folder that it is in: {Path(folder).parent}")
+    raise FinepointError(f"{folder} is not an adapter folder: it has no {FILES[0]}{hint}")
 
 
 def refuse_other_names(repo_id: str) -> None:
@@ -76,7 +95,7 @@ TASK = "text-generation"
 MEASURED = ("accuracy", "macro_f1", "nll", "kl", "kl_prompts")  # of an evaluation's figures
 
 
-def card(adapter: Contents) -> str:
+def card(adapter: "Contents") -> str:
     """The model card: what was trained on what, by which rule, with what results, and how to load it.
 
     The base is named in the header where it is a hub id, which is what the hub can link; elsewhere a folder's name is
@@ -139,7 +158,7 @@ def results_measured(found: Mapping[str, Any], adapter: str, file: str) -> dict[
     return chosen | tasks
 
 
-def _body(adapter: Contents, base: str) -> str:
+def _body(adapter: "Contents", base: str) -> str:
     """What the card says to people."""
     left_out = ("base_model", "data")
     facts = {key: value for key, value in adapter.info.items()

@@ -107,12 +107,13 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         with interruption.noticed():
             config: Any = parse(known.config, command, arguments, known.after_help)
+            from finepoint.cli.refusals import refuse_at_once
             from finepoint.runtime.files import refuse_model_folder
             from finepoint.runtime.progress import log_to_stderr
 
             refuse_model_folder(config)
-
             log_to_stderr()
+            refuse_at_once(command, config)
             if distributed.launched() and command not in TOGETHER:
                 raise FinepointError(f"{command} runs in one process; start it without torchrun or accelerate launch")
             status = known.run(config)

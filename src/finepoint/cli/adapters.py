@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from finepoint.cli.output import console, print_json, print_table
 from finepoint.errors import FinepointError
-from finepoint.exchange.formats import ImportFormat
 from finepoint.runtime.settings import (
     ADAPTERS_DTYPE,
     ANY_BASE,
@@ -17,6 +16,7 @@ from finepoint.runtime.settings import (
     MODEL,
     OVERWRITE,
     DType,
+    ImportFormat,
     Quantise,
     refuse_out_of_range,
     setting,

@@ -66,6 +66,20 @@ def rows_of(origin: Any) -> Iterator[tuple[str, Any]]:
     return reader_of(path)(path)
 
 
+def refuse_absent(data: Any) -> None:
+    """Refuses data whose names can only be files' or folders', and are not.
+
+    Raises:
+        FinepointError: it is so; or as for `parts_of`.
+    """
+    for origin, _ in parts_of(data):
+        path, folder = Path(origin), Path(str(origin).rpartition(":")[0] or origin)
+        on_hub = ending_of(path) not in SOURCES and ON_HUB.fullmatch(str(origin))
+        if not (isinstance(origin, Given) or path.exists() or folder.is_dir() or on_hub):
+            with opened(path):
+                pass
+
+
 def ending_of(path: Path) -> str:
     """What tells a file's type, without that of its compression."""
     name = Path(path.stem) if path.suffix.lower() in PACKED else path

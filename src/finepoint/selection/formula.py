@@ -7,23 +7,24 @@ norms of the inputs under that text; any other name is an option of the rule, so
 study can sweep `abs(g)**a / abs(w)**b`.
 """
 
+from __future__ import annotations
+
 import ast
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from finepoint.errors import FinepointError
 
+if TYPE_CHECKING:  # imported when a formula scores
+    from torch import Tensor
+
 TENSORS = {"w": "weight", "g": "gradient", "f": "squared_gradient", "x": "input_norm",
            "k": "kept_squared_gradient", "k_mean": "kept_mean", "k_x": "kept_input_norm"}  # fmt: skip
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "abs": torch.abs, "sqrt": torch.sqrt, "log": torch.log, "exp": torch.exp, "sign": torch.sign,
-    "min": torch.minimum, "max": torch.maximum,
-}  # fmt: skip
+FUNCTIONS = {"abs": "abs", "sqrt": "sqrt", "log": "log", "exp": "exp", "sign": "sign", "min": "minimum",
+             "max": "maximum"}  # fmt: skip
+"""by what PyTorch calls them"""
 TAKES = {name: 2 if name in ("min", "max") else 1 for name in FUNCTIONS}
 BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -59,10 +60,13 @@ def expression(text: str) -> Callable[..., Tensor]:
         raise FinepointError(f"rule {text!r} looks at no weight; give a formula of w, g, f, x or k")
 
     def score(**given: Any) -> Tensor:
+        import torch
+
         values = {name: given[TENSORS.get(name, name)] for name in names}
-        wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) if isinstance(value, Tensor) else value
-                for name, value in values.items()}  # fmt: skip
-        return _value(tree, wide, wide[tensors[0]])
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                values[name] = value.to(torch.promote_types(value.dtype, torch.float32))
+        return _value(tree, values, values[tensors[0]])
 
     parameters = [TENSORS.get(name, name) for name in names]
     score.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -94,17 +98,19 @@ def _check(node: ast.expr) -> None:
 
 
 def _value(node: ast.expr, values: Mapping[str, Any], like: Tensor) -> Any:
+    import torch
+
     match node:
         case ast.Constant(int() | float() as number):
             return like.new_tensor(float(number))
         case ast.Name(name):
             value = values[name]
-            return value if isinstance(value, Tensor) else like.new_tensor(float(value))
+            return value if isinstance(value, torch.Tensor) else like.new_tensor(float(value))
         case ast.UnaryOp(op, operand):
             value = _value(operand, values, like)
             return -value if isinstance(op, ast.USub) else value
         case ast.BinOp(left, op, right):
             return BINARY[type(op)](_value(left, values, like), _value(right, values, like))
         case ast.Call(ast.Name(name), arguments):
-            return FUNCTIONS[name](*(_value(argument, values, like) for argument in arguments))
+            return getattr(torch, FUNCTIONS[name])(*(_value(argument, values, like) for argument in arguments))
     raise AssertionError(node)

@@ -19,19 +19,22 @@ All these are float32 (float64 over float64 weights). Every further parameter is
 are found by name as well (`plugins.py`).
 """
 
+from __future__ import annotations
+
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from finepoint.errors import FinepointError
-from finepoint.runtime.devices import home_of_float64, in_float64
 from finepoint.runtime.settings import Cited, did_you_mean
 from finepoint.selection.formula import expression, is_expression
 from finepoint.selection.plugins import function_of, offered, package_of
+
+if TYPE_CHECKING:  # which a rule imports when it scores: a misspelt name is refused without waiting for it
+    import torch
+    from torch import Tensor
 
 OURS = "finepoint"
 FROM_DATA = ("gradient", "squared_gradient", "input_norm", "movement", "change")
@@ -141,6 +144,18 @@ def rule_named(name: str) -> Rule:
     raise FinepointError(f"unknown rule {name!r}{did_you_mean(name, known, listed)} 'abs(g) / (abs(w) + 1e-6)'")
 
 
+def checked_options(rule: Rule, options: Mapping[str, float]) -> dict[str, float]:
+    """The options of a rule, refused by name where it has no such option."""
+    for name in options:
+        if name not in rule.options:
+            known = ", ".join(f"{option}={default}" for option, default in rule.options.items()) or "none"
+            raise FinepointError(f"rule {rule.name!r} has no option {name!r}; its options: {known}")
+    for name, default in rule.options.items():
+        if default is inspect.Parameter.empty and name not in options:
+            raise FinepointError(f"rule {rule.name!r} leaves {name} open; give --rule-options {name}=..")
+    return dict(options)
+
+
 def every_rule() -> tuple[list[Rule], list[str]]:
     """finepoint's rules with those of all plug-ins that can be had, and what is wrong with the others."""
     problems = []
@@ -176,11 +191,17 @@ TINIEST = 1e-30  # below any Fisher information that says something; a divisor t
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 where it is float64: the dtype every score is computed in."""
+    import torch
+
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @_rule("random", "uniform in [0, 1), seeded by seed and weight name", "SpaRTA, arXiv:2502.15975")
 def random(weight: Tensor, generator: torch.Generator) -> Tensor:
+    import torch
+
+    from finepoint.runtime.devices import home_of_float64
+
     # 53 random bits: with the 24 of float32 a weight of 2^24 entries would be full of ties.
     return torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(home_of_float64(weight.device))
 
@@ -275,6 +296,10 @@ def by_row(values: Tensor) -> Tensor:
     are ordered as the number is, and a float64 has room for the 31 of a float32 behind the place. Of float64 values
     the leading bits count.
     """
+    import torch
+
+    from finepoint.runtime.devices import in_float64
+
     order = values.argsort(dim=-1, descending=True, stable=True)
     place = in_float64(order.argsort(dim=-1))
     whole, held = (torch.int64, 63) if values.dtype == torch.float64 else (torch.int32, 31)
@@ -286,6 +311,8 @@ def by_row(values: Tensor) -> Tensor:
 
 def low_rank(matrix: Tensor, rank: int, generator: torch.Generator, oversampling: int = 8, rounds: int = 4) -> Tensor:
     """The matrix (.., m, n) at a lower rank, nearly the best one: randomised subspace iteration (arXiv:0909.4061)."""
+    import torch
+
     if rank < 1:
         raise FinepointError(f"rank is {rank}; it is a number of dimensions, 1 or more")
     if rank >= min(matrix.shape[-2:]):

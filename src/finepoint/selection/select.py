@@ -1,6 +1,5 @@
 """Scores to indices: exactly the entries with the highest scores, without ever holding all scores."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,20 @@ from finepoint.runtime import distributed
 from finepoint.runtime.settings import fits, spelled
 from finepoint.selection.passes import Batch, drawn
 from finepoint.selection.reach import is_text, reached_by_text
-from finepoint.selection.rules import OURS, STATISTICS, Rule, rule_named
+from finepoint.selection.rules import OURS, STATISTICS, Rule, checked_options, rule_named
 from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.selection.statistics import Statistics, seeded_generator, stream_statistics
-from finepoint.selection.structure import Pooling, Tiling, columns_within, confine, room_within, share_within, tilings
+from finepoint.selection.structure import (
+    Pooling,
+    Tiling,
+    columns_within,
+    confine,
+    entries_within,
+    places_within,
+    room_within,
+    share_within,
+    tilings,
+)
 from finepoint.selection.summary import Summary
 from finepoint.selection.targets import Targets, match, target_weights
 from finepoint.selection.uniform import draw_uniformly
@@ -148,7 +157,8 @@ def select(
             scored = _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
             yield _confined(scored, columns[name], share, pooling, chosen_rule, seed) if share else scored
 
-    exactly = partial(_uniform, weights, taken, summary) if chosen_rule.uniform and not share else exact
+    drawn_columns = {name: _drawn_columns(name, columns[name], share, seed) for name in weights} if share else {}
+    exactly = partial(_uniform, weights, taken, summary, columns, drawn_columns) if chosen_rule.uniform else exact
     tiles, gradients = (sampled if threshold == "sampled" else exactly)(scores, plan, sizes, seed)
     _check_room(tiles, plan, within if threshold == "exact" else None)
     indices = {name: cut[name].indices(tiles[name]) for name in weights if len(tiles.get(name, ()))}
@@ -159,16 +169,31 @@ def _uniform(
     weights: Mapping[str, nn.Parameter],
     taken: Mapping[str, Tensor],
     summary: Summary,
+    columns: Mapping[str, Tiling],
+    confined: Mapping[str, Tensor],
     scores: Any,
     plan: Sequence[Budget],
     sizes: Mapping[str, int],
     seed: int,
 ) -> "Chosen":
-    """What the rule `random` chooses, without a score for each entry."""
+    """What the rule `random` chooses, without a score for each entry.
+
+    Args:
+        confined: by weight the columns that entries may lie in, numbered as in `columns`; none for all.
+    """
     for name, weight in weights.items():
         summary.see(name, distributed.whole(weight), None)
-    parts = [(budget.k, {name: sizes[name] for name in budget.names}) for budget in plan if budget.names]
-    return {name: tiles for k, part in parts for name, tiles in draw_uniformly(part, k, taken, seed).items()}, {}
+    sizes = dict(sizes) | {name: len(kept) * columns[name].height for name, kept in confined.items()}
+    taken = dict(taken) | {name: places_within(taken[name].cpu(), columns[name], kept)
+                           for name, kept in confined.items() if name in taken}  # fmt: skip
+    found: dict[str, Tensor] = {}
+    for budget in plan:
+        part = {name: sizes[name] for name in budget.names}
+        free = sum(part.values()) - sum(len(taken.get(name, ())) for name in part)
+        if part:
+            found |= draw_uniformly(part, min(budget.k, free), taken, seed)
+    return {name: entries_within(places, columns[name], confined[name]) if name in confined else places
+            for name, places in found.items()}, {}  # fmt: skip
 
 
 def _scored(
@@ -209,10 +234,17 @@ def _confined(scored: Scored, columns: Tiling, share: float, pooling: Pooling, r
     """What a weight offers in the best share of its columns, or in such as are drawn; -inf elsewhere."""
     name, values, gradient = scored
     if rule.uniform:
-        by = torch.rand(columns.count, generator=seeded_generator(seed, f"columns of {name}"), dtype=torch.float64)
+        kept = _drawn_columns(name, columns, share, seed)
     else:
         by = columns.pooled(values.masked_fill(values == -torch.inf, 0), pooling)
-    return name, confine(values, columns, largest(by, columns_within(columns, share))), gradient
+        kept = largest(by, columns_within(columns, share))
+    return name, confine(values, columns, kept), gradient
+
+
+def _drawn_columns(name: str, columns: Tiling, share: float, seed: int) -> Tensor:
+    """So large a share of a weight's columns, drawn: their numbers, ascending."""
+    by = torch.rand(columns.count, generator=seeded_generator(seed, f"columns of {name}"), dtype=torch.float64)
+    return largest(by, columns_within(columns, share))
 
 
 def _check_room(tiles: Mapping[str, Tensor], plan: Sequence[Budget], within: str | None) -> None:
@@ -239,18 +271,6 @@ def _check_words(**given: str) -> None:
     for name, kind in (("scope", Scope), ("pooling", Pooling), ("threshold", Threshold)):
         if not fits(given[name], kind):
             raise FinepointError(f"{name} is {given[name]!r}; it is {' or '.join(spelled(kind))}")
-
-
-def checked_options(rule: Rule, options: Mapping[str, float]) -> dict[str, float]:
-    """The options of a rule, refused by name where it has no such option."""
-    for name in options:
-        if name not in rule.options:
-            known = ", ".join(f"{option}={default}" for option, default in rule.options.items()) or "none"
-            raise FinepointError(f"rule {rule.name!r} has no option {name!r}; its options: {known}")
-    for name, default in rule.options.items():
-        if default is inspect.Parameter.empty and name not in options:
-            raise FinepointError(f"rule {rule.name!r} leaves {name} open; give --rule-options {name}=..")
-    return dict(options)
 
 
 def score(rule: Rule, name: str, weight: Tensor, statistics: Any, seed: int, options: Mapping[str, float]) -> Tensor:

@@ -167,6 +167,21 @@ def confine(scores: Tensor, columns: Tiling, kept: Tensor) -> Tensor:
     return scores.reshape(columns.matrix).masked_fill(~by_row, -torch.inf).reshape(-1)
 
 
+def entries_within(places: Tensor, columns: Tiling, kept: Tensor) -> Tensor:
+    """Flat positions, ascending, of entries numbered column after column of those that are kept. All int64."""
+    column, row = kept[places // columns.height], places % columns.height
+    features = columns.grid[1]
+    return ((column // features * columns.height + row) * features + column % features).sort().values
+
+
+def places_within(indices: Tensor, columns: Tiling, kept: Tensor) -> Tensor:
+    """The way back: the numbers, ascending, of those entries that lie in a kept column. kept: ascending."""
+    row, features = indices // columns.matrix[1], columns.grid[1]
+    column = row // columns.height * features + indices % features
+    at = torch.searchsorted(kept, column).clamp(max=len(kept) - 1)
+    return (at * columns.height + row % columns.height)[kept[at] == column].sort().values
+
+
 def _head(model: nn.Module, name: str, out: int, features: int) -> tuple[int, int]:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

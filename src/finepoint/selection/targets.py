@@ -1,8 +1,7 @@
 """Which weights of a model may be trained: presets, short names and glob patterns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from finepoint.errors import FinepointError
 from finepoint.models.bitsandbytes import check_weight
 from finepoint.models.loading import block_of
+from finepoint.selection.patterns import PRESET_NAMES, example, no_weight, pattern_list, stands_for
 
 Targets = str | Sequence[str] | Mapping[str, float]
 """`"linear"`, `"v,o"`, `["*.v_proj", "*.o_proj"]`, or a density for each pattern: `{"*.v_proj": 0.01}`."""
@@ -40,29 +40,20 @@ def target_weights(model: nn.Module, targets: Targets = "linear") -> dict[str, n
     return {name: parameter for name, parameter in parameters.items() if name in chosen}
 
 
-def pattern_list(targets: Targets) -> list[str]:
-    """The patterns of `targets`: a string is split at its commas, of a mapping the keys count."""
-    patterns = targets.split(",") if isinstance(targets, str) else list(targets)
-    patterns = [pattern.strip() for pattern in patterns if pattern.strip()]
-    if not patterns:
-        raise FinepointError(f"targets is empty; give a preset ({', '.join(PRESETS)}) or patterns like '*.v_proj'")
-    return patterns
-
-
 def match(model: nn.Module, pattern: str) -> list[str]:
     """Names of the floating-point parameters that one pattern stands for, in the model's order.
 
     Raises:
         FinepointError: nothing matches, or weights of bitsandbytes' own layers.
     """
-    matches = PRESETS.get(pattern) or _matcher(pattern)
     parameters = {name: p for name, p in model.named_parameters() if not name.startswith(DELTAS)}
-    names = [name for name in parameters if matches(model, name)]
+    matches = partial(PRESETS[pattern], model) if pattern in PRESETS else stands_for(pattern)
+    names = [name for name in parameters if matches(name)]
     if not names:
         if pattern in PRESETS:
             raise FinepointError(f"the model has no weight that {pattern!r} stands for (linear layers of its blocks); "
-                                 f"give patterns: names look like {_example(list(parameters))}")  # fmt: skip
-        raise FinepointError(f"no weight matches {pattern!r}; {_suggestion(pattern, list(parameters))}")
+                                 f"give patterns: names look like {example(list(parameters))}")  # fmt: skip
+        raise no_weight(pattern, list(parameters))
     for name in names:
         check_weight(name, parameters[name])
     trainable = [name for name in names if parameters[name].is_floating_point()]
@@ -117,31 +108,6 @@ def _is_attention(model: nn.Module, name: str) -> bool:
     return _writes(model, name) and "attn" in name.replace("attention", "attn")
 
 
-PRESETS: dict[str, Callable[[nn.Module, str], bool]] = {
-    "linear": _writes,
-    "attention": _is_attention,
-    "mlp": lambda model, name: _writes(model, name) and not _is_attention(model, name),
-    "linear-everywhere": _is_linear,
-    "all": lambda model, name: True,
-}
-
-
-def _matcher(pattern: str) -> Callable[[nn.Module, str], bool]:
-    if any(character in pattern for character in "*?[."):
-        return lambda model, name: fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
-    # A short name stands for the weights of modules called that, so `v` does not pick up `v_proj.bias`.
-    owners = (pattern, f"{pattern}_proj")
-    return lambda model, name: name == pattern or (name.endswith(".weight") and name.split(".")[-2] in owners)
-
-
-def _suggestion(pattern: str, names: list[str]) -> str:
-    close = get_close_matches(pattern, names, n=3, cutoff=0.5)
-    owners = sorted({name.split(".")[-2] for name in names if name.count(".") >= 1})
-    close = close or get_close_matches(pattern, [*owners, *PRESETS], n=3, cutoff=0.5)
-    if close:
-        return f"close names: {', '.join(close)}"
-    return f"names look like {_example(names)}; presets are {', '.join(PRESETS)}"
-
-
-def _example(names: list[str]) -> str:
-    return repr(names[len(names) // 2]) if names else "none: the model has no weights"
+PRESETS: dict[str, Callable[[nn.Module, str], bool]] = dict(zip(PRESET_NAMES, (
+    _writes, _is_attention, lambda model, name: _writes(model, name) and not _is_attention(model, name), _is_linear,
+    lambda model, name: True), strict=True))  # fmt: skip

@@ -154,6 +154,8 @@ class PlanConfig:
     targets: TargetsOption = setting(
         "linear (default), attention, mlp, linear-everywhere, all, short names (v,o), patterns, or a density for each",
         "linear")
+    structure: str = setting(
+        "entry, or whole groups: row, column, block:RxC, head; density and count then are of groups", "entry")
     within: str | None = setting("columns:SHARE, single entries in so large a share of each weight's columns", None)
     scoring_memory: float = setting("share of the weights whose gradients are held at a time", 1.0)
     tokens: int = setting("length of every example", 512)

@@ -24,6 +24,7 @@ from finepoint.adapters.fingerprint import (
 from finepoint.errors import FinepointError
 from finepoint.models.quantised import float_values
 from finepoint.runtime import distributed
+from finepoint.runtime.devices import capturing
 from finepoint.tuner.kernels import all_weights
 from finepoint.tuner.optimizer_hooks import follow_after_steps
 from finepoint.tuner.sparse_weight import SparseWeight, refuse_transforms
@@ -143,7 +144,12 @@ class Deltas(nn.ModuleDict):
         return self.running != 0
 
     def catch_up_(self) -> None:
-        """Has the weights follow that do not hold base + delta; nothing is written where all do."""
+        """Has the weights follow that do not hold base + delta; nothing is written where all do.
+
+        Not while a CUDA graph is captured, when nothing can be asked: the weights have followed the last step.
+        """
+        if capturing():
+            return
         table = self.holding()
         if table is None or not table.unchanged():
             self.write_(lagging([member for member in self.members() if member.follows]))

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from finepoint.errors import FinepointError
 from finepoint.models.packages import cache_folder
+from finepoint.runtime.devices import capturing
 from finepoint.runtime.files import write_json
 from finepoint.tuner.kernels.plain import HALF, PRODUCTS, rounds_once
 
@@ -36,6 +37,8 @@ SWITCH = "FINEPOINT_KERNELS"
 LIBRARIES = ("finepoint", "torch", "numba")
 AREA = 1 << 21  # entries of a weight that is measured; a larger one goes by its first rows
 WORK, TOKENS = 1 << 26, (64, 512)  # multiplications of one product that is measured, within so many tokens
+# A GPU is done with that before it is told to begin: there a call would be measured, not the work.
+AREA_THERE, TOKENS_THERE = 1 << 24, 1024
 LEAST_TURNS, TURNS, ENOUGH = 2, 9, 10.0  # of each way; no more of them after so many milliseconds
 SLOW, HOPELESS = 2.0, 10.0  # times the fastest: not looked at further, after some turns, and after the first
 CLEARLY = 0.8  # of the fastest exact way's time has to do for one that rounds its results
@@ -67,7 +70,7 @@ class Case(NamedTuple):
 def case_of(dy: Tensor, x: Tensor, count: int | None = None) -> Case:
     """The case of a gradient at so many entries, None for all; dy: (.., out), x: (.., in)."""
     height, width = dy.shape[-1], x.shape[-1]
-    rows = min(height, max(1, AREA // width))
+    rows = min(height, max(1, (AREA if dy.device.type == "cpu" else AREA_THERE) // width))
     entries = None if count is None else 1 << round(math.log2(max(1, count * rows // height)))
     return Case(dy.device.type, dy.dtype, x.dtype, rows, width, entries)
 
@@ -88,7 +91,11 @@ def way(case: Case, ways: Mapping[str, Way], usual: str) -> Way:
                            "than they were", taken, case.label)  # fmt: skip
         if taken not in ways and not measurable(case):
             return ways[usual]
-        _TAKEN[case] = taken if taken in ways else _kept(case, ways) or measured(case, ways)[0]
+        try:
+            _TAKEN[case] = taken if taken in ways else _kept(case, ways) or measured(case, ways)[0]
+        except RuntimeError as error:  # the device has no room for it, perhaps: the step itself may do without
+            logger.debug("nothing was measured for %s: %s", case.label, error)
+            return ways[usual]
     return ways[_TAKEN[case]]
 
 
@@ -101,8 +108,7 @@ def measurable(case: Case) -> bool:
     told = os.environ.get(SWITCH, "measure")
     if told not in ("measure", "fixed"):
         raise FinepointError(f"{SWITCH} is {told!r} in the environment; it is measure or fixed")
-    captured = case.device == "cuda" and torch.cuda.is_current_stream_capturing()
-    return told == "measure" and case.device != "meta" and not captured
+    return told == "measure" and case.device != "meta" and not capturing()
 
 
 def measured(case: Case, ways: Mapping[str, Way]) -> tuple[str, dict[str, float]]:
@@ -128,8 +134,12 @@ def _operands(case: Case) -> tuple[Tensor, ...]:
     draw = torch.Generator().manual_seed(0)
     area = case.height * case.width * case.blocks
     tokens = min(max(WORK // area // 64 * 64, TOKENS[0]), TOKENS[1])
-    dy, x = (torch.randn(tokens, case.blocks, size, generator=draw).to(case.device, dtype)
-             for size, dtype in ((case.height, case.dy), (case.width, case.x)))  # fmt: skip
+    sizes = (case.height, case.dy), (case.width, case.x)
+    if case.device == "cpu":
+        dy, x = (torch.randn(tokens, case.blocks, size, generator=draw).to(dtype) for size, dtype in sizes)
+    else:  # any numbers do, and drawing them would take longer than multiplying
+        dy, x = (torch.full((TOKENS_THERE, case.blocks, size), 0.5, dtype=dtype, device=case.device)
+                 for size, dtype in sizes)  # fmt: skip
     if case.blocks > 1:
         return dy.permute(1, 2, 0), x.transpose(0, 1)
     dy, x = dy[:, 0], x[:, 0]
@@ -147,6 +157,9 @@ def _milliseconds(one: Way, operands: tuple[Tensor, ...], best: float) -> float:
     alone = operands[0].device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter
     times: list[float] = []
+    if operands[0].device.type != "cpu":  # the first call of a kernel loads it, whatever it is worth
+        one(*operands)
+        _wait(operands[0])
     started = time.perf_counter()
     one(*operands)
     _wait(operands[0])
@@ -162,7 +175,9 @@ def _milliseconds(one: Way, operands: tuple[Tensor, ...], best: float) -> float:
 
 
 def _wait(tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+    elif tensor.device.type != "cpu":
         getattr(torch, tensor.device.type).synchronize()
 
 

@@ -16,6 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from finepoint.runtime.devices import capturing
+
 GATHERED = 1 << 18  # products in flight while gathering: 1 MB of float32 for each operand stays in the cache
 BLOCK = 1 << 22  # entries of the dense gradient held at a time
 WIDE_BLOCK = 1 << 24  # the same where a product is spread over thousands of cores: 64 MB
@@ -147,9 +149,16 @@ def rounds_once(dtype: torch.dtype) -> bool:
     return True
 
 
-@lru_cache
 def sums_in_float32(device: str, dtype: torch.dtype) -> bool:
-    """Whether a device multiplies matrices of half precision into float32 without rounding: tried on it."""
+    """Whether a device multiplies matrices of half precision into float32 without rounding: tried on it.
+
+    Not while a CUDA graph is captured, when nothing can be tried: a step before it will have done so.
+    """
+    return _tried(device, dtype) if not capturing() else device == "cuda"
+
+
+@lru_cache
+def _tried(device: str, dtype: torch.dtype) -> bool:
     ones = torch.ones(1, 16, 16, dtype=dtype, device=device)
     parts = torch.zeros_like(ones)
     parts[:, 0], parts[:, 1] = 2048, 1  # half precision has no 2049
