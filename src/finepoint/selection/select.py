@@ -157,8 +157,7 @@ def select(
             scored = _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
             yield _confined(scored, columns[name], share, pooling, chosen_rule, seed) if share else scored
 
-    drawn_columns = {name: _drawn_columns(name, columns[name], share, seed) for name in weights} if share else {}
-    exactly = partial(_uniform, weights, taken, summary, columns, drawn_columns) if chosen_rule.uniform else exact
+    exactly = partial(_uniform, weights, taken, summary, columns, share) if chosen_rule.uniform else exact
     tiles, gradients = (sampled if threshold == "sampled" else exactly)(scores, plan, sizes, seed)
     _check_room(tiles, plan, within if threshold == "exact" else None)
     indices = {name: cut[name].indices(tiles[name]) for name in weights if len(tiles.get(name, ()))}
@@ -170,17 +169,14 @@ def _uniform(
     taken: Mapping[str, Tensor],
     summary: Summary,
     columns: Mapping[str, Tiling],
-    confined: Mapping[str, Tensor],
+    share: float | None,
     scores: Any,
     plan: Sequence[Budget],
     sizes: Mapping[str, int],
     seed: int,
 ) -> "Chosen":
-    """What the rule `random` chooses, without a score for each entry.
-
-    Args:
-        confined: by weight the columns that entries may lie in, numbered as in `columns`; none for all.
-    """
+    """What the rule `random` chooses, without a score for each entry; in a share of the columns, if there is one."""
+    confined = {name: _drawn_columns(name, columns[name], share, seed) for name in weights} if share else {}
     for name, weight in weights.items():
         summary.see(name, distributed.whole(weight), None)
     sizes = dict(sizes) | {name: len(kept) * columns[name].height for name, kept in confined.items()}
