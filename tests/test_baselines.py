@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -189,6 +190,33 @@ def test_mofo_with_all_entries_is_adamw():
         b.grad = a.grad.clone()
         ours.step(), theirs.step()
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_orthogonal_steps_leave_the_largest_directions_of_each_matrix(batches):
+    """U^T (W - W0) and (W - W0) V are 0, by numpy's decomposition; the steps are AdamW's where nothing is frozen."""
+    base, model, other = (tiny_llama(torch.float64) for _ in range(3))
+    method = make("orthogonal", model, frozen=0.25)
+    steps(method, batches)
+    moved = 0
+    for name, weight in model.named_parameters():
+        change = (weight.detach() - base.get_parameter(name).detach()).numpy()
+        if not name.endswith("_proj.weight"):
+            assert not change.any(), name
+            continue
+        left, _, right = numpy.linalg.svd(base.get_parameter(name).detach().numpy(), full_matrices=False)
+        count = round(0.25 * len(right))
+        assert numpy.abs(left[:, :count].T @ change).max() < 1e-12
+        assert numpy.abs(change @ right[:count].T).max() < 1e-12
+        moved += bool(numpy.abs(change).max() > 1e-3)
+    assert moved == len(method.tuner.trained())
+    method.tuner.close()
+
+    method = make("orthogonal", other, frozen=0.0)
+    steps(method, batches)
+    plain = tiny_llama(torch.float64)
+    plain_steps(plain, [w for name, w in plain.named_parameters() if name.endswith("_proj.weight")], batches)
+    assert_close(other, plain)
+    method.tuner.close()
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
@@ -467,7 +495,7 @@ def test_gradient_checkpointing_gives_the_same(config, tmp_path, name):
         torch.testing.assert_close(change.numbers, b.changes[key].numbers, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "rosa", "ewc", "mofo"])
+@pytest.mark.parametrize("name", ["full", "lora", "rosa", "ewc", "mofo", "orthogonal"])
 def test_half_precision_runs(config, name, choice_file):
     record, adapter = fit(replace(config, baseline=name, dtype="bfloat16", **fisher(name, choice_file)))
     assert {change.numbers.dtype for change in adapter.changes.values()} == {torch.bfloat16}
@@ -516,7 +544,7 @@ def test_ewc_penalty_counts_once_a_step_however_many_batches_it_has(config, tmp_
         torch.testing.assert_close(change.numbers, halves.changes[name].numbers, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["full", "mofo", "lora"])
+@pytest.mark.parametrize("name", ["full", "mofo", "lora", "orthogonal"])
 def test_a_baseline_resumes_bit_for_bit(config, tmp_path, name, choice_file):
     config = replace(config, baseline=name, steps=6, save_every=2, validation=choice_file, eval_every=1, keep="best")
     record, whole = fit(replace(config, output=str(tmp_path / "whole")))
@@ -584,6 +612,7 @@ def test_a_folder_holds_the_adapter_of_its_last_run_alone(config):
         ({"baseline_options": {"rank": 3}}, "baseline 'full' has no option 'rank'; its options: none"),
         ({"baseline": "lora", "baseline_options": {"rank": 0.5}}, "rank is 0.5; it is a whole number from 1"),
         ({"baseline": "mofo", "baseline_options": {"share": 2}}, "share is 2; it is a share"),
+        ({"baseline": "orthogonal", "baseline_options": {"frozen": 1}}, "frozen is 1; it is a share"),
         ({"baseline": "lora", "targets": "all"}, "is no linear layer's weight, which LoRA needs"),
         ({"baseline": "ewc"}, "--fisher-data"),
         ({"fisher_data": "x"}, "--baseline ewc"),

@@ -10,12 +10,31 @@ import pytest
 import finepoint
 from conftest import make_tokenizer, tiny_llama, write_lines
 from finepoint.cli import main
+from finepoint.cli.runs import print_demo
 from finepoint.data.examples import Chat, Choices, Completion, Text
 from finepoint.errors import FinepointError
 from finepoint.evaluation import scoring
 from finepoint.evaluation.metrics import by_class, confusion, ratio_error
 from finepoint.evaluation.scores import Scores, confusions, table
 from finepoint.evaluation.scoring import accuracy, mean_nll
+
+
+def test_the_demos_table_has_the_error_of_every_share_and_likelihood(capsys):
+    def scored(share, nll, **more):
+        sets = {"id": {"movies": {"accuracy": share, "stderr": 0.03}},
+                "ood": {"nyt": {"accuracy": share, "stderr": 0.04}},
+                "probe": {"news": {"nll": nll, "stderr": None, "kl": 0.5}}}  # fmt: skip
+        return sets | more
+
+    changes = {f"{kind}_change": {name: 0.125} for kind, name in (("id", "movies"), ("ood", "nyt"), ("probe", "news"))}
+    costs = dict.fromkeys(("trained", "adapter_bytes", "selection_seconds", "train_seconds", "peak_bytes", "lr"), 1)
+    run = scored(0.875, 3.5, **changes, **costs, ood_mean={"base": 0.75, "adapted": 0.875, "change": 0.125})
+    settings = {"density": 0.001, "steps": 2, "dtype": "float32", "seed": 0}
+    print_demo({"base": scored(0.75, 3.375), "runs": {"lora": run, "random, held": run}, "settings": settings})
+    lines = capsys.readouterr().out.splitlines()
+    for row, found in (("movies (ID)", "0.875 ± 0.030 (+0.125)"), ("nyt (OOD)", "0.875 ± 0.040 (+0.125)"),
+                       ("news (probe), nats", "3.500 (+0.125)")):  # fmt: skip
+        assert next(line for line in lines if row in line).count(found) == 2
 
 
 def test_of_texts_as_long_as_each_other_the_error_is_that_of_their_means():

@@ -544,6 +544,20 @@ def test_steps_of_one_size_are_those_of_the_optimizer(config, tmp_path, monkeypa
         assert all(ones.changes[name].equals(plain.changes[name]) for name in plain)
 
 
+@pytest.mark.parametrize(("changes", "each"), [
+    ({}, 4), ({"protect_steps": True}, 8), ({"protect_by": "l2", "protect": None}, 0), ({"protect_by": "replay"}, 0),
+    ({"baseline": "full", "density": None}, 8),
+], ids=str)  # fmt: skip
+def test_the_record_says_what_holding_costs(config, changes, each):
+    """F and the size of steps of each entry; of whole weights where they began, too. Not where nothing is held."""
+    found = train(replace(config, steps=1, **changes))
+    told = found["protection"]
+    assert told["bytes"] == pytest.approx(each * found["trained"], abs=100)  # l2 has one number a weight
+    assert told["bytes_an_entry"] == pytest.approx(each, abs=0.1)
+    assert 0 <= told["share"] <= 1
+    assert "protection" not in train(replace(config, steps=1, protect=None, overwrite=True))
+
+
 def test_a_run_goes_on_with_the_same_texts_alone(config, tmp_path):
     trained(config, save_every=3)
     other = write_lines(tmp_path / "other.jsonl", [{"text": "quite another text"}])

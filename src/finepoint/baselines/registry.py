@@ -21,7 +21,7 @@ from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.targets import Targets, target_weights
 from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Method
-from finepoint.tuner.optimizers import MoFOAdamW
+from finepoint.tuner.optimizers import MoFOAdamW, OrthogonalAdamW, largest_directions
 from finepoint.tuner.tuner import SparseTuner
 
 
@@ -127,6 +127,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "strength": (lambda value: value >= 0, "at least 0"),
     "share": (lambda value: 0 < value <= 1, "a share of each tensor, in (0, 1]"),
     "ratio": (lambda value: value > 0, "above 0"),
+    "frozen": (lambda value: 0 <= value < 1, "a share of each matrix's singular directions, in [0, 1)"),
 }
 
 
@@ -221,6 +222,18 @@ def mofo(context: BaselineContext) -> Method:
     optimizer = MoFOAdamW(
         tuner.trained().values(), context.options["share"], context.lr, weight_decay=context.weight_decay
     )
+    return Method(tuner, optimizer=optimizer)
+
+
+@baseline("linear layers; a step D is (I - U U^T) D (I - V V^T), U and V the base's largest singular vectors, a share "
+          "of all", "after OSF, arXiv:2504.07097", 3e-5, {"frozen": 0.5})  # fmt: skip
+def orthogonal(context: BaselineContext) -> Method:
+    tuner = DenseTuner(context.model, [*target_weights(context.model, "linear"), *context.head])
+    trained, share = tuner.trained(), context.options["frozen"]
+    frozen: dict[Tensor, tuple[Tensor, Tensor]] = {
+        value: largest_directions(value.detach(), share) for name, value in trained.items() if name not in context.head
+    }
+    optimizer = OrthogonalAdamW(trained.values(), frozen, context.lr, weight_decay=context.weight_decay)
     return Method(tuner, optimizer=optimizer)
 
 

@@ -41,16 +41,21 @@ def run_demo(config: DemoConfig) -> None:
 
 
 def print_demo(found: dict[str, Any]) -> None:
-    """The table of the demo: a column for the base and for each arm."""
+    """The table of the demo: a column for the base and for each arm, ± one standard error."""
+    from finepoint.evaluation.scores import with_error
+
     base, runs = found["base"], found["runs"]
     settings = found["settings"]
     rows: list[list[Any]] = []
     for kind, measure in (("id", "accuracy"), ("ood", "accuracy"), ("probe", "nll")):
         for name, scores in base[kind].items():
-            error = f" ± {scores['stderr']:.3f}" if "stderr" in scores else ""
             what = {"id": "accuracy", "ood": "accuracy", "probe": "nats a token"}[kind]
-            row = [f"{name} ({kind.upper() if kind != 'probe' else kind}), {what}", f"{scores[measure]:.3f}{error}"]
-            row += [f"{r[kind][name][measure]:.3f} ({signed(r[f'{kind}_change'][name])})" for r in runs.values()]
+            row = [f"{name} ({kind.upper() if kind != 'probe' else kind}), {what}"]
+            row += [with_error(scores[measure], scores.get("stderr"))]
+            for r in runs.values():
+                ours = r[kind][name]
+                change = signed(r[f"{kind}_change"][name])
+                row += [f"{with_error(ours[measure], ours.get('stderr'))} ({change})"]
             rows.append(row)
             if kind == "probe":
                 rows.append(

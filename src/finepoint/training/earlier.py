@@ -117,6 +117,10 @@ class Apart:
     ) -> None:
         self.trained, self.earlier, self.strength = trained, earlier, strength
 
+    def holds(self) -> list[Tensor]:
+        """The earlier factors."""
+        return list(self.earlier.values())
+
     @torch.no_grad()
     def add_(self, step: int = 0) -> None:
         """Adds the term's gradient to the gradients of the factors."""

@@ -162,7 +162,7 @@ def kl(given: Protected) -> Penalty:
     def loss(batch: dict[str, Any], places: Sequence[int], labels: int) -> Tensor:
         return divergence(model, batch, torch.cat([known[place] for place in places]), before, labels)
 
-    return Beside(given, loss)
+    return Beside(given, loss, known)
 
 
 @protection("strength x the loss of some of the texts at each step", "experience replay, arXiv:1811.11682", 1.0,
@@ -315,11 +315,19 @@ class Beside:
 
     Args:
         loss: of a batch of the texts at these places, over so many labels in all.
+        known: what is kept of the base for it.
     """
 
-    def __init__(self, given: Protected, loss: Callable[[dict[str, Any], Sequence[int], int], Tensor]) -> None:
-        self.given, self.loss, self.strength = given, loss, given.strength
+    def __init__(
+        self, given: Protected, loss: Callable[[dict[str, Any], Sequence[int], int], Tensor],
+        known: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
+        self.given, self.loss, self.known, self.strength = given, loss, known, given.strength
         self.orders: dict[int, list[int]] = {}  # of the rounds that the last step was in
+
+    def holds(self) -> list[Tensor]:
+        """What is kept of the base."""
+        return list(self.known)
 
     def places(self, step: int) -> list[int]:
         """Which texts take part in the step after so many: a resumed run meets those that it would have met."""

@@ -118,6 +118,8 @@ class Run(Generic[Told]):
     began: float
     prepared: float
     """seconds until its method was made"""
+    holding: float = 0.0
+    """of these, seconds to make what holds it to its base"""
 
     def done(self) -> int | None:
         """The step that it goes on from, if it is resumed."""
@@ -178,6 +180,7 @@ class Run(Generic[Told]):
             "selection_seconds": round(self.prepared, 2),
             "lr": self.spec.lr,
             "selection": self.chosen.get("selection", {}),
+            **self._protection(),
             **found,
             **({"sources": list(self.context.sources)} if self.context.sources else {}),
             **({"kernels": kernels} if (kernels := choice.told()) else {}),
@@ -187,6 +190,16 @@ class Run(Generic[Told]):
         distributed.on_first(partial((self.folder / UNDER_WAY).unlink, missing_ok=True))
         distributed.on_first(partial(write_record, self.folder / RECORD, record))
         return record
+
+    def _protection(self) -> dict[str, Any]:
+        """What holding it to its base has cost before the steps, for the record; nothing where it is not held."""
+        method, tuner = self.method, self.method.tuner
+        if not (self.spec.protection and method.penalty):
+            return {}
+        tensors = [*method.penalty.holds(), *method.steps.values()]
+        held, seconds = sum(tensor.nbytes for tensor in tensors), time.perf_counter() - self.began
+        return {"protection": {"seconds": round(self.holding, 2), "share": round(self.holding / seconds, 4),
+                               "bytes": held, "bytes_an_entry": round(held / tuner.count, 2)}}  # fmt: skip
 
 
 def train(
@@ -326,8 +339,10 @@ def begun(
     method, chosen = make(context, head, base, folder if saved else None)
     choice.take_(distributed.on_first(choice.told))  # all processes as the first one
     try:
+        started = time.perf_counter()
         if spec.protection:
             method = held(spec, context, method, head)
+        holding = time.perf_counter() - started
         if earlier:
             method = replace(method, anchors=earlier.anchors(method, context.collator, folder))
             facts |= {EARLIER: earlier.facts()}
@@ -336,7 +351,7 @@ def begun(
         logger.info("%d %s in %.1f s", method.tuner.count, what, prepared)
         facts |= described(config, context, chosen) | _particulars(spec)
         run = Run(spec, context, folder, method, head, base, steps, facts, chosen, settings, checkpoint, keeps, began,
-                  prepared)  # fmt: skip
+                  prepared, holding)  # fmt: skip
         if not saved:
             distributed.on_first(partial(forget_earlier_run, folder))
             if config.save_every and not config.baseline:

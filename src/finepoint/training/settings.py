@@ -51,7 +51,8 @@ class Training(Keeping):
         "folder of a selection or an adapter whose entries to train, instead of choosing by a rule",
         None, "selection", "which entries", file=True)
     baseline: str | None = setting(
-        "instead of chosen entries: full, lora, dora, head, bitfit, random-half, ewc, mofo; rosa: with lora's",
+        "instead of chosen entries: full, lora, dora, head, bitfit, random-half, ewc, mofo, orthogonal; rosa: with "
+        "lora's",
         None, "bits", "instead of entries", registry="baselines/registry.py baseline")
     baseline_options: dict[str, float] = setting(
         "the baseline's options, e.g. rank=8 alpha=16", {}, "bits", "instead of entries")

@@ -25,6 +25,10 @@ class Anchor:
         self.trained, self.fisher, self.strength, self.start, self.anew = trained, fisher, strength, start, anew
         self._measured = trained() if fisher else {}
 
+    def holds(self) -> list[Tensor]:
+        """What is kept in memory: F, and w0 where that is not 0."""
+        return [*self.fisher.values(), *(self.start or {}).values()]
+
     @torch.no_grad()
     def add_(self, step: int = 0) -> None:
         """Adds the penalty's gradient to the gradients of what is trained."""

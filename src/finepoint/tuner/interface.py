@@ -123,6 +123,10 @@ class Penalty(Protocol):
     def add_(self, step: int) -> None:
         """Adds its gradient to those of what is trained: once for each step, the one after so many."""
 
+    def holds(self) -> list[Tensor]:
+        """What it keeps in memory for that."""
+        ...
+
 
 class DisturbanceBudget(Protocol):
     """A budget of disturbance that is kept along a run; `training.budget.Holding` is one, as a callback."""

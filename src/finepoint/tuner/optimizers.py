@@ -1,4 +1,5 @@
-"""AdamW of our own: entries that join at different times, and MoFO's, which moves the largest momenta alone.
+"""AdamW of our own: entries that join at different times, MoFO's, which moves the largest momenta alone, and one that
+leaves some directions as they are.
 
 A step is taken parameter by parameter. Of any optimizer's step a share can be taken, another one for each number. And
 the moving average of what is trained.
@@ -95,6 +96,46 @@ class MoFOAdamW(AdamWByParameter):
         root = (gather(square, chosen) / (1 - beta2 ** state["step"])).sqrt()
         value = gather(parameter, chosen) * (1 - group["lr"] * group["weight_decay"])
         scatter_(parameter, chosen, value - group["lr"] * first / (root + group["epsilon"]))
+
+
+class OrthogonalAdamW(AdamWByParameter):
+    """AdamW whose steps leave a matrix's outputs and inputs in some directions as they are (after OSF,
+    arXiv:2504.07097, which trains the factors of what is left instead).
+
+    A step D becomes (I - U U^T) D (I - V V^T), so that all steps together are orthogonal to U and V, decay too.
+
+    Args:
+        frozen: U and V for each matrix that has some, see `largest_directions`.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], frozen: Mapping[Tensor, tuple[Tensor, Tensor]], lr: float,
+        betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8, weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(parameters, {"lr": lr, "betas": betas, "epsilon": epsilon, "weight_decay": weight_decay})
+        self.frozen = frozen
+
+    def step_(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state |= {"step": 0, "momentum": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        first = state["momentum"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** state["step"])
+        square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = square.div(1 - beta2 ** state["step"]).sqrt_().add_(group["epsilon"])
+        step = first.div_(root).add_(parameter, alpha=group["weight_decay"])
+        if parameter in self.frozen:
+            left, right = self.frozen[parameter]
+            step = step - left @ (left.mT @ step)
+            step = step - (step @ right) @ right.mT
+        parameter.sub_(step, alpha=group["lr"])
+
+
+def largest_directions(matrix: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The left and right singular vectors of the largest singular values, a share of all: (.., m, r) and (.., n, r)."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    count = round(share * left.shape[-1])
+    return left[..., :count].clone(), right[..., :count, :].mT.clone()
 
 
 def scale_steps_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], shares: Mapping[str, Tensor]) -> None:
