@@ -33,6 +33,8 @@ class RunSpec(Generic[Told]):
 
     config: Told
     lr: float
+    usual_lr: float
+    """that of such a run where none is given"""
     baseline: Baseline | None
     options: dict[str, float]
     """the baseline's"""
@@ -123,10 +125,11 @@ def resolve_common(config: Told) -> RunSpec[Told]:
     if config.baseline:
         baseline = baseline_named(config.baseline)
         _check_baseline(config, baseline)
-        lr = config.FACTORS or baseline.lr
-        spec = RunSpec(config, config.lr or lr, baseline, options_of(baseline, config.baseline_options))
+        usual, options = config.FACTORS or baseline.lr, options_of(baseline, config.baseline_options)
+        spec = RunSpec(config, config.lr or usual, usual, baseline, options)
     else:
-        spec = RunSpec(config, config.lr or rate_of(config), None, {})
+        usual = rate_of(config)
+        spec = RunSpec(config, config.lr or usual, usual, None, {})
     if not (protection := protection_of(config, spec.baseline)):
         return spec
     strength = protection.strength if config.protect_strength is None else config.protect_strength

@@ -61,7 +61,7 @@ from finepoint.training.earlier import EARLIER, Earlier
 from finepoint.training.keep import Protected, step_sizes, texts_a_step
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
-from finepoint.training.resolve import RunSpec, Told, check_processes, rate_of, resolve, steps_of
+from finepoint.training.resolve import RunSpec, Told, check_processes, resolve, steps_of
 from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import CHECKPOINTING, SparseCheckpoints, SparseTrainer, shared_arguments
@@ -264,7 +264,7 @@ def _fit(
         rows = learnable(context.rows)
         steps = steps_of(config, len(rows))
         make, facts = partial(_method, spec, steps), _unusual(config)
-        if keeps and not spec.baseline and (told := slow(spec.lr, rate_of(config), f"those of rule {config.rule}")):
+        if keeps and not spec.baseline and (told := slow(spec.lr, spec.usual_lr, f"those of rule {config.rule}")):
             logger.warning(told)
         with begun(spec, context, folder, saved, make, rows, steps, keeps, earlier, **facts) as run:
             if start:
