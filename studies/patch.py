@@ -2,6 +2,7 @@
 
     finepoint data vader --output runs/data/vader        # and wordnet, arithmetic
     python studies/patch.py --data runs/data --output runs/patch
+    python studies/patch.py --output runs/patch --page   # docs/study/patch.csv and patch.svg, of what there is
 
 A cell is one training and all that is measured of it, one JSON file; the same command goes on where it was broken off.
 LoRA is measured twice: as it was trained, beside the quantised base, and merged in float32 and quantised anew into the
@@ -11,6 +12,7 @@ by greedy answers that are exactly right.
 """
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -247,13 +249,72 @@ def _q6_k(blocks: Numbers) -> Numbers:
                            steps.astype(np.int8).view(np.uint8), d.view(np.uint8)], 1)  # fmt: skip
 
 
+# The page.
+
+DOCS = Path(__file__).parent.parent / "docs" / "study"
+OURS, RIVAL, LIMIT = "#1f6f8b", "#b0b7bd", "#c0392b"
+WORDS = {"on-grid": "random 1 %, on the grid", "snapped": "random 1 %, snapped afterwards", "lora": "LoRA r8, 0.001",
+         "lora-slow": "LoRA r8, 0.0003", "snapped-far": "random 0.1 %, snapped", "on-grid-few": "random 0.1 %, on grid",
+         "base": "the base"}  # fmt: skip
+
+
+def page(cells: list[dict[str, Any]]) -> None:
+    """Writes what was measured, and draws the loss as it was trained and as the file holds it."""
+    DOCS.mkdir(exist_ok=True)
+    with (DOCS / "patch.csv").open("w", encoding="utf-8", newline="") as file:
+        columns = ["model", "task", "arm", "seed", "lr", "trained", "trained_loss", "trained_exact", "file_loss",
+                   "file_exact", "examples", "changed", "lost", "clamped", "patch_bytes", "same_bytes", "bytes",
+                   "step_seconds"]  # fmt: skip
+        out = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        out.writeheader()
+        for cell in cells:
+            told = {**cell, **cell.get("training", {}), **cell.get("patch", {}), "examples": cell["file"]["n"]}
+            for when in ("trained", "file"):
+                if isinstance(scores := cell.get(when), dict):
+                    told |= {f"{when}_{key}": f"{scores[key]:.4g}" for key in ("loss", "exact")}
+            told["trained"] = cell.get("training", {}).get("trained", "")
+            out.writerow({key: told[key] for key in columns if key in told})
+    draw(cells)
+
+
+def draw(cells: list[dict[str, Any]]) -> None:
+    """One panel a file and task: hollow as it was trained, filled as the file holds it, and the base."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "finepoint"
+    panels = sorted({(cell["model"], cell["task"]) for cell in cells}, key=lambda at: (at[0] != "smollm2", at))
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 2.6 * len(panels), 2.4), sharey=True, squeeze=False)
+    arms = [arm for arm in WORDS if arm != "base" and any(cell["arm"] == arm for cell in cells)][::-1]
+    for axis, (model, task) in zip(axes[0], panels, strict=True):
+        here = [cell for cell in cells if (cell["model"], cell["task"]) == (model, task)]
+        for cell in here:
+            if cell["arm"] == "base":
+                axis.axvline(cell["file"]["loss"], color=LIMIT, linestyle="--", linewidth=1)
+                continue
+            at, colour = arms.index(cell["arm"]), RIVAL if cell["arm"] in LORA_RATES else OURS
+            ends = cell["trained"]["loss"], cell["file"]["loss"]
+            axis.plot(ends, (at, at), color=colour, linewidth=1.5, zorder=1)
+            axis.scatter(ends, (at, at), color=["white", colour], edgecolors=colour, s=36, zorder=2)
+        axis.set(xscale="log", title=f"{model}: {task}", xlabel="loss of the answers")
+        axis.title.set_fontsize(10)
+        axis.set_yticks(range(len(arms)), [WORDS[arm] for arm in arms])
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(DOCS / "patch.svg", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("runs/data"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["smollm2", "gemma3-270m"])
     parser.add_argument("--until", help="begin no cell after this time of day, e.g. 23:30")
+    parser.add_argument("--page", action="store_true", help="write docs/study/patch.csv and patch.svg, and run nothing")
     given = parser.parse_args()
+    if given.page:
+        page([json.loads(path.read_text()) for path in sorted((given.output / "cells").glob("*.json"))])
+        return
     worker: Worker | None = None
     for model, seed, task, arm in planned(given.models):
         place = given.output / "cells" / f"{Path(model).stem}-{task}-{arm}-{seed}.json"

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finepoint.adapters.adapter import SparseAdapter, applied_to
+from finepoint.adapters.adapter import SparseAdapter
+from finepoint.adapters.adapter_set import AdapterSet
 from finepoint.adapters.entries import scatter_
 from finepoint.adapters.fingerprint import contents_of, fingerprint, unlike
 from finepoint.adapters.format import TENSORS
@@ -30,7 +31,7 @@ from finepoint.exchange.overlay import Patch, lay_over
 
 FORMAT = "finepoint"
 ADAPTER, IN_PLACE = "adapter", "in_place"  # keys in vLLM's extra configuration of the loader
-VIEWS = "_finepoint_views"  # where a model of vLLM's keeps itself as transformers has it
+VIEWS, SET = "_finepoint_views", "_finepoint_set"  # where a model of vLLM's keeps itself as transformers has it
 opened = lru_cache(maxsize=4)(open_checkpoint)  # a base is read through and compared once in a process
 
 
@@ -72,11 +73,12 @@ def register() -> None:
                     if hasattr(layer, "cpu_linear"):
                         layer.cpu_linear = nn.functional.linear
                 vars(model)[VIEWS] = views = as_transformers(model, model_config.model, model_config.dtype)
-                _exchange(views, self._adapter)
+                vars(model)[SET] = AdapterSet(views)
+                _exchange(vars(model)[SET], self._adapter)
             return model
 
     def finepoint_switch(worker: Any, adapter: str | None) -> None:
-        _exchange(vars(worker.model_runner.get_model())[VIEWS], adapter)
+        _exchange(vars(worker.model_runner.get_model())[SET], adapter)
 
     WorkerBase.finepoint_switch = finepoint_switch  # called by its name, in whatever process
 
@@ -178,18 +180,19 @@ def _rows(
     return whole.data[first : first + len(parameter)]
 
 
-def _exchange(model: nn.Module, adapter: str | None) -> None:
-    """Has a model hold an adapter instead of those that are applied to it; after an error it holds these."""
-    held, new = applied_to(model), SparseAdapter.load(adapter) if adapter else None
-    for one in reversed(held):
-        one.revert(model)
-    try:
-        if new is not None:
-            new.apply(model)
-    except FinepointError:
-        for one in held:
-            one.apply(model)
-        raise
+def _exchange(adapters: AdapterSet, folder: str | None) -> None:
+    """Has a model hold an adapter, or none, instead of what it holds; one that is known already in milliseconds.
+
+    Raises:
+        FinepointError: it does not belong to the model, which holds what it held then.
+    """
+    if folder is None:
+        adapters.disable()
+        return
+    name = f"{folder} {_stamp(folder)}"
+    if name not in adapters:
+        adapters.add(name, SparseAdapter.load(folder))
+    adapters.set(name)
 
 
 def _forget(engine: Any) -> None:
@@ -244,9 +247,14 @@ def patches_for(adapter: str, base: str, dtype: torch.dtype) -> dict[str, Patch]
         FinepointError: the adapter does not belong to the base, changes more than a base's weights, or was trained in
             another dtype than vLLM computes with.
     """
+    return _patches_for(adapter, _stamp(adapter), base, dtype)
+
+
+def _stamp(adapter: str) -> tuple[int, int] | None:
+    """What tells that an adapter's file is another than before; None of one that is not on this disk yet."""
     place = Path(adapter) / TENSORS
     known = place.stat() if place.is_file() else None
-    return _patches_for(adapter, known and (known.st_mtime_ns, known.st_size), base, dtype)
+    return known and (known.st_mtime_ns, known.st_size)
 
 
 @lru_cache(maxsize=4)
