@@ -273,6 +273,7 @@ def page(cells: list[dict[str, Any]]) -> None:
                 if isinstance(scores := cell.get(when), dict):
                     told |= {f"{when}_{key}": f"{scores[key]:.4g}" for key in ("loss", "exact")}
             told["trained"] = cell.get("training", {}).get("trained", "")
+            told |= {"lost": f"{told['lost']:.3g}"} if "lost" in told else {}
             out.writerow({key: told[key] for key in columns if key in told})
     draw(cells)
 
@@ -296,7 +297,10 @@ def draw(cells: list[dict[str, Any]]) -> None:
             ends = cell["trained"]["loss"], cell["file"]["loss"]
             axis.plot(ends, (at, at), color=colour, linewidth=1.5, zorder=1)
             axis.scatter(ends, (at, at), color=["white", colour], edgecolors=colour, s=36, zorder=2)
-        axis.set(xscale="log", title=f"{model}: {task}", xlabel="loss of the answers")
+        axis.set(xscale="log", title=f"{model}: {task}", xlabel="loss of the answers", xlim=(0.08, 9))
+        axis.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
+        axis.set_xticks([], minor=True)
+        axis.set_ylim(-0.6, len(arms) - 0.4)
         axis.title.set_fontsize(10)
         axis.set_yticks(range(len(arms)), [WORDS[arm] for arm in arms])
         axis.spines[["top", "right"]].set_visible(False)
