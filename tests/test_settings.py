@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 import pytest
 import yaml
@@ -18,7 +18,7 @@ from finepoint.cli.options import flags, help_text, parse, row
 from finepoint.data.sources import SOURCES
 from finepoint.errors import FinepointError
 from finepoint.exchange.layouts import LAYOUTS, layout_named
-from finepoint.runtime.settings import deciding, json_schema, names, sections, setting, values_of
+from finepoint.runtime.settings import deciding, default_of, json_schema, names, sections, setting, values_of
 from finepoint.selection.rules import RULES
 from finepoint.studies.settings import CompareConfig, SequenceConfig
 from finepoint.studies.sharing import key
@@ -257,3 +257,17 @@ def test_help_names_every_value_that_is_listed():
             told = " ".join(row(known))
             assert [value for value in values_of(known) if value not in told] == [], (command, known.name)
     assert "how the learning rate falls afterwards (default: linear; or cosine, constant)" in help_text(Dummy, "train")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_print_config_gives_a_form_to_fill_in(command, capsys, tmp_path):
+    assert main_exits([command, "--print-config"]) == 0
+    (tmp_path / "form.yaml").write_text(printed := capsys.readouterr().out)
+    known = fields(command_named(command).config)
+    required = [each.name for each in known if default_of(each) is MISSING]
+    assert [line.partition(":")[0] for line in printed.splitlines() if line.endswith("  # required")] == sorted(
+        required, key=list(yaml.safe_load(printed)).index
+    )
+    if required:
+        with pytest.raises(FinepointError, match=f"--{required[0]}.* must be given"):
+            parse(command_named(command).config, command, ["--config", str(tmp_path / "form.yaml")])

@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields, make_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from types import UnionType
@@ -51,14 +51,14 @@ def parse(
     """
     parser = ArgumentParser(prog=f"finepoint {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below; a flag overrides it")
-    parser.add_class_arguments(config)
+    printed = "--print-config" in arguments
+    parser.add_class_arguments(_form(config) if printed else config)
     if any(word in ("-h", "--help") for word in arguments):
         print(help_text(config, command))
         if after_help:
             print(f"\n{after_help()}")
         raise SystemExit(0)
     known = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
-    printed = "--print-config" in arguments
     lines: dict[str, tuple[str, str]] = {}
     for file in _files(arguments):
         lines |= check_keys(file, known)
@@ -71,8 +71,9 @@ def parse(
         raise FinepointError(_where(_plain(str(error)), lines, written)) from error
     values.pop("config", None)
     if printed:
-        ordered = {known.name: values[known.name] for _, members in sections(config) for known in members}
-        print(yaml.safe_dump(json.loads(json.dumps(ordered)), sort_keys=False), end="")
+        for name in (each.name for _, members in sections(config) for each in members):
+            absent = values[name] is None and default_of(known[name]) is MISSING
+            print(f"{name}:  # required\n" if absent else yaml.safe_dump({name: values[name]}), end="")
         raise SystemExit(0)
     found = config(**values)
     try:
@@ -80,6 +81,15 @@ def parse(
     except FinepointError as error:
         raise FinepointError(_where(str(error), lines, written)) from error
     return found
+
+
+def _form(config: type) -> type:
+    """The settings, with none that is required: a form to fill in."""
+    known = [(each.name, each.type, each.default, each.default_factory) for each in fields(config)]
+    return make_dataclass(config.__name__, [
+        (name, kind, field(default=None)) if default is MISSING and make is MISSING
+        else (name, kind, field(default=default, default_factory=make)) for name, kind, default, make in known
+    ])  # fmt: skip
 
 
 def _written(arguments: Sequence[str]) -> dict[str, str]:
