@@ -70,7 +70,9 @@ def test_messages_explained_are_those_of_the_code():
 
 def test_files_that_pages_name_exist():
     files = [
-        path for folder in ("src", "tests", "benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.py")
+        path
+        for folder in ("src", "tests", "benchmarks", "docs", "examples", "studies")
+        for path in (ROOT / folder).rglob("*.py")
     ]
     name = r"((?:[a-z_]+/)*[a-z_0-9]+\.py)"
     pages = [path.read_text() for path in DOCS.rglob("*.md")]
