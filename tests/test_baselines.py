@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import transformers
 
 import finepoint
 from conftest import assert_same_bits, interrupted_at, random_batches, snapshot, tiny_llama, write_lines
@@ -217,6 +218,16 @@ def test_orthogonal_steps_leave_the_largest_directions_of_each_matrix(batches):
     plain_steps(plain, [w for name, w in plain.named_parameters() if name.endswith("_proj.weight")], batches)
     assert_close(other, plain)
     method.tuner.close()
+
+
+def test_layers_that_peft_does_not_wrap_are_told_and_the_model_left_plain():
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4,
+                                                                   vocab_size=64))  # fmt: skip
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(FinepointError, match="PEFT cannot put factors there: .*'out_proj' is incompatible"):
+        make("lora", model)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])

@@ -45,6 +45,16 @@ def test_other_names_are_options():
         finepoint.select(model, batches, rule="abs(g)**a / abs(w)**b", rule_options={"a": 1.0})
 
 
+def test_a_name_alone_is_a_formula_and_so_is_its_negative():
+    model, kept = tiny_llama(torch.float64), random_batches(2)
+    least, most = (finepoint.select(model, rule=rule, density=0.1, kept=kept) for rule in ("-k", "k"))
+    plain = finepoint.select(model, rule="0 - k", density=0.1, kept=kept)
+    assert all(torch.equal(least[name], plain[name]) for name in plain)
+    assert any(not torch.equal(least[name], most[name]) for name in plain)
+    with pytest.raises(FinepointError, match="unknown rule '-kk'"):
+        rule_named("-kk")
+
+
 def test_what_a_formula_looks_at_is_what_it_needs():
     assert rule_named("abs(w) - 1").needs_data is False
     assert rule_named("abs(g) / abs(w)").needs == ("gradient", "weight")

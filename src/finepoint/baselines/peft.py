@@ -58,7 +58,12 @@ class PeftTuner(Tuner):
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going
             torch.manual_seed(seed)
-            self._peft: Any = peft.get_peft_model(model, config)
+            try:
+                self._peft: Any = peft.get_peft_model(model, config)
+            except ValueError as error:  # a layer that PEFT does not wrap in such a model
+                self._unwrap()
+                said = reason_of(error)
+                raise FinepointError(f"PEFT cannot put factors there: {said}; give other --targets") from error
         self._marks = beside is None
         if beside is None:
             setattr(model, CONTAINER, nn.ModuleDict())  # marks the model as being trained
@@ -67,6 +72,16 @@ class PeftTuner(Tuner):
                 delta.requires_grad_(True)
         self._open = True
         self._start = {name: parameter.detach().clone() for name, parameter in self.trained().items()}
+
+    def _unwrap(self) -> None:
+        """Takes off what PEFT had wrapped when it stopped halfway."""
+        for name, layer in [*self.model.named_modules()]:
+            if isinstance(base := getattr(layer, "base_layer", None), nn.Module):
+                self.model.set_submodule(name, base)
+        for attribute in set(vars(self.model)) - self._attributes:
+            delattr(self.model, attribute)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._flags[name])
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The factors, magnitudes and a new head's weights, by PEFT's names in the model."""

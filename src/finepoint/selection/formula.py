@@ -34,8 +34,9 @@ LONGEST = 1000  # characters: a formula, not a program
 
 
 def is_expression(text: str) -> bool:
-    """Whether a rule's name is rather a formula: it has an operator or a call."""
-    return any(sign in text for sign in "()*/+") or " - " in text
+    """Whether a rule's name is rather a formula: it has an operator or a call, or is one of the names alone."""
+    text = text.strip()
+    return any(sign in text for sign in "()*/+") or " - " in text or text.removeprefix("-").strip() in TENSORS
 
 
 def expression(text: str) -> Callable[..., Tensor]:
