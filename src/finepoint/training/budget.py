@@ -212,7 +212,7 @@ class Holding(TrainerCallback):
         self, budget: float, method: Method, collator: Collator, rows: Sequence[Row], falling: bool = True
     ) -> None:
         assert method.penalty
-        tuner: Any = method.tuner
+        tuner = method.tuner
         self.budget, self.tuner, self.penalty, self.falling = budget, tuner, method.penalty, falling
         self.most = STRONGEST * method.penalty.strength
         self.few, self.all = (BasePredictions.of(tuner.model, collator, part, changing=tuner.trained())
