@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md between their marks, and draws its figures, from benchmarks/results/.
+"""Writes the tables of docs/benchmarks.md and its appendix between their marks, and draws its figures, from benchmarks/results/.
 
 python benchmarks/page.py
 """
@@ -23,13 +23,13 @@ OURS, RIVAL, LIMIT = "#1f6f8b", "#b0b7bd", "#c0392b"
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "finepoint"  # the same picture from the same figures
     FIGURES.mkdir(exist_ok=True)
-    page = DOCS / "benchmarks.md"
-    text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"<!-- (\S+) -->", text):
-        path = RESULTS / f"{name}.json"
-        if path.is_file():
-            text = filled(text, name, json.loads(path.read_text()))
-    page.write_text(text, encoding="utf-8")
+    for page in (DOCS / "benchmarks.md", DOCS / "benchmarks-appendix.md"):
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"<!-- (\w\S*) -->", text):
+            path = RESULTS / f"{name}.json"
+            if path.is_file():
+                text = filled(text, name, json.loads(path.read_text()))
+        page.write_text(text, encoding="utf-8")
     bars("step", "x bound", "A training step over the bound, SmolLM2-135M", 1.05)
     bars("memory", "x bound", "Peak memory of training over the bound, SmolLM2-135M", None)
     scaling()
@@ -68,7 +68,7 @@ def scaling() -> None:
     if not rows:
         return
     figure, axes = plt.subplots(figsize=(7, 3.5))
-    for style, size in zip(("-", "--", ":"), dict.fromkeys(row["model"] for row in rows), strict=False):
+    for style, size in zip(("-", "--", ":", "-."), dict.fromkeys(row["model"] for row in rows), strict=False):
         part = [row for row in rows if row["model"] == size]
         lengths = [row["tokens a row"] for row in part]
         axes.plot(lengths, [row["sparse x bound"] for row in part], style, color=OURS, label=f"sparse 1 %, {size}")

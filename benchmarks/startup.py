@@ -10,7 +10,13 @@ import time
 
 from common import options, report
 
-COMMANDS = (["--help"], ["train", "--help"], ["compare-nothing"], ["rules"])
+COMMANDS = (
+    ["--help"], ["train", "--help"], ["select", "--help"], ["compare-nothing"], ["rules"],
+    ["train", "--model", "./nowhere", "--output", "made"],
+    ["train", "--model", "smollm2", "--output", "made", "--data", "nowhere.jsonl"],
+    ["select", "--model", "smollm2", "--output", "made", "--rule", "nonesuch"],
+    ["select", "--model", "smollm2", "--output", "made", "--targets", "nonesuch"],
+)  # fmt: skip
 
 
 def main() -> None:
