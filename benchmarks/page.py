@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md and its appendix between their marks, and draws its figures, from benchmarks/results/.
+"""Writes the tables of docs/benchmarks.md and its appendix, and draws the figures, from benchmarks/results/.
 
 python benchmarks/page.py
 """
