@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import finepoint
+import finepoint.data
+import finepoint.models
 from finepoint import moved
 from finepoint.baselines.registry import BASELINES
 from finepoint.training.keep import PROTECTIONS
@@ -101,6 +103,9 @@ def test_functions_fit_on_a_screen():
 
 def test_completion_shows_what_is_public_and_old_names_still_work(caplog):
     assert dir(finepoint) == sorted(finepoint.__all__)
+    for room in (finepoint.data, finepoint.models, finepoint.sync):
+        assert len(dir(room)) < 6
+        assert all(getattr(room, name).__doc__ for name in dir(room))
     for old, new in finepoint._RENAMED.items():
         caplog.clear()
         assert getattr(finepoint, old) is getattr(finepoint, new)

@@ -11,3 +11,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_"):  # of a package, which Python itself asks for
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("finepoint.data.examples"), name)
+
+
+def __dir__() -> list[str]:
+    return ["as_examples", "read_examples"]

@@ -7,8 +7,13 @@ Positions are sent once, then, each step, two bytes for each trained entry of a 
 one). A message is written as a whole or not at all, and only over the base that it belongs to.
 """
 
-from finepoint.sync.callback import SendEachStep as SendEachStep
-from finepoint.sync.lines import GroupLine as GroupLine
-from finepoint.sync.lines import Line as Line
-from finepoint.sync.receiver import Receiver as Receiver
-from finepoint.sync.sender import Sender as Sender
+from finepoint.sync.callback import SendEachStep
+from finepoint.sync.lines import GroupLine, Line
+from finepoint.sync.receiver import Receiver
+from finepoint.sync.sender import Sender
+
+__all__ = ["GroupLine", "Line", "Receiver", "SendEachStep", "Sender"]
+
+
+def __dir__() -> list[str]:
+    return __all__
