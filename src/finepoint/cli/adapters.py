@@ -18,7 +18,6 @@ from finepoint.runtime.settings import (
     DType,
     ImportFormat,
     Quantise,
-    refuse_out_of_range,
     setting,
 )
 
@@ -346,7 +345,6 @@ def run_scale(config: ScaleConfig) -> None:
     from finepoint.training.budget import scale_to_budget
     from finepoint.training.context import examples_to_keep
 
-    refuse_out_of_range(config)
     check_output(config.output, config.overwrite)
     texts = examples_to_keep(config.protect, config.protect_examples)
     sparse = None if is_peft(config.adapter) else SparseAdapter.load(config.adapter)
