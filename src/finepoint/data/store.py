@@ -12,7 +12,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -39,6 +39,7 @@ from finepoint.data.tokens import (
     learned,
     nothing_learned,
     refuse_beyond,
+    uncollected,
 )
 from finepoint.errors import FinepointError
 from finepoint.models.packages import cache_folder, digest
@@ -172,7 +173,8 @@ class LargeData:
         self, folder: Path, tokenizer: Any, limit: int, labels: Sequence[str], what: str, model: Any, turns: ChatTurns
     ) -> None:
         count, examples, tally = sum(part["rows"] for part in self.facts["parts"]), self.examples(), Tally()
-        with _Writer.into(folder) as written, progress("tokens", count) as advance:
+        quick = nullcontext() if self.form == "chat" else uncollected()
+        with _Writer.into(folder) as written, progress("tokens", count) as advance, quick:
             while part := list(islice(examples, PART)):
                 written.add(encode_part(tokenizer, learned_turns(part, turns), limit, labels, tally, model))
                 advance(len(part))
