@@ -291,7 +291,6 @@ def test_a_turn_of_weight_0_is_read_and_not_learned():
 
 @pytest.mark.parametrize(("turn", "problem"), [
     ({"role": "assistant", "content": [{"type": "image", "image": "x"}]}, "text alone is learned"),
-    ({"role": "assistant", "content": None}, "without content"),
     ({"role": "assistant", "content": 3}, "text alone is learned"),
     ({"role": "assistant", "content": "a", "tool_calls": [{"name": 3}]}, "'tool_calls' is"),
     ({"role": "assistant", "content": "a", "tool_calls": "f()"}, "'tool_calls' is"),

@@ -22,6 +22,8 @@ from finepoint.data.examples import (
 )
 from finepoint.errors import FinepointError
 
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+CHAT = Chat((("user", "hi"), ("assistant", "ho")))
 ROWS = {
     Completion: {"prompt": "2+2=", "completion": "4"},
     Choices: {"prompt": "sky is", "choices": [" blue", " red"], "answer": 0},
@@ -51,7 +53,6 @@ BAD_LINES = {
     "a list": ("[1]", "line 2: a list; expected"),
     "other keys": ('{"prompt": "a", "response": "b"}', r"line 2: an object with the keys \['prompt', 'response'\]"),
     "no form's keys": ('{"q": "a", "a": "b"}', r"expected \{\"prompt\".*name your columns with --columns"),
-    "no turn": ('{"conversations": []}', "line 2: 'conversations' is no list of turns"),
     "a typo": (
         '{"text": "a", "lable": 1}',
         r"line 2: there is 'lable'; did you mean 'label'\? .* --columns label=lable",
@@ -65,15 +66,12 @@ BAD_LINES = {
         '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}',
         "a chat example in a file that",
     ),
-    "empty": ('{"prompt": "", "completion": "b"}', "line 2: 'prompt' must be a string that is not empty"),
+    "blank, of other keys": ('{"messages": []}', r"line 2: a row of \{\"messages\"\} in a file that began"),
     "number": ('{"prompt": 3, "completion": "b"}', "'prompt' must be a string"),
     "one choice": ('{"prompt": "a", "choices": ["b"], "answer": 0}', "'choices' must be two or more different"),
     "same choices": ('{"prompt": "a", "choices": ["b", "b"], "answer": 0}', "'choices' must be two or more different"),
     "answer": ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "'answer' must be the index of a choice, 0 to 1"),
     "truth": ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "'answer' must be the index"),
-    "no turns": ('{"messages": []}', "'messages' is no list of turns"),
-    "turn": ('{"messages": [{"role": "user"}]}', "a turn is"),
-    "last turn": ('{"messages": [{"role": "user", "content": "a"}]}', "end with the assistant"),
     "label": ('{"text": "a", "label": 0.5}', "'label' must be a string or an integer"),
     "mixed": ('{"text": "a"}', "a text example in a file that began with completion examples"),
     "deep": ("[" * 100_000, "line 2: not JSON"),
@@ -89,10 +87,78 @@ def test_a_malformed_line_is_named(tmp_path, bad):
         read_examples(path)
 
 
+NAN = float("nan")
+SYSTEM = {"role": "system", "content": ""}
+BLANK = {
+    "text": ({"text": "a"}, {"text": ""}),
+    "missing": ({"text": "a"}, {"text": None}),
+    "completion": ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}),
+    "prompt": ({"prompt": "a", "completion": "b"}, {"prompt": NAN, "completion": "b"}),
+    "class": ({"text": "a", "label": 1}, {"text": "a", "label": " "}),
+    "no class": ({"text": "a", "label": 1}, {"text": "a", "label": NAN}),
+    "choices": ({"prompt": "a", "choices": ["b", "c"], "answer": 0}, {"prompt": "a", "choices": [], "answer": 0}),
+    "alpaca": ({"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}),
+    "question": ({"question": "a", "answer": "b"}, {"question": "a", "answer": ""}),
+    "no turns": ({"messages": [USER, REPLY]}, {"messages": []}),
+    "no answer": ({"messages": [SYSTEM, USER, REPLY]}, {"messages": [USER, {**REPLY, "content": ""}]}),
+    "a question alone": ({"messages": [USER, REPLY]}, {"messages": [USER]}),
+    "an answer alone": ({"messages": [USER, REPLY]}, {"messages": [REPLY]}),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]},
+    ),
+    "no conversation": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"conversations": []},
+    ),
+    "turns": ({"prompt": [USER], "completion": [REPLY]}, {"prompt": [USER], "completion": []}),
+    "pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": ""}),
+    "equal pair": ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "b"}),
+}
+
+
+@pytest.mark.parametrize("kind", BLANK)
+def test_rows_that_hold_nothing_to_learn_are_skipped_counted_and_said_once(tmp_path, kind, caplog):
+    good, blank = BLANK[kind]
+    forms = module.PAIRS if "chosen" in good else module.FORMS
+    path = write_lines(tmp_path / "f.jsonl", [blank, good, blank, good, good])
+    for _ in range(2):
+        (part,) = module.read_parts(path, forms=forms)
+        assert len(part.examples) == 3
+        assert part.examples == module.read_parts(write_lines(tmp_path / "g", [good] * 3), forms=forms)[0].examples
+        assert part.told()["skipped"] == 2
+    said = [line for line in caplog.messages if "hold nothing to learn" in line]
+    assert said == [f"2 of 5 rows of {path} hold nothing to learn: skipped (first: line 1)"]
+    with pytest.raises(FinepointError, match=r"line 1: .*; none of the 2 rows holds anything to learn"):
+        module.read_parts(write_lines(tmp_path / "f.jsonl", [blank, blank]), forms=forms)
+    (tmp_path / "f.jsonl").write_text(json.dumps(blank) + "\n{\n")
+    with pytest.raises(FinepointError, match="line 2: not JSON"):
+        module.read_parts(path, forms=forms)
+
+
+def test_a_frame_with_gaps_loses_the_rows_that_have_them():
+    frame = pytest.importorskip("pandas").DataFrame({"text": ["a", None, "b", "c"], "label": [1, 0, NAN, True]})
+    assert read_examples(frame) == [Labelled("a", "1"), Labelled("c", "True")]
+    frame["label"] = [1.0, 0.0, NAN, 2.0]
+    assert read_examples(frame) == [Labelled("a", "1"), Labelled("c", "2")]
+
+
+def test_turns_of_which_nothing_can_be_learned_are_left_out_of_a_conversation_and_counted(tmp_path, caplog):
+    rows = [[REPLY, USER, REPLY], [USER, REPLY, USER], [REPLY, REPLY, USER, REPLY, USER], [USER, REPLY]]
+    path = write_lines(tmp_path / "f.jsonl", [{"messages": turns} for turns in rows])
+    (part,) = module.read_parts(path)
+    assert part.examples == [CHAT] * 4
+    assert part.told()["trimmed"] == 3
+    assert [line for line in caplog.messages if "are left out" in line] == [
+        f"3 of 4 conversations of {path} begin with the assistant or do not end with it: those turns, of which nothing "
+        "can be learned, are left out"
+    ]
+
+
 def test_a_form_and_a_type_of_file_are_one_function_each(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FORMS", dict(module.FORMS))
     monkeypatch.delitem(module.SOURCES, ".bar", raising=False)  # and again, afterwards
-    (tmp_path / "d.bar").write_text("q|a\n2+2=|4\nsky is|\n")
+    (tmp_path / "d.bar").write_text("q|a\n2+2=|4\nsky is|?\n")
     with pytest.raises(FinepointError, match="line 1: not JSON"):
         read_examples(tmp_path / "d.bar")  # an unknown type is taken for JSON Lines
 
@@ -106,9 +172,11 @@ def test_a_form_and_a_type_of_file_are_one_function_each(tmp_path, monkeypatch):
 
     @module.form("q", "a")
     def question(where, row):
+        if row["a"] == "?":
+            raise FinepointError(f"{where}: there is no text")
         return Completion(module.string(where, row, "q"), module.string(where, row, "a"), where=where)
 
-    with pytest.raises(FinepointError, match="d.bar, line 3: 'a' must be a string that is not empty"):
+    with pytest.raises(FinepointError, match="d.bar, line 3: there is no text"):
         read_examples(tmp_path / "d.bar")
     assert module.as_examples([{"q": "2+2=", "a": "4", "id": 7}]) == [Completion("2+2=", "4")]
     with pytest.raises(FinepointError, match=r'\{"text"\} or \{"q", "a"\}; name'):
@@ -144,8 +212,6 @@ def test_half_a_character_is_one_line(tmp_path):
         refuse_other_task("d.jsonl", read_examples(tmp_path / "d.jsonl"), ["x", "y"])
 
 
-USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
-CHAT = Chat((("user", "hi"), ("assistant", "ho")))
 ALPACA = "### Instruction:\nadd\n\n### Input:\n2 2\n\n### Response:\n"
 READY = {
     "alpaca": ({"instruction": "add", "input": "2 2", "output": "4"}, Completion(ALPACA, "4")),

@@ -160,6 +160,10 @@ def _show_file(file: dict[str, Any]) -> None:
     ignored = f"; ignored: {', '.join(file['ignored'])}" if file["ignored"] else ""
     taken = f"{file['rows']:,} {KINDS.get(file['kind'], file['kind'])} examples{form}{ignored}"
     print(f"{file['source']}: {taken}")
+    for key, what in (("skipped", "rows hold nothing to learn: skipped"), ("trimmed", "conversations lose turns before "
+                      "the first question or behind the last answer")):  # fmt: skip
+        if key in file:
+            print(f"  {file[key]:,} {what}")
     for unit in ("characters", "tokens"):
         if found := file.get(unit):
             learned = f", {found['learned']:,} learned" if found.get("learned") else ""

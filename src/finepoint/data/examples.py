@@ -60,6 +60,8 @@ class Chat(Placed):
     """what the template is given beside the turns (tools), as JSON"""
     last: bool = False
     """of the assistant's turns only the last is learned"""
+    trimmed: bool = field(default=False, compare=False, repr=False, kw_only=True)
+    """the row has turns before or behind these, which nothing could be learned of"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class ChatPair(Placed):
 Example = Completion | Choices | Chat | Text | Labelled
 Preference = Pair | ChatPair
 
+
+class BlankError(FinepointError):
+    """A row holds nothing to learn, and nothing that is wrong: it is skipped beside others that do."""
+
+
 Form = Callable[[str, Row], Any]
 FORMS: dict[tuple[str, ...], Form] = {}
 """of examples, by the keys that a row must have"""
@@ -130,7 +137,8 @@ def read_examples(
 ) -> list[Example]:
     """The examples of a file, a folder, a data set of the hub, several of these, or rows in memory; all of one form.
 
-    Empty lines are skipped, columns that the form lacks are ignored.
+    Empty lines are skipped, and rows that hold nothing to learn, which a line says; columns that the form lacks are
+    ignored.
 
     Args:
         data: what `rows_of` takes; a list of such, each perhaps with its share (`a.jsonl=0.7`).
@@ -140,7 +148,8 @@ def read_examples(
         need: one without these columns is refused, unless it has the form's keys already.
 
     Raises:
-        FinepointError: the file is missing, empty or mixed, or a row is malformed; file and line are named.
+        FinepointError: the file is missing, mixed or without anything to learn, or a row is malformed; file and line
+            are named.
     """
     return [example for part in read_parts(data, columns, seed, need) for example in part.examples]
 
@@ -160,7 +169,7 @@ def as_examples(rows: Iterable[Any], columns: Mapping[str, str] | None = None) -
     Raises:
         FinepointError: there is none, they are mixed, or one is malformed; its number is named.
     """
-    return _read("data", _numbered(rows), FORMS, columns or {})[0]
+    return list(Reading("data", FORMS, columns or {}).examples(_numbered(rows)))
 
 
 @dataclass(frozen=True)
@@ -177,20 +186,37 @@ class Taken:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What of the rows of a source is not learned, since there is nothing to learn of it."""
+
+    blank: int = 0
+    """rows that hold nothing to learn"""
+    first: str = ""
+    """where the first of them stands"""
+    trimmed: int = 0
+    """conversations that lose turns before the first question or behind the last answer"""
+
+    def told(self) -> dict[str, int]:
+        """What a record says of it: nothing where all is learned."""
+        return {name: count for name, count in (("skipped", self.blank), ("trimmed", self.trimmed)) if count}
+
+
+@dataclass(frozen=True)
 class Part:
     """What is taken of one source."""
 
     source: str
     examples: list[Any]
     rows: int
-    """how many it has"""
+    """how many it has that hold something to learn"""
     taken: Taken | None
     """how its rows are read; None where they were examples already"""
+    left_out: LeftOut = LeftOut()
 
     def told(self) -> dict[str, Any]:
         """What a record says of it."""
         return {"source": self.source, "form": list(self.taken.keys) if self.taken else None, "rows": self.rows,
-                "taken": len(self.examples)}  # fmt: skip
+                "taken": len(self.examples)} | self.left_out.told()  # fmt: skip
 
 
 def read_parts(
@@ -207,8 +233,9 @@ def read_parts(
     found = []
     for origin in shares:
         rows = _numbered(origin.rows) if isinstance(origin, Given) else rows_of(origin)
-        examples, taken = _read(str(origin), rows, forms, columns, need and len(shares) == 1)
-        found.append(Part(str(origin), examples, len(examples), taken))
+        reading = Reading(str(origin), forms, columns, need and len(shares) == 1)
+        examples = list(reading.examples(rows))
+        found.append(Part(str(origin), examples, len(examples), reading.taken, reading.left_out))
     refuse_unlike(found, columns, need)
     return found if len(found) == 1 else _mixed(found, [share for share in shares.values() if share is not None], seed)
 
@@ -249,15 +276,6 @@ def _tell_mixed(parts: tuple[str, ...]) -> None:
     logger.info("mixing examples: %s", ", ".join(parts))
 
 
-def _read(
-    origin: str, rows: Iterable[tuple[str, Any]], forms: Mapping[tuple[str, ...], Form],
-    columns: Mapping[str, str], need: bool = False,
-) -> tuple[list[Any], Taken | None]:  # fmt: skip
-    """The examples, which must be of one form, and how they are read."""
-    reading = Reading(origin, forms, columns, need)
-    return list(reading.examples(rows)), reading.taken
-
-
 @dataclass
 class Reading:
     """How the rows of one source are read; all of it is known once its examples are through."""
@@ -267,34 +285,56 @@ class Reading:
     columns: Mapping[str, str]
     need: bool = False
     taken: Taken | None = None
+    left_out: LeftOut = LeftOut()
 
     def examples(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Any]:
-        """The examples, one by one, which must be of one form.
+        """The examples, one by one, which must be of one form; rows that hold nothing to learn are skipped.
 
         Raises:
             FinepointError: there is none, or one is malformed.
         """
         known: dict[tuple[str, ...], Taken] = {}
-        first: Any = None
+        first, blank, count, trimmed = None, None, 0, 0
         for where, row in rows:
-            taken, example = (self.taken, row) if isinstance(row, Example) else self._made(where, row, known)
-            self.taken = self.taken or taken
+            count += 1
+            try:
+                taken, example = (self.taken, row) if isinstance(row, Example) else self._made(where, row, known)
+            except BlankError as error:
+                self._take(where, known[tuple(row)])
+                blank = blank or error
+                first_blank = self.left_out.first or where.removeprefix(f"{self.origin}, ")
+                self.left_out = LeftOut(self.left_out.blank + 1, first_blank)
+                continue
             first = example if first is None else first
             if type(example) is not type(first):
                 raise FinepointError(f"{where}: a {_kind(example)} example in a file that began with {_kind(first)} "
                                      "examples; give each form its own file")  # fmt: skip
-            if self.taken and taken and taken.keys != self.taken.keys:
-                raise FinepointError(f"{where}: a row of {_keyed(taken.keys)} in a file that began with "
-                                     f"{_keyed(self.taken.keys)}; give each form its own file")  # fmt: skip
+            self._take(where, taken)
+            trimmed += isinstance(example, Chat) and example.trimmed
             yield example
         if first is None:
-            what = "pair" if self.forms is PAIRS else "example"
-            raise FinepointError(f"{self.origin} holds no {what}; expected one JSON object a line: "
-                                 f"{_spelled(self.forms)}")  # fmt: skip
+            raise self._empty(blank)
+        self.left_out = replace(self.left_out, trimmed=trimmed)
+        tell_left_out(self.origin, count, self.left_out)
         ignored = tuple(dict.fromkeys(column for taken in known.values() for column in taken.ignored))
         if self.taken and ignored:
             tell_ignored(self.origin, self.taken.keys, ignored)
             self.taken = replace(self.taken, ignored=ignored)
+
+    def _empty(self, blank: BlankError | None) -> FinepointError:
+        """What is to be said of a source without an example: of its first row, where it has some."""
+        if blank and self.left_out.blank > 1:
+            return FinepointError(f"{blank}; none of the {self.left_out.blank:,} rows holds anything to learn")
+        what = "pair" if self.forms is PAIRS else "example"
+        return blank or FinepointError(f"{self.origin} holds no {what}; expected one JSON object a line: "
+                                       f"{_spelled(self.forms)}")  # fmt: skip
+
+    def _take(self, where: str, taken: Taken | None) -> None:
+        """Refuses a row that is read by other keys than those before it."""
+        self.taken = self.taken or taken
+        if self.taken and taken and taken.keys != self.taken.keys:
+            raise FinepointError(f"{where}: a row of {_keyed(taken.keys)} in a file that began with "
+                                 f"{_keyed(self.taken.keys)}; give each form its own file")  # fmt: skip
 
     def _made(self, where: str, row: Any, known: dict[tuple[str, ...], Taken]) -> tuple[Taken, Any]:
         if not isinstance(row, dict):
@@ -369,6 +409,18 @@ def _near(given: str, meant: str) -> bool:
 
 
 @lru_cache(maxsize=256)
+def tell_left_out(origin: str, count: int, left_out: LeftOut) -> None:
+    """Says once what of so many rows is not learned."""
+    if left_out.blank:
+        logger.warning("%s of %s rows of %s hold nothing to learn: skipped (first: %s)", f"{left_out.blank:,}",
+                       f"{count:,}", origin, left_out.first)  # fmt: skip
+    if left_out.trimmed:
+        logger.warning("%s of %s conversations of %s begin with the assistant or do not end with it: those turns, of "
+                       "which nothing can be learned, are left out", f"{left_out.trimmed:,}",
+                       f"{count - left_out.blank:,}", origin)  # fmt: skip
+
+
+@lru_cache(maxsize=256)
 def tell_ignored(origin: str, keys: tuple[str, ...], ignored: tuple[str, ...]) -> None:
     """Says once what of a file is not read."""
     logger.info("ignoring the columns %s of %s, which is read as %s", ", ".join(name or "''" for name in ignored),
@@ -390,10 +442,22 @@ def _spelled(forms: Iterable[tuple[str, ...]]) -> str:
 
 
 def string(where: str, row: Row, key: str) -> str:
-    """A row's text, which must not be empty."""
+    """A row's text, which must not be empty.
+
+    Raises:
+        BlankError: it is, or is missing.
+        FinepointError: it is something else than a text.
+    """
     if not isinstance(row[key], str) or not row[key]:
-        raise FinepointError(f"{where}: {key!r} must be a string that is not empty, got {row[key]!r}")
+        kind = BlankError if is_blank(row[key]) else FinepointError
+        raise kind(f"{where}: {key!r} must be a string that is not empty, got {row[key]!r}")
     return readable(where, key, row[key])
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a cell is empty: also by one of the values that stand for nothing in tables (NaN)."""
+    return value is None or value in ("", [], ()) or type(value).__name__ in ("NAType", "NaTType") or (
+        isinstance(value, float) and value != value)  # fmt: skip
 
 
 def readable(where: str, key: str, text: str) -> str:
@@ -450,6 +514,8 @@ def _spaced(answer: str) -> str:
 @form("prompt", "choices", "answer")
 def choices(where: str, row: Row) -> Choices:
     given, answer = row["choices"], row["answer"]
+    if is_blank(given) or is_blank(answer):
+        raise BlankError(f"{where}: 'choices' or 'answer' is empty")
     valid = isinstance(given, list) and len(given) >= 2 and all(isinstance(c, str) and c for c in given)
     if not valid or len(set(given)) < len(given):
         raise FinepointError(f"{where}: 'choices' must be two or more different strings, got {given!r}")
@@ -460,20 +526,33 @@ def choices(where: str, row: Row) -> Choices:
 
 
 TURNS = 'expected [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}, ..]'
+SILENT = ("tool", "system", "developer")
+"""roles whose turns may be empty: the template is given them so"""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """a turn's keys for what the model thought; templates read one or another"""
 
 
 @form("messages", optional=TEMPLATE)
 def chat(where: str, row: Row) -> Chat:
+    """Turns before the first that the assistant can answer, and behind its last answer, are left out."""
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
-        raise FinepointError(f"{where}: 'messages' is no list of turns; {TURNS}")
+        kind = BlankError if is_blank(messages) else FinepointError
+        raise kind(f"{where}: 'messages' is no list of turns; {TURNS}")
+    speaks = [isinstance(turn, dict) and turn.get("role") == "assistant" for turn in messages]
+    start = next((at for at, own in enumerate(speaks) if not own), len(speaks))
+    end = next((at for at in range(len(speaks), start, -1) if speaks[at - 1]), start)
+    found = _chat(where, row, messages[start:end] or messages)
+    return replace(found, trimmed=True) if end - start < len(messages) else found
+
+
+def _chat(where: str, row: Row, messages: list[Any]) -> Chat:
     turns = [_turn(where, turn) for turn in messages]
     if turns[0][0] == "assistant" or turns[-1][0] != "assistant":
         roles = ", ".join(role for role, *_ in turns[:1] + turns[1:][-1:])
-        raise FinepointError(f"{where}: a conversation must begin with another role and end with the assistant, and "
-                             f"begins and ends here with: {roles}")  # fmt: skip
+        kind = BlankError if len({role == "assistant" for role, *_ in turns}) == 1 else FinepointError
+        raise kind(f"{where}: a conversation must begin with another role and end with the assistant, and "
+                   f"begins and ends here with: {roles}")  # fmt: skip
     more = tuple(_json(where, "messages", rest) for *_, rest in turns)
     return Chat(tuple((role, content) for role, content, _ in turns), more if any(more) else (),
                 _json(where, "tools", _for_template(where, row)), where=where)  # fmt: skip
@@ -492,8 +571,8 @@ def _turn(where: str, turn: Any) -> tuple[str, str, Row]:
     if rest.get("weight", 1) not in (0, 1):
         raise FinepointError(f"{where}: 'weight' is {rest['weight']!r}; 1 has a turn learned, 0 has it read alone")
     role, content = string(where, turn, "role"), _content(where, turn.get("content"))
-    if not content and role != "tool" and not (role == "assistant" and "tool_calls" in rest):
-        raise FinepointError(f"{where}: a turn is {turn!r}, without content; {TURNS}")
+    if not content and role not in SILENT and not (role == "assistant" and "tool_calls" in rest):
+        raise BlankError(f"{where}: a turn is {turn!r}, without content; {TURNS}")
     return role, content, rest
 
 
@@ -574,7 +653,7 @@ def _calling(where: str, turn: Row) -> Row:
 def answered(where: str, row: Row) -> Chat:
     """A prompt and a completion of which one is a list of turns: a conversation of which that is learned."""
     prompt, answer = _turns(where, row, "prompt", "user"), _turns(where, row, "completion", "assistant")
-    return chat(where, row | {"messages": _read_alone(prompt) + answer})
+    return _chat(where, row, _read_alone(prompt) + answer)
 
 
 def _read_alone(turns: list[Row]) -> list[Row]:
@@ -592,15 +671,19 @@ def _turns(where: str, row: Row, key: str, role: str) -> list[Row]:
 def _listed(where: str, row: Row, key: str) -> list[Row]:
     turns = row[key]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise FinepointError(f"{where}: {key!r} is no list of turns; got {turns!r}")
+        kind = BlankError if is_blank(turns) else FinepointError
+        raise kind(f"{where}: {key!r} is no list of turns; got {turns!r}")
     return turns
 
 
 @form("text", "label")
 def labelled(where: str, row: Row) -> Labelled:
     label = row["label"]
-    if type(label) not in (str, int) or label == "":
-        raise FinepointError(f"{where}: 'label' must be a string or an integer, got {label!r}")
+    if isinstance(label, float) and label.is_integer():  # as a column of integers is read that has gaps
+        label = int(label)
+    if is_blank(label) or not isinstance(label, str | int) or not str(label).strip():
+        kind = BlankError if is_blank(label) or isinstance(label, str) else FinepointError
+        raise kind(f"{where}: 'label' must be a string or an integer, got {label!r}")
     return Labelled(string(where, row, "text"), readable(where, "label", str(label)), where=where)
 
 
@@ -618,7 +701,7 @@ def pair(where: str, row: Row) -> Preference:
         return chat_pair(where, row, *(each if each[: len(turns)] == turns else turns + each for each in both))
     prompt, chosen, rejected = (string(where, row, key) for key in ("prompt", "chosen", "rejected"))
     if chosen == rejected:
-        raise FinepointError(f"{where}: 'chosen' and 'rejected' are the same text")
+        raise BlankError(f"{where}: 'chosen' and 'rejected' are the same text")
     return Pair(prompt, chosen, rejected, where=where)
 
 
@@ -640,12 +723,12 @@ def whole_pair(where: str, row: Row) -> Preference:
 
 def chat_pair(where: str, row: Row, chosen: list[Row], rejected: list[Row]) -> ChatPair:
     if chosen == rejected:
-        raise FinepointError(f"{where}: 'chosen' and 'rejected' are the same conversation")
+        raise BlankError(f"{where}: 'chosen' and 'rejected' are the same conversation")
     if chosen[:-1] != rejected[:-1]:
         raise FinepointError(f"{where}: 'chosen' and 'rejected' differ before their last turn; pairs are two answers "
                              "to one conversation")  # fmt: skip
     both = (_read_alone(turns[:-1]) + turns[-1:] for turns in (chosen, rejected))
-    return ChatPair(*(chat(where, row | {"messages": turns}) for turns in both), where=where)
+    return ChatPair(*(_chat(where, row, turns) for turns in both), where=where)
 
 
 def answers_of(pair: Preference) -> tuple[Completion, Completion] | tuple[Chat, Chat]:

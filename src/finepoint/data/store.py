@@ -25,7 +25,18 @@ from typing import IO, Any, overload
 import numpy as np
 
 from finepoint.data.chats import learned_turns
-from finepoint.data.examples import FORMS, Example, Labelled, Part, Reading, in_order, refuse_unlike, tell_ignored
+from finepoint.data.examples import (
+    FORMS,
+    Example,
+    Labelled,
+    LeftOut,
+    Part,
+    Reading,
+    in_order,
+    refuse_unlike,
+    tell_ignored,
+    tell_left_out,
+)
 from finepoint.data.leaks import Seen, digests_of
 from finepoint.data.sources import ending_of, files_of, parts_of, rows_of
 from finepoint.data.tokens import (
@@ -51,7 +62,7 @@ from finepoint.version import __version__
 logger = logging.getLogger(__name__)
 LARGE = 8 << 20  # bytes of data files: what is smaller is read in a moment
 MOST = 16 << 30  # bytes of all stores
-FORMAT = 2
+FORMAT = 3
 FACTS = "facts.json"  # written last
 
 
@@ -144,6 +155,7 @@ class LargeData:
     def told(self) -> list[dict[str, Any]]:
         """What a record says of each source."""
         return [{"source": str(source), "form": part["keys"], "rows": part["rows"], "taken": part["rows"]}
+                | LeftOut(**part["left_out"]).told()
                 for source, part in zip(self.sources, self.facts["parts"], strict=True)]  # fmt: skip
 
     def encoded(
@@ -254,6 +266,8 @@ def large_data(data: Any, columns: Mapping[str, str], need: bool) -> LargeData |
         return None
     facts = read_json(folder / FACTS)
     for source, part in zip(sources, facts["parts"], strict=True):
+        left_out = LeftOut(**part["left_out"])
+        tell_left_out(str(source), part["rows"] + left_out.blank, left_out)
         if part["ignored"]:
             tell_ignored(str(source), tuple(part["keys"]), tuple(part["ignored"]))
     seen = Seen(np.load(folder / "exact.npy"), np.load(folder / "normalised.npy"))
@@ -274,7 +288,7 @@ def _survey(folder: Path, sources: Sequence[Any], columns: Mapping[str, str], ne
                 if isinstance(example, Labelled):
                     names.add(example.label)
                 yield digests_of(example)
-            parts.append(Part(str(source), [first], count, reading.taken))
+            parts.append(Part(str(source), [first], count, reading.taken, reading.left_out))
 
     seen = Seen.of_digests(digests())
     refuse_unlike(parts, columns, need)
@@ -282,7 +296,8 @@ def _survey(folder: Path, sources: Sequence[Any], columns: Mapping[str, str], ne
         for name, kept in (("exact", seen.exact), ("normalised", seen.normalised)):
             np.save(folder / f"{name}.npy", kept)
     told = [{"rows": part.rows, "keys": list(part.taken.keys) if part.taken else [],
-             "ignored": list(part.taken.ignored) if part.taken else []} for part in parts]  # fmt: skip
+             "ignored": list(part.taken.ignored) if part.taken else [], "left_out": asdict(part.left_out)}
+            for part in parts]  # fmt: skip
     form = type(parts[0].examples[0]).__name__.lower()
     _seal(folder, {"parts": told, "form": form, "labels": in_order(names)})
 

@@ -80,7 +80,7 @@ class JsonDigest:
 
 def _content(row: Any) -> dict[str, Any]:
     """What an example is, wherever it came from."""
-    return {each.name: getattr(row, each.name) for each in fields(row) if each.name != "where"}
+    return {each.name: getattr(row, each.name) for each in fields(row) if each.name not in ("where", "trimmed")}
 
 
 @dataclass(frozen=True, slots=True)
