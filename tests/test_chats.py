@@ -311,8 +311,14 @@ def test_a_template_that_leaves_out_calls_of_tools_is_refused_also_where_it_name
     tokenizer = tongue("gpt2")
     tokenizer.chat_template = ECHO.replace("m.tool_calls or []", "[]")
     for talk in (TALKS["tools"], {"messages": TALKS["tools"]["messages"][:2], "tools": [WEATHER]}):
-        with pytest.raises(FinepointError, match="leaves out a part of the assistant's answer"):
+        with pytest.raises(FinepointError, match="leaves out a part of the assistant's answer: it knows no calls of "):
             told(tokenizer, as_examples([talk])[0])
+    turns = [*TALKS["tools"]["messages"], user("a"), said("b")]
+    with pytest.raises(FinepointError, match="whose template has them; --chat-turns last learns the last answer"):
+        told(tokenizer, as_examples([{"messages": turns}])[0])
+    tokenizer.chat_template = tokenizer.chat_template.replace("tools", "nothing")
+    (chat,) = as_examples([{"messages": [user("a"), said("b")], "tools": [WEATHER]}])
+    assert told(tokenizer, chat).odd == {"tools"}
 
 
 def test_which_turns_count_is_one_setting_of_training_and_of_evaluation(model_folder, tmp_path):

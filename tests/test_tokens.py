@@ -295,7 +295,7 @@ ASKS = "{% if add_generation_prompt %}assistant: {% endif %}"
     ("{% for m in messages %}{{ m.role }}: {{ m.content.split('|')[-1] }}</s>{% endfor %}" + ASKS,
      "leaves out a part of the assistant's answer"),
     ("{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '' }}</s>{% endfor %}" + ASKS,
-     "rewrites earlier turns"),
+     "rewrites earlier turns.*; --chat-turns last learns the last answer alone"),
 ])  # fmt: skip
 def test_a_template_that_does_not_say_an_answer_is_refused(template, reason):
     tokenizer = tongue("gpt2")
@@ -324,6 +324,7 @@ def test_a_template_that_refuses_is_one_line_with_file_and_line():
         ("{{ raise_exception('roles must\n alternate') }}", "roles must alternate"),
         ("{{ messages[7].role }}", "has no element 7"),
         ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{%- if true -%}\n\n{{ raise_exception('no system') }}{% endif %}", r"no system \(line 3 of the template\)"),
     ):
         tokenizer.chat_template = template
         chat = Chat((("user", "a"), ("assistant", "b")), where="c.jsonl, line 7")

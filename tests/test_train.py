@@ -2,6 +2,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import assert_same_bits, assert_same_tensors, interrupted_at, snapshot, tiny_llama, write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli import main
+from finepoint.data import chats
 from finepoint.data.examples import Chat, Completion, Text, read_examples
 from finepoint.errors import FinepointError
 from finepoint.evaluation.evaluate import evaluate_config
@@ -136,6 +138,31 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(config, tmp_path):
     for name, change in whole.changes.items():
         assert torch.equal(change.indices, resumed.changes[name].indices)
         assert torch.equal(change.numbers, resumed.changes[name].numbers)
+
+
+def test_a_run_whose_template_writes_the_date_goes_on_on_another_day(config, tmp_path, monkeypatch):
+    tokenizer, folder = load_tokenizer(config.model), tmp_path / "dated"
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}{{ strftime_now('%d %m') }}{% endif %}{% for m in messages %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
+    said = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    data = write_lines(tmp_path / "chats.jsonl", [{"messages": said}] * 6)
+    chat, of_days = Chat((("user", "ab"), ("assistant", "c"))), []
+    config = replace(config, model=str(folder), data=data, batch_size=2)
+    monkeypatch.setattr(chats.clock, "at", datetime(2030, 1, 2))
+    _, whole = run(config, output=str(tmp_path / "whole"), save_every=2)
+    with interrupted_at(5):
+        run(config, save_every=2)
+    for at in (chats.clock.at, datetime(2031, 10, 20)):
+        monkeypatch.setattr(chats.clock, "at", at)
+        of_days.append(chats.told(tokenizer, chat).text)
+    assert [text[:5] for text in of_days] == ["02 01", "20 10"]
+    _, resumed = run(config, save_every=2, resume=True)
+    assert_same_adapter(whole, resumed)
+    assert chats.told(tokenizer, chat).text == of_days[0]
 
 
 def test_checkpoints_are_sparse(config, tmp_path):

@@ -9,8 +9,10 @@ again with a word put into a turn: the text around that word is the same in both
 
 import json
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import product
 from typing import Any
 
@@ -20,6 +22,9 @@ from finepoint.runtime.settings import ChatTurns
 
 REWRITES = "rewrites earlier turns, so the assistant's cannot be located"
 LEAVES_OUT = "leaves out a part of the assistant's answer"
+NO_CALLS = f"{LEAVES_OUT}: it knows no calls of tools; give a model whose template has them"
+LAST = "--chat-turns last learns the last answer alone, with the others as the template shows them"
+CLOCK = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
 MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PIECES = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]|\w+|.", re.DOTALL)
 """what a text is compared by, so that no half of a word or of what looks like a special token is taken for the same"""
@@ -27,6 +32,29 @@ THOUGHT = "</think>"  # what ends the model's thinking, where it is written into
 CLOSERS = 64  # letters between the last argument of a call and a further one
 
 Span = tuple[int, int]
+
+
+@dataclass
+class Clock:
+    """The time that templates are told: one through all of a process, and in a resumed run that at which it began."""
+
+    at: datetime | None = None
+
+    def now(self) -> datetime:
+        self.at = self.at or datetime.now().replace(microsecond=0)
+        return self.at
+
+    def in_place(self, template: str) -> str:
+        """A template with the time written into it where it asks for it."""
+        return CLOCK.sub(lambda call: json.dumps(self.now().strftime(call[1][1:-1]), ensure_ascii=False), template)
+
+
+clock = Clock()
+
+
+def tells_time(tokenizer: Any) -> bool:
+    """Whether the chat template writes the time at which it is rendered."""
+    return "strftime_now" in json.dumps(getattr(tokenizer, "chat_template", None) or "")
 
 
 @dataclass(frozen=True)
@@ -45,6 +73,7 @@ class Told:
 ODD = {
     "unseen": "the chat template leaves out a turn, such as the system's, of %d of %d conversations, which the model "
               "will not see",
+    "tools": "the chat template leaves out the tools that %d of %d conversations give, which the model will not see",
     "thought": "the chat template leaves out the reasoning before answers of %d of %d conversations, which is not "
                "learned",
     "shown": "the chat template shows earlier answers of %d of %d conversations otherwise than the model is to write "
@@ -109,14 +138,16 @@ def told(tokenizer: Any, chat: Chat) -> Told:
     own = [(max(a, start), b) for a, b in marks if b > start] if marks else [(start, start + len(answer))]
     text, shift = asked + answer, len(asked) - start
     own = [(a + shift, b + shift) for a, b in own]
-    said = [*_parted(talk.turns[last]), *_called(talk.turns[last])]
-    talk.refuse_missing(said, "".join(text[a:b] for a, b in own), LEAVES_OUT)
-    if _one_after_another(answer, [talk.turns[last].get("reasoning_content", ""), said[1]]) < 2:
+    said = _parted(talk.turns[last])[1]
+    talk.refuse_missing(last, "".join(text[a:b] for a, b in own), LEAVES_OUT)
+    if _one_after_another(answer, [talk.turns[last].get("reasoning_content", ""), said]) < 2:
         odd.add("thought")
-    if answer.endswith(said[1].strip() or answer + "."):
+    if answer.endswith(said.strip() or answer + "."):
         odd.add("endless")
     if not all(_holds(text, _parted(turn)[1]) for turn in talk.turns):
         odd.add("unseen")
+    if not all(_holds(text, tool.get("function", tool).get("name", "")) for tool in talk.given.get("tools", [])):
+        odd.add("tools")
     return Told(text, len(asked), spans + (own if talk.learns(last) else []), frozenset(odd))
 
 
@@ -145,12 +176,20 @@ class Talk:
         turns = [dict(turn) for turn in self.turns[:count]]
         try:
             text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=prompting, **self.given
+                turns, tokenize=False, add_generation_prompt=prompting, **self.template(), **self.given
             )
         except Exception as error:  # the template is other people's program
-            reason = reason_of(error) or type(error).__name__
-            raise self.refused(f"the model's chat template refuses this conversation: {reason}") from error
+            reason, line = reason_of(error) or type(error).__name__, _line_of_template(error)
+            place = f" (line {line} of the template)" if line else ""
+            raise self.refused(f"the model's chat template refuses this conversation: {reason}{place}") from error
         return self.made.setdefault((count, prompting), text)
+
+    def template(self) -> dict[str, str]:
+        """The template, where it asks for the time; the tokenizer's own else."""
+        if not tells_time(self.tokenizer):
+            return {}
+        template = self.tokenizer.get_chat_template(None, self.given.get("tools"))
+        return {"chat_template": clock.in_place(template)}
 
     def marks(self, count: int | None, prompting: bool) -> list[Span]:
         """What the template itself marks as the assistant's, by `{% generation %}`; nothing where it marks nothing."""
@@ -161,8 +200,10 @@ class Talk:
             return []
         turns = [dict(turn) for turn in self.turns[:count]]
         words = {**self.tokenizer.special_tokens_map, **self.given}
-        _, (spans,) = render_jinja_template([turns], chat_template=template, return_assistant_tokens_mask=True,
-                                            add_generation_prompt=prompting, **words)  # fmt: skip
+        _, (spans,) = render_jinja_template(
+            [turns], chat_template=clock.in_place(template), return_assistant_tokens_mask=True,
+            add_generation_prompt=prompting, **words,
+        )  # fmt: skip
         return [(start, end) for start, end in spans if start < end]
 
     def answers(self) -> list[int]:
@@ -172,10 +213,27 @@ class Talk:
     def learns(self, i: int) -> bool:
         return bool(self.turns[i].get("weight", 1))
 
-    def refuse_missing(self, parts: Sequence[str], text: str, problem: str) -> None:
-        """Refuses a template that leaves out of a text what the assistant is to say."""
-        if not all(_holds(text, part) for part in parts):
-            raise self.refused(f"the chat template {problem}")
+    def refuse_missing(self, i: int, text: str, problem: str) -> None:
+        """Refuses a template that leaves out of a text what the assistant is to say in turn i."""
+        last = i == len(self.turns) - 1
+        said, called = _parted(self.turns[i])[0 if last else 1 :], _called(self.turns[i])
+        if all(_holds(text, part) for part in (*said, *called)):
+            return
+        if problem == LEAVES_OUT and all(_holds(text, part) for part in said):
+            problem = NO_CALLS
+        raise self.refused(f"the chat template {problem}{'' if last else f'; {LAST}'}")
+
+    def rewritten(self, i: int) -> FinepointError:
+        """What is to be said where turn i cannot be found in a later text."""
+        way_out = "" if i == len(self.turns) - 1 else f"; {LAST}"
+        return self.refused(f"the chat template {REWRITES}{way_out}")
+
+
+def _line_of_template(error: Exception) -> int | None:
+    """In which line of the template an error was raised, where its traceback tells."""
+    lines = [number for frame, number in traceback.walk_tb(error.__traceback__)
+             if frame.f_code.co_filename in ("<template>", "<unknown>")]  # fmt: skip
+    return lines[-1] if lines else getattr(error, "lineno", None)
 
 
 PARTS_SHOWN = "{'type': "
@@ -309,7 +367,7 @@ def _begins(talk: Talk, i: int, text: str, view: View) -> tuple[int, int]:
         if one is not None and other is not None:
             shared = _shared_pieces(asked[one:], text[other:])
             return other + shared, one + shared
-    raise talk.refused(f"the chat template {REWRITES}")
+    raise talk.rewritten(i)
 
 
 def _earlier(talk: Talk, asked: str, odd: set[str]) -> list[Span]:
@@ -322,15 +380,15 @@ def _earlier(talk: Talk, asked: str, odd: set[str]) -> list[Span]:
     for i, most in zip(answers, following, strict=False):
         start, kept = begins[i]
         before, after = talk.text(i, True), talk.text(i + 1, False)
-        said = [_parted(talk.turns[i])[1], *_called(talk.turns[i])]
-        talk.refuse_missing(said if talk.learns(i) else [], after[kept:], LEAVES_OUT)
+        if talk.learns(i):
+            talk.refuse_missing(i, after[kept:], LEAVES_OUT)
         if marks:
             own = [(max(a, start), b) for a, b in marks if start < b <= most]
         else:
             own = [(start, _ends(talk, i, asked, view))]
         if not talk.learns(i) or not own:
             continue
-        talk.refuse_missing(said, "".join(asked[a:b] for a, b in own), REWRITES)
+        talk.refuse_missing(i, "".join(asked[a:b] for a, b in own), REWRITES)
         if kept < len(before) or not after[kept:].startswith(asked[start : own[-1][1]]):
             odd.add("shown")
         found += own
@@ -344,7 +402,7 @@ def _ends(talk: Talk, i: int, text: str, view: View) -> int:
         return len(after)
     one, other = _inside(talk, i, (i + 1, False)), _inside(talk, i, view)
     if one is None or other is None:
-        raise talk.refused(f"the chat template {REWRITES}")
+        raise talk.rewritten(i)
     # What ends the last turn alone, spaces or an end token, is not part of an earlier one.
     return other + _shared_pieces(after[one:], text[other:])
 

@@ -19,12 +19,11 @@ from hashlib import sha256
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
-from time import strftime
 from typing import IO, Any, overload
 
 import numpy as np
 
-from finepoint.data.chats import learned_turns
+from finepoint.data.chats import clock, learned_turns, tells_time
 from finepoint.data.examples import (
     FORMS,
     Example,
@@ -332,7 +331,7 @@ def identity_of(tokenizer: Any) -> str:
     if not hasattr(tokenizer, "backend_tokenizer"):
         return ""
     template = json.dumps(tokenizer.chat_template)
-    today = strftime("%Y-%m-%d") if "strftime_now" in template else ""  # which such a template writes
+    today = clock.now().strftime("%Y-%m-%d") if tells_time(tokenizer) else ""  # which such a template writes
     decides = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), template, today, around(tokenizer),
                tokenizer.special_tokens_map, tokenizer.eos_token_id]  # fmt: skip
     return sha256(json.dumps(decides, default=str).encode()).hexdigest()

@@ -4,6 +4,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from finepoint.tuner.kernels import choice
 
 logger = logging.getLogger(__name__)
 SEAL = "sealed.json"
+TIME = "time"  # of its settings, where the chat template writes it
 CHECKPOINTS, RECORD = "checkpoints", "run.json"  # of a run, in its folder
 BASE = "base"  # of the settings: the fingerprint
 STATE = "trainer_state.json"  # the last file that transformers writes
@@ -128,6 +130,13 @@ def refuse_other_run(checkpoint: str, settings: Mapping[str, Any]) -> None:
     refuse_others(checkpoint, read_json(Path(checkpoint) / SEAL)["settings"], settings)
 
 
+def told_time(checkpoint: str) -> datetime | None:
+    """The time that the chat template of a run was told, where it writes one."""
+    sealed = Path(checkpoint) / SEAL
+    told = read_json(sealed)["settings"].get(TIME) if sealed.is_file() else None
+    return datetime.fromisoformat(told) if told else None
+
+
 def refuse_others(what: str | Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuses settings other than those before; what was no setting then does not count.
 
@@ -137,7 +146,7 @@ def refuse_others(what: str | Path, before: Mapping[str, Any], settings: Mapping
     if is_fingerprint(before.get(BASE)):
         _refuse_unlike(what, before[BASE], settings[BASE])
     for name, now in json.loads(json.dumps(settings)).items():
-        if name != BASE and name in before and before[name] != now:
+        if name not in (BASE, TIME) and name in before and before[name] != now:
             if name == "examples":
                 raise FinepointError(f"{what} was trained with other examples: a data file has changed, or what a chat "
                                      "template writes (a date?); give the same again, or start afresh with "

@@ -21,6 +21,7 @@ from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint
 from finepoint.adapters.peft import forget_others
 from finepoint.baselines.registry import BaselineContext
 from finepoint.data.batches import Packer, Row
+from finepoint.data.chats import clock, tells_time
 from finepoint.data.examples import read_examples, some
 from finepoint.data.leaks import TRAINED_ON, leaks, warn_of_leaks
 from finepoint.data.store import learnable, lengths
@@ -37,12 +38,14 @@ from finepoint.training.callbacks import LOG, UNDER_WAY, LastStep, Watch, left_b
 from finepoint.training.checkpoints import (
     CHECKPOINTS,
     RECORD,
+    TIME,
     checkpoints,
     decisive,
     refuse_other_base,
     step_of,
     take_kernels_,
     to_go_on_from,
+    told_time,
 )
 from finepoint.training.context import (
     TrainingContext,
@@ -305,8 +308,10 @@ def claimed(config: Training, keeps: bool = True) -> Iterator[Path]:
 
 
 def saved_by(config: Training, folder: Path) -> list[str]:
-    """The whole checkpoints of the run to go on with, latest first."""
-    return distributed.on_first(partial(checkpoints, folder / CHECKPOINTS)) if config.resume else []
+    """The whole checkpoints of the run to go on with, latest first. Chat templates are told the time it was told."""
+    found = distributed.on_first(partial(checkpoints, folder / CHECKPOINTS)) if config.resume else []
+    clock.at = distributed.on_first(partial(told_time, found[0])) if found else clock.at
+    return found
 
 
 @contextmanager
@@ -333,6 +338,7 @@ def begun(
         distributed.on_first(partial(refuse_other_base, saved[0], base))
     context = replace(context, kept=kept_rows(config, context))
     settings = decisive(config, rows, base, context.kept) | ({EARLIER: earlier.facts()} if earlier else {})
+    settings |= {TIME: clock.now().isoformat()} if tells_time(context.tokenizer) else {}
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
     if checkpoint:
         take_kernels_(checkpoint)
