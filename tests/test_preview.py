@@ -4,7 +4,9 @@ import pytest
 
 from conftest import write_lines
 from finepoint.cli import main
+from finepoint.data.examples import read_examples
 from finepoint.data.preview import preview
+from finepoint.data.tokens import encode_fitting
 from finepoint.errors import FinepointError
 
 TURNS = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
@@ -42,6 +44,16 @@ def test_with_a_model_it_is_the_tokens_that_are_trained(tokenizer, tmp_path):
     assert file["longer"] == {"limit": 8, "examples": 5, "tokens": 15, "share": 15 / 85}
     (file,) = preview([[{"text": "ab", "label": 3}]], None, tokenizer)["files"]
     assert file["examples"] == [[("ab", False)]]
+
+
+def test_long_texts_lose_nothing_and_prompts_do(tokenizer, tmp_path):
+    texts = write_lines(tmp_path / "t.jsonl", [{"text": "abcde " * 5}, {"text": "ab"}, {"text": ""}])
+    asked = write_lines(tmp_path / "p.jsonl", [{"prompt": "abcde " * 5, "completion": "a"}])
+    text, prompt = preview([texts, asked], tokenizer=tokenizer, limit=10)["files"]
+    (rows,) = encode_fitting(tokenizer, read_examples(texts)[:1], 10)
+    assert text["longer"] == {"limit": 10, "examples": 1, "tokens": 0, "share": 0.0, "rows": len(rows)}
+    assert text["skipped"] == 1
+    assert prompt["longer"] == {"limit": 10, "examples": 1, "tokens": 22, "share": 22 / 32}
 
 
 def test_doubles_classes_and_leaks_are_counted(tmp_path):

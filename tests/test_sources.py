@@ -13,6 +13,7 @@ from finepoint.data.sources import SOURCES, Given, ending_of, of_memory, place_o
 from finepoint.errors import FinepointError
 from finepoint.models.packages import digest
 from finepoint.studies.compare import contents_at
+from finepoint.training.settings import TrainConfig
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -87,6 +88,30 @@ def test_what_is_no_such_file_is_one_line(tmp_path, ending):
     (tmp_path / f"d{ending}").write_text("nonsense")
     with pytest.raises(FinepointError, match=f"cannot read .*d{ending}"):
         read_examples(tmp_path / f"d{ending}")
+
+
+def test_every_line_of_a_text_file_is_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("first\r\n\n  second\u2028 line\nthird".encode())
+    assert read_examples(tmp_path / "a.txt") == [Text("first"), Text("  second\u2028 line"), Text("third")]
+    assert len(read_examples(tmp_path)) == 3
+    write_lines(tmp_path / "data.jsonl", [{"text": "a"}])  # beside which the other says what they are
+    assert read_examples(tmp_path) == [Text("a")]
+
+
+def test_a_table_of_another_alphabet_is_told_the_way_out(tmp_path):
+    (tmp_path / "a.csv").write_bytes("text,label\ncaf\u00e9,1\n".encode("latin-1"))
+    with pytest.raises(FinepointError, match="is not UTF-8 text .*; save it as UTF-8$"):
+        read_examples(tmp_path / "a.csv")
+
+
+def test_of_splits_in_memory_the_one_to_train_on_is_taken():
+    one = datasets.Dataset.from_list([{"text": "a"}])
+    other = datasets.Dataset.from_list([{"text": "b"}])
+    for splits in ({"train": one}, {"test": one}, {"train": one, "test": other}):
+        assert read_examples(datasets.DatasetDict(splits)) == [Text("a")]
+        assert TrainConfig(model="m", output="o", data=datasets.DatasetDict(splits)).data.rows == one
+    with pytest.raises(FinepointError, match="no split 'train'"):
+        read_examples(datasets.DatasetDict({"test": one, "validation": other}))
 
 
 def test_a_folder_is_its_files_of_one_split(tmp_path, caplog):
@@ -196,8 +221,8 @@ def test_rows_that_python_holds_are_taken_where_a_file_is():
     assert read_examples(table) == EXPECTED
     gaps = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "input": "x"}]
     assert read_examples(type(frame)(gaps)) == [*read_examples(gaps[:1]), *read_examples(gaps[1:])]
-    with pytest.raises(FinepointError, match="a DatasetDict with the keys train; give rows"):
-        read_examples(datasets.DatasetDict(train=table))
+    with pytest.raises(FinepointError, match="a dict with the keys rows; give rows"):
+        read_examples({"rows": ROWS})
     with pytest.raises(FinepointError, match="data is a int"):
         read_examples(3)
     with pytest.raises(FinepointError, match="list of 0 rows in memory holds no example"):
@@ -246,7 +271,7 @@ ANOTHER = {
     "sheet.xlsx": (b"PK\x03\x04 0000", "a table saved as .csv"),
     "table.jsonl": (b"PAR1\x15\x00", "its name is to end in .parquet"),
     "windows.csv": ("prompt,completion\n".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
-    "book.txt": (b"Once upon a time", ".txt is no type of data that is known"),
+    "book.doc": (b"Once upon a time", ".doc is no type of data that is known"),
 }
 
 

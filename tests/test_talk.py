@@ -14,11 +14,15 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.change import Change
 from finepoint.adapters.entries import checksum
 from finepoint.cli import main, output
+from finepoint.data.examples import read_parts
 from finepoint.errors import FinepointError
-from finepoint.evaluation.chat import Conversation, short_names
+from finepoint.evaluation.chat import Conversation, conversation, short_names
 from finepoint.evaluation.generate import generate, read_prompts
-from finepoint.evaluation.generation import Pieces, Sampling
+from finepoint.evaluation.generation import Pieces, Sampling, Written
+from finepoint.evaluation.settings import ChatConfig
 from finepoint.evaluation.subjects import Subjects
+from finepoint.training.run import train
+from finepoint.training.settings import TrainConfig
 
 
 def changed(model, seed, **info):
@@ -110,6 +114,45 @@ def test_texts_go_through_the_template_unless_told_or_trained_otherwise(spoken):
     tokenizer.chat_template = None
     found = generate(model, "ab", adapters["a"], tokenizer=tokenizer, new_tokens=6)
     assert (found.texts, found.template) == ([as_it_is], False)
+
+
+READY = {
+    "alpaca": ({"instruction": "ab", "output": "c"}, "### Instruction:\nab\n\n### Response:\n"),
+    "question": ({"question": "ab", "answer": "c"}, "Question: ab\nAnswer:"),
+    "choices": ({"question": "ab", "choices": ["c", "d"], "answer": 0}, "Question: ab\nAnswer:"),
+    "plain": ({"prompt": "ab", "completion": "c"}, "ab"),
+}
+
+
+@pytest.mark.parametrize("kind", READY)
+def test_an_adapter_is_asked_in_the_form_that_its_rows_had(spoken, model_folder, tmp_path, kind, monkeypatch):
+    row, asked = READY[kind]
+    config = TrainConfig(model=str(model_folder), data=[row, row], output=str(tmp_path / "a"), count=20, steps=1)
+    train(config)
+    assert SparseAdapter.load(config.output).info["keys"] == list(as_parts(row))
+    model, tokenizer, _, _ = spoken
+    expected = tokenizer(asked)["input_ids"]
+    given = []
+
+    def write(model, tokenizer, rows, *more, **words):
+        given.extend(rows)
+        return [Written("", True)]
+
+    monkeypatch.setattr("finepoint.evaluation.generate.written", write)
+    monkeypatch.setattr("finepoint.evaluation.chat.written", write)
+    file = write_lines(tmp_path / "p.jsonl", [row])
+    for prompt in ("ab", asked, *read_prompts(file)):
+        generate(model, prompt, config.output, tokenizer=tokenizer)
+    assert given == [expected] * 3
+    generate(model, "ab", config.output, tokenizer=tokenizer, raw=True)
+    assert given[-1] == tokenizer("ab")["input_ids"]
+    with conversation(ChatConfig(model=str(model_folder), adapter=[config.output])) as talk:
+        talk.answers("ab")
+    assert given[-1] == expected
+
+
+def as_parts(row):
+    return next(part.taken.keys for part in read_parts([row]))
 
 
 def test_an_adapter_says_the_form_it_was_trained_on(model_folder, tmp_path, capsys):

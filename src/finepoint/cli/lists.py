@@ -143,6 +143,8 @@ def _samples(config: DataConfig, files: list[str]) -> None:
     if files or not config.model or not config.output:
         raise FinepointError("samples are written by a model to a folder: `finepoint data samples --model MODEL "
                              "--output DIR`")  # fmt: skip
+    if config.examples == 0:
+        raise FinepointError("examples is 0; give how many texts the model is to write")
     with claim_folder(config.output, config.overwrite) as folder:
         model, tokenizer = load_model(config.model), load_tokenizer(config.model)
         forms = {"texts": False} | ({"conversations": True} if tokenizer.chat_template else {})
@@ -171,8 +173,9 @@ def _show_file(file: dict[str, Any]) -> None:
             print(f"  {unit}: {found['median']:,} in the middle, nine in ten up to {found['most']:,}, longest "
                   f"{found['longest']:,}; {found['total']:,} in all{of}{learned}")  # fmt: skip
     if (longer := file.get("longer")) and longer["examples"]:
-        print(f"  longer than {longer['limit']:,} tokens: {longer['examples']:,} examples, {longer['tokens']:,} tokens "
-              f"beyond ({longer['share']:.1%})")  # fmt: skip
+        more = (f"which are taken in {longer['rows']:,} rows; nothing is lost" if "rows" in longer
+                else f"{longer['tokens']:,} tokens beyond ({longer['share']:.1%})")  # fmt: skip
+        print(f"  longer than {longer['limit']:,} tokens: {longer['examples']:,} examples, {more}")
     if file["duplicates"]["normalised"]:
         print(f"  twice: {file['duplicates']['exact']:,} examples, {file['duplicates']['normalised']:,} but for case, "
               "spaces and punctuation")  # fmt: skip

@@ -17,13 +17,14 @@ from finepoint.data.examples import (
     Labelled,
     Pair,
     Part,
+    Text,
     answers_of,
     label_names,
     read_parts,
     some,
 )
 from finepoint.data.leaks import Seen, leaks, text_of
-from finepoint.data.tokens import IGNORED, Row, encode_each
+from finepoint.data.tokens import IGNORED, Row, around, encode_each, windows
 from finepoint.errors import FinepointError
 
 Piece = tuple[str, bool]
@@ -60,8 +61,9 @@ def preview(
         shown: so many examples are shown, in pieces that are learned or not.
 
     Returns:
-        `files`: of each `source`, `form`, `kind`, `rows`, `ignored`, `characters`, `duplicates`, `classes`, `tokens`
-        and `longer` (with a tokenizer), `examples`; `leaks`: {file: {other file: counts}}.
+        `files`: of each `source`, `form`, `kind`, `rows`, `skipped` (where some are), `ignored`, `characters`,
+        `duplicates`, `classes`, `tokens` and `longer` (with a tokenizer; of long texts in how many `rows` they are
+        taken), `examples`; `leaks`: {file: {other file: counts}}.
 
     Raises:
         FinepointError: a file cannot be read, or the tokenizer cannot make tokens of it.
@@ -95,13 +97,23 @@ def _of(part: Part, tokenizer: Any, limit: int | None, shown: int) -> dict[str, 
     rows = _rows(tokenizer, some(part.examples, ENCODED))
     lengths = [len(row.ids) for row in rows]
     learned = sum(sum(label != IGNORED for label in row.labels) for row in rows if not isinstance(row.labels, int))
-    over = [length - limit for length in lengths if limit and length > limit]
     return found | {
         "tokens": vars(Lengths.of(lengths)) | {"counted": len(rows), "learned": learned},
-        "longer": {"limit": limit, "examples": len(over), "tokens": sum(over), "share": sum(over) / sum(lengths)},
+        "longer": _longer(tokenizer, part, rows, limit),
         "examples": [[piece for row in _rows(tokenizer, [example]) for piece in _in_tokens(tokenizer, row)]
                      for example in chosen],
     }  # fmt: skip
+
+
+def _longer(tokenizer: Any, part: Part, rows: Sequence[Row], limit: int | None) -> dict[str, Any]:
+    """How many rows are longer than the limit, and what they lose by it; or in how many rows long texts are taken."""
+    long = [row for row in rows if limit and len(row.ids) > limit]
+    if limit and isinstance(part.examples[0], Text):
+        front, _ = around(tokenizer)
+        pieces = sum(len(windows(row, limit, front)) for row in long)
+        return {"limit": limit, "examples": len(long), "tokens": 0, "share": 0.0, "rows": pieces}
+    lost = sum(len(row.ids) - (limit or 0) for row in long)
+    return {"limit": limit, "examples": len(long), "tokens": lost, "share": lost / sum(len(row.ids) for row in rows)}
 
 
 def _rows(tokenizer: Any, examples: Sequence[Any]) -> list[Row]:

@@ -12,7 +12,7 @@ import logging
 import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -137,7 +137,7 @@ def _looks_like(path: Path) -> str:
     if found := next((told for magic, told in BEGIN.items() if begin.startswith(magic)), None):
         return f"; {found}"
     ending = ending_of(path)
-    return "" if ending in SOURCES or not ending else (
+    return "; save it as UTF-8" if ending in SOURCES or not ending else (
         f"; {ending} is no type of data that is known, {', '.join(SOURCES)} are")  # fmt: skip
 
 
@@ -234,6 +234,25 @@ def _list_in(where: str, name: str, cell: str) -> Any:
         return json.loads(cell)
     except ValueError as error:
         raise FinepointError(f"{where}: {name!r} must be a list, written as JSON, got {cell!r}") from error
+
+
+@source(".txt")
+def plain_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every line is a text, as `datasets` reads such files; empty ones are none. JSON Lines may go by this name."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(next(filter(str.strip, text_lines(path)), "")), dict):
+            yield from json_lines(path)
+            return
+    _tell_lines(str(path))
+    for number, line in enumerate(text_lines(path), 1):
+        if line.strip():
+            yield f"{path}, line {number}", {"text": line.rstrip("\r\n")}
+
+
+@lru_cache(maxsize=256)
+def _tell_lines(path: str) -> None:
+    logger.info('every line of %s is a text of its own; one text of several lines is written in JSON, {"text": ".."}',
+                path)  # fmt: skip
 
 
 @source(".parquet")
@@ -337,6 +356,8 @@ def _files_in(folder: Path, split: str | None) -> list[Path]:
     """The data files of a folder, of a split where several are told apart by their names."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and ending_of(path) in SOURCES
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))  # fmt: skip
+    # Beside data a text is a licence, or says what they are.
+    files = [path for path in files if ending_of(path) != ".txt"] or files
     if not files:
         raise FinepointError(f"{folder} holds no data file; expected {', '.join(SOURCES)}, or a folder that datasets "
                              "has saved")  # fmt: skip
@@ -390,8 +411,9 @@ def of_memory(data: Any) -> Iterable[Any]:
     """The rows of whatever Python holds: a data frame, a `datasets.Dataset`, anything that yields rows.
 
     Raises:
-        FinepointError: it has several splits, or is no collection.
+        FinepointError: it has several splits and none of them is `train`, or is no collection.
     """
+    data = _split_of(data)
     if isinstance(data, Mapping):
         raise FinepointError(f"data is a {type(data).__name__} with the keys {', '.join(map(str, data))}; give rows, "
                              "e.g. one of its splits")  # fmt: skip
@@ -401,6 +423,13 @@ def of_memory(data: Any) -> Iterable[Any]:
         return [{name: _without_gaps(_filled(value)) for name, value in row.items()} for row in data.to_dict("records")]
     if not isinstance(data, Iterable):
         raise FinepointError(f"data is a {type(data).__name__}; expected a file, a Dataset, a frame, or rows")
+    return data
+
+
+def _split_of(data: Any) -> Any:
+    """Of several splits in memory (a `datasets.DatasetDict`) the only one, or the one to train on; else what it is."""
+    if isinstance(data, Mapping) and data and all(hasattr(table, "column_names") for table in data.values()):
+        return _one_split("data", data, None)
     return data
 
 
@@ -422,6 +451,7 @@ class Given(str):
     rows: Any
 
     def __new__(cls, rows: Any) -> "Given":
+        rows = _split_of(rows)
         if not hasattr(rows, "__len__"):
             rows = list(of_memory(rows))
         made = super().__new__(cls, f"{type(rows).__name__} of {len(rows)} rows in memory")
@@ -458,7 +488,7 @@ def parts_of(data: Any) -> list[tuple[Any, float | None]]:
     """
     if isinstance(data, Given) or not is_place(data):
         return [(place_or_rows(data), None)]
-    found = [_part(str(each)) for each in ([data] if isinstance(data, str | Path) else data)]
+    found = [share_of(str(each)) for each in ([data] if isinstance(data, str | Path) else data)]
     shared = [text for text, share in found if share is not None]
     names = [text for text, _ in found]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -471,7 +501,12 @@ def parts_of(data: Any) -> list[tuple[Any, float | None]]:
     return found
 
 
-def _part(text: str) -> tuple[str, float | None]:
+def share_of(text: str) -> tuple[str, float | None]:
+    """A source that is named, and its share where one is given (`a.jsonl=0.7`).
+
+    Raises:
+        FinepointError: the share is none.
+    """
     name, equals, share = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, None

@@ -11,7 +11,7 @@ from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.adapter_set import AdapterSet
 from finepoint.data.batches import context_length
 from finepoint.errors import FinepointError
-from finepoint.evaluation.generate import BASE, prompt_tokens, templated
+from finepoint.evaluation.generate import BASE, prompt_tokens, templated, trained_keys
 from finepoint.evaluation.generation import Sampling, written
 from finepoint.evaluation.settings import ChatConfig
 from finepoint.evaluation.subjects import Given, Subjects
@@ -49,11 +49,13 @@ class Conversation:
         subjects: the model with its adapters.
         new_tokens, limit, sampling: as for `written`.
         system: what the template puts before the first turn.
+        keys: of the form that texts are put in where there is no template.
     """
 
     def __init__(
-        self, subjects: Subjects, template: bool, new_tokens: int, limit: int, sampling: Sampling, system: str | None
-    ) -> None:
+        self, subjects: Subjects, template: bool, new_tokens: int, limit: int, sampling: Sampling, system: str | None,
+        keys: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.tokenizer = subjects.tokenizer
         self.model = subjects.model
         quantised = any(adapter.quantised_in(self.model) for adapter in subjects.adapters.values())
@@ -62,7 +64,7 @@ class Conversation:
             self.adapters.add(name, adapter)
         self.names = [BASE, *subjects.adapters]
         self.asked = self.names[-1:] if subjects.adapters else [BASE]
-        self.template = template
+        self.template, self.keys = template, keys
         self.new_tokens, self.limit, self.sampling = new_tokens, limit, sampling
         self.first = [{"role": "system", "content": system}] if system else []
         self.turns: list[dict[str, str]] = []
@@ -93,7 +95,7 @@ class Conversation:
             FinepointError: the text is empty, or the template refuses the conversation, which stays as it was.
         """
         turns = [*self.first, *self.turns, {"role": "user", "content": text}]
-        ids = prompt_tokens(self.tokenizer, turns if self.template else text, self.template)
+        ids = prompt_tokens(self.tokenizer, turns if self.template else text, self.template, self.keys)
         found = {}
         for name in self.asked:
             self._switch(name)
@@ -124,8 +126,9 @@ def conversation(config: ChatConfig) -> Iterator[Conversation]:
     if config.system and not template:
         raise FinepointError("--system needs the chat template, and texts are given as they are here; leave it out")
     limit = context_length(subjects.model, config.max_length)
+    keys = () if template or config.raw else trained_keys(given.infos)
     talk = Conversation(subjects, template, config.new_tokens, limit, Sampling(config.temperature, config.seed),
-                        config.system)  # fmt: skip
+                        config.system, keys)  # fmt: skip
     try:
         yield talk
     finally:

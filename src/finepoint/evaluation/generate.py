@@ -26,6 +26,7 @@ from finepoint.runtime.settings import DType, Quantise, refuse_out_of_range
 
 logger = logging.getLogger(__name__)
 BASE = "base"
+MARK = "\x00"  # stands for a text in a form
 SHOWN = 200  # characters of a text in a table
 Turn = Mapping[str, Any]
 Prompt = str | Sequence[Turn]
@@ -95,8 +96,9 @@ def generate(
 ) -> Answers:
     """What a model writes after each prompt: with an adapter on, or as it is.
 
-    Texts go through the chat template where the tokenizer has one, but for adapters that were trained without it;
-    conversations always do. The model is afterwards what it was, bit for bit.
+    Texts go through the chat template where the tokenizer has one, but for adapters that were trained without it, which
+    are asked in the form of their rows (Alpaca's, say); conversations always do. The model is afterwards what it was,
+    bit for bit.
 
     Args:
         model: one in memory (also one in training), or what `--model` takes: a folder, a hub id, `smollm2`, ..
@@ -104,7 +106,7 @@ def generate(
         adapter: a folder, a `SparseAdapter`, several of them, or several by name; each is asked on its own.
         tokenizer: where not given, that of the place the model was loaded from.
         base: the model without adapters is asked as well, as it is in any case where there are none.
-        raw: texts are given as they are, without the chat template.
+        raw: texts are given as they are, without the chat template or the form of the training's rows.
         new_tokens: at most so many are written.
         temperature: 0 takes the likeliest token after token, more draws them.
         seed: of what is drawn.
@@ -126,8 +128,9 @@ def generate(
                              'texts with labels, {"text", "label"}')  # fmt: skip
     subjects = given.on(model, tokenizer, dtype, quantise, any_base, any_dtype)
     template = templated(subjects.tokenizer, given.infos, raw)
-    _say_how(subjects.tokenizer, template, raw)
-    rows = [prompt_tokens(subjects.tokenizer, prompt, template) for prompt in asked]
+    keys = () if template or raw else trained_keys(given.infos)
+    _say_how(subjects.tokenizer, template, raw, keys)
+    rows = [prompt_tokens(subjects.tokenizer, prompt, template, keys) for prompt in asked]
     names = ([BASE] if base or not subjects.adapters else []) + list(subjects.adapters)
     limit, by = context_length(subjects.model, max_length), {}
     for name in names:
@@ -212,15 +215,38 @@ def templated(tokenizer: Any, infos: Mapping[str, Mapping[str, Any]], raw: bool)
     return not any(info.get("form", "chat") != "chat" for info in infos.values())
 
 
-def _say_how(tokenizer: Any, template: bool, raw: bool) -> None:
+def trained_keys(infos: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The keys of the form in which the adapters' training read its rows; nothing where they differ or are unknown."""
+    found = {tuple(info.get("keys") or ()) for info in infos.values()}
+    return found.pop() if len(found) == 1 else ()
+
+
+def in_form(text: str, keys: Sequence[str]) -> str:
+    """A text as a form of these keys asks it; one that begins so already stays as it is."""
+    make = FORMS.get(tuple(keys))
+    if make is None or keys[0] == "prompt":
+        return text
+    row = dict.fromkeys(keys, ".") | ({"choices": [".", ","], "answer": 0} if "choices" in keys else {})
+    made, plain = (make("", row | {keys[0]: asked}) for asked in (text, MARK))
+    if not isinstance(made, Completion | Choices) or text.startswith(plain.prompt.partition(MARK)[0] or MARK):
+        return text
+    return made.prompt
+
+
+def _say_how(tokenizer: Any, template: bool, raw: bool, keys: Sequence[str]) -> None:
     if template:
         logger.info("prompts go through the model's chat template; --raw gives them as they are")
+    elif (form := in_form("..", keys)) != "..":
+        logger.info("prompts are asked as the adapter's training had them, %r; --raw gives them as they are", form)
     elif tokenizer.chat_template and not raw:
         logger.info("prompts are given as they are, as the adapter's training had them, without the chat template")
 
 
-def prompt_tokens(tokenizer: Any, prompt: Prompt, template: bool) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: Prompt, template: bool, keys: Sequence[str] = ()) -> list[int]:
     """The tokens after which the model is to write: exactly those that stand before the answer in training.
+
+    Args:
+        keys: of the form that texts are put in.
 
     Raises:
         FinepointError: it is empty, or the template refuses it.
@@ -228,7 +254,7 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, template: bool) -> list[int]:
     if not prompt:
         raise FinepointError("a prompt is empty; give a text, or turns of a conversation")
     if isinstance(prompt, str) and not template:
-        return encode_prompts(tokenizer, as_examples([{"prompt": prompt, "completion": "."}]))[0]
+        return encode_prompts(tokenizer, as_examples([{"prompt": in_form(prompt, keys), "completion": "."}]))[0]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     # A conversation ends with the answer that is to come, of which no token is looked at.
     return encode_prompts(tokenizer, as_examples([{"messages": [*turns, {"role": "assistant", "content": "."}]}]))[0]

@@ -32,7 +32,7 @@ from finepoint.data.examples import (
 )
 from finepoint.data.leaks import Seen
 from finepoint.data.recipes.table import text_file
-from finepoint.data.sources import name_of
+from finepoint.data.sources import Given, name_of, share_of
 from finepoint.data.store import identity_of, large_data, learnable, lengths
 from finepoint.data.tokens import MUCH, Row, Tally, around, cut, encode_all, encode_part, learned, padding_id
 from finepoint.errors import FinepointError
@@ -55,6 +55,7 @@ TOKENS_KEPT = 256  # tokens of an example: what is kept is how text goes on, not
 TOKENS_READ = 64  # tokens of a text that its Fisher information is measured on: passes count, not their length
 APART = 4  # one in so many of the protected texts is measured on, where there is a budget
 CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
+CLASSES = '--protect keeps what a model writes next, and these texts have classes; give them alone, as {"text"}'
 TRAINING = "training example"
 ALONE = "a quantised base trains in one process"
 
@@ -227,9 +228,9 @@ def kept_rows(config: SelectConfig, context: TrainingContext) -> list[Row]:
     """
     if config.protect is None:
         return []
-    examples = examples_to_keep(config.protect, config.protect_examples)
     if context.labels:
         raise FinepointError(CLASSIFIERS)
+    examples = examples_to_keep(config.protect, config.protect_examples)
     return rows_to_keep(examples, context.model, context.tokenizer, config.max_length)
 
 
@@ -255,8 +256,18 @@ def examples_to_keep(sources: str | Sequence[str], amount: int) -> list[Example]
 
 
 def protected_files(sources: str | Sequence[str]) -> list[str]:
-    """The files of `--protect`; those of named texts are made the first time."""
-    return [text_file(source) for source in ([sources] if isinstance(sources, str) else sources)]
+    """The files of `--protect`; those of named texts are made the first time.
+
+    Raises:
+        FinepointError: one has a share.
+    """
+    given = [sources] if isinstance(sources, str) else sources
+    named = [(each, None) if isinstance(each, Given) else share_of(each) for each in given]
+    if shared := next((source for source, share in named if share is not None), None):
+        raise FinepointError(
+            f"--protect takes equal parts of its files, and {shared} has a share; give the names alone"
+        )
+    return [text_file(source) for source, _ in named]
 
 
 def apart(config: SelectConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -280,8 +291,8 @@ def rows_to_keep(examples: Sequence[Example], model: Any, tokenizer: Any, max_le
     Raises:
         FinepointError: they have classes, or nothing in them has a label.
     """
-    if any(isinstance(example, Labelled) for example in examples):
-        raise FinepointError(CLASSIFIERS)
+    if labelled := next((example for example in examples if isinstance(example, Labelled)), None):
+        raise FinepointError(labelled.place + CLASSES)
     limit = min(TOKENS_KEPT, context_length(model, max_length))
     forms: dict[type, list[Example]] = defaultdict(list)
     for example in examples:
@@ -332,11 +343,13 @@ def described(config: SelectConfig, context: TrainingContext, chosen: Mapping[st
     Args:
         chosen: how its entries were; nothing where none are.
     """
+    keys = {tuple(source["form"] or ()) for source in context.sources}
     return {
         "base_model": config.model,
         "task": "classification" if context.labels else "causal",
         "labels": context.labels,
         **({"form": context.form} if context.form else {}),
+        **({"keys": list(*keys)} if len(keys) == 1 else {}),
         "targets": config.targets,
         "seed": config.seed,
         "data": config.data,

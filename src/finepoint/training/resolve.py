@@ -57,7 +57,13 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
     if config.data is None:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
     spec = resolve_common(config)
-    needing = [("eval_every", config.eval_every), ("keep=best", config.keep == "best"), ("patience", config.patience)]
+    answers = config.answers not in (0, TrainConfig.answers)
+    needing = [
+        ("answers", answers),
+        ("eval_every", config.eval_every),
+        ("keep=best", config.keep == "best"),
+        ("patience", config.patience),
+    ]
     for name, given in needing:
         if given and config.validation is None:
             raise FinepointError(f"{name} is given without examples; give --validation FILE.jsonl")
