@@ -33,7 +33,7 @@ from finepoint.data.batches import Collator
 from finepoint.data.examples import Example, read_examples
 from finepoint.data.tokens import IGNORED, encode_all
 from finepoint.exchange.checkpoint import open_checkpoint
-from finepoint.exchange.gguf_patch import patch_of, save_patch
+from finepoint.exchange.gguf_patch import patch_of, save_patch, snap
 from finepoint.exchange.layouts import Source
 from finepoint.models.gguf import entry_grids, open_gguf, places
 from finepoint.models.loading import gguf_file, load_model, load_tokenizer
@@ -130,7 +130,8 @@ class Worker:
             trained = self.measured(task)
         grids = entry_grids(self.file, self.model, {name: (each.indices, each.base)
                                                     for name, each in source.patches.items()})  # fmt: skip
-        new = {name: grids[name].snapped(each.delta, each.values.dtype) for name, each in source.patches.items()}
+        new = {name: grids[name].rounded(snap(grids[name], each)).to(each.values.dtype)
+               for name, each in source.patches.items()}  # fmt: skip
         if all(torch.equal(new[name], each.values) for name, each in source.patches.items()):
             return {"trained": trained, "file": trained, "patch": facts}
         weights = {name: self.model.get_parameter(name) for name in new}
