@@ -269,6 +269,9 @@ def _fit(
         make, facts = partial(_method, spec, steps), _unusual(config)
         if keeps and not spec.baseline and (told := slow(spec.lr, spec.usual_lr, f"those of rule {config.rule}")):
             logger.warning(told)
+        if keeps and config.lr is None:
+            whose = f"of baseline {config.baseline}" if spec.baseline else f"of rule {config.rule} at this density"
+            logger.info("the learning rate is %g, the usual one %s; --lr takes another", spec.lr, whose)
         with begun(spec, context, folder, saved, make, rows, steps, keeps, earlier, **facts) as run:
             if start:
                 run.method.tuner.start_from_(start)
