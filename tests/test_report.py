@@ -21,6 +21,7 @@ from finepoint.cli import main
 from finepoint.errors import FinepointError
 from finepoint.evaluation.before_after import keep_answers
 from finepoint.evaluation.generate import generate
+from finepoint.reporting import figures
 from finepoint.reporting.report import write_report
 from finepoint.reporting.tables import (
     GROUPS,
@@ -277,6 +278,20 @@ def test_half_a_study_is_reported_as_far_as_it_is(tmp_path, options, left_out):
         assert escaped(why) in page
     assert "nan" not in re.sub(r"<[^>]*>", " ", page).split()
     json.dumps(found, allow_nan=False)
+
+
+def test_legends_name_the_arms_that_have_a_run(tmp_path):
+    folder = write_study(tmp_path / "s", arms=FEW, kept=lambda task, name, lr, seed: name != "gallop-0.1")
+    legends = re.findall(r'<ul class="legend">(.*?)</ul>', page_of(report(folder)), re.DOTALL)
+    assert legends
+    assert all("lora" in legend and "gallop" not in legend for legend in legends)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.11, 0.19), (0.2, 0.9), (0.004, 0.3), (1e-4, 30)])
+def test_a_logarithmic_axis_has_numbers_however_short_it_is(low, high):
+    shown = figures.panel("x", lambda axes: (axes.plot([1, 2], [low, high]), figures._logarithmic(axes.yaxis)))
+    numbers = {float(text) for text in re.findall(r">([\d.]+(?:e-?\d+)?)<", shown.svg)}
+    assert sum(low <= number <= high and number not in (1.0, 2.0) for number in numbers) >= 2
 
 
 def test_a_study_that_recorded_little_is_reported(tmp_path):

@@ -164,9 +164,10 @@ def _grid(axes: Any, axis: str = "both") -> None:
 
 
 def _logarithmic(axis: Any) -> None:
-    axis.axes.set_xscale("log")
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
-    between = (2.0, 5.0) if high < 30 * low else (3.0,)  # as many as have room for their numbers
+    # As many as have room for their numbers, and two at least.
+    between = (1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if high < 4 * low else (2.0, 5.0) if high < 30 * low else (3.0,)
     axis.set_major_locator(LogLocator(subs=(1.0, *between), numticks=6))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -305,9 +306,8 @@ def loss_kl(results: Results) -> list[Panel]:
 
     def draw(task: str, axes: Any) -> None:
         _paths(axes, results, _of(rows, task=task), "validation_loss", "kl")
-        axes.set_yscale("log")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel="validation loss (nats a token)", ylabel="KL to the base on the probes (nats a token)")
+        _logarithmic(axes.yaxis)
+        axes.set(xlabel="validation loss (nats a token)", ylabel="KL to the base on the probes (nats)")
 
     return [panel(f"trained on {task}", partial(draw, task)) for task in _values(rows, "task")]
 

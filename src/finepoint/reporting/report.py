@@ -159,10 +159,10 @@ def _results(results: Results, data: dict[str, list[Row]], figures: Any) -> Sect
             Drawing("id-ood", "Accuracy in and out of distribution",
                     "Mean over seeds; bars are one standard deviation. Dashed: the Pareto front of the means. "
                     "The cross is the base model; up and to the right is better.",
-                    "pareto", figures.id_ood(results), "no task has tests out of distribution", results.arms),
+                    "pareto", figures.id_ood(results), "no task has tests out of distribution", results.arms_run),
             Drawing("density", "Accuracy against density",
                     "Mean over seeds; bars are one standard deviation. Dotted lines: baselines, without density.",
-                    "density", figures.density(results), "the rules ran at one density only", results.arms),
+                    "density", figures.density(results), "the rules ran at one density only", results.arms_run),
         ],
         [
             table("overall", "Results", caption, rows[:tasks_begin], columns, PAGE),
@@ -192,16 +192,17 @@ def _keeping(results: Results, figures: Any) -> Section:
             Drawing("ood-change", "Change on each test out of distribution",
                     "Accuracy after training less the base model's: with 95 % intervals over the seeds or, where tests "
                     "are many, one marker for each. Left of the line is forgetting.",
-                    "ood_change", figures.ood_change(results), "no task has tests out of distribution", results.arms),
+                    "ood_change", figures.ood_change(results), "no task has tests out of distribution",
+                    results.arms_run),
             Drawing("forgetting", "Forgetting against learning",
                     "Each path runs from the base model (cross) through the arm's learning rates at the first seed; "
                     "the large marker is the rate kept. Low and to the right is better.",
-                    "paths", figures.forgetting(results), "the study has no probe texts", results.arms),
+                    "paths", figures.forgetting(results), "the study has no probe texts", results.arms_run),
             Drawing("loss-kl", "Disturbance against learning",
                     "KL to the base on the probe texts against validation loss, along each arm's learning rates at the "
                     "first seed; the large marker is the rate kept. Low and to the left is better.",
                     "paths", figures.loss_kl(results), "the study has no probe texts or no validation loss",
-                    results.arms),
+                    results.arms_run),
         ],
     )  # fmt: skip
 
@@ -240,7 +241,7 @@ def _costs(results: Results, data: dict[str, list[Row]], figures: Any) -> Sectio
         "Cost",
         "Means over the seeds, on the machine named below.",
         [Drawing("cost", "Accuracy against cost", "Mean over seeds; bars are one standard deviation.", "summary",
-                 figures.cost(results), "no run recorded its time or memory", results.arms)],
+                 figures.cost(results), "no run recorded its time or memory", results.arms_run)],
         [table("cost", "Cost", "Trained weights, time and memory", data["summary"], columns)],
     )  # fmt: skip
 
@@ -290,7 +291,7 @@ def _training(results: Results, data: dict[str, list[Row]], figures: Any) -> Sec
         "Training",
         "Tuned runs at the first seed.",
         [Drawing("losses", "Loss curves", "Training loss is a moving average over a tenth of the run.", "curves",
-                 figures.losses(results), "no run recorded its losses", results.arms)],
+                 figures.losses(results), "no run recorded its losses", results.arms_run)],
         [table("overfitting", "Over-fitting", caption, data["overfitting"], columns)],
     )  # fmt: skip
 

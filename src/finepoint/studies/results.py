@@ -30,6 +30,7 @@ class Way:
 
     apart: bool = False
     """factors look elsewhere than those of earlier tasks"""
+
     goes_on: bool = False
     """one adapter is trained on and on, instead of one a task"""
 
@@ -90,6 +91,12 @@ class Results:
     def arms(self) -> list[str]:
         """The names of the arms, in the study's order."""
         return [arm["name"] for arm in self.study["arms"]]
+
+    @property
+    def arms_run(self) -> list[str]:
+        """Those of them that have a finished run."""
+        run = {cell["arm"] for cell in self.cells}
+        return [arm for arm in self.arms if arm in run]
 
     @property
     def tasks(self) -> list[str]:
