@@ -122,7 +122,7 @@ def test_a_budget_that_is_none_or_cannot_be_met_is_refused(tokenizer, llama):
     classifier = SparseAdapter(adapter.changes, {"task": "classification"})
     with pytest.raises(FinepointError, match="is a classifier's"):
         finepoint.scale_to_budget(classifier, llama, tokenizer, TEXTS, BUDGET)
-    with pytest.raises(FinepointError, match="classifiers write nothing"):
+    with pytest.raises(FinepointError, match="have classes; give them alone"):
         finepoint.scale_to_budget(adapter, llama, tokenizer, [{"text": "a", "label": "b"}], BUDGET)
     with adapter.applied(llama), pytest.raises(FinepointError, match="revert it first"):
         finepoint.scale_to_budget(adapter, llama, tokenizer, TEXTS, BUDGET)

@@ -708,9 +708,8 @@ def test_a_text_may_be_named_and_is_made_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path))
     made = []
 
-    def write(folder, overwrite):
+    def write(folder):
         made.append(folder)
-        folder.mkdir(parents=True)
         write_lines(folder / "news.jsonl", [{"text": "something happened"}])
 
     monkeypatch.setitem(table.RECIPES, "vader", replace(table.RECIPES["vader"], writer="test_keep:written"))

