@@ -30,6 +30,7 @@ SIZES = {"10M": (256, 768, 8, 4), "40M": (512, 1536, 11, 8), "110M": (768, 2048,
 LARGER = {"1B": (2048, 8192, 16, 32), "8B": (4096, 14336, 32, 32)}
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 TOKENS = 512
+WARM_UP = 3  # turns: caches and kernels; training looks at its second step, its third, its fifth, its ninth ..
 ARMS = {"bound": bound, "sparse 1 %": sparse(1e-2), "LoRA r8": through_peft("LoraConfig", r=8)}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 COLUMNS = ["model", "tokens a row", "bound s", "sparse x bound", "LoRA x bound", "sparse x LoRA"]
@@ -49,7 +50,7 @@ def main() -> None:
                     f"{size}, {length} tokens: left out, {given.seconds} s are over; start again to go on", flush=True
                 )
                 continue
-            rows.append(measured(size, length, steps, CLOCKS[given.clock], 2 if given.quick else given.repeats))
+            rows.append(measured(size, length, steps, CLOCKS[given.clock], 3 if given.quick else given.repeats))
             report("scaling", str(path), COLUMNS, rows, tokens=TOKENS, clock=given.clock)
     if len(rows) >= 4:
         told = predicted(rows)
@@ -67,11 +68,11 @@ def measured(size: str, length: int, steps: dict[str, Any], clock: Any, repeats:
     times: dict[str, list[float]] = {name: [] for name in steps}
     ids = torch.randint(4000, (max(1, TOKENS // length), length))
     batch = {"input_ids": ids, "labels": ids[:, -9:], "logits_to_keep": 9}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + WARM_UP):
         for name, step in steps.items():
             started = clock()
             step(batch)
-            if turn:
+            if turn >= WARM_UP:
                 times[name].append(clock() - started)
     ratios = median_ratios(times, "bound")
     seconds = statistics.median(times["bound"])
