@@ -13,10 +13,12 @@ from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.cli import COMMANDS, command_named, main
 from finepoint.cli.options import parse
+from finepoint.cli.refusals import refuse_at_once
 from finepoint.errors import FinepointError
 from finepoint.evaluation.settings import EvalConfig
 from finepoint.models.names import stored_weights, words_of
 from finepoint.selection.patterns import refuse_unmatched
+from finepoint.selection.settings import SelectConfig
 from finepoint.training.settings import TrainConfig
 
 
@@ -341,6 +343,12 @@ def test_targets_that_only_loading_can_decide_are_left_to_it(model_folder, tmp_p
     assert words_of(str(tmp_path), names) == set()
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     assert stored_weights(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("model", ["smollm2", "gemma3-270m", "some/where"])
+def test_targets_of_a_model_that_was_never_fetched_are_left_to_loading(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path / "cache"))
+    refuse_at_once("select", SelectConfig(model=model, output="s", rule="magnitude-low", targets="v_proj"))
 
 
 def test_the_doctor_says_what_is_there_and_what_is_fast(monkeypatch, capsys, tmp_path):

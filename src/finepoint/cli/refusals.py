@@ -60,9 +60,10 @@ def _adapters(command: str, config: Any) -> Iterable[str]:
 
 def _refuse_targets(model: str, targets: Any) -> None:
     """Refuses targets that a model at hand cannot have."""
-    from finepoint.models.names import stored_weights, words_of
+    from finepoint.models.names import folder_of, stored_weights, words_of
     from finepoint.selection.patterns import PRESET_NAMES, pattern_list, refuse_unmatched
 
     if set(pattern_list(targets)) - set(PRESET_NAMES):
-        names = stored_weights(model)
-        refuse_unmatched(targets, names, words_of(model, names))
+        folder = folder_of(model)
+        names = stored_weights(folder)
+        refuse_unmatched(targets, names, words_of(folder, names))

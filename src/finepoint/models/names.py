@@ -62,25 +62,29 @@ def unpacked(file: Path) -> Path:
     return cache_folder() / "models" / f"{file.stem}-{digest(file)[:16]}"
 
 
-def stored_weights(name: str) -> list[str]:
+def folder_of(name: str) -> str:
+    """The folder that transformers reads a model from, where it is at hand: of a GGUF file that of its floats."""
+    if not is_gguf(name):
+        return name
+    file = cache_folder() / "models" / PACKAGED[name][0] if name in PACKAGED else Path(name)
+    return str(unpacked(file) if file.is_file() else file)
+
+
+def stored_weights(folder: str) -> list[str]:
     """The names of the weights in a model's files; none where they are not at hand as safetensors.
 
     They are nearly those of the model: transformers renames or joins some of them as it loads.
     """
-    folder = Path(name)
-    if is_gguf(name):
-        file = cache_folder() / "models" / PACKAGED[name][0] if name in PACKAGED else folder
-        folder = unpacked(file) if file.is_file() else file
     found: list[str] = []
     with suppress(OSError, ValueError):
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(Path(folder).glob("*.safetensors")):
             with file.open("rb") as opened:
                 size = int.from_bytes(opened.read(8), "little")
                 found += json.loads(opened.read(size)) if size <= file.stat().st_size else ()
     return [each for each in found if each != "__metadata__"]
 
 
-def words_of(name: str, weights: Iterable[str]) -> set[str]:
+def words_of(folder: str, weights: Iterable[str]) -> set[str]:
     """Words that the parts of a model's weight names can only be among: those of its files, and of its source code.
 
     Args:
@@ -89,12 +93,9 @@ def words_of(name: str, weights: Iterable[str]) -> set[str]:
     Returns:
         None at all where that cannot be said: the code is the model's own, or builds on other models'.
     """
-    folder = Path(name)
-    if is_gguf(name):
-        folder = unpacked(cache_folder() / "models" / PACKAGED[name][0] if name in PACKAGED else folder)
     places = getattr(find_spec("transformers"), "submodule_search_locations", None) or []
     with suppress(OSError, ValueError, KeyError, AttributeError):
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = json.loads(Path(folder, "config.json").read_text("utf-8"))
         kind = config["model_type"].replace("-", "_")
         files = [file for place in places for file in Path(place, "models", kind).glob("modeling_*.py")]
         code = "".join(file.read_text("utf-8") for file in files)
