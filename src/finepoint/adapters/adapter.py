@@ -87,11 +87,8 @@ class SparseAdapter(Contents):
                 found.append(f"{name}: shape {tuple(weight.shape)} in the model, {change.shape} in the adapter")
             elif dtype != change.dtype:
                 wider = torch.promote_types(weight.dtype, getattr(torch, change.dtype)) == weight.dtype
-                way = (
-                    " (or take finepoint.in_wider_dtype(adapter, model), in eval, generate and chat --any-dtype)"
-                    if wider
-                    else ""
-                )
+                other = " (or take finepoint.in_wider_dtype(adapter, model), in eval, generate and chat --any-dtype)"
+                way = other if wider else ""
                 found.append(f"{name}: {dtype} in the model, {change.dtype} in the adapter; load it as "
                              f"{change.dtype}{way}")  # fmt: skip
             elif not change.lies_on(weight):

@@ -78,6 +78,10 @@ class PeftTuner(Tuner):
         for name, layer in [*self.model.named_modules()]:
             if isinstance(base := getattr(layer, "base_layer", None), nn.Module):
                 self.model.set_submodule(name, base)
+        self._leave_nothing()
+
+    def _leave_nothing(self) -> None:
+        """Has the model have the attributes that it had, and the flags of its parameters."""
         for attribute in set(vars(self.model)) - self._attributes:
             delattr(self.model, attribute)
         for name, parameter in self.model.named_parameters():
@@ -172,7 +176,4 @@ class PeftTuner(Tuner):
         self._peft.unload()
         if self._marks:
             delattr(self.model, CONTAINER)
-        for attribute in set(vars(self.model)) - self._attributes:
-            delattr(self.model, attribute)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._flags[name])
+        self._leave_nothing()

@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 from finepoint.data.sources import SOURCES as SOURCES  # their former place
-from finepoint.data.sources import Given, Row, of_memory, parts_of, rows_of
+from finepoint.data.sources import Given, Row, of_memory, parts_of, rows_of, stands_for_nothing
 from finepoint.data.sources import source as source
 from finepoint.errors import FinepointError, one_line
 from finepoint.runtime.settings import did_you_mean
@@ -456,8 +456,7 @@ def string(where: str, row: Row, key: str) -> str:
 
 def is_blank(value: Any) -> bool:
     """Whether a cell is empty: also by one of the values that stand for nothing in tables (NaN)."""
-    return value is None or value in ("", [], ()) or type(value).__name__ in ("NAType", "NaTType") or (
-        isinstance(value, float) and value != value)  # fmt: skip
+    return stands_for_nothing(value) or value in ("", [], ())
 
 
 def readable(where: str, key: str, text: str) -> str:

@@ -441,8 +441,13 @@ def _filled(value: Any) -> Any:
         return [_filled(each) for each in value]
     if isinstance(value, dict):
         return {key: _filled(each) for key, each in value.items()}
-    nothing = (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
-    return None if nothing else value
+    return None if stands_for_nothing(value) else value
+
+
+def stands_for_nothing(value: Any) -> bool:
+    """Whether a cell of a table is empty by one of the values that say so: None, NaN, pandas' own."""
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or (
+        isinstance(value, float) and value != value)  # fmt: skip
 
 
 class Given(str):

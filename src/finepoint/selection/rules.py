@@ -186,6 +186,7 @@ def _rule(name: str, formula: str, source: str) -> Callable[[Callable[..., Tenso
     return add
 
 
+FLOOR = 0.1  # of the mean Fisher information, beneath that of any entry
 TINIEST = 1e-30  # below any Fisher information that says something; a divisor that is not 0
 
 
@@ -264,7 +265,7 @@ def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
     "(mean g)^2 / (F + floor * mean F), F the Fisher information of text to keep (--protect)",
     "EWC's, arXiv:1612.00796, as a price",
 )
-def gain(gradient: Tensor, kept_squared_gradient: Tensor, kept_mean: Tensor, floor: float = 0.1) -> Tensor:
+def gain(gradient: Tensor, kept_squared_gradient: Tensor, kept_mean: Tensor, floor: float = FLOOR) -> Tensor:
     refuse_negative("floor", floor)
     return gradient.square() / (kept_squared_gradient + (floor * kept_mean).clamp(min=TINIEST))
 

@@ -23,7 +23,7 @@ from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
 from finepoint.runtime.settings import Cited, named, refuse_without
 from finepoint.selection.passes import drawing, label_count, on_device
-from finepoint.selection.rules import TINIEST, rule_named
+from finepoint.selection.rules import FLOOR, TINIEST, rule_named
 from finepoint.training.context import TrainingContext, rows_to_read
 from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
 from finepoint.training.loss import completion_loss, drawn_loss, plain_head
@@ -32,7 +32,6 @@ from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Penalty, Tuner
 
 logger = logging.getLogger(__name__)
-FLOOR = 0.1  # of the mean information, beneath that of any entry: as rule gain has it
 
 
 @dataclass(frozen=True)

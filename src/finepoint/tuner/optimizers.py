@@ -22,6 +22,13 @@ STEPS = "average.steps"
 class AdamWByParameter(Optimizer):
     """Calls `step_` for every parameter that has a gradient."""
 
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8, weight_decay: float = 0.0, **more: Any,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
+        super().__init__(parameters, defaults | more)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One step over all parameters that have a gradient."""
@@ -35,6 +42,13 @@ class AdamWByParameter(Optimizer):
         raise NotImplementedError
 
 
+def _moments_(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The running means of a gradient and of its square, after taking it in."""
+    beta1, beta2 = group["betas"]
+    square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    return state["momentum"].lerp_(gradient, 1 - beta1), square
+
+
 class PerEntryAdamW(AdamWByParameter):
     """AdamW (arXiv:1711.05101) whose bias correction goes by the age of each entry, as SpIEL's does (arXiv:2401.16405).
 
@@ -42,19 +56,12 @@ class PerEntryAdamW(AdamWByParameter):
     that count is high would take steps of 3.2 times the learning rate at first, and of 6.6 times a dozen steps later.
     """
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999),
-        epsilon: float = 1e-8, weight_decay: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__(parameters, {"lr": lr, "betas": betas, "epsilon": epsilon, "weight_decay": weight_decay})
-
     def step_(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:
             state |= {name: torch.zeros_like(parameter) for name in ("age", "momentum", "square")}
         age = state["age"].add_(1)
         beta1, beta2 = group["betas"]
-        momentum = state["momentum"].lerp_(gradient, 1 - beta1)
-        square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        momentum, square = _moments_(gradient, state, group)
         first = momentum / _correction(beta1, age)
         root = square.div(_correction(beta2, age)).sqrt_().add_(group["epsilon"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(first, root, value=-group["lr"])
@@ -75,20 +82,15 @@ class MoFOAdamW(AdamWByParameter):
         share: of each tensor's entries to move, in (0, 1]; at least one.
     """
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], share: float, lr: float, betas: tuple[float, float] = (0.9, 0.999),
-        epsilon: float = 1e-8, weight_decay: float = 0.0,
-    ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "epsilon": epsilon, "weight_decay": weight_decay, "share": share}
-        super().__init__(parameters, defaults)
+    def __init__(self, parameters: Iterable[nn.Parameter], share: float, lr: float, **more: Any) -> None:
+        super().__init__(parameters, lr, share=share, **more)
 
     def step_(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:
             state |= {"step": 0, "momentum": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        momentum = state["momentum"].lerp_(gradient, 1 - beta1)
-        square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        momentum, square = _moments_(gradient, state, group)
 
         moving = max(1, int(group["share"] * parameter.numel()))
         chosen = momentum.abs().reshape(-1).topk(moving, sorted=False).indices
@@ -109,10 +111,9 @@ class OrthogonalAdamW(AdamWByParameter):
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], frozen: Mapping[Tensor, tuple[Tensor, Tensor]], lr: float,
-        betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8, weight_decay: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__(parameters, {"lr": lr, "betas": betas, "epsilon": epsilon, "weight_decay": weight_decay})
+        self, parameters: Iterable[nn.Parameter], frozen: Mapping[Tensor, tuple[Tensor, Tensor]], lr: float, **more: Any
+    ) -> None:
+        super().__init__(parameters, lr, **more)
         self.frozen = frozen
 
     def step_(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -120,8 +121,8 @@ class OrthogonalAdamW(AdamWByParameter):
             state |= {"step": 0, "momentum": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        first = state["momentum"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** state["step"])
-        square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        momentum, square = _moments_(gradient, state, group)
+        first = momentum / (1 - beta1 ** state["step"])
         root = square.div(1 - beta2 ** state["step"]).sqrt_().add_(group["epsilon"])
         step = first.div_(root).add_(parameter, alpha=group["weight_decay"])
         if parameter in self.frozen:
