@@ -22,7 +22,7 @@ from finepoint.models.gguf import open_gguf
 from finepoint.models.grids import FORMS, EntryGrid, changed_bytes, codes_at
 from finepoint.models.loading import load_model
 from finepoint.selection.rates import usual_rate
-from finepoint.selection.rules import rule_named
+from finepoint.selection.rules import RULES, rule_named
 from finepoint.training.run import train
 from finepoint.training.settings import TrainConfig
 
@@ -154,27 +154,38 @@ def test_a_file_that_is_cut_short_or_damaged_is_one_line(desk, tmp_path):
 # --- an ordinary adapter, snapped
 
 
+def in_the_file(name, tensors):
+    """A weight's tensor in the file, and where each of the weight's entries lies there, flat."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, quantised_file.LAYERS)
+    tensor = tensors[names.get_name(name, try_suffixes=(".weight",))]
+    order = np.arange(np.prod(tensor.shape)).reshape(tensor.shape)
+    if "attn_q" in tensor.name or "attn_k" in tensor.name:
+        # Where each of the file's entries lies in the model's weight.
+        heads = quantised_file.HEADS if "attn_q" in tensor.name else quantised_file.KEYS
+        order = quantised_file.permuted(order, heads)
+    return tensor, np.argsort(order.reshape(-1))
+
+
+def every_number(data, tensor, at):
+    """All numbers that the blocks of these entries can hold: (codes, k)."""
+    grid = EntryGrid.read(data, tensor.form, tensor.start, at)
+    return torch.stack([grid.values(torch.full_like(grid.codes, code)) for code in range(1 << tensor.form.width)])
+
+
 def dense(file, adapter):
     """The file's tensors with every changed entry at the nearest of all numbers its block can hold."""
     found, forms = read(file), open_gguf(file).tensors
     data = np.fromfile(file, dtype=np.uint8)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, quantised_file.LAYERS)
     for name, change in adapter.changes.items():
-        tensor = forms[names.get_name(name, try_suffixes=(".weight",))]
-        order = np.arange(found[tensor.name].size).reshape(tensor.shape)
-        if "attn_q" in tensor.name or "attn_k" in tensor.name:
-            # Where each of the file's entries lies in the model's weight.
-            heads = quantised_file.HEADS if "attn_q" in tensor.name else quantised_file.KEYS
-            order = quantised_file.permuted(order, heads)
-        at = np.argsort(order.reshape(-1))[change.indices.numpy()]
+        tensor, order = in_the_file(name, forms)
+        at = order[change.indices.numpy()]
         flat = found[tensor.name].reshape(-1)
         before = torch.from_numpy(flat[at]).to(ROUNDED)
         delta = change.new_values(before).float() - before.float()
         if tensor.type in ("F16", "F32"):
             flat[at] = change.new_values(before).to(torch.float16 if tensor.type == "F16" else torch.float32).float()
             continue
-        grid = EntryGrid.read(data, tensor.form, tensor.start, at)
-        every = torch.stack([grid.values(torch.full_like(grid.codes, c)) for c in range(1 << tensor.form.width)])
+        every = every_number(data, tensor, at)
         steps = (every - (torch.from_numpy(flat[at]) + delta)).abs()
         flat[at] = torch.where(delta == 0, torch.from_numpy(flat[at]), every.gather(0, steps.argmin(0)[None])[0])
     return found
@@ -474,6 +485,91 @@ def test_weights_that_are_floats_in_the_file_have_no_grid(cache, desk, tmp_path)
     path = quantised_file.write_gguf(tmp_path / "base.gguf", attn_output="F16")
     with pytest.raises(FinepointError, match=r"o_proj.weight is F16 in .*base.gguf, which has no grid"):
         train(settings(desk, "no", on_grid=True, model=str(path), targets=["*o_proj*"]))
+
+
+# --- rules that look at the grid
+
+
+def scoring(count):
+    """Batches of the file's few tokens."""
+    return [{key: value.where(value < 0, value % 50) if key != "attention_mask" else value
+             for key, value in batch.items()} for batch in random_batches(count)]  # fmt: skip
+
+
+def test_rules_are_told_the_step_and_the_room_of_every_entry(desk, monkeypatch):
+    """Against all numbers that each entry's block can hold, and the file's numbers as the package gguf reads them."""
+    path, seen = desk / "base.gguf", []
+    model, batches = load_model(str(path), "float32"), scoring(2)
+
+    def look(gradient, grid_step, grid_room):
+        seen.append((gradient, grid_step, grid_room))
+        return grid_step
+
+    monkeypatch.setitem(RULES, "look", finepoint.register("look", look))
+    monkeypatch.setattr("finepoint.selection.on_grid.PIECE", 4000)
+    targets = ["*proj*", "*embed*"]
+    before = snapshot(model)
+    finepoint.select(model, batches, rule="look", density=0.1, targets=targets, gguf=path)
+    assert_same_bits(snapshot(model), before)
+    tensors, numbers, data = open_gguf(path).tensors, read(path), np.fromfile(path, dtype=np.uint8)
+    weights = finepoint.target_weights(model, targets)
+    assert len(seen) == len(weights) == 15
+    for name, (gradient, step, room) in zip(weights, seen, strict=True):
+        tensor, at = in_the_file(name, tensors)
+        every, own = every_number(data, tensor, at), torch.from_numpy(numbers[tensor.name].reshape(-1)[at])
+        low, high = every.amin(0), every.amax(0)
+        near = {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(step.reshape(-1), (high - low) / ((1 << tensor.form.width) - 1), **near)
+        flat = gradient.reshape(-1)
+        wanted = torch.where(flat > 0, own - low, high - own) * (flat != 0)
+        torch.testing.assert_close(room.reshape(-1), wanted, **near)
+        assert bool((room[gradient != 0] == 0).any())  # some are at the end of their block already
+
+
+def test_a_formula_chooses_by_what_one_step_of_the_grid_gains(desk):
+    path = desk / "base.gguf"
+    model, batches, dense = load_model(str(path), "float32"), scoring(2), {}
+    for batch in batches:
+        model(**batch, num_items_in_batch=sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)).loss.backward()
+    data, tensors = np.fromfile(path, dtype=np.uint8), open_gguf(path).tensors
+    for name, weight in finepoint.target_weights(model).items():
+        tensor, at = in_the_file(name, tensors)
+        every, g = every_number(data, tensor, at).sort(0).values, weight.grad.reshape(-1)
+        # Of the block's numbers the next one on the side where the loss falls, if there is one.
+        own = (every.to(ROUNDED) - weight.detach().reshape(-1).to(ROUNDED)).abs().argmin(0)
+        following = (own - g.sign().long()).clamp(0, len(every) - 1)
+        dense[name] = (every.gather(0, following[None]) - every.gather(0, own[None]))[0].abs() * g.abs()
+    found = finepoint.select(model, batches, rule="abs(g) * min(step, room)", density=0.02, gguf=path)
+    scores = torch.cat(list(dense.values()))
+    chosen = torch.cat([dense[name][at] for name, at in found.items()])
+    assert len(chosen) == round(0.02 * len(scores))
+    torch.testing.assert_close(chosen.sort().values, scores.topk(len(chosen)).values.flip(0), rtol=1e-3, atol=1e-9)
+
+
+def test_a_rule_that_looks_at_the_grid_goes_through_the_commands(desk, capsys):
+    rule, file = ["--rule", "abs(g) * min(step, room)"], str(desk / "base.gguf")
+    data = ["--data", str(desk / "words.jsonl")]
+    assert main(["select", *rule, "--model", file, *data, "--density", "0.01", "--output", str(desk / "gain")]) == 0
+    assert main(["plan", *rule, "--model", file, "--tokens", "16", "--batch-size", "2"]) == 0
+    capsys.readouterr()
+    for more, match in (({"model": "my-model"}, "looks at the grid of a quantised base, and there is none"),
+                        ({"refresh": "every:2"}, "looks at the grid chooses once")):  # fmt: skip
+        with pytest.raises(FinepointError, match=match):
+            train(settings(desk, "no", rule="-step", **more))
+
+
+def test_where_there_is_no_grid_a_rule_that_looks_at_it_is_refused(desk, tmp_path):
+    model, batches = tiny_llama(torch.float32), scoring(1)
+    with pytest.raises(FinepointError, match="looks at the grid of a quantised base, and there is none"):
+        finepoint.select(model, rule="-step", density=0.1)
+    other = quantised_file.write_gguf(tmp_path / "other.gguf", seed=1)
+    model = load_model(str(desk / "base.gguf"), "float32")
+    with pytest.raises(FinepointError, match=r"the values of .* are not those of .*other.gguf"):
+        finepoint.select(model, rule="-step", density=0.1, gguf=other)
+    with pytest.raises(FinepointError, match="needs data"):
+        finepoint.select(model, rule="room", density=0.1, gguf=desk / "base.gguf")
+    with pytest.raises(FinepointError, match="is F32 in .*, which has no grid"):
+        finepoint.select(model, batches, rule="room", density=0.1, gguf=desk / "base.gguf", targets=["*norm*"])
 
 
 def test_the_commands_say_what_they_do(desk, place, capsys):

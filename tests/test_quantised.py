@@ -608,6 +608,32 @@ def test_a_grid_holds_what_the_layer_stands_for_with_every_other_code(quantised,
             assert bool(((found - wanted).abs() <= missed.amin(0) + 1e-5 * step).all())
 
 
+def test_rules_are_told_the_step_and_the_room_of_every_entry_of_a_quantised_layer(quantised, monkeypatch):
+    """Against all numbers that the weight's codes can stand for, one code after the other."""
+    seen = []
+
+    def look(weight, gradient, grid_step, grid_room):
+        seen.append((weight, gradient, grid_step, grid_room))
+        return grid_step
+
+    monkeypatch.setitem(finepoint.RULES, "look", finepoint.register("look", look))
+    finepoint.select(quantised, random_batches(2), rule="look", density=0.1)
+    layers = quantised_layers(quantised)
+    assert len(seen) == len(layers)
+    for (name, layer), (values, gradient, step, room) in zip(layers.items(), seen, strict=True):
+        flat, g = values.reshape(-1), gradient.reshape(-1)
+        grid = grid_at(name, layer.weight, torch.arange(len(flat)), flat)
+        every = (
+            torch.stack([grid.values(torch.full_like(grid.at, at)) for at in range(len(grid.levels))]).sort(0).values
+        )
+        below, above = (every.gather(0, (grid.at + way).clamp(0, len(every) - 1)[None])[0] for way in (-1, 1))
+        ends = (grid.at == 0) | (grid.at == len(every) - 1)
+        near = {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(step.reshape(-1), (above - below) / torch.where(ends, 1, 2), **near)
+        wanted = torch.where(g > 0, flat - every[0], every[-1] - flat) * (g != 0)
+        torch.testing.assert_close(room.reshape(-1), wanted, **near)
+
+
 def test_training_on_the_grid_of_quantised_layers_is_the_dense_formula_straight_through(quantised):
     batches, rate = random_batches(3), 0.5
     indices = some_indices(quantised, 31)

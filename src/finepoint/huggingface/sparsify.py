@@ -89,7 +89,8 @@ def sparsify(
         protect: up to 16 texts to predict as before, in any form of `data`: before each step of any optimizer, what
             matters to them is pulled back to the base (EWC, arXiv:1612.00796), by `protect_strength`; for `gain`, too.
         on_grid: the entries take the values that their base's codes can stand for, and no others: the `.gguf` file that
-            the model was loaded from, or True where its layers are quantised. They are chosen once.
+            the model was loaded from, or True where its layers are quantised. They are chosen once, by the grid too
+            where the rule looks at it.
         max_length: longest scoring example in tokens; the model's context where not given.
         count, scope, targets, exclude, rule_options, structure, pooling, within, scoring_memory, seed: see `select`.
 
@@ -110,7 +111,7 @@ def sparsify(
             model, data, tokenizer, scoring_examples, batch_size, max_length, rule=rule, density=density, count=count,
             scope=scope, targets=targets, exclude=[*exclude, entire] if entire else exclude, seed=seed, kept=kept,
             scoring_memory=scoring_memory, rule_options=rule_options, structure=structure, pooling=pooling,
-            within=within,
+            within=within, gguf=file,
         )  # fmt: skip
         info |= _choice(indices, scope, seed, targets)
     chosen = {**indices, **entire}

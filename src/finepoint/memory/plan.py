@@ -33,9 +33,9 @@ from finepoint.models.quantised import quantise_
 from finepoint.runtime.devices import resident_bytes
 from finepoint.runtime.settings import Quantise
 from finepoint.selection.passes import on_device, undisturbed
-from finepoint.selection.rules import Rule, rule_named
+from finepoint.selection.rules import FROM_GRID, Rule, rule_named
 from finepoint.selection.select import SLICE, budgets, score
-from finepoint.selection.statistics import stream_statistics
+from finepoint.selection.statistics import stream_statistics, zeros
 from finepoint.selection.structure import Tiling, columns_within, share_within, tilings
 from finepoint.selection.targets import target_weights
 from finepoint.selection.warmup import warm_up_
@@ -230,10 +230,11 @@ def _selection(
         top = _TopK(sum(entries.counts.values()), in_memory=device == "cpu")
         text = replace(config, tokens=min(TOKENS_READ, config.tokens), learned=None)
         kept = [_batch(text, model, 1)] if rule.needs_kept else []
-        for name, statistics in stream_statistics(
-            model, weights, [batch], rule.needs, config.scoring_memory, kept=kept
-        ):
+        needs = {*rule.needs} - {*FROM_GRID} | ({"gradient"} if "grid_room" in rule.needs else set())
+        for name, statistics in stream_statistics(model, weights, [batch], needs, config.scoring_memory, kept=kept):
             tracker.enter("top_k")
+            if rule.needs_grid:  # what the file says is not there
+                statistics = replace(statistics, **{part: zeros(weights[name]) for part in FROM_GRID})
             values = entries.cut[name].pooled(score(rule, name, weights[name], statistics, 0, {}), "mean")
             gradient = None if statistics.gradient is None else statistics.gradient.abs()
             top.add(values)

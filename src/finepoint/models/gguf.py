@@ -6,7 +6,7 @@ not known here: numbered entries are sent through its own processing.
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -182,6 +182,22 @@ class Place:
     """what transformers adds to the file's values"""
 
 
+@dataclass(frozen=True)
+class Home:
+    """What a weight is made of in a file."""
+
+    tensor: GGUFTensor
+    order: Numbers | None
+    """which of the tensor's entries each entry of the weight is, flat; None where all are in order"""
+    shift: float
+    """what transformers adds to the file's values"""
+
+    def place(self, positions: Tensor) -> Place:
+        """Where entries of the weight lie. positions: flat, (k,)."""
+        at = positions.cpu().long().numpy()
+        return Place(self.tensor, at if self.order is None else self.order[at], self.shift)
+
+
 def places(file: GGUFFile, model: Any, indices: Mapping[str, Tensor]) -> dict[str, Place]:
     """Where entries of a model's weights lie in the GGUF file that it was loaded from.
 
@@ -189,8 +205,18 @@ def places(file: GGUFFile, model: Any, indices: Mapping[str, Tensor]) -> dict[st
         indices: flat positions by weight name, (k,).
 
     Raises:
-        FinepointError: transformers does not know the architecture; a weight is put together in another way than by
-            taking a tensor's entries in some order.
+        FinepointError: as for `homes`.
+    """
+    home = homes(file, model)
+    return {name: home(name).place(positions) for name, positions in indices.items()}
+
+
+def homes(file: GGUFFile, model: Any) -> Callable[[str], Home]:
+    """What tells of a weight, by name, what it is made of in the GGUF file that the model was loaded from.
+
+    Raises:
+        FinepointError: transformers does not know the architecture; when asked, a weight is put together in another way
+            than by taking a tensor's entries in some order.
     """
     with needing(f"reading {file.path.name}", "gguf"):
         import gguf  # noqa: F401 - transformers needs it
@@ -202,8 +228,8 @@ def places(file: GGUFFile, model: Any, indices: Mapping[str, Tensor]) -> dict[st
     except (NotImplementedError, AttributeError) as error:
         raise FinepointError(f"where the weights lie in {file.path} is not known: {reason_of(error)}") from error
     tied = {name: set(group) for group in names_of_weights(model) for name in group}
-    found = {}
-    for name, positions in indices.items():
+
+    def home(name: str) -> Home:
         own = [stored for stored, weight in names.items() if weight in tied.get(name, ()) and stored in file.tensors]
         if len(own) != 1:
             raise FinepointError(f"{file.path} has no tensor that {name} is made of; leave it out of the targets")
@@ -211,9 +237,9 @@ def places(file: GGUFFile, model: Any, indices: Mapping[str, Tensor]) -> dict[st
         order, shift = _order(processor, tensor, names)
         if order is not None and order.size != model.get_parameter(name).numel():
             raise FinepointError(_other_layout(tensor))
-        at = positions.cpu().long().numpy()
-        found[name] = Place(tensor, at if order is None else order[at], shift)
-    return found
+        return Home(tensor, order, shift)
+
+    return home
 
 
 def _order(processor: Any, tensor: GGUFTensor, names: Mapping[str, str]) -> tuple[Numbers | None, float]:
@@ -255,17 +281,23 @@ def entry_grids(file: GGUFFile, model: Any, entries: Mapping[str, tuple[Tensor, 
     Raises:
         FinepointError: a weight has no grid in the file, or its values are not those of the file.
     """
-    found, data = {}, file.bytes()
-    for name, place in places(file, model, {name: indices for name, (indices, _) in entries.items()}).items():
-        form, base = place.tensor.form, entries[name][1]
-        if place.tensor.type in FLOATS:
-            raise FinepointError(f"{name} is {place.tensor.type} in {file.path}, which has no grid; leave it out of "
-                                 "the targets")  # fmt: skip
-        grid = EntryGrid.read(data, form, place.tensor.start, place.positions).to(base.device)
-        if place.shift or not torch.equal(grid.rounded(grid.codes).to(base.dtype), base):
-            raise FinepointError(not_the_files(name, file.path))
-        found[name] = grid
-    return found
+    home = homes(file, model)
+    return {name: entry_grid(file, name, home(name).place(at), base) for name, (at, base) in entries.items()}
+
+
+def entry_grid(file: GGUFFile, name: str, place: Place, base: Tensor) -> EntryGrid:
+    """The grid of entries of a weight, on the device of the base's values there, (k,).
+
+    Raises:
+        FinepointError: as for `entry_grids`.
+    """
+    tensor = place.tensor
+    if tensor.type in FLOATS:
+        raise FinepointError(f"{name} is {tensor.type} in {file.path}, which has no grid; leave it out of the targets")
+    grid = EntryGrid.read(file.bytes(), tensor.form, tensor.start, place.positions).to(base.device)
+    if place.shift or not torch.equal(grid.rounded(grid.codes).to(base.dtype), base):
+        raise FinepointError(not_the_files(name, file.path))
+    return grid
 
 
 def not_the_files(name: str, path: Path) -> str:

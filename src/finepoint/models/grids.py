@@ -150,6 +150,10 @@ class Grid(Protocol):
     def snapped(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
         """What a loaded model holds when its entries are moved by deltas and rounded to the grid: (k,), `dtype`."""
 
+    def reach(self) -> tuple[Tensor, Tensor, Tensor]:
+        """How far neighbouring numbers lie apart at each entry, and how far away the lowest and highest one are: each
+        (k,) float32, not negative."""
+
 
 @dataclass(frozen=True)
 class EntryGrid:
@@ -203,6 +207,13 @@ class EntryGrid:
         """What a loaded model holds when its entries are moved by deltas and rounded to the grid: (k,), `dtype`."""
         return self.rounded(self.moved(delta)).to(dtype)
 
+    def reach(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Grid.reach`."""
+        place, step = self.codes ^ self.form.flip, self.step.abs()
+        rest = (1 << self.form.width) - 1 - place
+        down, up = _turned(place, rest, self.step)
+        return step, down * step, up * step
+
 
 @dataclass(frozen=True)
 class LevelGrid:
@@ -236,3 +247,16 @@ class LevelGrid:
     def snapped(self, delta: Tensor, dtype: torch.dtype) -> Tensor:
         """What the dequantised weight holds when its entries are moved by deltas and rounded to the grid: (k,)."""
         return self.values(self.moved(delta)).to(dtype)
+
+    def reach(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Grid.reach`; where levels are uneven, the distance is the mean of that below and that above."""
+        gaps, size = self.levels.diff(), self.scale.float().abs() * self.unit
+        step = (torch.cat([gaps[:1], gaps]) + torch.cat([gaps, gaps[-1:]])) / 2
+        level = self.levels[self.at]
+        down, up = _turned(level - self.levels[0], self.levels[-1] - level, self.scale)
+        return step[self.at] * size, down * size, up * size
+
+
+def _turned(below: Tensor, above: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What lies below and above on the side of the values: a negative scale turns the codes' order round."""
+    return torch.where(scale < 0, above, below), torch.where(scale < 0, below, above)

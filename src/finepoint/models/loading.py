@@ -380,8 +380,10 @@ def _tell_what_quantised(name: str, place: str) -> None:
         raise _other_method(name, config)
 
 
-def is_quantised_checkpoint(name: str) -> bool:
-    """Whether the configuration of a model says that its weights are quantised; False where there is none."""
+def has_grid(name: str, quantise: str | None) -> bool:
+    """Whether weights of a model are quantised: in its file, by what its configuration says, or as it is loaded."""
+    if quantise or is_gguf(name):
+        return True
     try:
         return hasattr(load_config(name), "quantization_config")
     except FinepointError:

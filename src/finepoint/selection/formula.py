@@ -3,8 +3,8 @@
 Names: `w` the weight, `g` the mean gradient, `f` the mean squared per-example gradient (all wide, of the weight's
 shape), `x` the norms of its inputs (which broadcast against it);
 `k`, `k_mean` and `k_x` the Fisher information of text that is to be kept, its mean over all target weights, and the
-norms of the inputs under that text; any other name is an option of the rule, so that a
-study can sweep `abs(g)**a / abs(w)**b`.
+norms of the inputs under that text; `step` and `room` how far numbers of a quantised base's grid lie apart, and how far
+an entry can go there; any other name is an option of the rule, so that a study can sweep `abs(g)**a / abs(w)**b`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # imported when a formula scores
     from torch import Tensor
 
 TENSORS = {"w": "weight", "g": "gradient", "f": "squared_gradient", "x": "input_norm",
-           "k": "kept_squared_gradient", "k_mean": "kept_mean", "k_x": "kept_input_norm"}  # fmt: skip
+           "k": "kept_squared_gradient", "k_mean": "kept_mean", "k_x": "kept_input_norm",
+           "step": "grid_step", "room": "grid_room"}  # fmt: skip
 FUNCTIONS = {"abs": "abs", "sqrt": "sqrt", "log": "log", "exp": "exp", "sign": "sign", "min": "minimum",
              "max": "maximum"}  # fmt: skip
 """by what PyTorch calls them"""
@@ -58,7 +59,7 @@ def expression(text: str) -> Callable[..., Tensor]:
     names = [name for name in names if name not in FUNCTIONS]
     tensors = [name for name in names if name in TENSORS]
     if not any(name != "k_mean" for name in tensors):
-        raise FinepointError(f"rule {text!r} looks at no weight; give a formula of w, g, f, x or k")
+        raise FinepointError(f"rule {text!r} looks at no weight; give a formula of w, g, f, x, k, step or room")
 
     def score(**given: Any) -> Tensor:
         import torch
@@ -92,8 +93,8 @@ def _check(node: ast.expr) -> None:
                 raise ValueError(f"{name} takes {TAKES[name]} values, got {len(arguments)}")
             parts = arguments
         case _:
-            raise ValueError(f"{ast.unparse(node)!r} is not understood; formulas are made of w, g, f, x, k, numbers, "
-                             f"options, + - * / **, and {', '.join(FUNCTIONS)}")  # fmt: skip
+            raise ValueError(f"{ast.unparse(node)!r} is not understood; formulas are made of w, g, f, x, k, step, "
+                             f"room, numbers, options, + - * / **, and {', '.join(FUNCTIONS)}")  # fmt: skip
     for part in parts:
         _check(part)
 

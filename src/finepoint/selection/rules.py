@@ -12,6 +12,8 @@ A rule is one function. Its parameters say what it needs, and it is given just t
     kept_squared_gradient  the weight's shape: the Fisher information, a token, of text that is to be kept
     kept_mean         a scalar: its mean over all target weights
     kept_input_norm   as `input_norm`, over the text that is to be kept
+    grid_step         the weight's shape: on the grid of a quantised base, how far neighbouring numbers lie apart there
+    grid_room         the weight's shape: how far the entry can go against its mean gradient before the grid ends
     generator         a `torch.Generator` that depends on the seed and on the weight's name alone
 
 All these are float32 (float64 over float64 weights). Every further parameter is an option with a default
@@ -37,11 +39,13 @@ if TYPE_CHECKING:  # which a rule imports when it scores: a misspelt name is ref
     from torch import Tensor
 
 OURS = "finepoint"
-FROM_DATA = ("gradient", "squared_gradient", "input_norm", "movement", "change")
+FROM_DATA = ("gradient", "squared_gradient", "input_norm", "movement", "change", "grid_room")
 """What is made of the scoring examples."""
 FROM_KEPT = ("kept_squared_gradient", "kept_mean", "kept_input_norm")
 """What is made of the text that is to be kept."""
-STATISTICS = (*FROM_DATA, *FROM_KEPT)
+FROM_GRID = ("grid_step", "grid_room")
+"""What is made of the grid of a quantised base."""
+STATISTICS = tuple(dict.fromkeys((*FROM_DATA, *FROM_KEPT, *FROM_GRID)))
 NEEDS = ("weight", *STATISTICS, "generator")
 
 
@@ -75,6 +79,11 @@ class Rule(Cited):
     def needs_kept(self) -> bool:
         """Whether it looks at text that is to be kept."""
         return any(need in FROM_KEPT for need in self.needs)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it looks at the grid of a quantised base."""
+        return any(need in FROM_GRID for need in self.needs)
 
     @property
     def uniform(self) -> bool:
@@ -140,7 +149,7 @@ def rule_named(name: str) -> Rule:
     if is_expression(name):
         return Rule(name, expression(name), name, "a formula")
     known = [*RULES, *ALIASES, *plugins]
-    listed = f"known rules: {', '.join(known)}, module:function, or a formula of w, g, f, x and k such as "
+    listed = f"known rules: {', '.join(known)}, module:function, or a formula of w, g, f, x, k, step and room such as "
     raise FinepointError(f"unknown rule {name!r}{did_you_mean(name, known, listed)} 'abs(g) / (abs(w) + 1e-6)'")
 
 

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -103,6 +104,7 @@ def select(
     stream: Callable[..., Iterator[tuple[str, Statistics]]] = stream_statistics,
     text: bool = False,
     kept: Iterable[Batch] = (),
+    gguf: str | Path | None = None,
 ) -> Selection:
     """Chooses the entries to train; the model is left exactly as found.
 
@@ -133,6 +135,7 @@ def select(
         stream: where statistics come from; another one with `stream_statistics`' parameters may have kept them.
         kept: text that is to be kept, with labels where the model is to go on predicting as it does, for rules that
             look at it (`gain`). Which labels does not matter: they are drawn from the model.
+        gguf: the GGUF file that the model was loaded from, for rules that look at its grid (`step`, `room`).
         text: it will be trained on text alone, as such batches say too; weights that text never reaches take no part.
 
     Raises:
@@ -153,7 +156,9 @@ def select(
 
     def scores() -> Iterator[Scored]:
         settings = chosen_rule.options | options
-        for name, found in stream(model, weights, batches, chosen_rule.needs, scoring_memory, settings, kept):
+        for name, found in stream(
+            model, weights, batches, chosen_rule.needs, scoring_memory, settings, kept, gguf and Path(gguf)
+        ):
             scored = _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
             yield _confined(scored, columns[name], share, pooling, chosen_rule, seed) if share else scored
 

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from finepoint.models.quantised import as_floats
 from finepoint.runtime import distributed
 from finepoint.runtime.progress import tracked
 from finepoint.selection.input_norms import input_norms
+from finepoint.selection.on_grid import grids_of, step_and_room
 from finepoint.selection.passes import Batch, counts_every_label, label_count, loss_of, on_device, split, undisturbed
-from finepoint.selection.rules import FROM_DATA, FROM_KEPT, STATISTICS, wide
+from finepoint.selection.rules import FROM_DATA, FROM_GRID, FROM_KEPT, STATISTICS, wide
 from finepoint.selection.warmup import warmed_up
 
 
@@ -32,6 +34,8 @@ class Statistics:
     kept_squared_gradient: Tensor | None = None
     kept_mean: Tensor | None = None
     kept_input_norm: Tensor | None = None
+    grid_step: Tensor | None = None
+    grid_room: Tensor | None = None
 
 
 def stream_statistics(
@@ -42,6 +46,7 @@ def stream_statistics(
     memory: float = 1.0,
     options: Mapping[str, float] | None = None,
     kept: Sequence[Batch] = (),
+    gguf: Path | None = None,
 ) -> Iterator[tuple[str, Statistics]]:
     """Yields every weight's statistics once, in order, holding those of at most `memory` x all entries at a time.
 
@@ -58,12 +63,15 @@ def stream_statistics(
         options: the rule's; `steps` and `lr` are those of this training.
         kept: text that is to be kept; where its labels are drawn from the model (`drawn`), squares of its gradients are
             the Fisher information.
+        gguf: the GGUF file that the model was loaded from, if any, for what its grid says.
 
     Raises:
         FinepointError: data is needed and there is no batch, no label, or a loss that is not finite; or a weight has
             not what the rule asks for.
     """
     needs = set(needs)
+    if "grid_room" in needs:
+        needs.add("gradient")
     wanted: list[str] = [need for need in ("gradient", "squared_gradient") if need in needs]
     warm = [need for need in ("movement", "change") if need in needs]
     made = needs & set(STATISTICS)
@@ -76,6 +84,7 @@ def stream_statistics(
         )
     if made & set(FROM_DATA) and not batches:
         raise FinepointError("this rule scores by examples and needs data; give --data (in Python: batches)")
+    grid = grids_of(model, weights, gguf) if needs & set(FROM_GRID) else None
     if wanted or warm:
         every = counts_every_label(model, batches)
         told = (str(label_count(batch, every)).encode() for batch in batches)
@@ -98,6 +107,9 @@ def stream_statistics(
             for name in chunk:
                 found = {need: distributed.whole(parts.pop(name)) for need, parts in sums.items()}
                 found |= moved[name] if warm else {}
+                if grid:
+                    room = found["gradient"] if "grid_room" in needs else None
+                    found |= step_and_room(weights[name], room, grid(name))
                 norm, kept_norm = norms.pop(name, None), kept_norms.pop(name, None)
                 yield name, Statistics(**found, input_norm=norm, kept_mean=mean, kept_input_norm=kept_norm)
 

@@ -36,13 +36,23 @@ from finepoint.data.sources import Given, name_of, share_of
 from finepoint.data.store import identity_of, large_data, learnable, lengths
 from finepoint.data.tokens import MUCH, Row, Tally, around, cut, encode_all, encode_part, learned, padding_id
 from finepoint.errors import FinepointError
-from finepoint.models.loading import block_of, class_order, load_config, load_model, load_tokenizer, new_head
+from finepoint.models.loading import (
+    block_of,
+    class_order,
+    gguf_file,
+    has_grid,
+    load_config,
+    load_model,
+    load_tokenizer,
+    new_head,
+)
 from finepoint.models.packages import cache_folder
 from finepoint.models.probing import PACKABLE, counts_from_zero, keeps_apart
 from finepoint.models.quantised import quantised_layers
 from finepoint.runtime import distributed
 from finepoint.runtime.files import claim_folder, write_record
 from finepoint.runtime.settings import refuse_without
+from finepoint.selection.on_grid import NO_GRID
 from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Budget, Selection, refuse_excluded, select
 from finepoint.selection.settings import SelectConfig
@@ -81,7 +91,8 @@ class TrainingContext:
 
 def prepare(config: SelectConfig) -> TrainingContext:
     """Reads the data and loads the model they call for."""
-    rule_named(config.rule)  # a misspelt rule should not wait for the model to load
+    if rule_named(config.rule).needs_grid and not has_grid(config.model, config.quantise):
+        raise FinepointError(NO_GRID)  # neither this nor a misspelt rule should wait for the model to load
     if config.quantise and distributed.count() > 1:
         raise FinepointError(f"{ALONE}; leave out --quantise, or start it without a launcher")
     large = large_data(config.data, config.columns, need=True) if config.data else None
@@ -217,6 +228,7 @@ def select_for(
         stream=stream,
         text=True,
         kept=kept,
+        gguf=gguf_file(config.model) if rule.needs_grid else None,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from finepoint.adapters.format import CONFIG
 from finepoint.baselines.registry import Baseline, baseline_named, options_of
 from finepoint.errors import FinepointError
-from finepoint.models.loading import is_gguf, is_quantised_checkpoint
+from finepoint.models.loading import has_grid, is_gguf
 from finepoint.runtime import distributed
 from finepoint.runtime.files import read_json
 from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
@@ -91,7 +91,7 @@ def _check_on_grid(config: Training) -> None:
     if given := next((name for name, value in others.items() if value), None):
         raise FinepointError(f"--on-grid trains chosen entries on the codes of the base, which goes without "
                              f"--{given.replace('_', '-')}; leave out one of them")  # fmt: skip
-    if not (config.quantise or is_gguf(config.model) or is_quantised_checkpoint(config.model)):
+    if not has_grid(config.model, config.quantise):
         raise FinepointError(f"{config.model} has no grid: --on-grid trains on the codes of a quantised base; give "
                              "--model FILE.gguf, smollm2, gemma3-270m or a quantised checkpoint, or --quantise int8, "
                              "int4 or nf4")  # fmt: skip
@@ -164,6 +164,9 @@ def _check_refresh(config: TrainConfig) -> None:
         raise FinepointError("an average is over steps of the same entries; leave out --ema or --refresh")
     if config.quantise:
         raise FinepointError("entries of a quantised base are chosen once; leave out --refresh or --quantise")
+    if rule_named(config.rule).needs_grid:
+        raise FinepointError("a rule that looks at the grid chooses once, since trained entries lie beside it; leave "
+                             "out --refresh, or give another rule")  # fmt: skip
     if config.threshold == "sampled":
         raise FinepointError("--threshold sampled chooses about as many entries each time, and --refresh keeps their "
                              "number; leave out one of them")  # fmt: skip
