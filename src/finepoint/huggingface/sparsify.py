@@ -89,8 +89,7 @@ def sparsify(
         protect: up to 16 texts to predict as before, in any form of `data`: before each step of any optimizer, what
             matters to them is pulled back to the base (EWC, arXiv:1612.00796), by `protect_strength`; for `gain`, too.
         on_grid: the entries take the values that their base's codes can stand for, and no others: the `.gguf` file that
-            the model was loaded from, or True where its layers are quantised. They are chosen once, by the grid too
-            where the rule looks at it.
+            the model was loaded from, or True where its layers are quantised. They are chosen once.
         max_length: longest scoring example in tokens; the model's context where not given.
         count, scope, targets, exclude, rule_options, structure, pooling, within, scoring_memory, seed: see `select`.
 

@@ -115,8 +115,7 @@ def select(
         model: a model whose forward takes a batch and returns an output with a `loss`.
         batches: scoring examples, each a mapping with `labels`; only gradient rules need them.
         rule: a name from `finepoint.RULES` or of a plug-in, or `module:function`.
-        density: share of the target entries to choose, in (0, 1]; 0.001 where neither it nor `count` is given.
-        count: how many to choose, instead of `density`.
+        density, count: share of the target entries to choose, in (0, 1], or how many; 0.001 where neither is given.
         scope: `global` compares all target entries with each other, `layer` those of one decoder block, `weight`
             those of one weight; the budget is spread in proportion to size.
         targets: see `target_weights`; a mapping from pattern to density gives every pattern its own budget.
@@ -133,10 +132,9 @@ def select(
             (for `random` drawn), so that no more of a layer's input is kept for the backward pass.
         plan: how many out of which target weights, each weight once, instead of density, count and scope.
         stream: where statistics come from; another one with `stream_statistics`' parameters may have kept them.
-        kept: text that is to be kept, with labels where the model is to go on predicting as it does, for rules that
-            look at it (`gain`). Which labels does not matter: they are drawn from the model.
-        gguf: the GGUF file that the model was loaded from, for rules that look at its grid (`step`, `room`).
         text: it will be trained on text alone, as such batches say too; weights that text never reaches take no part.
+        kept: for `gain`: text to be kept, labelled where the model is to go on as it does; with whatever labels.
+        gguf: for rules that look at the grid (`step`, `room`): the GGUF file that the model was loaded from.
 
     Raises:
         FinepointError: unknown rule or option, no target matched, a density that is out of range or chooses nothing,
@@ -156,9 +154,8 @@ def select(
 
     def scores() -> Iterator[Scored]:
         settings = chosen_rule.options | options
-        for name, found in stream(
-            model, weights, batches, chosen_rule.needs, scoring_memory, settings, kept, gguf and Path(gguf)
-        ):
+        sources = chosen_rule.needs, scoring_memory, settings, kept, gguf and Path(gguf)
+        for name, found in stream(model, weights, batches, *sources):
             scored = _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
             yield _confined(scored, columns[name], share, pooling, chosen_rule, seed) if share else scored
 
