@@ -153,8 +153,7 @@ def select(
     summary = Summary(seed)
 
     def scores() -> Iterator[Scored]:
-        settings = chosen_rule.options | options
-        sources = chosen_rule.needs, scoring_memory, settings, kept, gguf and Path(gguf)
+        sources = chosen_rule.needs, scoring_memory, chosen_rule.options | options, kept, gguf and Path(gguf)
         for name, found in stream(model, weights, batches, *sources):
             scored = _scored(chosen_rule, name, weights[name], found, seed, options, cut[name], pooling, taken, summary)
             yield _confined(scored, columns[name], share, pooling, chosen_rule, seed) if share else scored
