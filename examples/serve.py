@@ -1,7 +1,7 @@
 """Several adapters on one base behind HTTP: each request names the one that is to answer it.
 
-Requests that wait are answered together where they name the same adapter; between two adapters lies a switch, which
-costs milliseconds and is told in the answer. Needs pip install fastapi uvicorn.
+Requests that wait are answered together in one batch, each row with the adapter that it names.
+Needs pip install fastapi uvicorn.
 
     python examples/serve.py --model smollm2 --adapters movies=adapters/movies words=adapters/words
     curl localhost:8000/generate -H 'Content-Type: application/json' \
@@ -52,10 +52,7 @@ class Server:
         while True:
             with self.called:
                 self.called.wait_for(lambda: self.waiting)
-                first = self.waiting[0][0]  # the oldest one is answered next, and with it those that go along
-                together = [each for each in self.waiting if (each[0].adapter, each[0].new_tokens) ==
-                            (first.adapter, first.new_tokens)][: self.batch]  # fmt: skip
-                self.waiting = deque(each for each in self.waiting if each not in together)
+                together = [self.waiting.popleft() for _ in range(min(self.batch, len(self.waiting)))]
             try:
                 answers = self._answers([request for request, _ in together])
             except Exception as error:  # the clients get it, and the thread lives on
@@ -66,16 +63,17 @@ class Server:
                 answer.set_result(found)
 
     def _answers(self, requests: list[Request]) -> list[dict[str, Any]]:
-        name, started = requests[0].adapter, time.perf_counter()
-        self.adapters.set(name)  # this thread alone switches
-        switched = time.perf_counter()
+        started = time.perf_counter()
         inputs = self.tokenizer([request.prompt for request in requests], return_tensors="pt", padding=True)
-        written = self.model.generate(**inputs.to(self.model.device), max_new_tokens=requests[0].new_tokens,
-                                      do_sample=False, pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
-        texts = self.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        told = {"adapter": name, "together": len(requests), "switch_ms": (switched - started) * 1e3,
-                "generate_ms": (time.perf_counter() - switched) * 1e3}  # fmt: skip
-        return [{"text": text, **told} for text in texts]
+        with self.adapters.rows([request.adapter for request in requests]) as model:
+            written = model.generate(**inputs.to(model.device), do_sample=False,
+                                     max_new_tokens=max(request.new_tokens for request in requests),
+                                     pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
+        texts = [self.tokenizer.decode(row[: request.new_tokens], skip_special_tokens=True) for row, request
+                 in zip(written[:, inputs["input_ids"].shape[1] :], requests, strict=True)]  # fmt: skip
+        told = {"together": len(requests), "generate_ms": (time.perf_counter() - started) * 1e3}
+        return [{"text": text, "adapter": request.adapter, **told}
+                for text, request in zip(texts, requests, strict=True)]  # fmt: skip
 
 
 def application(server: Server, names: list[str]) -> FastAPI:

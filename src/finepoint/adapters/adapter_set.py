@@ -4,16 +4,19 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import isfinite
 from typing import Any, Literal
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from finepoint.adapters.adapter import SETS, SparseAdapter, base_beneath
 from finepoint.adapters.change import Change
 from finepoint.adapters.entries import gather, overlap, same_bits, scatter_
 from finepoint.adapters.fingerprint import Fingerprint, Moved, contents_of, stamps, unlike
+from finepoint.adapters.rows import Delta, Rows, Term, answering, outputs, refuse_mixed, terms_of
 from finepoint.adapters.scaling import between, unscaled
 from finepoint.errors import FinepointError
 
@@ -30,6 +33,13 @@ class Swap:
     indices: Tensor
     base: Tensor
     values: Tensor
+
+    @cached_property
+    def delta(self) -> Delta | None:
+        """What it adds; None where that is nothing."""
+        numbers = self.values.to(wide := torch.promote_types(self.base.dtype, torch.float32)) - self.base.to(wide)
+        moved = numbers != 0
+        return Delta(tuple(self.weight.shape), self.indices.long()[moved], numbers[moved]) if moved.any() else None
 
 
 class AdapterSet:
@@ -53,6 +63,8 @@ class AdapterSet:
         self._in_use = False
         self._stamps: dict[str, Any] = {}
         self._base: Fingerprint | None = None
+        self._tried: set[str] = set()
+        self._added: tuple[tuple[str, ...], dict[str, list[Term]]] | None = None
         SETS.setdefault(model, WeakSet()).add(self)
 
     def __repr__(self) -> str:
@@ -93,6 +105,8 @@ class AdapterSet:
             self._known(name)
             self._switch([other for other in self.active if other != name])
             del self._swaps[name]
+            self._tried.discard(name)
+            self._added = None
 
     def set(self, names: str | Sequence[str] | None) -> None:
         """Switches these adapters on and all others off; None, or no name at all, is the base.
@@ -121,6 +135,7 @@ class AdapterSet:
             self._switch([other for other in active if other != name])
             swaps = self._swaps[name]
             self._swaps[name] = {at: _scaled(swap, factor) for at, swap in swaps.items()}
+            self._added = None
             self._switch(active)
 
     def disable(self) -> None:
@@ -149,6 +164,68 @@ class AdapterSet:
             finally:
                 self._in_use = False
                 self._switch(before)
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None], each: int = 1) -> Iterator[nn.Module]:
+        """Inside, each row of every batch is computed with the adapter that is named for it, None for the base.
+
+        Linear layers multiply all rows by the base's weight and add to each row what its adapter adds, summed in
+        float32 at least: equal to each adapter by itself up to rounding. Where one name is all rows', it is `using`,
+        to the bit. Afterwards what was on before is on again.
+
+        Args:
+            names: one for each row of the batch.
+            each: so many rows of the batch belong to a name, one after the other: `num_beams`, `num_return_sequences`.
+
+        Raises:
+            FinepointError: as for `using`; an adapter changes something else than plain linear layers and embeddings,
+                or a trial with a small input shows that rows do not keep apart; inside, a batch of another size.
+        """
+        if len(set(names)) < 2:
+            with self.using([name for name in names[:1] if name is not None]) as model:
+                yield model
+            return
+        with self._changing():
+            before, known = self.active, sorted({name for name in names if name is not None})
+            for name in known:
+                self._known(name)
+            self._switch([])
+            self._in_use = True
+            try:
+                contents = contents_of(self.model)
+                self._refuse_other_weights(contents)
+                self._refuse_other_entries(contents, known, "base")
+                self._try(known)
+                with answering(self.model, Rows.of(names, known, each), self._terms(known)):
+                    yield self.model
+            finally:
+                self._in_use = False
+                self._switch(before)
+
+    def _terms(self, names: Sequence[str]) -> dict[str, list[Term]]:
+        """By module, what these adapters add; the last ones are kept."""
+        if self._added is None or self._added[0] != tuple(names):
+            self._added = tuple(names), _terms(self.model, [self._swaps[name] for name in names])
+        return self._added[1]
+
+    def _try(self, names: Sequence[str]) -> None:
+        """Tries, for adapters that were not tried yet, that their rows are what they compute by themselves.
+
+        At their entries numbers are drawn, so that a fault cannot hide in rounding.
+        """
+        for name in [name for name in names if name not in self._tried]:
+            drawn = {at: _drawn(swap) for at, swap in self._swaps[name].items()}
+            terms, base = _terms(self.model, [drawn]), outputs(self.model)
+            try:
+                for swap in drawn.values():
+                    scatter_(swap.weight, swap.indices, swap.values)
+                changed = outputs(self.model)
+            finally:
+                for swap in drawn.values():
+                    scatter_(swap.weight, swap.indices, swap.base)
+                self._stamps = stamps(contents_of(self.model))
+            refuse_mixed(self.model, Rows.of([name, None], [name]), terms, [changed, base])
+            self._tried.add(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._swaps
@@ -240,3 +317,23 @@ def _scaled(swap: Swap, factor: float) -> Swap:
     if swap.change is None:
         return swap
     return replace(swap, values=between(swap.change, swap.base, factor).to(swap.base))
+
+
+def _terms(model: nn.Module, adapters: Sequence[Mapping[str, Swap]]) -> dict[str, list[Term]]:
+    """What adapters add, by the module that computes with the weights."""
+    changed = [{id(swap.weight): swap.delta for swap in swaps.values()} for swaps in adapters]
+    found: dict[str, list[Term]] = {}
+    for name, module in model.named_modules():
+        for attribute, weight in module._parameters.items():
+            deltas = [deltas.get(id(weight)) for deltas in changed]
+            if any(deltas):
+                found.setdefault(name, []).extend(terms_of(f"{name}.{attribute}", module, attribute, deltas))
+    return found
+
+
+def _drawn(swap: Swap) -> Swap:
+    """Other values at the same entries, as large as the weight's."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(swap.base.shape, generator=generator).to(swap.base.device)
+    size = swap.weight.detach().float().square().mean().sqrt().clamp(min=1e-3)
+    return replace(swap, values=(swap.base.float() + noise * size).to(swap.base.dtype))

@@ -1,0 +1,116 @@
+"""Sixteen requests for several adapters of SmolLM2-135M, answered in one batch, or one adapter after the other.
+
+python benchmarks/rows.py
+
+Tokens a second of processor time, prompts (16 tokens) and answers (16, greedy) both counted. *merged*: one adapter in
+the weights, the batch whole; *switched*: an `AdapterSet` switches, and each adapter's requests are a batch of their
+own; *rows*: `AdapterSet.rows`, one batch; LoRA's by PEFT's `adapter_names`, one batch. *rows, 1* is one adapter for two
+requests beside fourteen for the base; LoRA's is one adapter for all. The first answer of each is not counted: it makes
+what is kept.
+"""
+
+import time
+
+import torch
+
+from common import options, report
+
+REQUESTS, PROMPT, ANSWER = 16, 16, 16
+KINDS = {"entries 0.1 %": {"density": 1e-3}, "entries 1 %": {"density": 1e-2},
+         "columns 0.1 %": {"density": 1e-3, "structure": "column"},
+         "columns 1 %": {"density": 1e-2, "structure": "column"}}  # fmt: skip
+
+
+def main() -> None:
+    given = options(__doc__, repeats=3, dtype="float32")
+    repeats = 1 if given.quick else given.repeats
+    rows = [ours(kind, given.dtype, repeats) for kind in KINDS] + [lora(given.dtype, repeats)]
+    columns = ["adapters", "merged, 1", "switched, 4", "switched, 16", "rows, 1", "rows, 4", "rows, 16"]
+    report("rows", given.output, columns, rows, dtype=given.dtype)
+
+
+def names_of(count: int) -> list[str]:
+    """Which adapter each request is for, in turn."""
+    return [f"adapter{at % count}" for at in range(REQUESTS)]
+
+
+def prompts() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1000, 2000, (REQUESTS, PROMPT), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def written(model, inputs, **more) -> torch.Tensor:
+    return model.generate(
+        **inputs, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=0, **more
+    )
+
+
+def rate(work, repeats: int) -> float:
+    """Tokens a second of processor time."""
+    work()
+    started = time.process_time()
+    for _ in range(repeats):
+        work()
+    return repeats * REQUESTS * (PROMPT + ANSWER) / (time.process_time() - started)
+
+
+def ours(kind: str, dtype: str, repeats: int) -> dict[str, object]:
+    import finepoint
+    from finepoint.models.loading import load_model
+
+    model, inputs = load_model("smollm2", dtype).eval(), prompts()
+    adapters = finepoint.AdapterSet(model)
+    for seed in range(16):
+        adapters.add(f"adapter{seed}", made(model, seed, **KINDS[kind]))
+
+    def switched(count: int) -> None:
+        for name in sorted(set(names := names_of(count))):
+            mine = [at for at, other in enumerate(names) if other == name]
+            with adapters.using(name):
+                written(model, {key: value[mine] for key, value in inputs.items()})
+
+    def together(names: list[str | None]) -> None:
+        with adapters.rows(names):
+            written(model, inputs)
+
+    # One adapter beside the base: of one alone a batch is merged.
+    one = ["adapter0", *[None] * (REQUESTS // 2 - 1)] * 2
+    found = {f"rows, {count}": rate(lambda count=count: together(names_of(count)), repeats) for count in (4, 16)}
+    found |= {f"switched, {count}": rate(lambda count=count: switched(count), repeats) for count in (4, 16)}
+    return {"adapters": kind, "merged, 1": rate(lambda: switched(1), repeats),
+            "rows, 1": rate(lambda: together(one), repeats), **found}  # fmt: skip
+
+
+def made(model, seed: int, **choice):
+    """An adapter of random deltas at random entries."""
+    import finepoint
+
+    tuner = finepoint.SparseTuner(model, finepoint.select(model, rule="random", seed=seed, **choice), audit=False)
+    torch.manual_seed(seed)
+    for delta in tuner.parameters():
+        delta.data.normal_(std=1e-2)
+    adapter = tuner.adapter()
+    tuner.revert_()
+    tuner.close()
+    return adapter
+
+
+def lora(dtype: str, repeats: int) -> dict[str, object]:
+    import peft
+
+    from finepoint.models.loading import load_model
+
+    torch.manual_seed(0)
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config, inputs = peft.LoraConfig(r=8, target_modules=linear, init_lora_weights=False), prompts()
+    model = peft.get_peft_model(load_model("smollm2", dtype), config, adapter_name="adapter0").eval()
+    for seed in range(1, 16):
+        model.add_adapter(f"adapter{seed}", config)
+    found = {f"rows, {count}": rate(lambda count=count: written(model, inputs, adapter_names=names_of(count)), repeats)
+             for count in (1, 4, 16)}  # fmt: skip
+    model.merge_adapter(["adapter0"])
+    return {"adapters": "LoRA r8", "merged, 1": rate(lambda: written(model, inputs), repeats), **found}
+
+
+if __name__ == "__main__":
+    main()
