@@ -9,7 +9,8 @@ import pytest
 
 from conftest import write_lines
 from finepoint.data.examples import Choices, Completion, Labelled, Text, as_examples, read_examples
-from finepoint.data.sources import SOURCES, Given, ending_of, of_memory, place_or_rows
+from finepoint.data.picked import count_of, picked
+from finepoint.data.sources import SOURCES, Given, ending_of, of_memory, place_or_rows, rows_of
 from finepoint.errors import FinepointError
 from finepoint.models.packages import digest
 from finepoint.studies.compare import contents_at
@@ -46,6 +47,10 @@ def test_a_file_of_any_type_holds_the_same_texts(tmp_path, ending):
     path = write(tmp_path / f"d{ending}")
     assert read_examples(path) == EXPECTED
     assert str(path) in read_examples(path)[1].where
+    numbered = [(number, *row) for number, row in enumerate(rows_of(path))]
+    assert count_of(path) == len(numbered) == 2
+    for wanted in ([], [0], [1], [0, 1]):
+        assert list(picked(path, wanted)) == [numbered[at] for at in wanted]
 
 
 def test_json_may_be_lines_or_an_object_with_one_list(tmp_path):
@@ -121,6 +126,8 @@ def test_a_folder_is_its_files_of_one_split(tmp_path, caplog):
     (tmp_path / "README.md").write_text("none")
     assert read_examples(tmp_path) == [Text("a"), Text("b")]
     assert caplog.messages == [f"taking the split train of {tmp_path}, which has test, train"]
+    assert count_of(tmp_path) == 2
+    assert list(picked(tmp_path, [1])) == [(1, f"{tmp_path}/train-1.jsonl, line 1", {"text": "b"})]
     assert read_examples(f"{tmp_path}:test") == [Text("c")]
     with pytest.raises(FinepointError, match=f"no split 'tset'; did you mean 'test'.*{tmp_path}:test"):
         read_examples(f"{tmp_path}:tset")
@@ -136,6 +143,9 @@ def test_what_datasets_has_saved_is_read(tmp_path):
     assert read_examples(tmp_path / "one") == EXPECTED
     assert read_examples(tmp_path / "two") == EXPECTED[:1]
     assert read_examples(f"{tmp_path}/two:held") == EXPECTED[1:]
+    for name, count in (("one", 2), ("two", 1), ("two:held", 1)):
+        assert count_of(f"{tmp_path}/{name}") == count
+    assert list(picked(tmp_path / "one", [1])) == [(1, *list(rows_of(tmp_path / "one"))[1])]
 
 
 HUB = {

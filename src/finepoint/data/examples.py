@@ -284,8 +284,12 @@ class Reading:
     forms: Mapping[tuple[str, ...], Form]
     columns: Mapping[str, str]
     need: bool = False
+    some: bool = False
+    """not all of its rows are read, and those that are may all be without anything to learn"""
     taken: Taken | None = None
     left_out: LeftOut = LeftOut()
+    given: int = 0
+    """examples so far"""
 
     def examples(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Any]:
         """The examples, one by one, which must be of one form; rows that hold nothing to learn are skipped.
@@ -311,8 +315,9 @@ class Reading:
                                      "examples; give each form its own file")  # fmt: skip
             self._take(where, taken)
             trimmed += isinstance(example, Chat) and example.trimmed
+            self.given += 1
             yield example
-        if first is None:
+        if first is None and not self.some:
             raise self._empty(blank)
         self.left_out = replace(self.left_out, trimmed=trimmed)
         tell_left_out(self.origin, count, self.left_out)

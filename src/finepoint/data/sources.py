@@ -145,14 +145,22 @@ def _looks_like(path: Path) -> str:
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """One JSON object a line."""
     for number, line in enumerate(text_lines(path), 1):
-        where = f"{path}, line {number}"
         if line.strip():
-            try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                whole = "; a file that is one list is to be called .json" if number == 1 and line[0] == "[" else ""
-                whole = whole or (_looks_like(path) if number == 1 else "")
-                raise FinepointError(f"{where}: not JSON ({error}); expected one object a line{whole}") from error
+            yield f"{path}, line {number}", object_in(path, number, line)
+
+
+def object_in(path: Path, number: int, line: str) -> Any:
+    """What a line of JSON Lines holds.
+
+    Raises:
+        FinepointError: no JSON.
+    """
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        whole = "; a file that is one list is to be called .json" if number == 1 and line[0] == "[" else ""
+        whole = whole or (_looks_like(path) if number == 1 else "")
+        raise FinepointError(f"{path}, line {number}: not JSON ({error}); expected one object a line{whole}") from error
 
 
 @source(".json")
@@ -255,18 +263,16 @@ def _tell_lines(path: str) -> None:
                 path)  # fmt: skip
 
 
-@source(".parquet")
-def parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    """A table of typed columns, read in parts."""
+def parquet_batches(path: Path) -> Iterator[Any]:
+    """A table of typed columns in parts, as pyarrow has them."""
     with needing(f"{path}: reading parquet", EXTRA), _refusing(path):
         from pyarrow.parquet import ParquetFile
 
         with ParquetFile(path) as file:
-            yield from _placed(path, (batch.to_pylist() for batch in file.iter_batches(AT_ONCE)))
+            yield from file.iter_batches(AT_ONCE)
 
 
-@source(".arrow")
-def arrow(path: Path) -> Iterator[tuple[str, Any]]:
+def arrow_batches(path: Path) -> Iterator[Any]:
     """The same as `datasets` keeps it (a stream), or as Feather does (a file); it is not read into memory."""
     with needing(f"{path}: reading arrow", EXTRA), _refusing(path):
         import pyarrow
@@ -277,13 +283,20 @@ def arrow(path: Path) -> Iterator[tuple[str, Any]]:
             except pyarrow.ArrowInvalid:
                 whole = pyarrow.ipc.open_file(file)
                 batches = (whole.get_batch(at) for at in range(whole.num_record_batches))
-            yield from _placed(path, _slices(batches))
+            for batch in batches:
+                yield from (batch.slice(at, AT_ONCE) for at in range(0, batch.num_rows, AT_ONCE))
 
 
-def _slices(batches: Iterable[Any]) -> Iterator[list[Row]]:
-    for batch in batches:
-        for at in range(0, batch.num_rows, AT_ONCE):
-            yield batch.slice(at, AT_ONCE).to_pylist()
+BATCHES: Mapping[str, Callable[[Path], Iterator[Any]]] = {".parquet": parquet_batches, ".arrow": arrow_batches}
+
+
+@source(".parquet")
+@source(".arrow")
+def typed_columns(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of such a table."""
+    batches = BATCHES[ending_of(path)](path)
+    with _refusing(path):
+        yield from _placed(path, (batch.to_pylist() for batch in batches))
 
 
 @contextmanager
@@ -298,9 +311,14 @@ def _refusing(what: Any) -> Iterator[None]:
 
 
 def _placed(what: Any, parts: Iterable[list[Row]]) -> Iterator[tuple[str, Any]]:
-    """The rows of a table, without what a table has to hold for keys that only other rows have."""
+    """The rows of a table, without its gaps."""
     for number, row in enumerate(chain.from_iterable(parts), 1):
-        yield f"{what}, row {number}", {name: _without_gaps(value) for name, value in row.items()}
+        yield f"{what}, row {number}", without_gaps(row)
+
+
+def without_gaps(row: Row) -> Row:
+    """A row of a table without what the table has to hold for keys that only other rows have."""
+    return {name: _without_gaps(value) for name, value in row.items()}
 
 
 def _without_gaps(value: Any) -> Any:
@@ -319,12 +337,23 @@ def _without_gaps(value: Any) -> Any:
 def _of_folder(folder: Path, split: str | None) -> Iterator[tuple[str, Any]]:
     """All files of a folder whose type is known, by name; or what `datasets` saved there."""
     if _is_saved(folder):
-        with needing(f"{folder}: reading what datasets has saved", EXTRA), _refusing(folder):
-            from datasets import load_from_disk
-
-            found = load_from_disk(str(folder))
-        return of_table(str(folder), _one_split(str(folder), found, split) if isinstance(found, dict) else found)
+        return of_table(str(folder), _loaded(folder, split))
     return chain.from_iterable(reader_of(path)(path) for path in _files_in(folder, split))
+
+
+def _loaded(folder: Path, split: str | None) -> Any:
+    with needing(f"{folder}: reading what datasets has saved", EXTRA), _refusing(folder):
+        from datasets import load_from_disk
+
+        found = load_from_disk(str(folder))
+    return _one_split(str(folder), found, split) if isinstance(found, dict) else found
+
+
+def saved_table(origin: Any) -> Any:
+    """The `datasets.Dataset` that was saved there; None where it is something else."""
+    folder, colon, split = str(origin).rpartition(":")
+    place, chosen = (Path(origin), None) if not colon or Path(origin).is_dir() else (Path(folder), split)
+    return _loaded(place, chosen) if _is_saved(place) else None
 
 
 def files_of(origin: Any) -> list[Path]:
@@ -420,7 +449,7 @@ def of_memory(data: Any) -> Iterable[Any]:
     if hasattr(data, "with_format") and getattr(data, "column_names", None):
         return (row for _, row in of_table("data", data))
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas
-        return [{name: _without_gaps(_filled(value)) for name, value in row.items()} for row in data.to_dict("records")]
+        return [without_gaps({name: _filled(value) for name, value in row.items()}) for row in data.to_dict("records")]
     if not isinstance(data, Iterable):
         raise FinepointError(f"data is a {type(data).__name__}; expected a file, a Dataset, a frame, or rows")
     return data

@@ -131,16 +131,24 @@ def encode_part(
     Raises:
         FinepointError: as there, but where nothing is learned.
     """
+    return list(chain(*encode_part_each(tokenizer, examples, limit, labels, tally, model, whole)))
+
+
+def encode_part_each(
+    tokenizer: Any, examples: Sequence[Example], limit: int, labels: Sequence[str], tally: "Tally", model: Any = None,
+    whole: bool = True,
+) -> list[list[Row]]:  # fmt: skip
+    """`encode_part`, with the rows of each example by themselves."""
     encoded = _encoded(tokenizer, examples, labels, tally)
     rows = [row for row, _ in encoded]
     if model is not None:
         refuse_beyond(model, tokenizer, [row.ids for row in rows], examples)
     tally.count_contexts(tokenizer, [split for _, split in encoded if split])
     if whole:
-        return list(chain(*fitted(tokenizer, examples, encoded, limit, tally)))
+        return fitted(tokenizer, examples, encoded, limit, tally)
     tally.count_lost([max(0, len(row.ids) - limit) for row in rows], "begin")
     front, _ = around(tokenizer) if any(len(row.ids) > limit for row in rows) else ([], [])
-    return [cut(row, limit, front) for row in rows]
+    return [[cut(row, limit, front)] for row in rows]
 
 
 def nothing_learned(what: str) -> FinepointError:

@@ -85,11 +85,12 @@ def decisive(config: Any, rows: Sequence[Any], base: Fingerprint, kept: Sequence
 
 
 def digest_of(rows: Sequence[Any], more: Sequence[Any] = ()) -> str:
-    """Examples, in tokens or as they are, in 16 characters: the digest of all of them as one JSON list."""
-    if isinstance(rows, StoredRows) and rows.digest and not more:
-        return rows.digest
+    """Examples, in tokens or as they are, in 16 characters: the digest of all of them as one JSON list.
+
+    Of rows on disk it is that of the files and of how they are read.
+    """
     found = JsonDigest()
-    for row in chain(rows, more):
+    for row in chain([rows.digest] if isinstance(rows, StoredRows) else rows, more):
         found.add(row)
     return found.text()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from finepoint.data.examples import (
 from finepoint.data.leaks import Seen
 from finepoint.data.recipes.table import text_file
 from finepoint.data.sources import Given, name_of, share_of
-from finepoint.data.store import identity_of, large_data, learnable, lengths
+from finepoint.data.store import BATCHES_SORTED, StoredRows, identity_of, large_data, learnable, lengths
 from finepoint.data.tokens import MUCH, Row, Tally, around, cut, encode_all, encode_part, learned, padding_id
 from finepoint.errors import FinepointError
 from finepoint.models.loading import (
@@ -89,8 +90,12 @@ class TrainingContext:
     """what a run is to keep, once it has been read"""
 
 
-def prepare(config: SelectConfig) -> TrainingContext:
-    """Reads the data and loads the model they call for."""
+def prepare(config: SelectConfig, reads: int | None = None) -> TrainingContext:
+    """Reads the data and loads the model they call for.
+
+    Args:
+        reads: of large files so many rows suffice, in the order that is drawn by the seed; None: all are read.
+    """
     if rule_named(config.rule).needs_grid and not has_grid(config.model, config.quantise):
         raise FinepointError(NO_GRID)  # neither this nor a misspelt rule should wait for the model to load
     if config.quantise and distributed.count() > 1:
@@ -120,15 +125,28 @@ def prepare(config: SelectConfig) -> TrainingContext:
         shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
     if large and identity_of(tokenizer):
         rows = large.encoded(tokenizer, context_length(model, config.max_length), labels, TRAINING, model,
-                             config.chat_turns)  # fmt: skip
-        context = _around(model, tokenizer, labels, rows, large.seen, form)
+                             config.chat_turns, None if reads is None else (config.seed, reads))  # fmt: skip
+        context = replace(_around(model, tokenizer, labels, rows, rows.seen, form), sources=rows.told(large.sources))
     else:
-        context = training_context(config, model, tokenizer, list(large.examples()) if large else examples, labels)
-    context = replace(context, sources=large.told() if large else [part.told() for part in parts])
+        if large:
+            parts = read_parts(config.data, config.columns, config.seed, need=True)
+            examples = [example for part in parts for example in part.examples]
+        context = training_context(config, model, tokenizer, examples, labels)
+        context = replace(context, sources=[part.told() for part in parts])
     if labels and not context.collator.positions and not counts_from_zero(model, context.rows[0].ids):
         raise FinepointError(f"{type(model).__name__} numbers its positions by the padding token, and such encoders "
                              "are trained in Python alone; use finepoint.sparsify, or another encoder")  # fmt: skip
     return context
+
+
+def rows_read(config: SelectConfig) -> int | None:
+    """How many rows of large files a run draws at most; None where it may be any of them."""
+    steps = getattr(config, "steps", 0)
+    if steps is None or getattr(config, "refresh", None) or config.scoring_examples < 1:
+        return None
+    trained = steps * config.batch_size * getattr(config, "accumulation", 1) * distributed.count()
+    # Batches are made of stretches, and one is made before it is needed.
+    return max(int(trained), int(config.scoring_examples)) + 2 * config.batch_size * BATCHES_SORTED
 
 
 def training_context(
@@ -386,7 +404,7 @@ def choose(config: SelectConfig) -> Selection:
     distributed.join()
     with ExitStack() as claims:
         folder = distributed.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))
-        context = prepare(config)
+        context = prepare(config, rows_read(config))
         selection = select_for(config, context)
         with SparseTuner(context.model, selection, audit=False) as tuner:
             head = new_head(context.model) if context.labels else []
@@ -418,8 +436,9 @@ def scoring_rows(rows: Sequence[Row], amount: float, seed: int) -> list[Row]:
         raise FinepointError(f"scoring_examples is {amount}; give a number of examples or a share in (0, 1)")
     size = round(amount * len(rows)) if amount < 1 else int(amount)
     size = min(max(1, size), len(rows))
-    # By length, so that batches waste little on padding.
-    return sorted(random.Random(seed).sample(rows, size), key=lambda row: len(row.ids))
+    drawn = [rows[at] for at in islice(rows.drawn(seed), size)] if isinstance(rows, StoredRows) else (
+        random.Random(seed).sample(rows, size))  # fmt: skip
+    return sorted(drawn, key=lambda row: len(row.ids))  # so that batches waste little on padding
 
 
 def batches_of(config: SelectConfig, context: TrainingContext, rows: list[Row]) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ from finepoint.training.context import (
     packer_for,
     prepare,
     rows_of,
+    rows_read,
     scoring_rows,
 )
 from finepoint.training.context import choose as choose  # its former place
@@ -260,7 +261,7 @@ def _fit(
     spec = resolve(config)
     with claimed(config, keeps) as folder:
         saved = saved_by(config, folder)
-        context = context or prepare(config)
+        context = context or prepare(config, rows_read(config))
         validation = rows_of(config, context, config.validation, "validation example", config.validation_limit)
         leaked = _leaks(config, context, keeps)
         packer = packer_for(context) if config.packing else None

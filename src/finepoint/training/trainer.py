@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finepoint.data.batches import Packer, learned, real_tokens
-from finepoint.data.store import lengths
+from finepoint.data.store import BATCHES_SORTED, StoredRows, lengths
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
 from finepoint.runtime.files import write_atomic, writing
@@ -38,7 +38,6 @@ DELTAS = "deltas.safetensors"
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
-BATCHES_SORTED = 50  # batches made from one sorted stretch of the random order
 
 
 def shared_arguments(spec: RunSpec[Any], folder: Path, steps: int) -> dict[str, Any]:
@@ -88,15 +87,36 @@ class LengthBuckets(Sampler[int]):
         order = list(range(len(self.lengths)))
         draw.shuffle(order)
         pool = self.batch_size * BATCHES_SORTED
-        batches = []
-        for start in range(0, len(order), pool):
-            part = sorted(order[start : start + pool], key=lambda place: self.lengths[place])
-            batches += [part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size)]
-        short = (
-            [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        )  # must stay last, or it would shift the rest
+        return self.mixed([batch for at in range(0, len(order), pool) for batch in self.alike(order[at : at + pool])],
+                          draw)  # fmt: skip
+
+    def alike(self, places: Sequence[int]) -> list[list[int]]:
+        """These places in batches of about one length."""
+        part = sorted(places, key=lambda place: self.lengths[place])
+        return [part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size)]
+
+    def mixed(self, batches: list[list[int]], draw: random.Random) -> Iterator[int]:
+        """The places of batches in a random order."""
+        # A short one must stay last, or it would shift the rest.
+        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         draw.shuffle(batches)
         return chain.from_iterable(batches + short)
+
+
+class Stretches(LengthBuckets):
+    """The same of rows on disk, stretch by stretch: what comes first does not depend on rows that are not read yet."""
+
+    def __init__(self, rows: StoredRows, batch_size: int, seed: int) -> None:
+        super().__init__(rows.lengths, batch_size, seed)
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows.an_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw, drawn = random.Random(f"{self.seed}:{self.epoch}:batches"), self.rows.drawn(self.seed, self.epoch)
+        while stretch := list(islice(drawn, self.batch_size * BATCHES_SORTED)):
+            yield from self.mixed(self.alike(stretch), draw)
 
 
 class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -250,7 +270,10 @@ class SparseTrainer(SparseCheckpoints, Trainer):
             self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
-        return LengthBuckets(lengths(self.train_dataset), self.args.train_batch_size, self.args.seed)
+        size, seed = self.args.train_batch_size, self.args.seed
+        if isinstance(self.train_dataset, StoredRows):
+            return Stretches(self.train_dataset, size, seed)
+        return LengthBuckets(lengths(self.train_dataset), size, seed)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
