@@ -19,6 +19,7 @@ from finepoint.data.tokens import encode_all
 from finepoint.errors import FinepointError
 from finepoint.training import run
 from finepoint.training.checkpoints import digest_of
+from finepoint.training.context import prepare
 from finepoint.training.run import train
 from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import Stretches
@@ -158,7 +159,7 @@ def test_a_run_that_reads_few_rows_trains_as_one_that_reads_all_and_is_gone_on_w
         (tmp_path / folder / TRAINED_ON).unlink()  # which is another of all rows
         assert_same_tensors(tmp_path / "few", tmp_path / folder)
     monkeypatch.setattr(store, "encode_part_each", None)  # nothing is read or put in tokens again
-    train(replace(config, output=str(tmp_path / "again")))
+    assert isinstance(prepare(config, run.rows_read(config)).rows, store.StoredRows)
 
 
 def test_texts_longer_than_the_context_are_all_read_and_their_rows_drawn_one_by_one(kept, tmp_path):

@@ -1,16 +1,17 @@
 """`--fit`: how a training's steps are divided so that they fit the memory there is, by the memory planner."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.data.batches import context_length
 from finepoint.data.examples import Labelled, read_examples
+from finepoint.data.store import identity_of, large_data
 from finepoint.data.tokens import IGNORED, Row, encode_all
 from finepoint.errors import FinepointError
 from finepoint.memory.plan import plan
@@ -19,6 +20,7 @@ from finepoint.runtime import distributed
 from finepoint.runtime.devices import room_bytes
 from finepoint.runtime.files import read_json
 from finepoint.training.checkpoints import CHECKPOINTS, SEAL, checkpoints
+from finepoint.training.context import TRAINING, rows_on_disk, rows_read
 from finepoint.training.settings import PlanConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -136,13 +138,10 @@ def _asked(config: TrainConfig) -> PlanConfig:
         raise FinepointError(f"--fit plans the training of entries at one density; leave it out, or {what}")
     if distributed.launched():
         raise FinepointError("--fit plans for one process; start it without a launcher, or give --batch-size")
-    examples = read_examples(config.data, config.columns, config.seed)
-    if any(isinstance(example, Labelled) for example in examples):
-        raise FinepointError("--fit plans for language models, and these are examples of classes; leave it out")
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     model = shape_of(config.model, config.dtype, device)
     limit = context_length(model, config.max_length)
-    rows = encode_all(load_tokenizer(config.model), examples, limit, what="training example", model=model)
+    rows = _rows(config, model, limit)
     count = SparseAdapter.read(config.indices).count if config.indices else config.count
     return PlanConfig(
         model=config.model, rule=config.rule, density=None if count else config.density, count=count,
@@ -153,6 +152,22 @@ def _asked(config: TrainConfig) -> PlanConfig:
         gradient_checkpointing=config.gradient_checkpointing,
         protect_by=config.protect_by if config.protect or config.protect_by == "l2" else None,
     )  # fmt: skip
+
+
+def _rows(config: TrainConfig, model: Any, limit: int) -> Sequence[Row]:
+    """The examples in tokens; of large files those that the run draws.
+
+    Raises:
+        FinepointError: they have classes.
+    """
+    large, tokenizer = large_data(config.data, config.columns, need=True), load_tokenizer(config.model)
+    examples = [] if large else read_examples(config.data, config.columns, config.seed)
+    if (large and large.labels) or any(isinstance(example, Labelled) for example in examples):
+        raise FinepointError("--fit plans for language models, and these are examples of classes; leave it out")
+    if large and identity_of(tokenizer):
+        return rows_on_disk(config, large, tokenizer, model, reads=rows_read(config))
+    examples = examples or read_examples(config.data, config.columns, config.seed)
+    return encode_all(tokenizer, examples, limit, what=TRAINING, model=model)
 
 
 def _kept(row: Row) -> int:

@@ -34,7 +34,7 @@ from finepoint.data.examples import (
 from finepoint.data.leaks import Seen
 from finepoint.data.recipes.table import text_file
 from finepoint.data.sources import Given, name_of, share_of
-from finepoint.data.store import BATCHES_SORTED, StoredRows, identity_of, large_data, learnable, lengths
+from finepoint.data.store import BATCHES_SORTED, LargeData, StoredRows, identity_of, large_data, learnable, lengths
 from finepoint.data.tokens import MUCH, Row, Tally, around, cut, encode_all, encode_part, learned, padding_id
 from finepoint.errors import FinepointError
 from finepoint.models.loading import (
@@ -124,8 +124,7 @@ def prepare(config: SelectConfig, reads: int | None = None) -> TrainingContext:
     if wanted():
         shard_(model, "cuda" if torch.cuda.is_available() else "cpu")
     if large and identity_of(tokenizer):
-        rows = large.encoded(tokenizer, context_length(model, config.max_length), labels, TRAINING, model,
-                             config.chat_turns, None if reads is None else (config.seed, reads))  # fmt: skip
+        rows = rows_on_disk(config, large, tokenizer, model, labels, reads)
         context = replace(_around(model, tokenizer, labels, rows, rows.seen, form), sources=rows.told(large.sources))
     else:
         if large:
@@ -137,6 +136,16 @@ def prepare(config: SelectConfig, reads: int | None = None) -> TrainingContext:
         raise FinepointError(f"{type(model).__name__} numbers its positions by the padding token, and such encoders "
                              "are trained in Python alone; use finepoint.sparsify, or another encoder")  # fmt: skip
     return context
+
+
+def rows_on_disk(
+    config: SelectConfig, large: LargeData, tokenizer: Any, model: Any, labels: Sequence[str] = (),
+    reads: int | None = None,
+) -> StoredRows:  # fmt: skip
+    """The examples of large files in tokens; see `prepare`."""
+    drawn = None if reads is None else (config.seed, reads)
+    limit = context_length(model, config.max_length)
+    return large.encoded(tokenizer, limit, labels, TRAINING, model, config.chat_turns, drawn)
 
 
 def rows_read(config: SelectConfig) -> int | None:
