@@ -29,6 +29,15 @@ PAIRS = [{"prompt": f"a{c}:", "chosen": " yes", "rejected": " no"} for c in "abc
 SUMS = [{"prompt": f"{c}:", "completion": f" {i}"} for i, c in enumerate("abcdefgh")]
 
 
+def test_openais_pairs_are_pairs_of_conversations(tmp_path):
+    turns, told = [{"role": "user", "content": "a"}], ("yes", "no")
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in told)
+    theirs = {"input": {"messages": turns}, "preferred_output": chosen, "non_preferred_output": rejected}
+    ours = {"prompt": turns, "chosen": chosen, "rejected": rejected}
+    found = read_pairs(write_lines(tmp_path / "theirs.jsonl", [theirs]))
+    assert found == read_pairs(write_lines(tmp_path / "ours.jsonl", [ours]))
+
+
 @pytest.fixture
 def pairs(tmp_path):
     return write_lines(tmp_path / "pairs.jsonl", PAIRS)

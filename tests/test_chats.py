@@ -353,6 +353,20 @@ def test_parts_that_a_template_writes_as_python_shows_them_are_not_learned():
         encode_all(tokenizer, example, 99)
 
 
+def test_calls_and_tools_are_read_however_they_are_written(tmp_path):
+    call, tool = {"name": "look", "arguments": "{}"}, {"name": "look", "parameters": {}}
+    made = [{"type": "function", "function": call}]
+    ways = [({"tool_calls": made}, "tool", {"tools": [{"type": "function", "function": tool}]}),
+            ({"tool_calls": json.dumps(made)}, "tool", {"tools": json.dumps([{"type": "function", "function": tool}])}),
+            ({"function_call": call}, "function", {"functions": [tool]})]  # fmt: skip
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None} | said,
+                          {"role": role, "content": "3"}, {"role": "assistant", "content": "b"}]} | more
+            for said, role, more in ways]  # fmt: skip
+    first, *others = read_examples(write_lines(tmp_path / "calls.jsonl", rows))
+    assert json.loads(first.given)["tools"][0]["function"] == tool
+    assert others == [first, first]
+
+
 def test_a_call_of_sharegpt_is_the_assistants(tmp_path):
     turns = [{"from": "human", "value": "how warm?"},
              {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "Bern"}}'},

@@ -230,6 +230,12 @@ READY = {
         {"system": "s", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
         Chat((("system", "s"), *CHAT.messages)),
     ),
+    "exam of ARC": (
+        {"question": "2+2?", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"},
+        Choices("Question: 2+2?\nAnswer:", (" 3", " 4"), 1),
+    ),
+    "capital roles": ({"conversations": [{"from": "User", "value": "hi"}, {"from": "Assistant", "value": "ho"}]}, CHAT),
+    "turns as JSON": ({"messages": json.dumps([USER, REPLY])}, CHAT),
     "conversations of roles": ({"conversations": [USER, REPLY]}, CHAT),
     "lists of turns": ({"prompt": [USER], "completion": [REPLY]}, CHAT),
     "a turn and a text": ({"prompt": [USER], "completion": "ho"}, CHAT),

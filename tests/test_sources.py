@@ -42,7 +42,9 @@ def write(path, rows=ROWS):
     return path
 
 
-@pytest.mark.parametrize("ending", [*SOURCES, ".jsonl.gz", ".json.gz", ".csv.gz", ".JSONL"])
+@pytest.mark.parametrize(
+    "ending", [*(ending for ending in SOURCES if ending != ".md"), ".jsonl.gz", ".json.gz", ".csv.gz", ".JSONL"]
+)
 def test_a_file_of_any_type_holds_the_same_texts(tmp_path, ending):
     path = write(tmp_path / f"d{ending}")
     assert read_examples(path) == EXPECTED
@@ -103,9 +105,21 @@ def test_every_line_of_a_text_file_is_a_text(tmp_path):
     assert read_examples(tmp_path) == [Text("a")]
 
 
+def test_a_document_is_one_text_and_beside_data_a_description(tmp_path):
+    (tmp_path / "a.md").write_text("# Title\n\nOne\ntwo.\n")
+    (tmp_path / "b.txt").write_text("three\n")
+    (tmp_path / "empty.md").write_text("\n")
+    assert read_examples(tmp_path) == [Text("# Title\n\nOne\ntwo.\n"), Text("three")]
+    write(tmp_path / "c.jsonl")
+    assert read_examples(tmp_path) == EXPECTED
+
+
 def test_a_table_of_another_alphabet_is_told_the_way_out(tmp_path):
     (tmp_path / "a.csv").write_bytes("text,label\ncaf\u00e9,1\n".encode("latin-1"))
-    with pytest.raises(FinepointError, match="is not UTF-8 text .*; save it as UTF-8$"):
+    with pytest.raises(
+        FinepointError,
+        match=r"is not UTF-8 text .*; save it as UTF-8, e.g. .*iconv -f CP1252 -t UTF-8 \S+ > \S+-utf8.csv$",
+    ):
         read_examples(tmp_path / "a.csv")
 
 
@@ -260,6 +274,10 @@ MADE_UP = {
     "columns.json": json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}).encode(),
     "pandas.json": json.dumps({key: {str(at): row[key] for at, row in enumerate(ROWS)} for key in ROWS[0]}).encode(),
     "semicolon.csv": b'prompt;completion;n\r\n2+2=;4;1\r\n"NA\n";"null\xe2\x80\xa8,""x""";2\r\n',
+    "excel.csv": b'\xef\xbb\xbfsep=;\r\nprompt;completion\r\n2+2=;4\r\n"NA\n";"null\xe2\x80\xa8,""x"""\r\n',
+    "pipes.csv": b'prompt|completion\n2+2=|4\n"NA\n"|"null\xe2\x80\xa8,""x"""\n',
+    "beside.json": json.dumps({"data": ROWS, "tags": ["x", "y"], "about": {"by": "me"}}).encode(),
+    "splits.json": json.dumps({"test": ROWS[:1], "train": ROWS}).encode(),
     "tabs.csv": b'\xef\xbb\xbfprompt\tcompletion\n2+2=\t4\n"NA\n"\t"null\xe2\x80\xa8,""x"""\n',
 }
 
@@ -296,6 +314,8 @@ def test_a_file_under_the_name_of_another_type_is_told_what_it_seems_to_be(tmp_p
     ({"Prompt": "a", " Completion": "b"}, "--columns prompt=Prompt 'completion= Completion'"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs are what finepoint align trains on"),
     ({"a": "b"}, "e.g. --columns prompt=question completion=answer"),
+    ({"Frage": "a", "Antwort": "b"}, "e.g. --columns prompt=Frage completion=Antwort"),
+    ({"system_prompt": "a", "question": "b", "response": "c"}, "e.g. --columns prompt=question completion=response"),
 ])  # fmt: skip
 def test_the_way_out_of_unknown_keys_can_be_taken(tmp_path, row, way_out):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))

@@ -114,7 +114,9 @@ OPTIONAL: dict[tuple[str, ...], set[str]] = {}
 EXTRAS = {"id", "group"}
 TEMPLATE = ("tools", "chat_template_kwargs")  # what a chat template may be given beside the turns
 NEAR = 0.85  # of two names, one of which is probably the other misspelt
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool",
+         "function": "tool"}  # fmt: skip
+STANDARD = ("user", "assistant", "system", "developer", "tool")
 
 
 def form(*keys: str, pairs: bool = False, optional: Iterable[str] = ()) -> Callable[[Form], Form]:
@@ -386,14 +388,24 @@ def taken_for(
                  tuple(key for key in extra if key not in EXTRAS), bool(there))  # fmt: skip
 
 
+ASKED = ("question", "prompt", "input", "query", "instruction", "source", "document", "article")
+SAID = ("response", "completion", "output", "answer", "reply", "target", "summary")
+"""what columns are often called that hold a prompt, and its completion"""
+
+
 def _way_out(shape: Sequence[str], forms: Mapping[tuple[str, ...], Form]) -> str:
     """What may make rows with these keys readable."""
     if forms is FORMS and any(set(pair) <= {*shape} for pair in PAIRS):
         return "preference pairs are what finepoint align trains on"
     bare = {name.strip().lower(): name for name in shape}
     meant = next((form for form in sorted(forms, key=len, reverse=True) if set(form) <= set(bare)), None)
-    told = [f"{key}={bare[key]}" for key in meant] if meant else ["prompt=question", "completion=answer"]
-    return f"name your columns with --columns, {'' if meant else 'e.g. '}--columns {' '.join(map(quote, told))}"
+    asked, said = (next((bare[name] for name in names if name in bare), None) for names in (ASKED, SAID))
+    if len(shape) == 2 and not (asked and said):
+        asked, said = shape
+    usual = [f"prompt={asked}", f"completion={said}"] if asked and said and forms is FORMS else None
+    told = [f"{key}={bare[key]}" for key in meant] if meant else usual or ["prompt=question", "completion=answer"]
+    sure = "" if meant else "e.g. "
+    return f"name your columns with --columns, {sure}--columns {' '.join(map(quote, told))}"
 
 
 def _misspelt(
@@ -515,6 +527,17 @@ def _spaced(answer: str) -> str:
     return answer if answer[0].isspace() else f" {answer}"
 
 
+@form("question", "choices", "answerKey")
+def lettered(where: str, row: Row) -> Choices:
+    """As ARC has it: choices of `text` and `label`, one of which is the answer."""
+    given, key = row["choices"], row["answerKey"]
+    if not isinstance(given, dict) or not {"text", "label"} <= given.keys() or key not in given["label"]:
+        raise FinepointError(f"{where}: 'choices' must be {{\"text\": [..], \"label\": [..]}} with the label {key!r}, "
+                             f"got {given!r}")  # fmt: skip
+    return multiple_choice(where, {"question": row["question"], "choices": list(given["text"]),
+                                   "answer": list(given["label"]).index(key)})  # fmt: skip
+
+
 @form("prompt", "choices", "answer")
 def choices(where: str, row: Row) -> Choices:
     given, answer = row["choices"], row["answer"]
@@ -536,18 +559,27 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """a turn's keys for what the model thought; templates read one or another"""
 
 
-@form("messages", optional=TEMPLATE)
+@form("messages", optional=(*TEMPLATE, "functions"))
 def chat(where: str, row: Row) -> Chat:
     """Turns before the first that the assistant can answer, and behind its last answer, are left out."""
-    messages = row["messages"]
+    messages = _object(row["messages"])
     if not isinstance(messages, list) or not messages:
         kind = BlankError if is_blank(messages) else FinepointError
         raise kind(f"{where}: 'messages' is no list of turns; {TURNS}")
+    messages = [_by_role(turn) if isinstance(turn, dict) else turn for turn in messages]
     speaks = [isinstance(turn, dict) and turn.get("role") == "assistant" for turn in messages]
     start = next((at for at, own in enumerate(speaks) if not own), len(speaks))
     end = next((at for at in range(len(speaks), start, -1) if speaks[at - 1]), start)
     found = _chat(where, row, messages[start:end] or messages)
     return replace(found, trimmed=True) if end - start < len(messages) else found
+
+
+def _by_role(turn: Row) -> Row:
+    """A turn under the name that templates have for its role, where it is another one for that."""
+    if not isinstance(role := turn.get("role"), str):
+        return turn
+    name = role.strip().lower()
+    return turn | {"role": ROLES.get(name, name if name in STANDARD else role)}
 
 
 def _chat(where: str, row: Row, messages: list[Any]) -> Chat:
@@ -570,7 +602,10 @@ def _turn(where: str, turn: Any) -> tuple[str, str, Row]:
     for key in REASONING:
         if key in rest:
             string(where, rest, key)
+    if "function_call" in rest:  # as OpenAI had it before there were several
+        rest["tool_calls"] = [{"type": "function", "function": rest.pop("function_call")}]
     if "tool_calls" in rest:
+        rest["tool_calls"] = _object(rest["tool_calls"])
         _refuse_calls(where, rest["tool_calls"])
     if rest.get("weight", 1) not in (0, 1):
         raise FinepointError(f"{where}: 'weight' is {rest['weight']!r}; 1 has a turn learned, 0 has it read alone")
@@ -603,6 +638,8 @@ def _refuse_calls(where: str, calls: Any) -> None:
 def _for_template(where: str, row: Row) -> Row:
     """What a row gives a chat template beside its turns: the tools that may be called, and further words."""
     tools, words = _object(row.get("tools")), _object(row.get("chat_template_kwargs"))
+    if not tools and isinstance(functions := _object(row.get("functions")), list):
+        tools = [{"type": "function", "function": function} for function in functions]
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise FinepointError(f"{where}: 'tools' must be a list of JSON schemas, got {tools!r}")
     if words and not isinstance(words, dict):
@@ -637,7 +674,7 @@ def sharegpt(where: str, row: Row) -> Chat:
         if {"from", "value"} <= set(turn):
             told = {key: value for key, value in turn.items() if key not in ("from", "value")}
             turn = told | {"role": turn["from"], "content": turn["value"]}
-        turn |= {"role": ROLES.get(turn.get("role", ""), turn.get("role"))}
+        turn = _by_role(turn)
         messages.append(_calling(where, turn) if turn["role"] == "function_call" else turn)
     return chat(where, row | {"messages": messages})
 
@@ -673,7 +710,7 @@ def _turns(where: str, row: Row, key: str, role: str) -> list[Row]:
 
 
 def _listed(where: str, row: Row, key: str) -> list[Row]:
-    turns = row[key]
+    turns = _object(row[key])
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         kind = BlankError if is_blank(turns) else FinepointError
         raise kind(f"{where}: {key!r} is no list of turns; got {turns!r}")
@@ -707,6 +744,14 @@ def pair(where: str, row: Row) -> Preference:
     if chosen == rejected:
         raise BlankError(f"{where}: 'chosen' and 'rejected' are the same text")
     return Pair(prompt, chosen, rejected, where=where)
+
+
+@form("input", "preferred_output", "non_preferred_output", pairs=True)
+def openai_pair(where: str, row: Row) -> Preference:
+    """As OpenAI's files for preferences have it."""
+    asked = row["input"] if isinstance(row["input"], dict) else {"messages": row["input"]}
+    told = {"prompt": asked.get("messages"), "chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+    return pair(where, told | {"tools": asked.get("tools")})
 
 
 @form("chosen", "rejected", optional=TEMPLATE, pairs=True)

@@ -130,15 +130,18 @@ BEGIN: Mapping[bytes, str] = {
 """how files begin that go by the name of another type, and the way out"""
 
 
+ICONV = ", e.g. what Windows wrote by iconv -f CP1252 -t UTF-8 %s > %s"
+
+
 def _looks_like(path: Path) -> str:
     """What a file that cannot be read seems to be, for the end of a message; nothing where that is not known."""
     with opened(path) as file:
         begin = file.read(8)
     if found := next((told for magic, told in BEGIN.items() if begin.startswith(magic)), None):
         return f"; {found}"
-    ending = ending_of(path)
-    return "; save it as UTF-8" if ending in SOURCES or not ending else (
-        f"; {ending} is no type of data that is known, {', '.join(SOURCES)} are")  # fmt: skip
+    if (ending := ending_of(path)) and ending not in SOURCES:
+        return f"; {ending} is no type of data that is known, {', '.join(SOURCES)} are"
+    return f"; save it as UTF-8{ICONV % (path, path.with_stem(path.stem + '-utf8'))}"
 
 
 @source(".jsonl")
@@ -176,11 +179,20 @@ def json_list(path: Path) -> Iterator[tuple[str, Any]]:
     if isinstance(found, dict) and (columns := _columns_of(found)):
         found = [dict(zip(found, cells, strict=True)) for cells in zip(*columns, strict=True)]
     elif isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 else [found]
+        found = _rows_in(str(path), found)
     if not isinstance(found, list):
         raise FinepointError(f"{path} holds a {type(found).__name__}; expected a list of objects")
     return ((f"{path}, row {number}", row) for number, row in enumerate(found, 1))
+
+
+def _rows_in(what: str, found: Row) -> list[Any]:
+    """The rows of an object: of its one list, of the one that holds objects, or those of a split; or it is a row."""
+    lists = {name: value for name, value in found.items() if isinstance(value, list)}
+    if len(lists) > 1 and lists.keys() <= SPLITS.keys():
+        return list(_one_split(what, lists, None))
+    if len(lists) > 1:
+        lists = {name: value for name, value in lists.items() if value and isinstance(value[0], dict)}
+    return next(iter(lists.values())) if len(lists) == 1 and not lists.keys() <= LISTS else [found]
 
 
 def _columns_of(found: Row) -> list[list[Any]]:
@@ -212,8 +224,10 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     texts = text_lines(path)
     first = next(texts, "")
+    if first.startswith("sep=") and len(first.strip()) == 5:  # a line for Excel alone
+        delimiter, first = first[4], next(texts, "")
     if delimiter not in first and delimiter == ",":  # as spreadsheets write where the comma is in numbers
-        delimiter = next((other for other in ";\t" if other in first), delimiter)
+        delimiter = next((other for other in ";\t|" if other in first), delimiter)
     lines = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
     try:
         names = next(lines, [])
@@ -255,6 +269,13 @@ def plain_lines(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text_lines(path), 1):
         if line.strip():
             yield f"{path}, line {number}", {"text": line.rstrip("\r\n")}
+
+
+@source(".md")
+def document(path: Path) -> Iterator[tuple[str, Any]]:
+    """One text, since its lines belong together."""
+    if (text := "".join(text_lines(path))).strip():
+        yield str(path), {"text": text}
 
 
 @lru_cache(maxsize=256)
@@ -386,7 +407,7 @@ def _files_in(folder: Path, split: str | None) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and ending_of(path) in SOURCES
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))  # fmt: skip
     # Beside data a text is a licence, or says what they are.
-    files = [path for path in files if ending_of(path) != ".txt"] or files
+    files = [path for path in files if ending_of(path) not in (".txt", ".md")] or files
     if not files:
         raise FinepointError(f"{folder} holds no data file; expected {', '.join(SOURCES)}, or a folder that datasets "
                              "has saved")  # fmt: skip
