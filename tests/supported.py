@@ -18,10 +18,10 @@ from families import FAMILIES, Batch, Family, tokens
 from finepoint.data.batches import IGNORED, Collator, Packer, Row, accepted
 from finepoint.data.examples import Choices
 from finepoint.errors import FinepointError
-from finepoint.evaluation.generation import written
 from finepoint.evaluation.scoring import choice_likelihoods
 from finepoint.models.probing import keeps_apart
 from finepoint.training.loss import completion_loss
+from finepoint.training.writing import written
 from reference import dense_masked_training
 
 PAGE = Path(__file__).parent.parent / "docs" / "supported-models.md"

@@ -19,10 +19,10 @@ from finepoint.cli import main
 from finepoint.data.examples import Completion, read_pairs
 from finepoint.data.tokens import encode_preferences
 from finepoint.errors import FinepointError
-from finepoint.evaluation.generation import Written
 from finepoint.huggingface.reference import Reference
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.training.callbacks import read_log
+from finepoint.training.writing import Written
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 PAIRS = [{"prompt": f"a{c}:", "chosen": " yes", "rejected": " no"} for c in "abcdefgh"]

@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from finepoint.errors import FinepointError
 from finepoint.training import budget, divergence, keep
 from finepoint.training.budget import search
 from finepoint.training.divergence import BasePredictions
-from finepoint.training.run import train
+from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
 from test_scaling import make_adapter
 
@@ -218,6 +219,36 @@ def test_a_change_that_is_above_the_budget_at_the_end_is_scaled(config, monkeypa
         torch.testing.assert_close(change.numbers, whole.changes[name].numbers * record["disturbed"]["scale"])
 
 
+METHODS = {
+    "full": {"baseline": "full", "density": None, "lr": 3e-3},
+    "lora": {"baseline": "lora", "density": None, "protect_by": "kl"},
+    "dora": {"baseline": "dora", "density": None, "protect_by": "replay"},
+    "rosa": {"baseline": "rosa", "protect_by": "kl"},
+    "anew": {"refresh": "every:2"},
+    "grown": {"refresh": "drop-grow:0.5 every:2", "targets": "all"},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("dora", "rosa", "grown")))
+                                  for name in METHODS])  # fmt: skip
+def test_every_method_keeps_a_budget(config, tokenizer, name):
+    """What is left of it is measured by itself: the KL is that of the adapter that was returned, and scaled."""
+    if name in ("lora", "dora", "rosa"):
+        pytest.importorskip("peft")
+    config = replace(config, **{"steps": 6, "protect_strength": 1e-6, "disturb_at_most": 1e-5} | METHODS[name])
+    record, adapter = fit(config)
+    found = record["disturbed"]
+    assert found["kl"] <= 1e-5 < found["kl_before"]
+    assert 0 < found["scale"] < 1
+    assert dense_kl(tiny_llama(), tokenizer, adapter, held_out(config)) == pytest.approx(found["kl"], rel=0.02)
+
+
+def test_several_processes_go_by_what_the_first_one_finds(config, monkeypatch):
+    monkeypatch.setattr(budget.distributed, "on_first", lambda work: (work(), 7.0)[1])
+    base = BasePredictions([], [], None, {}, 0, 1)
+    assert budget.Holding._kl(SimpleNamespace(tuner=SimpleNamespace(model=tiny_llama())), base) == 7.0
+
+
 @pytest.mark.parametrize("by", ["kl", "replay"])
 def test_the_strength_of_any_protection_is_adapted(config, by):
     record, _ = run(config, protect_by=by, protect_strength=None, disturb_at_most=1e-2)
@@ -270,8 +301,7 @@ def test_budgets_that_nothing_could_keep_are_refused(config):
         ({"protect": None}, "give --protect FILE"),
         ({"disturb_at_most": 0.0}, "give at least 1e-06"),
         ({"protect_strength": 0.0}, "needs a --protect-strength above 0"),
-        ({"baseline": "full", "density": None}, "leave it out, or --baseline"),
-        ({"refresh": "every:2"}, "leave it out, or --refresh"),
+        ({"refresh": "every:2", "dropped": "keep"}, "give --dropped revert"),
     ):
         with pytest.raises(FinepointError, match=message):
             train(replace(config, **changes))

@@ -255,8 +255,8 @@ def test_adapters_are_switched_and_the_base_is_at_hand():
 
 
 def test_measures_are_those_of_the_cpu():
-    from finepoint.evaluation.generation import written
     from finepoint.evaluation.scoring import choice_likelihoods, mean_nll
+    from finepoint.training.writing import written
 
     tokenizer = make_tokenizer()
     examples = as_examples([{"prompt": f"{c}b:", "choices": [" yes", " no"], "answer": 1} for c in "abcde"])

@@ -29,8 +29,8 @@ def test_the_demos_table_has_the_error_of_every_share_and_likelihood(capsys):
     changes = {f"{kind}_change": {name: 0.125} for kind, name in (("id", "movies"), ("ood", "nyt"), ("probe", "news"))}
     costs = dict.fromkeys(("trained", "adapter_bytes", "selection_seconds", "train_seconds", "peak_bytes", "lr"), 1)
     run = scored(0.875, 3.5, **changes, **costs, ood_mean={"base": 0.75, "adapted": 0.875, "change": 0.125})
-    settings = {"density": 0.001, "steps": 2, "dtype": "float32", "seed": 0}
-    print_demo({"base": scored(0.75, 3.375), "runs": {"lora": run, "random, held": run}, "settings": settings})
+    settings = {"density": 0.001, "columns": 0.01, "steps": 2, "dtype": "float32", "seed": 0}
+    print_demo({"base": scored(0.75, 3.375), "runs": {"lora": run, "columns, held": run}, "settings": settings})
     lines = capsys.readouterr().out.splitlines()
     for row, found in (("movies (ID)", "0.875 ± 0.030 (+0.125)"), ("nyt (OOD)", "0.875 ± 0.040 (+0.125)"),
                        ("news (probe), nats", "3.500 (+0.125)")):  # fmt: skip

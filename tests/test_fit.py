@@ -99,6 +99,8 @@ def test_a_plan_knows_what_protection_and_its_rule_hold(config):
     assert none.selection is not None
     held = plan.plan(replace(asked, protect_by="anchor"))
     assert held.training["kept"] >= 4 * held.trained
+    stepped = plan.plan(replace(asked, protect_by="anchor", protect_steps=True))
+    assert stepped.training["kept"] >= held.training["kept"] + 4 * held.trained
     parts = [{**each.training, "process": 0} for each in (none, held)]
     assert sum(parts[0].values()) < sum(parts[1].values())
     states = plan.plan(replace(asked, protect_by="kl")).training["kept"]

@@ -16,19 +16,17 @@ from finepoint.evaluation.divergence import (
     mean_kl,
 )
 from finepoint.evaluation.generation import (
-    Written,
     answers_right,
     begins_with,
-    end_tokens,
     foreign_answers,
     frequent_answers,
     generated,
     generation_hits,
     prompt_ids,
-    written,
 )
 from finepoint.evaluation.metrics import collapse
 from finepoint.models import probing
+from finepoint.training.writing import Written, end_tokens, written
 from finepoint.tuner.tuner import SparseTuner
 
 
@@ -121,7 +119,7 @@ def test_a_prompt_that_fits_with_its_answer_is_asked_whole(model, tokenizer, mon
         return torch.cat([input_ids, torch.full((len(input_ids), 1), 2)], 1)
 
     monkeypatch.setattr(type(model), "generate", generate)
-    monkeypatch.setattr("finepoint.evaluation.generation._pads", lambda *_: True)
+    monkeypatch.setattr("finepoint.training.writing._pads", lambda *_: True)
     examples = [Completion(text, "bcd") for text in texts]
     generation_hits(model, tokenizer, examples, 20, 10)
     assert asked == {"a" * 5: 10, "abc" * 5: 5, (texts[2])[-16:]: 4}  # three letters and the end

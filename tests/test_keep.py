@@ -30,13 +30,14 @@ from finepoint.errors import FinepointError
 from finepoint.huggingface.session import adapter_of
 from finepoint.selection.passes import drawing, drawn
 from finepoint.selection.rules import RULES
-from finepoint.training import context
-from finepoint.training.context import TrainingContext, examples_to_keep, rows_to_read
+from finepoint.training import texts
+from finepoint.training.context import TrainingContext
 from finepoint.training.divergence import BasePredictions
 from finepoint.training.earlier import EarlierTasks
 from finepoint.training.keep import PROTECTIONS, Beside, Protected, _generator, fisher_at, step_sizes
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
+from finepoint.training.texts import examples_to_keep, rows_to_read
 from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Method
 from finepoint.tuner.optimizers import scale_steps_
@@ -418,7 +419,7 @@ def test_earlier_tasks_pull_to_what_each_has_left(whole, tmp_path):
 
 
 def test_the_information_is_read_from_few_and_short_texts(monkeypatch):
-    monkeypatch.setattr(context, "TOKENS_READ", 4)
+    monkeypatch.setattr(texts, "TOKENS_READ", 4)
     model = tiny_llama(torch.float64).eval()
     indices = dict(finepoint.select(model, rule="random", density=0.2))
     batches = [{"input_ids": torch.tensor([row.ids[-4:]]), "labels": torch.tensor([row.labels[-4:]])} for row in TEXTS]
@@ -714,7 +715,7 @@ def test_a_text_may_be_named_and_is_made_once(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setitem(table.RECIPES, "vader", replace(table.RECIPES["vader"], writer="test_keep:written"))
     monkeypatch.setattr("test_keep.written", write, raising=False)
-    assert [example.text for example in examples_to_keep("news", 3) + examples_to_keep("news", 3)] == 2 * [
+    assert [example.text for example in examples_to_keep("news", 3) + examples_to_keep("news", None)] == 2 * [
         "something happened"
     ]
     assert len(made) == 1

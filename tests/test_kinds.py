@@ -14,7 +14,6 @@ from finepoint.adapters.inspection import facts
 from finepoint.data.batches import IGNORED, Collator, Row
 from finepoint.errors import FinepointError
 from finepoint.evaluation.evaluate import evaluate_config
-from finepoint.evaluation.generation import written
 from finepoint.evaluation.scoring import class_logits, token_log_likelihoods
 from finepoint.evaluation.settings import EvalConfig
 from finepoint.exchange.formats import export
@@ -25,6 +24,7 @@ from finepoint.training.context import prepare
 from finepoint.training.loss import completion_loss
 from finepoint.training.run import train
 from finepoint.training.settings import TrainConfig
+from finepoint.training.writing import written
 from test_loss import softcapped
 
 SMALL = {

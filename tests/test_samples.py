@@ -1,15 +1,25 @@
 """Texts that a model itself writes."""
 
 import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 import finepoint
-from conftest import make_tokenizer
+from conftest import assert_same_tensors, interrupted_at, make_tokenizer, tiny_llama, write_lines
 from finepoint.cli import main
 from finepoint.errors import FinepointError
+from finepoint.training import texts
+from finepoint.training.run import train
+from finepoint.training.samples import texts_and_conversations
+from finepoint.training.settings import TrainConfig
+from finepoint.training.texts import Writer, examples_to_keep, rows_to_keep
 
 
 def test_texts_and_conversations_are_written_and_the_model_and_the_random_state_stay(llama, tokenizer):
@@ -65,3 +75,159 @@ def test_the_command_writes_what_protect_reads(model_folder, tmp_path, choice_fi
     assert main(["scale", *adapter, "--disturb-at-most", "1", "--output", str(tmp_path / "less")]) == 0
     assert main(["data", "samples", "--output", out]) == 2
     assert "finepoint data samples --model MODEL --output DIR" in capsys.readouterr().err
+
+
+# As what is to be kept: --protect own
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Texts of a few tokens, in a cache of their own; how often a model has written."""
+    monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(texts, "TOKENS", 6)
+    monkeypatch.setattr(texts, "WRITTEN", 8)
+    counts, write = [], texts.texts_and_conversations
+    monkeypatch.setattr(texts, "texts_and_conversations", lambda *given: counts.append(given[2:]) or write(*given))
+    return counts
+
+
+@pytest.fixture
+def config(model_folder, choice_file, tmp_path):
+    return TrainConfig(model=str(model_folder), data=choice_file, output=str(tmp_path / "run"), density=0.2, lr=2e-2,
+                       steps=4, batch_size=8, protect="own", dtype="float32")  # fmt: skip
+
+
+def test_the_base_writes_once_what_is_kept_and_holds_as_its_files_would(short, config, llama, tokenizer, tmp_path):
+    record = train(config)
+    own = record["protection"]["own"]
+    rows = texts_and_conversations(llama, tokenizer, 8, tokens=6)
+    found = {name: [json.loads(line) for line in (Path(own["folder"]) / f"{name}.jsonl").read_text().splitlines()]
+             for name in rows}  # fmt: skip
+    assert found == rows
+    assert own["texts"] + own["conversations"] == sum(map(len, rows.values())) >= 6
+    assert own["seconds"] > 0
+    files = [str(Path(own["folder"]) / f"{name}.jsonl") for name in rows]
+    train(replace(config, protect=files, protect_examples=8, protect_read=8, output=str(tmp_path / "files")))
+    assert_same_tensors(tmp_path / "run", tmp_path / "files")
+    train(replace(config, output=str(tmp_path / "again")))
+    assert_same_tensors(tmp_path / "run", tmp_path / "again")
+    assert short == [(8, 0, 6)]  # the second run finds it
+
+
+def test_it_may_stand_beside_files_and_is_written_anew_for_another_base_number_or_dtype(short, config, tmp_path):
+    lines = write_lines(tmp_path / "mine.jsonl", [{"text": "abc"}] * 9)
+    other = tiny_llama(seed=1)
+    writer = Writer(tiny_llama(), make_tokenizer())
+    mixed = examples_to_keep(["own", lines], 10, writer)
+    assert sum(example.where.startswith(lines) for example in mixed) == 5
+    plain = make_tokenizer()
+    plain.chat_template = None
+    for another in (Writer(other, make_tokenizer()), Writer(tiny_llama(torch.bfloat16), make_tokenizer()),
+                    Writer(tiny_llama(), plain), Writer(tiny_llama(), make_tokenizer(), seed=1)):  # fmt: skip
+        examples_to_keep("own", 5, another)
+    assert [made[:2] for made in short] == [(5, 0)] * 4 + [(5, 1)]
+    examples_to_keep("own", None, writer)
+    assert short[5] == (8, 0, 6)
+
+
+def test_beneath_an_adapter_the_base_writes(short, llama, tokenizer):
+    indices = finepoint.select(llama, rule="random", density=0.5)
+    with finepoint.SparseTuner(llama, indices, audit=False) as tuner:
+        tuner.put_({name: torch.ones_like(value) for name, value in tuner.trained().items()})
+        adapter = tuner.adapter()
+        tuner.revert_()
+    plain = [str(example) for example in Writer(tiny_llama(), tokenizer).texts(4)]
+    shutil.rmtree(short_cache())
+    with adapter.applied(llama):
+        before = {name: value.clone() for name, value in llama.state_dict().items()}
+        assert [str(example) for example in Writer(llama, tokenizer).texts(4)] == plain
+        assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+    assert len(short) == 2
+
+
+def short_cache():
+    return texts.cache_folder() / "texts"
+
+
+def test_a_resumed_run_keeps_the_texts_that_it_was_begun_with(short, config, tmp_path, monkeypatch):
+    config = replace(config, save_every=2, steps=6)
+    train(replace(config, output=str(tmp_path / "whole")))
+    with interrupted_at(4):
+        train(config)
+    shutil.rmtree(short_cache())
+    monkeypatch.setattr(texts, "TOKENS", 5)  # as if this machine wrote others
+    resumed = train(replace(config, resume=True))
+    assert_same_tensors(tmp_path / "run", tmp_path / "whole")
+    assert resumed["protection"]["own"]["folder"] == str(tmp_path / "run" / "own-texts")
+    assert len(short) == 1
+
+
+def test_a_kill_while_it_writes_leaves_nothing_and_others_wait_for_who_writes(short, llama, tokenizer, monkeypatch):
+    write = texts.texts_and_conversations
+
+    def broken(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(texts, "texts_and_conversations", broken)
+    with pytest.raises(KeyboardInterrupt):
+        Writer(llama, tokenizer).texts(4)
+    assert not list(short_cache().rglob("*.json*"))
+
+    def slow(*given):
+        time.sleep(0.2)
+        return write(*given)
+
+    monkeypatch.setattr(texts, "texts_and_conversations", slow)
+    # Locks are of open files, so that threads exclude each other as processes do.
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda model: Writer(model, tokenizer).texts(4), [tiny_llama(), tiny_llama()])
+    assert [str(example) for example in one] == [str(example) for example in other]
+    assert len(short) == 1
+
+
+def test_what_writes_nothing_is_told_in_a_line(short, llama, tokenizer, config, tmp_path, monkeypatch):
+    def failing(*given):
+        raise RuntimeError("no cache here")
+
+    monkeypatch.setattr(texts, "texts_and_conversations", failing)
+    with pytest.raises(FinepointError, match=r"LlamaForCausalLM writes no text \(no cache here\); give text of yours"):
+        train(config)
+    monkeypatch.setattr(texts, "texts_and_conversations", lambda *given: {"texts": [], "conversations": []})
+    with pytest.raises(FinepointError, match="has written nothing but ends of text"):
+        train(replace(config, overwrite=True))
+    labels = write_lines(tmp_path / "labels.jsonl", [{"text": "ab", "label": "x"}, {"text": "cd", "label": "y"}])
+    with pytest.raises(FinepointError, match="classifiers write nothing"):
+        train(replace(config, data=labels, overwrite=True))
+    with pytest.raises(FinepointError, match="give tokenizer=.. as well"):
+        finepoint.sparsify(llama, density=0.1, protect="own")
+    with pytest.raises(FinepointError, match="there is no file onw; did you mean 'own'"):
+        train(replace(config, protect="onw", overwrite=True))
+
+
+def test_sparsify_and_quantised_and_half_precision_bases_are_held_by_it(short, config, llama, tokenizer):
+    held = finepoint.sparsify(llama, density=0.1, protect="own", tokenizer=tokenizer)
+    rows = rows_to_keep(Writer(tiny_llama(), tokenizer).texts(8), tiny_llama(), tokenizer)
+    batches = [{"input_ids": torch.tensor([row.ids]), "labels": torch.tensor([row.labels])} for row in rows]
+    same = finepoint.sparsify(tiny_llama(), density=0.1, protect=batches)
+    pulls, given = (finepoint.tuner_of(model).entries for model in (held, same))
+    assert all(torch.equal(entries.pull, given[name].pull) for name, entries in pulls.items())
+    assert len(short) == 1
+    for number, changes in enumerate(({"quantise": "int8"}, {"dtype": "bfloat16"}), 2):
+        record = train(replace(config, steps=2, overwrite=True, **changes))
+        assert record["protection"]["own"]["texts"] > 1
+        assert len(short) == number
+
+
+def test_every_command_takes_it(short, config, tmp_path, capsys):
+    model, out = ["--model", config.model], str(tmp_path / "run")
+    train(config)
+    common = [*model, "--protect", "own"]
+    capsys.readouterr()
+    assert main(["eval", *common, "--adapter", out, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert main(["scale", out, *common, "--disturb-at-most", "1", "--output", str(tmp_path / "less"), "--json"]) == 0
+    scaled = json.loads(capsys.readouterr().out)
+    assert scaled["kl_before"] == pytest.approx(told["adapters"][out]["protected"]["kl"])
+    assert [made[1] for made in short] == [0, 1]  # what is measured on is other text than what was held
+    assert main(["select", *common, "--data", config.data, "--rule", "gain", "--output", str(tmp_path / "chosen")]) == 0
+    assert len(short) == 2

@@ -16,6 +16,7 @@ from finepoint.evaluation.metrics import sequence_metrics
 from finepoint.evaluation.scoring import accuracy, mean_nll
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.reporting.report import write_report
+from finepoint.runtime.files import read_record
 from finepoint.studies import sequence
 from finepoint.studies.sequence import run_sequence, values_of
 from finepoint.studies.settings import ReportConfig, SequenceConfig
@@ -156,6 +157,24 @@ def test_another_setting_needs_another_folder(config, tmp_path):
     with pytest.raises(FinepointError, match="begun with lr"):
         run_sequence(replace(config, lr=1e-3))
     assert "allow" in run_sequence(config)  # the other way may be added
+
+
+def test_a_way_may_be_given_a_rate_until_it_has_begun_and_the_first_task_is_trained_at_it(config):
+    config = only(config, "first", "second", ways=["allow"])
+    run_sequence(config)
+    both = replace(config, ways=["allow", "anchored"], rates={"anchored": 1e-3}, earlier_examples=2)
+    run_sequence(both)
+    rates = [read_record(Path(config.output, folder, "run.json"))["lr"]
+             for folder in ("first/first", "allow/second", "anchored/first", "anchored/second")]  # fmt: skip
+    assert rates[0] == rates[1] != 1e-3
+    assert rates[2:] == [1e-3, 1e-3]
+    assert json.loads(Path(config.output, "sequence.json").read_text())["rates"] == {"anchored": 1e-3}
+    run_sequence(replace(config, rates={}))  # who asks for the other way need not know
+    for rates, told in (({}, "the usual one"), ({"anchored": 2e-3}, "0.002")):
+        with pytest.raises(FinepointError, match=f"the way anchored at the rate 0.001, not {told}"):
+            run_sequence(replace(both, rates=rates))
+    with pytest.raises(FinepointError, match="the way allow at the rate the usual one, not 0.5"):
+        run_sequence(replace(config, rates={"allow": 0.5}))
 
 
 def numbers(config, way):

@@ -18,11 +18,11 @@ from finepoint.data.examples import read_parts
 from finepoint.errors import FinepointError
 from finepoint.evaluation.chat import Conversation, conversation, short_names
 from finepoint.evaluation.generate import generate, read_prompts
-from finepoint.evaluation.generation import Pieces, Sampling, Written
 from finepoint.evaluation.settings import ChatConfig
 from finepoint.evaluation.subjects import Subjects
 from finepoint.training.run import train
 from finepoint.training.settings import TrainConfig
+from finepoint.training.writing import Pieces, Sampling, Written
 
 
 def changed(model, seed, **info):

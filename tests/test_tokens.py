@@ -27,11 +27,12 @@ from finepoint.data.tokens import (
 )
 from finepoint.errors import FinepointError
 from finepoint.evaluation import generation
-from finepoint.evaluation.generation import Written, generation_hits, prompt_ids
+from finepoint.evaluation.generation import generation_hits, prompt_ids
 from finepoint.evaluation.scoring import choice_likelihoods
 from finepoint.models.loading import load_tokenizer
 from finepoint.models.packages import cache_folder
 from finepoint.training.checkpoints import digest_of
+from finepoint.training.writing import Written
 from tongues import EXACT, MAKERS, tongue
 
 BROAD = 1 << 30

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from finepoint.errors import FinepointError
     from finepoint.evaluation.evaluate import evaluate
     from finepoint.evaluation.generate import generate
-    from finepoint.evaluation.samples import samples
     from finepoint.exchange.extract import extract
     from finepoint.exchange.formats import export, import_adapter
     from finepoint.huggingface.reference import reference
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from finepoint.selection.targets import target_weights
     from finepoint.training.budget import scale_to_budget
     from finepoint.training.run import train
+    from finepoint.training.samples import samples
     from finepoint.training.settings import TrainConfig
     from finepoint.tuner.optimizers import PerEntryAdamW
     from finepoint.tuner.tuner import SparseTuner
@@ -58,7 +58,7 @@ _HOMES = {
     "rebased": "finepoint.adapters.bases",
     "reference": "finepoint.huggingface.reference",
     "register": "finepoint.selection.rules",
-    "samples": "finepoint.evaluation.samples",
+    "samples": "finepoint.training.samples",
     "save": "finepoint.huggingface.sparsify",
     "scale_by_depth": "finepoint.adapters.scaling",
     "scale_to_budget": "finepoint.training.budget",

@@ -39,6 +39,7 @@ FILES = {
     "data.recipes.generator_process": "data.recipes.generators",
     "data.recipes.gsm8k": "data.recipes.texts",
     "data.recipes.novels": "data.recipes.texts",
+    "evaluation.samples": "training.samples",
     "exchange.folded_in_memory": "exchange.folded",
     "exchange.gguf": "exchange.folded",
     "exchange.in_memory": "exchange.folded",

@@ -18,7 +18,6 @@ from finepoint.data.examples import some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
 from finepoint.data.sources import name_of
 from finepoint.errors import FinepointError, needing
-from finepoint.evaluation.generation import sampling_plainly
 from finepoint.huggingface.reference import Reference
 from finepoint.models.loading import gguf_file, load_model, load_tokenizer
 from finepoint.runtime import distributed
@@ -28,6 +27,7 @@ from finepoint.training.resolve import RunSpec, resolve_common
 from finepoint.training.run import Run, audit_, baseline_method, begun, carry_out_, claimed, saved_by
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import shared_arguments
+from finepoint.training.writing import sampling_plainly
 from finepoint.tuner.audit import outcome
 from finepoint.tuner.interface import Method
 from finepoint.tuner.on_grid import snap_to_base_

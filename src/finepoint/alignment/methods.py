@@ -34,11 +34,12 @@ from finepoint.data.tokens import (
     without_special,
 )
 from finepoint.errors import FinepointError
-from finepoint.evaluation.generation import warn_of_long_references, written
+from finepoint.evaluation.generation import warn_of_long_references
 from finepoint.evaluation.scoring import choice_likelihoods, token_log_likelihoods
 from finepoint.huggingface.reference import Reference
 from finepoint.runtime.settings import did_you_mean
 from finepoint.training.trainer import SparseCheckpoints
+from finepoint.training.writing import written
 
 Reward = Callable[[str, str], float]
 """(answer, reference) to a number; higher is better."""

@@ -7,7 +7,7 @@ the memory a run takes is what its method takes.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,19 @@ class DenseTuner(Tuner):
         self.follow_()
         changes = {name: Change.whole(weight.detach().cpu().clone()) for name, weight in self.weights.items()}
         return SparseAdapter(changes, dict(info or {}), form_of(self.model))
+
+    def scaler(self) -> Callable[[float], None]:
+        """What scales the change of whole weights as it is now; it waits in a temporary file, as the base does."""
+        now = _kept({name: value.detach().cpu().contiguous() for name, value in self._trained.items()})
+
+        @torch.no_grad()
+        def scale_(scale: float) -> None:
+            for name, base in self.base():
+                wide = now.get_tensor(name).to(base.device)
+                self._trained[name].copy_(wide if scale == 1 else base.to(wide).lerp(wide, scale))
+            self.follow_()
+
+        return scale_
 
     def round_(self, dtype: torch.dtype) -> None:
         """Rounds all that is trained to a narrower dtype, as if nothing wider were kept: the control to masters."""

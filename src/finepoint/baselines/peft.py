@@ -129,6 +129,18 @@ class PeftTuner(Tuner):
             move_files(made, folder)
         return [folder / PEFT_TENSORS]
 
+    def scaler(self) -> Callable[[float], None]:
+        """What scales LoRA's change as it is now, by its second factor; of DoRA also the way of the magnitudes."""
+        now = {name: value.detach().clone() for name, value in self.trained().items()}
+
+        @torch.no_grad()
+        def scale_(scale: float) -> None:
+            for name, value in self.trained().items():
+                first = "lora_A" in name or "lora_embedding_A" in name  # the second one starts at 0
+                value.copy_(now[name] if scale == 1 or first else self._start[name].lerp(now[name], scale))
+
+        return scale_
+
     def start_from_(self, folder: Path) -> None:
         """Goes on from the factors that `save` wrote.
 

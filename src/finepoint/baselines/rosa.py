@@ -1,7 +1,7 @@
 """HybridTuner: chosen entries and low-rank factors of the same model, trained together (RoSA, arXiv:2401.04679)."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,16 @@ class HybridTuner(Tuner):
                 base = weight.clone()
                 scatter_(base, known.indices, known.base)
             yield name, base, wide, stored
+
+    def scaler(self) -> Callable[[float], None]:
+        """What scales both changes alike."""
+        halves = self.sparse.scaler(), self.low_rank.scaler()
+
+        def scale_(scale: float) -> None:
+            for half in halves:
+                half(scale)
+
+        return scale_
 
     def changed(self) -> int:
         """How many entries of the weights, factors folded in, hold another value than the base's."""

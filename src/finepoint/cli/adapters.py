@@ -79,9 +79,12 @@ class ScaleConfig:
 
     adapter: str = setting("adapter folder, also LoRA's or DoRA's as PEFT writes them", positional=True)
     model: str = setting(MODEL)
-    protect: str | list[str] = setting("text whose predictions are to be kept, files; not what training protected")
-    protect_examples: int = setting(
-        "at most so many of these texts, always the same, up to 256 tokens of each", 64, least=1)
+    protect: str | list[str] = setting(
+        "text whose predictions are to be kept, not what training protected: files, news, novels, or own (the base "
+        "writes other texts than training holds)")
+    protect_examples: int | None = setting(
+        "at most so many of these texts, always the same, up to 256 tokens of each; 64, of own alone 32 where not "
+        "given", None, least=1)
     disturb_at_most: float = setting(
         "the budget: KL of the base's predictions to the adapted model's on that text, in nats a token", least=1e-6)
     by: Literal["wise-ft", "depth"] = setting(
@@ -343,16 +346,17 @@ def run_scale(config: ScaleConfig) -> None:
     from finepoint.models.loading import load_tokenizer
     from finepoint.runtime.files import check_output
     from finepoint.training.budget import scale_to_budget
-    from finepoint.training.context import examples_to_keep
+    from finepoint.training.texts import examples_to_keep, protected_files, to_measure
 
     check_output(config.output, config.overwrite)
-    texts = examples_to_keep(config.protect, config.protect_examples)
+    protected_files(config.protect)  # refused, or fetched, before a model is loaded
     sparse = None if is_peft(config.adapter) else SparseAdapter.load(config.adapter)
     model = _base_of(config.model, [sparse] if sparse else [], config.dtype, quantise=config.quantise)
     adapter = sparse or load_merged(config.adapter, model)
     if config.any_base:
         adapter = rebased(adapter, model)
     tokenizer = load_tokenizer(config.model)
+    texts = examples_to_keep(config.protect, config.protect_examples, to_measure(model, tokenizer))
     found = scale_to_budget(adapter, model, tokenizer, texts, config.disturb_at_most, config.by)
     folder = found.adapter.save(config.output, config.overwrite, config.compact)
     if seen := Seen.beside(config.adapter):

@@ -136,9 +136,9 @@ def _preview(config: DataConfig, files: list[str]) -> None:
 
 def _samples(config: DataConfig, files: list[str]) -> None:
     from finepoint.data.recipes.splits import write_files
-    from finepoint.evaluation.samples import samples
     from finepoint.models.loading import load_model, load_tokenizer
     from finepoint.runtime.files import claim_folder
+    from finepoint.training.samples import texts_and_conversations
 
     if files or not config.model or not config.output:
         raise FinepointError("samples are written by a model to a folder: `finepoint data samples --model MODEL "
@@ -147,9 +147,7 @@ def _samples(config: DataConfig, files: list[str]) -> None:
         raise FinepointError("examples is 0; give how many texts the model is to write")
     with claim_folder(config.output, config.overwrite) as folder:
         model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-        forms = {"texts": False} | ({"conversations": True} if tokenizer.chat_template else {})
-        each = max(1, (config.examples or 64) // len(forms))
-        counts = write_files(folder, {name: samples(model, tokenizer, each, chat=chat) for name, chat in forms.items()})
+        counts = write_files(folder, texts_and_conversations(model, tokenizer, config.examples or 64))
     if config.json:
         print_json({"output": config.output, "rows": counts, "model": config.model})
         return

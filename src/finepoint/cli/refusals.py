@@ -43,9 +43,10 @@ def _data(config: Any) -> Iterable[Any]:
         if place := named.partition("=")[2]:
             yield place
     if protect := getattr(config, "protect", None):
-        from finepoint.data.recipes.table import TEXTS, text_file
+        from finepoint.data.recipes.table import OWN, TEXTS, text_file
 
-        yield [text_file(name) for name in ([protect] if isinstance(protect, str) else protect) if name not in TEXTS]
+        named = [protect] if isinstance(protect, str) else protect
+        yield [text_file(name) for name in named if name not in (*TEXTS, OWN)]
 
 
 def _adapters(command: str, config: Any) -> Iterable[str]:

@@ -36,8 +36,8 @@ def run_demo(config: DemoConfig) -> None:
         return
     print_demo(found)
     print(f"\n{time.perf_counter() - started:.0f} s in all; adapters and data are in {config.output}. Next:\n"
-          f"  finepoint inspect {config.output}/random-held\n"
-          f"  finepoint chat --model smollm2 --adapter {config.output}/random-held")  # fmt: skip
+          f"  finepoint inspect {config.output}/columns-held\n"
+          f"  finepoint chat --model smollm2 --adapter {config.output}/columns-held")  # fmt: skip
 
 
 def print_demo(found: dict[str, Any]) -> None:
@@ -69,8 +69,8 @@ def print_demo(found: dict[str, Any]) -> None:
     rows.append(["time, selection + training", "-",
                  *(f"{r['selection_seconds']:.0f} + {r['train_seconds']:.0f} s" for r in runs.values())])  # fmt: skip
     rows.append(["peak memory", "-", *(f"{r['peak_bytes'] / 2**30:.2f} GiB" for r in runs.values())])
-    title = (f"SmolLM2-135M, density {settings['density']:g}, {settings['steps']} steps of 16, {settings['dtype']}, "
-             f"seed {settings['seed']}")  # fmt: skip
+    title = (f"SmolLM2-135M, density {settings['density']:g} (columns {settings['columns']:g}), {settings['steps']} "
+             f"steps of 16, {settings['dtype']}, seed {settings['seed']}")  # fmt: skip
     print_table(["", "base", *(f"{arm} (lr {r['lr']:g})" for arm, r in runs.items())], rows, title=title)
 
 

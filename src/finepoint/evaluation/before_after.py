@@ -9,11 +9,11 @@ from finepoint.data.batches import context_length
 from finepoint.data.examples import Chat, Choices, Completion, Example, read_examples, some
 from finepoint.data.tokens import encode_prompts
 from finepoint.errors import FinepointError, one_line
-from finepoint.evaluation.generation import written
 from finepoint.runtime.files import write_json
 from finepoint.training.context import TrainingContext
 from finepoint.training.run import ANSWERS
 from finepoint.training.settings import TrainConfig
+from finepoint.training.writing import written
 
 logger = logging.getLogger(__name__)
 WRITTEN = 32  # tokens of an answer

@@ -12,10 +12,10 @@ from finepoint.adapters.adapter_set import AdapterSet
 from finepoint.data.batches import context_length
 from finepoint.errors import FinepointError
 from finepoint.evaluation.generate import BASE, prompt_tokens, templated, trained_keys
-from finepoint.evaluation.generation import Sampling, written
 from finepoint.evaluation.settings import ChatConfig
 from finepoint.evaluation.subjects import Given, Subjects
 from finepoint.runtime.settings import named, refuse_out_of_range
+from finepoint.training.writing import Sampling, written
 
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]

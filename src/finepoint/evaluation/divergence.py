@@ -13,8 +13,8 @@ from finepoint.data.batches import Collator, padded, token_labels
 from finepoint.data.examples import Example, Labelled, some
 from finepoint.data.tokens import IGNORED, Row, encode_each, learned, refuse_beyond
 from finepoint.selection.passes import evaluating, on_device
-from finepoint.training.context import rows_to_keep
 from finepoint.training.divergence import TOKENS, BasePredictions, divergences, summed
+from finepoint.training.texts import rows_to_keep
 
 __all__ = ["divergences", "kl_of_prompts", "kl_of_protected", "learned_and_disturbed", "mean_kl"]
 PROMPTS = 64  # examples whose prompts are looked at

@@ -24,7 +24,7 @@ from finepoint.evaluation.subjects import Adapters, Given
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
 from finepoint.runtime.settings import refuse_out_of_range, refuse_without
-from finepoint.training.context import CLASSIFIERS, examples_to_keep
+from finepoint.training.texts import CLASSIFIERS, examples_to_keep, protected_files, to_measure
 
 logger = logging.getLogger(__name__)
 Sets = Mapping[str, Sequence[Example]]
@@ -215,10 +215,11 @@ def _carried_out(
         given: the adapters; those of the settings where None.
     """
     refuse_without(config, "protect", ["protect_examples"])
-    protect = examples_to_keep(config.protect, config.protect_examples) if config.protect else []
-    if not any(sets.values()) and not config.tasks and not protect:
+    if config.protect:
+        protected_files(config.protect)  # refused, or fetched, before a model is loaded
+    if not any(sets.values()) and not config.tasks and not config.protect:
         raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE, or --tasks NAME")
-    if protect and not (config.adapter or (given and given.adapters)):
+    if config.protect and not (config.adapter or (given and given.adapters)):
         raise FinepointError("--protect shows how far an adapter has moved the base; give the --adapter")
     if config.include_path and not config.tasks:
         raise FinepointError("include_path is where tasks lie; give --tasks NAME of one of them")
@@ -229,13 +230,15 @@ def _carried_out(
         raise FinepointError("labelled texts need a classifier: give the --adapter that holds its trained head")
     if labels and harness:
         raise FinepointError("the adapter is a classifier's, and tasks ask a language model; leave out --tasks")
-    if labels and protect:
+    if labels and config.protect:
         raise FinepointError(CLASSIFIERS)
     for named in sets.values():
         for name, examples in named.items():
             refuse_other_task(name, examples, labels)
     leaked = _leaks(given, sets)
     found = given.on(model, tokenizer, config.dtype, config.quantise, config.any_base, config.any_dtype)
+    writer = to_measure(found.model, found.tokenizer)
+    protect = examples_to_keep(config.protect, config.protect_examples, writer) if config.protect else []
     trained = [example for examples in sets["id"].values() for example in examples]
     sets = {kind: {name: learned_turns(examples, config.chat_turns) for name, examples in of.items()}
             for kind, of in sets.items()}  # fmt: skip

@@ -18,11 +18,11 @@ from finepoint.data.leaks import text_of as text_of_example
 from finepoint.data.sources import SOURCES, ending_of, rows_of, text_lines
 from finepoint.data.tokens import encode_prompts
 from finepoint.errors import FinepointError, one_line
-from finepoint.evaluation.generation import Sampling, written
 from finepoint.evaluation.settings import GenerateConfig
 from finepoint.evaluation.subjects import Adapters, Given
 from finepoint.runtime.progress import progress
 from finepoint.runtime.settings import DType, Quantise, refuse_out_of_range
+from finepoint.training.writing import Sampling, written
 
 logger = logging.getLogger(__name__)
 BASE = "base"

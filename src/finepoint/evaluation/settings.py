@@ -37,10 +37,12 @@ class EvalConfig:
         "what the columns of these sets are called: prompt=question completion=answer; one without any of them is read "
         "as it is", {})
     protect: str | list[str] | None = setting(
-        "text whose predictions were to be kept, a file like the others: how far each adapter has moved them (KL)",
+        "text whose predictions were to be kept, a file like the others, news, novels, or own (the base writes other "
+        "texts than training holds): how far each adapter has moved them (KL)",
         None)
-    protect_examples: int = setting(
-        "at most so many of these texts, always the same, up to 256 tokens of each", 64, least=1)
+    protect_examples: int | None = setting(
+        "at most so many of these texts, always the same, up to 256 tokens of each; 64, of own alone 32 where not "
+        "given", None, least=1)
     tasks: list[str] = setting("tasks of lm-evaluation-harness, by name; needs the extra lm-eval", [])
     include_path: str | None = setting("folder with tasks of your own for lm-evaluation-harness, as YAML", None)
     output: str | None = setting("JSON file to write", None)
@@ -112,7 +114,7 @@ class ChatConfig(Asking):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Fine-tune SmolLM2-135M on movie reviews: LoRA, random entries, and these held to the base on other text."""
+    """Fine-tune SmolLM2-135M on movie reviews: LoRA, random entries, and columns held to what it writes itself."""
 
     output: str = setting("folder to write", "runs/demo")
     steps: int = setting("optimizer steps of each run", 40, least=1)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather
 from finepoint.adapters.scaling import MEASURED
-from finepoint.data.batches import context_length
+from finepoint.data.batches import Collator, context_length
 from finepoint.data.examples import as_examples, read_examples
 from finepoint.data.leaks import Seen
-from finepoint.data.recipes.table import text_file
+from finepoint.data.recipes.table import OWN, text_file
 from finepoint.data.sources import is_place, name_of
 from finepoint.errors import FinepointError
 from finepoint.huggingface.scoring_data import scoring_batches
@@ -27,18 +27,26 @@ from finepoint.selection.rates import usual_rate
 from finepoint.selection.reach import name_unreached
 from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Scope, Selection, refuse_excluded, select
-from finepoint.selection.settings import DEFAULT_RULE, SelectConfig
+from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.selection.structure import Pooling
 from finepoint.selection.targets import Targets, target_weights
-from finepoint.training.context import TOKENS_READ
 from finepoint.training.keep import PROTECTIONS, fisher_at
+from finepoint.training.texts import (
+    READ,
+    TOKENS_READ,
+    Writer,
+    examples_to_keep,
+    names_own,
+    rows_to_keep,
+    rows_to_read,
+    texts_read,
+)
 from finepoint.tuner.audit import outcome
 from finepoint.tuner.on_grid import snap_to_base_
 from finepoint.tuner.tuner import CONTAINER, SparseTuner
 from finepoint.version import __version__
 
 logger = logging.getLogger(__name__)
-TEXTS_READ = SelectConfig.protect_read
 HELD = ("protect", "protect_by", "protect_strength", "protect_steps", "earlier", *MEASURED)
 SINGLE = "single_label_classification"
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,8 +94,9 @@ def sparsify(
         refreshable: entries of any target weight may be chosen later, by `tuner_of(model).choose_`. A stock trainer's
             checkpoint can be resumed only as long as the entries are those of the beginning.
         audit: try that every chosen entry gets the gradient of its own loss, on `data`, or the first input there is.
-        protect: up to 16 texts to predict as before, in any form of `data`: before each step of any optimizer, what
-            matters to them is pulled back to the base (EWC, arXiv:1612.00796), by `protect_strength`; for `gain`, too.
+        protect: up to 16 texts to predict as before, in any form of `data`, or "own", 32 that the model writes: before
+            each step of any optimizer, what matters to them is pulled back to the base (EWC, arXiv:1612.00796), by
+            `protect_strength`; for `gain`, too.
         on_grid: the entries take the values that their base's codes can stand for, and no others: the `.gguf` file that
             the model was loaded from, or True where its layers are quantised. They are chosen once.
         max_length: longest scoring example in tokens; the model's context where not given.
@@ -189,17 +198,28 @@ def _kept(model: Any, protect: Any, tokenizer: Any, seed: int, strength: float) 
                              f"{type(model).__name__} is none; leave it out")  # fmt: skip
     if not 0 <= strength < inf:
         raise FinepointError(f"protect_strength is {strength}; give 0 or more")
+    if isinstance(protect, str) and names_own(protect):
+        return _own(model, tokenizer)
     if isinstance(protect, str):
         protect = text_file(protect)
     limit = min(TOKENS_READ, context_length(model, None))
-    found = scoring_batches(model, "protect", protect, tokenizer, TEXTS_READ, 1, limit, seed)
+    found = scoring_batches(model, "protect", protect, tokenizer, READ, 1, limit, seed)
     if not all(isinstance(batch.get("labels"), Tensor) and batch["labels"].ndim == 2 for batch in found):
         raise FinepointError("protect holds a batch without labels, which say where predictions are to be kept; give "
                              "them, e.g. the input_ids again")  # fmt: skip
     texts: list[Batch] = [text for batch in found for text in split(batch) if label_count(text)]
     if not texts:
         raise FinepointError("protect has no token to keep the prediction of: every label is -100")
-    return texts[:TEXTS_READ]
+    return texts[:READ]
+
+
+def _own(model: Any, tokenizer: Any) -> list[Batch]:
+    """Texts that the model writes itself, a batch each."""
+    if tokenizer is None:
+        raise FinepointError(f"protect={OWN!r} has the model write text; give tokenizer=.. as well")
+    examples = examples_to_keep(OWN, None, Writer(model, tokenizer))
+    rows = rows_to_read(rows_to_keep(examples, model, tokenizer), tokenizer, texts_read(OWN, None))
+    return [*Collator.of(model, tokenizer, [row.ids for row in rows]).batches(rows, 1)]
 
 
 def load(model: Model, adapter: str | Path | SparseAdapter, *, trainable: bool = False, audit: bool = True) -> Model:

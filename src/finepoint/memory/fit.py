@@ -151,6 +151,7 @@ def _asked(config: TrainConfig) -> PlanConfig:
         dtype=config.dtype, quantise=config.quantise, device=device,
         gradient_checkpointing=config.gradient_checkpointing,
         protect_by=config.protect_by if config.protect or config.protect_by == "l2" else None,
+        protect_steps=config.protect_steps,
     )  # fmt: skip
 
 

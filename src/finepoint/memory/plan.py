@@ -39,11 +39,12 @@ from finepoint.selection.statistics import stream_statistics, zeros
 from finepoint.selection.structure import Tiling, columns_within, share_within, tilings
 from finepoint.selection.targets import target_weights
 from finepoint.selection.warmup import warm_up_
-from finepoint.training.context import TOKENS_KEPT, TOKENS_READ
 from finepoint.training.keep import protection_named
 from finepoint.training.run import CHECKPOINTING  # the process that trains has it in memory, and this one stands for it
 from finepoint.training.settings import PlanConfig, TrainConfig
+from finepoint.training.texts import EXAMPLES, TOKENS_KEPT, TOKENS_READ
 from finepoint.tuner.anchor import Anchor
+from finepoint.tuner.optimizers import scale_steps_
 from finepoint.tuner.tuner import SparseTuner
 
 PARTS = {
@@ -167,6 +168,8 @@ def _training(config: PlanConfig, model: Any, entries: "_FirstEntries", device: 
                 delta.register_post_accumulate_grad_hook(lambda d: tracker.hold([d.grad], "trained_entries"))
             optimizer = torch.optim.AdamW(tuner.parameters())
             pull = _pull(config, model, tuner, tracker)
+            if config.protect_steps:
+                scale_steps_(optimizer, tuner.trained(), {n: torch.empty_like(d) for n, d in tuner.trained().items()})
             for _ in range(2):  # the first has no state yet
                 tracker.reset_peak()
                 batch = on_device(_batch(config, model, config.batch_size), model.device)
@@ -199,7 +202,7 @@ def _pull(config: PlanConfig, model: Any, tuner: SparseTuner, tracker: MemoryTra
     text = replace(config, tokens=min(TOKENS_KEPT, context_length(model, None)), learned=None)
     width = model.get_input_embeddings().embedding_dim
     # The states that the base's head is given, of all texts.
-    states = torch.empty(TrainConfig.protect_examples, text.tokens, width, dtype=model.dtype, device=model.device)
+    states = torch.empty(EXAMPLES, text.tokens, width, dtype=model.dtype, device=model.device)
     some = max(1, round(TrainConfig.protect_share * config.batch_size))
 
     def beside(states: Tensor | None = states if config.protect_by == "kl" else None) -> None:

@@ -81,15 +81,18 @@ class SelectConfig(Choice):
         {}, "statistics", "files", file=True)
     chat_turns: ChatTurns = setting(CHAT_TURNS, "all", "statistics", "files")
     protect: str | list[str] | None = setting(
-        "text whose predictions are to be kept: files like those of --data (equal parts of several), or news, or "
-        "novels; rules may look at it (gain), and training holds the model to its base there",
+        "text whose predictions are to be kept: files like those of --data (equal parts of several), news, novels, or "
+        "own, which the base writes itself; rules may look at it (gain), and training holds the model to its base "
+        "there",
         None, "statistics", "what is kept", file=True)
-    protect_examples: int = setting(
-        "at most so many of these texts, always the same, up to 256 tokens of each",
-        64, "statistics", "what is kept", least=1)
-    protect_read: int = setting(
-        "how many of them rules and anchor read to see which entries matter, 64 tokens of each",
-        16, "statistics", "what is kept", least=1)
+    protect_examples: int | None = setting(
+        "at most so many of these texts, always the same, up to 256 tokens of each; 64, of own alone 32 where not "
+        "given",
+        None, "statistics", "what is kept", least=1)
+    protect_read: int | None = setting(
+        "how many of them rules and anchor read to see which entries matter, 64 tokens of each; 16, with own 32 where "
+        "not given",
+        None, "statistics", "what is kept", least=1)
     max_length: int | None = setting(
         "longest example in tokens; the model's context where not given", None, "statistics", "training", least=1)
     batch_size: int = setting("examples a batch", 16, "statistics", "training", least=1)

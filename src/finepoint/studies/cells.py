@@ -19,16 +19,16 @@ from finepoint.errors import FinepointError
 from finepoint.evaluation.evaluate import Evaluation
 from finepoint.evaluation.generation import frequent_answers
 from finepoint.evaluation.scoring import accuracy
-from finepoint.evaluation.settings import EvalConfig
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.runtime import interruption
 from finepoint.studies.settings import CompareConfig
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import Arm, Cell, Study, train_config
 from finepoint.training.callbacks import LOG, read_log
-from finepoint.training.context import TrainingContext, examples_to_keep, training_context
+from finepoint.training.context import TrainingContext, training_context
 from finepoint.training.run import fit, versions
 from finepoint.training.settings import TrainConfig
+from finepoint.training.texts import examples_to_keep, to_measure
 
 COST = ("trained", "changed", "adapter_bytes", "step_seconds", "train_seconds", "peak_bytes", "tokens_per_second")
 
@@ -102,7 +102,7 @@ class WorkerState:
         """What any arm protects: on the same texts all are measured."""
         told = (self.study.config.train, *(arm.train for arm in self.study.arms))
         sources = next((settings["protect"] for settings in told if settings.get("protect")), None)
-        return examples_to_keep(sources, EvalConfig.protect_examples) if sources else ()
+        return examples_to_keep(sources, None, to_measure(self.model, self.tokenizer)) if sources else ()
 
     def trained_answers(self, task: str) -> list[str]:
         return frequent_answers(self.examples(self.study.config.tasks[task]["train"], None))

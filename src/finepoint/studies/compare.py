@@ -25,8 +25,8 @@ from finepoint.studies.executors import LOST, Executor, InProcess, LocalProcesse
 from finepoint.studies.settings import CompareConfig
 from finepoint.studies.study import Cell, Study, described, make_study, planned
 from finepoint.training.checkpoints import digest_of
-from finepoint.training.context import protected_files
 from finepoint.training.run import versions
+from finepoint.training.texts import names_own, protected_files
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -230,7 +230,8 @@ def manifest_of(study: Study) -> dict[str, Any]:
     files = [path for task in config.tasks.values() for path in task.values()] + list(config.probes.values())
     settings = (config.train, *(arm.train for arm in study.arms))
     named = [told[name] for told in settings for name in ("protect", "fisher_data") if told.get(name)]
-    files += [file for sources in named for file in protected_files(sources)]
+    # What the base writes itself follows from the base.
+    files += [file for sources in named for file in protected_files(sources) if not names_own(file)]
     return {
         "format": FORMAT,
         **described(study),

@@ -14,6 +14,7 @@ from finepoint.runtime.files import VERSION, read_json, refuse_version
 
 FORMAT = 1
 STUDY, SEQUENCE, SEQUENCE_RESULT = "study.json", "sequence.json", "result.json"
+RECORD = "run.json"  # of a run that is done
 
 
 @dataclass(frozen=True)
@@ -227,4 +228,7 @@ def at_edge(results: Results, task: str, arm: str) -> bool:
 
 def adapter_folder(folder: Path, way: str, task: str, tasks: Sequence[str]) -> Path:
     """Where a task's adapter lies, trained one way or the other."""
-    return folder / (WAYS[way].first if task == tasks[0] else way) / task
+    own = folder / way / task
+    if task != tasks[0] or (own / RECORD).is_file():  # a first one of its own: at another rate than other ways'
+        return own
+    return folder / WAYS[way].first / task

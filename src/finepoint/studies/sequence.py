@@ -74,7 +74,7 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
     """
     settings = _check(config)
     with claim_folder(config.output, overwrite=True) as folder:
-        _claim(folder, settings)
+        _claim(folder, settings, ways_of(config))
         return _run(config, folder)
 
 
@@ -112,7 +112,7 @@ def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
     matrix, losses, records = [], [], []
     try:
         for task in state.tasks:
-            place = state.adapter_folder(way, task)
+            place = _place(state, way, task)
             if WAYS[way].goes_on and adapters:
                 adapters[-1].revert(state.model)
             if not (place / RECORD).is_file():
@@ -141,6 +141,15 @@ def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
         "overlaps": [[shared(a, b) for b in adapters] for a in adapters],
         "removable": removable,
     }
+
+
+def _place(state: SequenceState, way: str, task: str) -> Path:
+    """Where a task's adapter lies, or is to lie: the first one is shared by ways that train it at the same rate."""
+    place = state.adapter_folder(way, task)
+    shared = place != state.folder / way / task and (place / RECORD).is_file()
+    if shared and read_record(place / RECORD)["lr"] != resolve(_told(state.config, way, task, str(place), [])).lr:
+        return state.folder / way / task
+    return place
 
 
 def _train(state: SequenceState, way: str, task: str, place: Path) -> None:
@@ -287,20 +296,40 @@ def _contents(config: SequenceConfig) -> dict[str, str]:
     return {file: digest(Path(file)) for file in files if Path(file).is_file()}
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
+def _claim(folder: Path, settings: dict[str, Any], ways: Sequence[str]) -> None:
     manifest = folder / SEQUENCE
     if manifest.is_file():
         before = read_record(manifest)
         for name, value in json.loads(json.dumps(settings)).items():
             if name == "contents":
                 _refuse_other_contents(folder, before.get(name, {}), value)
+            elif name == "rates":
+                settings[name] = _rates(folder, before.get(name, {}), value, ways)
             elif name in before and before[name] != value:
                 raise FinepointError(f"the sequence in {folder} was begun with {name} {before.get(name)}, not {value}; "
                                      "choose another --output")  # fmt: skip
+        write_record(manifest, before | {"rates": settings["rates"]})
     elif contents(folder):
         raise FinepointError(f"{folder} is not empty and holds no sequence; choose another --output")
     else:
         write_record(manifest, settings)
+
+
+def _rates(
+    folder: Path, before: Mapping[str, float], now: Mapping[str, float], ways: Sequence[str]
+) -> dict[str, float]:
+    """The rates by way of all that is trained in a folder: a way may be given one as long as no task of it is done.
+
+    Raises:
+        FinepointError: one of these ways was trained at another.
+    """
+    begun = {way for way in WAYS if any((folder / way).glob(f"*/{RECORD}"))}
+    for way in ways:
+        if way in begun and before.get(way) != now.get(way):
+            then, today = (rates.get(way, "the usual one") for rates in (before, now))
+            raise FinepointError(f"in {folder} tasks were trained the way {way} at the rate {then}, not {today}; "
+                                 "choose another --output")  # fmt: skip
+    return {way: rate for way, rate in before.items() if way in begun or way not in ways} | dict(now)
 
 
 def _refuse_other_contents(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

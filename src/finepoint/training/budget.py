@@ -20,9 +20,10 @@ from finepoint.adapters.scaling import scale_by_depth, wise_ft
 from finepoint.data.batches import Collator, Row
 from finepoint.data.examples import Example, as_examples
 from finepoint.errors import FinepointError
+from finepoint.runtime import distributed
 from finepoint.runtime.settings import fits, spelled
-from finepoint.training.context import rows_to_keep
 from finepoint.training.divergence import BasePredictions
+from finepoint.training.texts import rows_to_keep
 from finepoint.tuner.interface import Method
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def _cannot(budget: float, tries: Sequence[tuple[float, float]]) -> FinepointErr
 
 
 class Holding(TrainerCallback):
-    """Keeps a budget while entries are trained: measures now and then, and holds them back more or less strongly.
+    """Keeps a budget while a model is trained: measures now and then, and holds it back more or less strongly.
 
     From the last two measurements is told what the KL comes to at the end, and the strength is multiplied by a power
     of that over the budget, up to `STRONGEST` times what it was: text may not respond, and the task would be learned no
@@ -203,7 +204,7 @@ class Holding(TrainerCallback):
     knows the strength, and what was measured, by the trainer's log.
 
     Args:
-        method: of chosen entries, which have not moved yet, with a penalty, whose strength is changed.
+        method: has not moved yet, with a penalty, whose strength is changed.
         rows: on which KL is measured, none of which the penalty knows.
         falling: the learning rate falls over the run, so that most of the way is made early.
     """
@@ -227,7 +228,7 @@ class Holding(TrainerCallback):
         step, steps = state.global_step, state.max_steps
         if step * LOOKS // steps == (step - 1) * LOOKS // steps or step == steps:
             return
-        kl = self.few.kl(self.tuner.model)
+        kl = self._kl(self.few)
         known = self._measured(state)
         if len(known) >= WATCHED:
             before = moved_by(known[-1]["step"] / steps, self.falling), known[-1][DISTURBED]
@@ -235,6 +236,11 @@ class Holding(TrainerCallback):
             self._strengthen_(ratio**GAIN, kl)
         logger.info("step %d: KL to the base %.4g, held back with strength %.4g", step, kl, self.penalty.strength)
         self.log({DISTURBED: kl, STRENGTH: self.penalty.strength})
+
+    def _kl(self, base: BasePredictions) -> float:
+        """How far the model is from its base: of several processes all go by what the first one finds."""
+        kl = base.kl(self.tuner.model)
+        return distributed.on_first(lambda: kl)
 
     def _strengthen_(self, factor: float, kl: float) -> None:
         before, wanted = self.penalty.strength, self.penalty.strength * min(max(factor, STEPWISE[0]), STEPWISE[1])
@@ -253,14 +259,11 @@ class Holding(TrainerCallback):
         Raises:
             FinepointError: no part of the change keeps the budget.
         """
-        trained = {name: delta.detach().clone() for name, delta in self.tuner.trained().items()}
-
-        def scale_(scale: float) -> None:
-            self.tuner.put_({name: delta if scale == 1 else delta * scale for name, delta in trained.items()})
+        scale_ = self.tuner.scaler()
 
         def measure(scale: float) -> float:
             scale_(scale)
-            return self.all.kl(self.tuner.model)
+            return self._kl(self.all)
 
         tries = search(measure, self.budget)
         scale, kl = best(tries, self.budget)

@@ -21,6 +21,7 @@ from finepoint.models.packages import digest
 from finepoint.runtime import distributed
 from finepoint.runtime.files import VERSION, read_json, read_record, refuse_version, write_record
 from finepoint.runtime.settings import deciding
+from finepoint.training.texts import texts_kept, texts_read
 from finepoint.tuner.kernels import choice
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,9 @@ def decisive(config: Any, rows: Sequence[Any], base: Fingerprint, kept: Sequence
         kept: rows of text that is to be kept.
     """
     settings = deciding(config, "statistics", "selection", "bits", files=False)
+    # What is not given stands for a number.
+    settings |= {"protect_examples": texts_kept(config.protect, config.protect_examples),
+                 "protect_read": texts_read(config.protect, config.protect_read)}  # fmt: skip
     return settings | {"examples": digest_of(rows, kept), "processes": distributed.count(), BASE: base.as_json()}
 
 

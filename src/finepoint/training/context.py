@@ -3,10 +3,9 @@
 import json
 import os
 import random
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,6 @@ from finepoint.data.batches import Collator, Packer, context_length
 from finepoint.data.chats import learned_turns
 from finepoint.data.examples import (
     Example,
-    Labelled,
     label_names,
     read_examples,
     read_parts,
@@ -32,10 +30,9 @@ from finepoint.data.examples import (
     some,
 )
 from finepoint.data.leaks import Seen
-from finepoint.data.recipes.table import text_file
-from finepoint.data.sources import Given, name_of, share_of
+from finepoint.data.sources import name_of
 from finepoint.data.store import BATCHES_SORTED, LargeData, StoredRows, identity_of, large_data, learnable, lengths
-from finepoint.data.tokens import MUCH, Row, Tally, around, cut, encode_all, encode_part, learned, padding_id
+from finepoint.data.tokens import Row, encode_all, padding_id
 from finepoint.errors import FinepointError
 from finepoint.models.loading import (
     block_of,
@@ -47,7 +44,6 @@ from finepoint.models.loading import (
     load_tokenizer,
     new_head,
 )
-from finepoint.models.packages import cache_folder
 from finepoint.models.probing import PACKABLE, counts_from_zero, keeps_apart
 from finepoint.models.quantised import quantised_layers
 from finepoint.runtime import distributed
@@ -59,14 +55,18 @@ from finepoint.selection.select import Budget, Selection, refuse_excluded, selec
 from finepoint.selection.settings import SelectConfig
 from finepoint.selection.statistics import stream_statistics
 from finepoint.training.settings import TrainConfig, Training
+from finepoint.training.texts import (
+    CLASSIFIERS,
+    Writer,
+    apart,
+    examples_to_keep,
+    rows_to_keep,
+    rows_to_read,
+    texts_read,
+)
 from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
 
-TOKENS_KEPT = 256  # tokens of an example: what is kept is how text goes on, not how far
-TOKENS_READ = 64  # tokens of a text that its Fisher information is measured on: passes count, not their length
-APART = 4  # one in so many of the protected texts is measured on, where there is a budget
-CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
-CLASSES = '--protect keeps what a model writes next, and these texts have classes; give them alone, as {"text"}'
 TRAINING = "training example"
 ALONE = "a quantised base trains in one process"
 
@@ -88,6 +88,8 @@ class TrainingContext:
     """where the examples are from"""
     kept: Sequence[Row] = ()
     """what a run is to keep, once it has been read"""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """of it, what the base has written itself, for the record"""
 
 
 def prepare(config: SelectConfig, reads: int | None = None) -> TrainingContext:
@@ -231,7 +233,8 @@ def select_for(
     kept: list[dict[str, Any]] = []
     if rule.needs_kept:
         kept_here, _ = apart(config, list(context.kept) or kept_rows(config, context))
-        kept = batches_of(config, context, rows_to_read(kept_here, context.tokenizer, config.protect_read))
+        most = texts_read(config.protect, config.protect_read)
+        kept = batches_of(config, context, rows_to_read(kept_here, context.tokenizer, most))
     # What is trained whole, a new classification head, takes no part.
     head = new_head(context.model) if context.labels else []
     whole = {name: torch.arange(context.model.get_parameter(name).numel()) for name in head}
@@ -259,95 +262,6 @@ def select_for(
     )
 
 
-def kept_rows(config: SelectConfig, context: TrainingContext) -> list[Row]:
-    """The examples of `--protect` in tokens, so many of them and always the same; none where it is not given.
-
-    Raises:
-        FinepointError: they have classes, or the model is a classifier, or nothing in them has a label.
-    """
-    if config.protect is None:
-        return []
-    if context.labels:
-        raise FinepointError(CLASSIFIERS)
-    examples = examples_to_keep(config.protect, config.protect_examples)
-    return rows_to_keep(examples, context.model, context.tokenizer, config.max_length)
-
-
-def rows_to_read(rows: Sequence[Row], tokenizer: Any, amount: int) -> list[Row]:
-    """The rows that Fisher information is measured on: few and short ones do, and cost little beside a short run."""
-    # All over the file, which may be in some order.
-    rows = [rows[at * len(rows) // amount] for at in range(amount)] if len(rows) > amount else rows
-    front = around(tokenizer)[0] if any(len(row.ids) > TOKENS_READ for row in rows) else []
-    return [row for row in (cut(row, TOKENS_READ, front) for row in rows) if learned(row)] or list(rows)
-
-
-def examples_to_keep(sources: str | Sequence[str], amount: int) -> list[Example]:
-    """So many examples of `--protect`, files or texts that are made by recipes, in equal parts; always the same.
-
-    Raises:
-        FinepointError: there are fewer than the files; or as for `read_examples`.
-    """
-    files = protected_files(sources)
-    if amount < len(files):
-        raise FinepointError(f"--protect-examples is {amount}, and --protect names {len(files)} files; give one each")
-    parts = [amount // len(files) + (place < amount % len(files)) for place in range(len(files))]
-    return [example for file, part in zip(files, parts, strict=True) for example in some(read_examples(file), part)]
-
-
-def protected_files(sources: str | Sequence[str]) -> list[str]:
-    """The files of `--protect`; those of named texts are made the first time.
-
-    Raises:
-        FinepointError: one has a share.
-    """
-    given = [sources] if isinstance(sources, str) else sources
-    named = [(each, None) if isinstance(each, Given) else share_of(each) for each in given]
-    if shared := next((source for source, share in named if share is not None), None):
-        raise FinepointError(
-            f"--protect takes equal parts of its files, and {shared} has a share; give the names alone"
-        )
-    return [text_file(source) for source, _ in named]
-
-
-def apart(config: SelectConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Protected texts in two: those that choose and hold back, and those that a budget of disturbance is measured on.
-
-    Raises:
-        FinepointError: there are fewer than two, and there is a budget.
-    """
-    if getattr(config, "disturb_at_most", None) is None:
-        return rows, []
-    if len(rows) < 2:
-        raise FinepointError("--disturb-at-most measures on protected texts that are kept out of training; give at "
-                             "least two with --protect")  # fmt: skip
-    measured = set(random.Random(config.seed).sample(range(len(rows)), max(1, len(rows) // APART)))
-    return [row for at, row in enumerate(rows) if at not in measured], [rows[at] for at in sorted(measured)]
-
-
-def rows_to_keep(examples: Sequence[Example], model: Any, tokenizer: Any, max_length: int | None = None) -> list[Row]:
-    """Examples whose predictions are to be kept in tokens, at most `TOKENS_KEPT` of each; they may be of several forms.
-
-    Raises:
-        FinepointError: they have classes, or nothing in them has a label.
-    """
-    if labelled := next((example for example in examples if isinstance(example, Labelled)), None):
-        raise FinepointError(labelled.place + CLASSES)
-    limit = min(TOKENS_KEPT, context_length(model, max_length))
-    forms: dict[type, list[Example]] = defaultdict(list)
-    for example in examples:
-        forms[type(example)].append(example)
-    rows = []
-    for alike in forms.values():
-        tally = Tally()
-        rows += encode_part(tokenizer, alike, limit, (), tally, model, whole=False)
-        ours = all(example.where.startswith(str(cache_folder())) for example in alike)
-        if tally.lost_share() >= MUCH and not ours:  # texts of our own are long, and their beginning will do
-            tally.tell(limit, "protected example")
-    if not (found := [row for row in rows if learned(row) > 0]):
-        raise FinepointError("the protected texts have no token to keep the prediction of")
-    return found
-
-
 def entries_for(
     config: Training, context: TrainingContext, resumed: Path | None
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
@@ -368,6 +282,24 @@ def entries_for(
         refuse_excluded(adapter, [excluded(folder, context.model) for folder in config.exclude], context.model)
     told = {key: value for key, value in adapter.info.items() if key in ("rule", "density", "scope", "selection")}
     return {name: adapter[name] for name in adapter}, told
+
+
+def kept_rows(config: SelectConfig, context: TrainingContext, writer: Writer | None = None) -> list[Row]:
+    """The examples of `--protect` in tokens, so many of them and always the same; none where it is not given.
+
+    Args:
+        writer: of text that the base is to write itself; one for this context where None.
+
+    Raises:
+        FinepointError: they have classes, or the model is a classifier, or nothing in them has a label.
+    """
+    if config.protect is None:
+        return []
+    if context.labels:
+        raise FinepointError(CLASSIFIERS)
+    writer = writer or Writer(context.model, context.tokenizer)
+    examples = examples_to_keep(config.protect, config.protect_examples, writer)
+    return rows_to_keep(examples, context.model, context.tokenizer, config.max_length)
 
 
 def told_of(selection: Selection, config: SelectConfig) -> dict[str, Any]:

@@ -24,10 +24,11 @@ from finepoint.runtime.progress import tracked
 from finepoint.runtime.settings import Cited, named, refuse_without
 from finepoint.selection.passes import drawing, label_count, on_device
 from finepoint.selection.rules import FLOOR, TINIEST, rule_named
-from finepoint.training.context import TrainingContext, rows_to_read
+from finepoint.training.context import TrainingContext
 from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
 from finepoint.training.loss import completion_loss, drawn_loss, plain_head
 from finepoint.training.settings import Training
+from finepoint.training.texts import READ, rows_to_read
 from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.interface import Penalty, Tuner
 
@@ -48,7 +49,7 @@ class Protected:
     a_step: int
     """texts that take part in a step, of those that do so"""
     seed: int
-    texts_read: int = 16
+    texts_read: int = READ
     """so many of the texts at most are read for the information of `anchor`"""
     moving: bool = False
     """whether other entries may be chosen on the way"""

@@ -102,10 +102,9 @@ def _check_budget(config: TrainConfig) -> None:
     if config.protect is None:
         raise FinepointError("--disturb-at-most measures on text whose predictions are to be kept; give --protect "
                              "FILE.jsonl")  # fmt: skip
-    if config.baseline or config.refresh:
-        other = "--baseline" if config.baseline else "--refresh"
-        raise FinepointError(f"--disturb-at-most scales entries that are chosen once; leave it out, or {other}; "
-                             "`finepoint scale` keeps a budget afterwards")  # fmt: skip
+    if config.dropped == "keep":
+        raise FinepointError("--disturb-at-most scales away what is too much at the end, and entries that stay as they "
+                             "are (--dropped keep) are trained no more; give --dropped revert")  # fmt: skip
     if config.protect_strength == 0:
         raise FinepointError("--disturb-at-most adapts the strength by factors; it needs a --protect-strength above 0")
 
@@ -216,8 +215,6 @@ def check_processes(config: Training) -> None:
     if distributed.count() > 1 and config.protect and protection_named(config.protect_by).beside:
         raise FinepointError(f"--protect-by {config.protect_by} reads its texts in one process; start it without "
                              "a launcher, or give --protect-by anchor")  # fmt: skip
-    if distributed.count() > 1 and getattr(config, "disturb_at_most", None) is not None:
-        raise FinepointError("--disturb-at-most measures in one process; leave it out, or start without a launcher")
     if distributed.count() > 1 and config.resume and not resumes_together():
         least = ".".join(map(str, RESUMES_TOGETHER))
         raise FinepointError(f"several processes on CPUs go on from a checkpoint with transformers {least} or newer, "

@@ -49,7 +49,6 @@ from finepoint.training.checkpoints import (
 )
 from finepoint.training.context import (
     TrainingContext,
-    apart,
     batches_of,
     described,
     entries_for,
@@ -67,6 +66,7 @@ from finepoint.training.loss import completion_loss, loss_named, refuse_unweigha
 from finepoint.training.refresh import Refresh, refreshable
 from finepoint.training.resolve import RunSpec, Told, check_processes, resolve, steps_of
 from finepoint.training.settings import TrainConfig, Training
+from finepoint.training.texts import Writer, apart, texts_read
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import CHECKPOINTING, SparseCheckpoints, SparseTrainer, shared_arguments
 from finepoint.tuner.finite import NotFiniteError, TrainingFailedError
@@ -80,6 +80,8 @@ from finepoint.version import __version__
 logger = logging.getLogger(__name__)
 ANSWERS = "answers.json"
 """a few validation examples with what was answered before training and after, where they were asked"""
+OWN_TEXTS = "own-texts"
+"""what the base has written to be held by, where it was told to"""
 BEST = ".best.safetensors"  # while a run is under way
 AUDITED = 2  # examples that the gradients are tried on
 Make = Callable[[TrainingContext, list[str], Fingerprint, Path | None], tuple[Method, dict[str, Any]]]
@@ -198,12 +200,13 @@ class Run(Generic[Told]):
     def _protection(self) -> dict[str, Any]:
         """What holding it to its base has cost before the steps, for the record; nothing where it is not held."""
         method, tuner = self.method, self.method.tuner
+        own = {"own": dict(self.context.own)} if self.context.own else {}
         if not (self.spec.protection and method.penalty):
-            return {}
+            return {"protection": own} if own else {}
         tensors = [*method.penalty.holds(), *method.steps.values()]
         held, seconds = sum(tensor.nbytes for tensor in tensors), time.perf_counter() - self.began
         return {"protection": {"seconds": round(self.holding, 2), "share": round(self.holding / seconds, 4),
-                               "bytes": held, "bytes_an_entry": round(held / tuner.count, 2)}}  # fmt: skip
+                               "bytes": held, "bytes_an_entry": round(held / tuner.count, 2), **own}}  # fmt: skip
 
 
 def train(
@@ -340,7 +343,8 @@ def begun(
     base = base_beneath(context.model).without(head)  # of a sequence the earlier tasks' adapters are applied
     if saved:
         distributed.on_first(partial(refuse_other_base, saved[0], base))
-    context = replace(context, kept=kept_rows(config, context))
+    writer = Writer(context.model, context.tokenizer, held=folder / OWN_TEXTS if saved else None)
+    context = replace(context, kept=kept_rows(config, context, writer), own=writer.told)
     settings = decisive(config, rows, base, context.kept) | ({EARLIER: earlier.facts()} if earlier else {})
     settings |= {TIME: clock.now().isoformat()} if tells_time(context.tokenizer) else {}
     checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
@@ -364,6 +368,8 @@ def begun(
                   prepared, holding)  # fmt: skip
         if not saved:
             distributed.on_first(partial(forget_earlier_run, folder))
+            if keeps:
+                distributed.on_first(partial(writer.keep, folder / OWN_TEXTS))
             if config.save_every and not config.baseline:
                 run.save(0)  # its indices are what a resumed run trains
         yield run
@@ -530,12 +536,16 @@ def held(spec: RunSpec[Any], context: TrainingContext, method: Method, head: lis
     assert protection is not None
     kept, measured = apart(config, list(context.kept))
     given = Protected(context, method.tuner, head, kept, spec.strength, texts_a_step(config), config.seed,
-                      config.protect_read, moving=method.refresh is not None, reads=protection.reads)  # fmt: skip
+                      texts_read(config.protect, config.protect_read), moving=method.refresh is not None,
+                      reads=protection.reads)  # fmt: skip
     method = replace(method, penalty=(penalty := protection.make(given)))
     if config.protect_steps:
         method = replace(method, steps=step_sizes(given, penalty))
     if most is None:
         return method
+    if any(map(distributed.is_sharded, context.model.parameters())):
+        raise FinepointError("--disturb-at-most keeps what the base's head is given, and this one is sharded over the "
+                             "processes; leave it out, or train without FSDP")  # fmt: skip
     return replace(method, holding=Holding(most, method, context.collator, measured, config.schedule != "constant"))
 
 
@@ -576,7 +586,8 @@ def audit_(
 
 def forget_earlier_run(folder: Path) -> None:
     """Takes away what would be taken for this run's: its adapter comes in the place of the earlier one."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for made in (CHECKPOINTS, OWN_TEXTS):
+        shutil.rmtree(folder / made, ignore_errors=True)
     for name in (LOG, UNDER_WAY, RECORD, BEST, TRAINED_ON, ANSWERS):
         (folder / name).unlink(missing_ok=True)
 

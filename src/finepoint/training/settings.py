@@ -167,6 +167,7 @@ class PlanConfig:
     gradient_checkpointing: bool = setting("recompute activations in the backward pass", False)
     protect_by: str | None = setting(
         "training is held to its base in this way", None, registry="training/keep.py protection")
+    protect_steps: bool = setting("what text to keep needs takes smaller steps", False)
     dtype: DType = setting(DTYPE, "auto")
     quantise: Quantise | None = setting(
         "the linear layers of the base are held in int8 or int4 (torchao) or nf4 (bitsandbytes)", None)

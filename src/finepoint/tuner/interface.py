@@ -85,6 +85,10 @@ class Tuner(Protocol):
         """Goes on from what `save` wrote of a method like this one; what `revert_` goes back to is the base still."""
         raise self._cannot("go on from another adapter")
 
+    def scaler(self) -> Callable[[float], None]:
+        """What scales the change as it is now: at 1 it is that again, to the bit, at 0 the model is the base."""
+        raise self._cannot("be scaled")
+
     def round_(self, dtype: torch.dtype) -> None:
         """Rounds what is trained to a narrower dtype, as if nothing wider were kept."""
         raise self._cannot("be rounded after its steps")

@@ -252,6 +252,11 @@ class SparseTuner(Tuner):
         """Writes base + delta into the weights now: needed only by who reads them without calling the model."""
         self._deltas.follow_()
 
+    def scaler(self) -> Callable[[float], None]:
+        """What scales the deltas as they are now."""
+        now = {name: delta.detach().clone() for name, delta in self.trained().items()}
+        return lambda scale: self.put_({name: delta if scale == 1 else delta * scale for name, delta in now.items()})
+
     def choose_(
         self, indices: Mapping[str, Tensor], optimizer: Optimizer | None = None, keep: bool = False
     ) -> dict[str, int]:

