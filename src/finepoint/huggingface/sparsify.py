@@ -94,9 +94,8 @@ def sparsify(
         refreshable: entries of any target weight may be chosen later, by `tuner_of(model).choose_`. A stock trainer's
             checkpoint can be resumed only as long as the entries are those of the beginning.
         audit: try that every chosen entry gets the gradient of its own loss, on `data`, or the first input there is.
-        protect: up to 16 texts to predict as before, in any form of `data`, or "own", 32 that the model writes: before
-            each step of any optimizer, what matters to them is pulled back to the base (EWC, arXiv:1612.00796), by
-            `protect_strength`; for `gain`, too.
+        protect: up to 16 texts to predict as before, in any form of `data`, or "own", 32 that the model writes: what
+            matters to them is pulled back before each step (EWC, by `protect_strength`); for `gain`, too.
         on_grid: the entries take the values that their base's codes can stand for, and no others: the `.gguf` file that
             the model was loaded from, or True where its layers are quantised. They are chosen once.
         max_length: longest scoring example in tokens; the model's context where not given.
