@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from contextlib import suppress
+from functools import partial
 
 import gguf
 import numpy as np
@@ -354,6 +355,20 @@ def test_a_patch_is_taken_back_bit_for_bit(desk, place):
     assert path.read_bytes() == before
 
 
+def test_a_file_is_known_by_any_link_to_it(desk, place):
+    before, link = (place / "base.gguf").read_bytes(), place / "other" / "link.gguf"
+    link.parent.mkdir()
+    link.symlink_to(place / "base.gguf")
+    patch_file(str(link), str(desk / "on"))
+    assert link.is_symlink()
+    assert [each.name for each in link.parent.iterdir()] == ["link.gguf"]
+    with pytest.raises(FinepointError, match=f"is patched with .* already; finepoint unpatch {place / 'base.gguf'}"):
+        patch_file(str(place / "base.gguf"), str(desk / "on"))
+    unpatch_file(str(place / "base.gguf"))
+    assert (place / "base.gguf").read_bytes() == before
+    assert [each.name for each in place.iterdir() if each.suffix == BESIDE] == []
+
+
 def test_an_exported_patch_does_the_same_in_some_hundred_kilobytes(desk, place, monkeypatch):
     path = str(place / "base.gguf")
     patch_file(path, str(desk / "on"), str(place / "copy.gguf"))
@@ -451,6 +466,23 @@ def test_a_format_without_a_known_grid_is_named(cache, tmp_path):
     with pytest.raises(FinepointError, match=r"has no tensor blk.0.ffn_up.weight of Q4_1 as the patch knows it"):
         finished(open_gguf(path), {tensor.name: Codes("Q4_1", *np.zeros((3, 1), np.int64))}, {})
     assert file.tensors["blk.0.attn_q.weight"].type == "F32"
+
+
+def test_a_part_of_a_model_is_no_model(cache, tmp_path, monkeypatch):
+    """transformers draws what a file lacks at random."""
+    monkeypatch.setattr(gguf, "GGUFWriter", partial(gguf.GGUFWriter, split_max_tensors=8))
+    quantised_file.write_gguf(tmp_path / "split.gguf")
+    for part in (1, 2, 3):
+        with pytest.raises(FinepointError, match="is one of 3 parts of a GGUF file; join them first"):
+            load_model(str(tmp_path / f"split-0000{part}-of-00003.gguf"))
+    monkeypatch.undo()
+    add = gguf.GGUFWriter.add_tensor
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor",
+                        lambda self, name, *a, **k: "blk.1.ffn" in name or add(self, name, *a, **k))  # fmt: skip
+    monkeypatch.setenv("FINEPOINT_CACHE", str(tmp_path / "cache"))
+    quantised_file.write_gguf(tmp_path / "part.gguf")
+    with pytest.raises(FinepointError, match="lacks the tensor of model.layers.1.mlp.down_proj.weight .and of 3 oth"):
+        load_model(str(tmp_path / "part.gguf"))
 
 
 def test_a_disk_without_room_leaves_the_file(desk, place, monkeypatch):

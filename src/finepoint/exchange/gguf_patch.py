@@ -343,6 +343,8 @@ def _copy(path: Path, output: str, overwrite: bool) -> Path:
 
 
 def _beside(path: Path) -> Path:
+    """Beside the file itself, by whatever link it is named."""
+    path = path.resolve()
     return path.with_name(path.name + BESIDE)
 
 

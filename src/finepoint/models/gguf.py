@@ -122,7 +122,8 @@ def open_gguf(path: Path) -> GGUFFile:
     """Reads the header of a GGUF file and checks that all of its tensors are there.
 
     Raises:
-        FinepointError: there is no such file; it is cut short, damaged, or no GGUF file of a known version.
+        FinepointError: there is no such file; it is cut short, damaged, a part of several, or no GGUF file of a known
+            version.
     """
     if not path.is_file():
         raise FinepointError(f"there is no file {path}")
@@ -146,6 +147,9 @@ def _read(file: _Cursor) -> GGUFFile:
     for _ in range(pairs):
         name = file.text()
         known[name] = file.value(file.number("I"))
+    if isinstance(parts := known.get("split.count"), int) and parts > 1:
+        raise FinepointError(f"{file.path} is one of {parts} parts of a GGUF file; join them first: llama-gguf-split "
+                             "--merge FIRST.gguf WHOLE.gguf")  # fmt: skip
     listed = [_listed(file) for _ in range(tensors)]
     alignment = known.get("general.alignment", ALIGNMENT)
     file.need(isinstance(alignment, int) and 0 < alignment < 1 << 20, f"its alignment is {alignment!r}")

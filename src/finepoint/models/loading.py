@@ -461,11 +461,14 @@ def _unpacked_gguf(file: Path) -> Path:
         config = transformers.GgufConfig(dequantize=True)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=ROUNDED, quantization_config=config, **source
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=ROUNDED, quantization_config=config, output_loading_info=True, **source
             )
         except (ValueError, KeyError, NotImplementedError) as error:
             raise FinepointError(f"transformers cannot read {file}: {reason_of(error)}") from error
+        if missing := sorted(found["missing_keys"]):  # which transformers makes up
+            others = f" (and of {len(missing) - 1} others)" if missing[1:] else ""
+            raise FinepointError(f"{file} lacks the tensor of {missing[0]}{others}; give a whole file")
         _forget_quantizer_(model)
         made = temporary / "model"
         model.save_pretrained(made)
