@@ -1,0 +1,108 @@
+"""What is kept of the base: the cells of studies/keep.yaml, or of parts of it in folders of their own, as one table.
+
+    finepoint compare --config studies/keep.yaml --output runs/keep
+    python studies/keep.py runs/keep    # adds them to docs/study/keep.csv, draws keep.svg, prints means over seeds
+
+A row is one training of one arm. Rows that are there already, of earlier runs, stay.
+"""
+
+import csv
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+TABLE = Path(__file__).parent.parent / "docs" / "study" / "keep.csv"
+PROBES = ["novels", "editorials", "solutions"]
+KEY = ["model", "task", "arm", "lr", "seed"]
+COLUMNS = [*KEY, "validation_loss", "validation_accuracy", *(f"kl_{probe}" for probe in PROBES), "kl_prompts",
+           "kl_protected", "trained", "train_seconds", "selection_seconds", "peak_bytes"]  # fmt: skip
+PLAIN = {"lora-rank=8": "lora", "random-0.01": "random", "gradient-0.01": "gradient"}
+SHOWN = {"lora": ("LoRA, rank 8", "#b0b7bd", "o"), "random": ("random", "#8fc1d4", "o"),
+         "columns-own": ("random columns, anchored", "#1f6f8b", "D"),
+         "full-own": ("full, anchored", "#c0392b", "s")}  # fmt: skip
+TASKS = ["movies", "words", "sums"]
+Row = dict[str, Any]
+
+
+def rows_of(cells: Iterable[Path]) -> Iterator[Row]:
+    """What the table has of each cell."""
+    for path in cells:
+        cell = json.loads(path.read_text())
+        tested, cost = cell["scores"]["id"][cell["task"]], cell["cost"]
+        measured = {"validation_loss": cell["validation"]["loss"], "kl_prompts": tested["kl_prompts"],
+                    "validation_accuracy": cell["validation"]["accuracy"],
+                    "kl_protected": cell["changes"].get("protected", {}).get("kl"),
+                    **{f"kl_{name}": probe["kl"] for name, probe in cell["scores"]["probe"].items()}}  # fmt: skip
+        yield {
+            "model": Path(cell["settings"]["model"]).stem,
+            **{key: cell[key] for key in KEY[1:]},
+            "arm": PLAIN.get(cell["arm"], cell["arm"]),
+            **{name: f"{value:.6g}" for name, value in measured.items() if value is not None},
+            **{name: cost[name] for name in ("trained", "peak_bytes")},
+            **{name: round(cost.get(name, 0)) for name in ("train_seconds", "selection_seconds")},
+        }
+
+
+def key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEY)
+
+
+def means(rows: Sequence[Row]) -> Iterator[str]:
+    """Loss and KL of each arm, mean and standard deviation over its seeds, and the ratio of its KL to LoRA's."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)[:4]].append(row)
+    for group, members in sorted(groups.items()):
+        found = [f"{name} {_mean([float(each[name]) for each in members if each.get(name)])}"
+                 for name in ("validation_loss", *(f"kl_{probe}" for probe in PROBES))]  # fmt: skip
+        yield f"{' '.join(group)}: {len(members)} seeds, {', '.join(found)}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{fmean(values):.4g}{spread}" if values else "-"
+
+
+def draw(rows: Sequence[Row]) -> None:
+    """Loss against KL on text that no arm has seen: a point a seed, a panel a task."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "finepoint"
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(9.5, 2.8), sharey=True)
+    for axis, task in zip(axes, TASKS, strict=True):
+        for arm, (name, colour, marker) in SHOWN.items():
+            lr = {"lora": "0.001", "random": "0.003"}.get(arm)
+            here = [row for row in rows if (row["model"], row["task"], row["arm"]) == ("smollm2", task, arm)
+                    and lr in (None, str(row["lr"]))]  # fmt: skip
+            axis.scatter([float(row["validation_loss"]) for row in here], [float(row["kl_novels"]) for row in here],
+                         color=colour, marker=marker, s=30, label=name)  # fmt: skip
+        axis.set(yscale="log", title=task, xlabel="validation loss")
+        axis.set_yticks([0.001, 0.01, 0.1], ["0.001", "0.01", "0.1"])
+        axis.title.set_fontsize(10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("KL to the base on novels")
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(SHOWN), frameon=False)
+    figure.savefig(TABLE.with_suffix(".svg"), metadata={"Date": None})
+
+
+def main(folders: Sequence[str]) -> None:
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        known = {key(row): row for row in csv.DictReader(file)}
+    known |= {key(row): row for row in rows_of(path for at in folders for path in Path(at).glob("cells/*.json"))}
+    rows = [known[each] for each in sorted(known)]
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+    draw(rows)
+    print(*means(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
