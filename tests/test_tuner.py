@@ -475,3 +475,39 @@ def test_training_keeps_no_copy_of_a_weight_or_an_input():
         assert set(inputs) <= set(sparse), "the layers' inputs are what a sampled gradient needs"
         input_bytes = sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
         assert sparse_bytes <= bound_bytes + input_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trainings_that_take_turns_on_one_model_are_each_what_it_is_alone(dtype):
+    """As docs/how-to/trainers.md says: between two turns the model is the base, and deltas and optimizer wait."""
+
+    def turn(model, kept, batch):
+        with SparseTuner(model, kept["indices"], audit=False, base=kept.get("base")) as tuner:
+            optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+            if "deltas" in kept:
+                optimizer.load_state_dict(kept["optimizer"])
+                for delta, before in zip(tuner.parameters(), kept["deltas"], strict=True):
+                    delta.data.copy_(before)
+            model(**batch).loss.backward()
+            optimizer.step()
+            kept["deltas"] = [delta.detach().clone() for delta in tuner.parameters()]
+            kept["optimizer"], kept["base"] = optimizer.state_dict(), tuner.base
+            adapter = tuner.adapter()
+            tuner.revert_()
+        return adapter
+
+    model, seeds = tiny_llama(dtype), (0, 1)
+    base, tenants = snapshot(model), {seed: {"indices": random_choice(model, seed=seed)} for seed in seeds}
+    shared = tenants[0]["indices"], tenants[1]["indices"]
+    assert any(torch.isin(shared[0][name], shared[1][name]).any() for name in shared[0])  # they meet in some entries
+    for at in range(4):
+        found = {seed: turn(model, tenants[seed], random_batches(4, seed=seed)[at]) for seed in seeds}
+        assert_same_bits(base, snapshot(model))
+    for seed in seeds:
+        alone = tiny_llama(dtype)
+        tuner = SparseTuner(alone, random_choice(alone, seed=seed), audit=False)
+        train(alone, tuner, [[batch] for batch in random_batches(4, seed=seed)],
+              lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), close=False)  # fmt: skip
+        expected = tuner.adapter()
+        assert found[seed].changes.keys() == expected.changes.keys()
+        assert all(found[seed].changes[name].equals(change) for name, change in expected.changes.items())
