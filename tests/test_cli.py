@@ -296,7 +296,8 @@ def test_a_density_that_is_no_share_is_refused_before_anything_is_loaded(command
     assert f"density is {float(density)}; it is a share of the target entries, in (0, 1]" in done.stderr
 
 
-@pytest.mark.parametrize(("given", "told"), [
+# Mistakes that can be seen without torch, and how they are told.
+AT_ONCE = [
     (["select", "--rule", "grdient"], "unknown rule 'grdient'; did you mean 'gradient'?"),
     (["select", "--rule", "gallop", "--rule-options", "epsilom=1"], "rule 'gallop' has no option 'epsilom'"),
     (["train", "--rule", "abs(q"], "rule 'abs(q' is no formula: '(' was never closed"),
@@ -311,20 +312,77 @@ def test_a_density_that_is_no_share_is_refused_before_anything_is_loaded(command
     (["inspect", "nowhere"], "nowhere is not an adapter folder: it has no finepoint.safetensors"),
     (["train", "--targets", "q_porj"], "no weight matches 'q_porj'; close names: q_proj"),
     (["select", "--targets", "v,*.mlp.gate_up"], "no weight matches '*.mlp.gate_up'"),
-])  # fmt: skip
-def test_a_mistake_that_can_be_seen_without_torch_is_refused_without_it(tmp_path_factory, model_folder, given, told):
-    """Time is not measured: what takes seconds is what must not have been imported."""
-    code = ("import sys; from finepoint.cli import main; status = main(sys.argv[1:]); "
-            "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules); sys.exit(status)")  # fmt: skip
-    here = tmp_path_factory.mktemp("here")
-    (here / "there.jsonl").write_text('{"text": "a"}\n')
-    more = {"--model": str(model_folder)} if given[0] != "inspect" else {}
-    if given[0] in ("select", "train"):
+    (["train", "--baseline", "lorra"], "unknown baseline 'lorra'; did you mean 'lora'? known baselines: full"),
+    (["train", "--baseline", "lora", "--baseline-options", "rnk=8"], "baseline 'lora' has no option 'rnk'"),
+    (["train", "--baseline-options", "rank=8"], "baseline_options are given without a baseline"),
+    (["train", "--baseline", "full", "--density", "0.1"], "density is for choosing entries, which baseline 'full'"),
+    (["train", "--protect", "there.jsonl", "--protect-by", "ancor"], "no protection 'ancor'; did you mean 'anchor'?"),
+    (["train", "--protect-by", "kl"], "--protect-by kl reads what is to be kept; give --protect FILE"),
+    (["train", "--loss", "nl"], "no loss 'nl'; did you mean 'nll'? the losses: nll, dft, eaft"),
+    (["train", "--structure", "colum"], "structure is 'colum'; it is entry, row, column"),
+    (["select", "--within", "columns:3"], "within is 'columns:3'; it is columns:SHARE"),
+    (["plan", "--structure", "block:16"], "structure is 'block:16'; it is entry, row, column"),
+    (["plan", "--protect-by", "x"], "no protection 'x'; the protections: anchor"),
+    (["train", "--refresh", "evry:3"], "refresh is 'evry:3'; give every:N"),
+    (["select", "--density", "0.1", "--count", "3"], "both density 0.1 and count 3 are given"),
+    (["select", "--scoring-memory", "3"], "scoring_memory is 3.0; it is a share of the weights, in (0, 1]"),
+    (["select", "--rule", "gain"], "rule 'gain' looks at what is to be kept; give text of it by --protect"),
+    (["train", "--exclude", "folder"], "folder is not an adapter folder: it has no finepoint.safetensors"),
+    (["train", "--indices", "./nowhere"], "./nowhere is not an adapter folder: it has no finepoint.safetensors"),
+    (["train", "--output", "folder"], "folder is not empty; choose another --output or give --overwrite"),
+    (["align", "--method", "grpo", "--reward", "nmber"], "unknown reward 'nmber'; did you mean 'number'?"),
+    (["align", "--method", "dpo", "--baseline", "full"], "align compares chosen entries with lora or dora"),
+    (["eval", "--id", "there.jsonl"], "--id 'there.jsonl': expected NAME=FILE, e.g. id=test.jsonl"),
+    (["eval", "--adapter", "folder", "--id", "a=there.jsonl"], "folder is not an adapter folder"),
+    (["eval", "--limit", "3"], "there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE"),
+    (["merge", "folder", "--how", "smu"], "there is no way to merge called 'smu'; did you mean 'sum'? there are: sum"),
+    (["merge", "--output", "made"], "there is nothing to merge; give adapter folders"),
+    (["export", "folder", "--format", "gguff", "--output", "made"], "no format 'gguff'; did you mean 'gguf'?"),
+    (["export", "folder", "--format", "shira", "--output", "made"], "folder is not an adapter folder"),
+    (["extract", "--base", "./nowhere", "--tuned", "t", "--output", "made"], "there is no folder ./nowhere"),
+    (["watch", "folder"], "folder holds no run; give the --output of finepoint train or align"),
+    (["compare", "--arms", '[{"baseline": "lorra"}]'], "unknown baseline 'lorra'; did you mean 'lora'?"),
+    (["compare", "--arms", '[{"rule": "random", "train": {"loss": "x"}}]'], "arm 'random-0.001': no loss 'x'"),
+    (["compare", "--probes", '{"news": "nowhere.jsonl"}'], "cannot read nowhere.jsonl: No such file or directory"),
+    (["sequence", "--ways", "lora", "--rates", "lorra=1"], "unknown way 'lorra'; did you mean 'lora'?"),
+]  # fmt: skip
+WITHOUT_MODEL = ("inspect", "merge", "extract", "watch")
+LIGHTLY = """
+import contextlib, io, json, sys
+from finepoint.cli import main
+for words in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+        status = main(words)
+    print(json.dumps([status, said.getvalue(), sorted({'torch', 'transformers', 'numpy'} & set(sys.modules))]))
+"""
+
+
+def completed(given, model_folder):
+    """The command line with what else it must be given."""
+    task = {"train": "there.jsonl", "test": "there.jsonl"}
+    more = {} if given[0] in WITHOUT_MODEL else {"--model": str(model_folder)}
+    if given[0] in ("select", "train", "align"):
         more |= {"--output": "made", "--data": "there.jsonl"}
-    words = [word for flag, value in more.items() if flag not in given for word in (flag, value)]
-    done = subprocess.run([sys.executable, "-c", code, *given, *words], capture_output=True, text=True, cwd=here)
-    assert (done.returncode, done.stderr.startswith(f"finepoint {given[0]}: {told}")) == (2, True), done.stderr
-    assert {file.name for file in here.iterdir()} == {"there.jsonl"}
+    if given[0] in ("compare", "sequence"):
+        tasks = {"a": task | {"validation": "there.jsonl"}} if given[0] == "compare" else {"a": task, "b": task}
+        more |= {"--output": "made", "--tasks": json.dumps(tasks)}
+    more |= {"--arms": '[{"rule": "random"}]'} if given[0] == "compare" else {}
+    return given + [word for flag, value in more.items() if flag not in given for word in (flag, value)]
+
+
+def test_a_mistake_that_can_be_seen_without_torch_is_refused_without_it(tmp_path, model_folder):
+    """Time is not measured: what takes seconds is what must not have been imported."""
+    (tmp_path / "there.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "note").write_text("no adapter")
+    asked = json.dumps([completed(given, model_folder) for given, _ in AT_ONCE])
+    done = subprocess.run([sys.executable, "-c", LIGHTLY], input=asked, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for (given, told), line in zip(AT_ONCE, done.stdout.splitlines(), strict=True):
+        status, said, heavy = json.loads(line)
+        assert (status, heavy) == (2, []), (given, said, heavy)
+        assert said.startswith(f"finepoint {given[0]}: {told}"), (given, said)
+    assert {file.name for file in tmp_path.iterdir()} == {"there.jsonl", "folder"}
 
 
 def test_targets_that_only_loading_can_decide_are_left_to_it(model_folder, tmp_path):

@@ -19,7 +19,7 @@ from finepoint.adapters.entries import checksum, gather, moved
 from finepoint.adapters.fingerprint import FINGERPRINT, Fingerprint, form_of, unlike
 from finepoint.adapters.union import Aligned, aligned
 from finepoint.errors import FinepointError
-from finepoint.runtime.settings import named
+from finepoint.runtime.settings import REGISTRIES, named
 
 
 def merge(
@@ -288,7 +288,7 @@ def _checked(adapters: Sequence[SparseAdapter], weights: Sequence[float] | None)
 
 def _method(how: str, options: Mapping[str, float]) -> tuple[Callable[..., Tensor], dict[str, float]]:
     """The method and all its options, those not given by their default."""
-    found = named(METHODS, how, "there is no way to merge called", "there are")
+    found = named(METHODS, how, *REGISTRIES["method"])
     parameters = list(inspect.signature(found).parameters.values())[2:]
     known = {parameter.name: parameter.default for parameter in parameters}
     for name, value in options.items():

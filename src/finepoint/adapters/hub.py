@@ -11,7 +11,7 @@ from finepoint.errors import FinepointError, reason_of
 if TYPE_CHECKING:
     from finepoint.adapters.change import Contents
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILES = ("finepoint.safetensors", "finepoint_config.json", "README.md")
 
 

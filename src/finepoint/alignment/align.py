@@ -12,7 +12,8 @@ from typing import Any
 from transformers import set_seed
 
 from finepoint.adapters.fingerprint import Fingerprint
-from finepoint.alignment.methods import METHODS, Alignment, Measured, beta_of, on_cpu, reward_named
+from finepoint.alignment.methods import METHODS, Alignment, Measured, beta_of, on_cpu
+from finepoint.alignment.resolve import resolve
 from finepoint.alignment.settings import AlignConfig
 from finepoint.data.examples import some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
@@ -20,10 +21,10 @@ from finepoint.data.sources import name_of
 from finepoint.errors import FinepointError, needing
 from finepoint.huggingface.reference import Reference
 from finepoint.models.loading import gguf_file, load_model, load_tokenizer
-from finepoint.runtime import distributed
-from finepoint.training.callbacks import LOG, Watch, read_log
+from finepoint.training.callbacks import Watch
 from finepoint.training.context import TrainingContext, entries_for, training_context
-from finepoint.training.resolve import RunSpec, resolve_common
+from finepoint.training.logfile import LOG, read_log
+from finepoint.training.resolve import RunSpec
 from finepoint.training.run import Run, audit_, baseline_method, begun, carry_out_, claimed, saved_by
 from finepoint.training.tracking import tracked
 from finepoint.training.trainer import shared_arguments
@@ -47,6 +48,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
         FinepointError: whatever the user can mend.
         BrokenOff: it was interrupted; the adapter of the last good step and a checkpoint have been saved.
     """
+    with needing("alignment", "trl"):
+        import trl  # noqa: F401
     spec = resolve(config)
     with claimed(config) as folder:
         saved = saved_by(config, folder)
@@ -77,34 +80,6 @@ def align(config: AlignConfig) -> dict[str, Any]:
             "measured_on": measured_on, "measured_rows": len(held_out), "before": before.means,
             "after": after.means | _against(before, after), "log": _rows_of(folder / LOG),
         })  # fmt: skip
-
-
-def resolve(config: AlignConfig) -> RunSpec[AlignConfig]:
-    """Spells out what `finepoint align` is told.
-
-    Raises:
-        FinepointError: whatever can be refused before any work.
-    """
-    with needing("alignment", "trl"):
-        import trl  # noqa: F401
-    if config.data is None:
-        raise FinepointError("alignment needs rows to learn from; give --data FILE.jsonl")
-    if distributed.launched():
-        raise FinepointError("alignment runs in one process; start it without a launcher")
-    if config.chat_turns != "all":
-        raise FinepointError("--chat-turns is for conversations, and alignment learns answers; leave it out")
-    spec = resolve_common(config)
-    if spec.baseline and (spec.baseline.chooses or not spec.baseline.low_rank):
-        raise FinepointError(f"align compares chosen entries with lora or dora, not with {spec.baseline.name!r}")
-    if config.method == "grpo":
-        reward_named(config.reward)
-        if config.generations < 2:
-            raise FinepointError(f"generations is {config.generations}; answers are compared, so give at least 2")
-        answers = config.batch_size * config.accumulation
-        if answers % config.generations:
-            raise FinepointError(f"batch_size x accumulation is {answers} answers; give a multiple of the "
-                                 f"{config.generations} generations")  # fmt: skip
-    return spec
 
 
 def prepare(config: AlignConfig, alignment: Alignment, rows: list[Any]) -> TrainingContext:

@@ -1,14 +1,14 @@
 """DPO and GRPO: their rows, rewards and trainers of TRL's, and what is measured before and after."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from statistics import mean
 from typing import Any, Protocol
 
 import torch
 
+from finepoint.alignment.resolve import REWARDS as REWARDS  # its former place
+from finepoint.alignment.resolve import WHOLE, reward_named
 from finepoint.alignment.settings import AlignConfig
 from finepoint.data.batches import context_length
 from finepoint.data.examples import (
@@ -37,14 +37,8 @@ from finepoint.errors import FinepointError
 from finepoint.evaluation.generation import warn_of_long_references
 from finepoint.evaluation.scoring import choice_likelihoods, token_log_likelihoods
 from finepoint.huggingface.reference import Reference
-from finepoint.runtime.settings import did_you_mean
 from finepoint.training.trainer import SparseCheckpoints
 from finepoint.training.writing import written
-
-Reward = Callable[[str, str], float]
-"""(answer, reference) to a number; higher is better."""
-
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 class Alignment(Protocol):
@@ -221,42 +215,3 @@ def dataset(rows: Iterable[dict[str, Any]]) -> Any:
 def on_cpu() -> bool:
     """Whether training will be on the CPU."""
     return not torch.cuda.is_available()
-
-
-def number(answer: str, reference: str) -> float:
-    """1 where the first number of the answer is that of the reference, else 0; separators of thousands do not count."""
-    found, right = (NUMBER.search(text.replace(",", "")) for text in (answer, reference))
-    return float(found is not None and right is not None and float(found[0]) == float(right[0]))
-
-
-def line(answer: str, reference: str) -> float:
-    """1 where the first line of the answer is the reference, surrounding spaces aside."""
-    return float((answer.strip().splitlines() or [""])[0].strip() == reference.strip())
-
-
-def exact(answer: str, reference: str) -> float:
-    """1 where the whole answer is the reference, surrounding spaces aside: the model must stop by itself."""
-    return float(answer.strip() == reference.strip())
-
-
-WHOLE = ("line", "exact")  # those that compare with the whole reference
-REWARDS: dict[str, Reward] = {"number": number, "line": line, "exact": exact}
-
-
-def reward_named(name: str) -> Reward:
-    """The reward called `name`, or the function at `module:function`.
-
-    Raises:
-        FinepointError: there is no such reward; the known ones are listed.
-    """
-    if name in REWARDS:
-        return REWARDS[name]
-    module, _, function = name.partition(":")
-    if not function:
-        listed = f"known rewards: {', '.join(REWARDS)}, or module:function"
-        raise FinepointError(f"unknown reward {name!r}{did_you_mean(name, REWARDS, listed)}")
-    try:
-        found: Reward = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise FinepointError(f"cannot import reward {name!r}: {error}") from error
-    return found

@@ -234,12 +234,12 @@ def run_verify(config: VerifyConfig) -> None:
 
 
 def run_merge(config: MergeConfig) -> None:
+    _check_merge(config)
     from finepoint.adapters.adapter import SparseAdapter
     from finepoint.adapters.bases import rebased
     from finepoint.adapters.combining import merge
     from finepoint.data.leaks import Seen
 
-    _check_merge(config)
     adapters = {folder: SparseAdapter.load(folder) for folder in config.adapter}
     model = _base_of(config.model, adapters.values()) if config.model else None
     if config.any_base and model is not None:
@@ -376,12 +376,11 @@ SHOWN = 12  # weights in the table for people; --json has all
 
 
 def run_extract(config: ExtractConfig) -> None:
-    from finepoint.errors import FinepointError
+    if config.all == (config.density is not None):
+        raise FinepointError("give either --density, to keep the largest changes, or --all, to keep every change")
     from finepoint.exchange.extract import extract
     from finepoint.runtime.files import check_output
 
-    if config.all == (config.density is not None):
-        raise FinepointError("give either --density, to keep the largest changes, or --all, to keep every change")
     check_output(config.output, config.overwrite)
     adapter, rows = extract(config.base, config.tuned, config.density)
     adapter.save(config.output, config.overwrite, config.compact)

@@ -4,49 +4,81 @@ Importing torch and transformers and loading a model take seconds; nobody should
 word.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finepoint.runtime import distributed
+from finepoint.runtime.settings import refuse_unregistered
+
 
 def refuse_at_once(command: str, config: Any) -> None:
-    """Refuses a rule, data, a model, an adapter or a target that a command names and that do not exist.
+    """Refuses a name, data, a model, an adapter or a target that a command is told and that do not exist, and settings
+    that do not go together.
 
     Raises:
         FinepointError: one of them is so.
     """
-    if rule := getattr(config, "rule", None):
-        from finepoint.selection.rules import checked_options, rule_named
-
-        checked_options(rule_named(rule), getattr(config, "rule_options", {}))
+    _refuse_words(config)
     for data in _data(config):
         from finepoint.data.sources import refuse_absent
 
         refuse_absent(data)
-    if model := getattr(config, "model", None):
+    for model in filter(None, (getattr(config, name, None) for name in ("model", "base", "tuned"))):
         from finepoint.models.names import refuse_absent as refuse_no_model
 
-        refuse_no_model(model)
+        if isinstance(model, str):  # `generate --base` is a switch
+            refuse_no_model(model)
     for folder in _adapters(command, config):
         from finepoint.adapters.hub import is_hub_id, refuse_no_adapter
 
-        if not Path(folder).exists() and not is_hub_id(folder):
+        if not is_hub_id(folder) and not (Path(folder) / "adapter_config.json").is_file():  # PEFT's
             refuse_no_adapter(folder)
-    if model and (targets := getattr(config, "targets", None)):
-        _refuse_targets(model, targets)
+    if getattr(config, "model", None) and (targets := getattr(config, "targets", None)):
+        _refuse_targets(config.model, targets)
+    if command in TOGETHER:
+        TOGETHER[command](config)
+    if command in WRITING and config.output and not getattr(config, "resume", False) and distributed.is_first():
+        from finepoint.runtime.files import refuse_occupied
+
+        refuse_occupied(config.output, config.overwrite)
+
+
+def _refuse_words(config: Any) -> None:
+    """Refuses names of nothing, and what is spelled in a way that means nothing."""
+    if rule := getattr(config, "rule", None):
+        from finepoint.selection.rules import checked_options, rule_named
+
+        checked_options(rule_named(rule), getattr(config, "rule_options", {}))
+    refuse_unregistered(config)
+    if structure := getattr(config, "structure", None):
+        from finepoint.selection.settings import check_structure, share_within
+
+        check_structure(structure)
+        share_within(config.within, structure, config.density)
 
 
 def _data(config: Any) -> Iterable[Any]:
     """What a command's settings name as data."""
     yield from filter(None, (getattr(config, name, None) for name in ("data", "validation", "fisher_data", "prompts")))
-    for named in [*getattr(config, "id", []), *getattr(config, "ood", []), *getattr(config, "probe", [])]:
-        if place := named.partition("=")[2]:
-            yield place
+    for kind in ("id", "ood", "probe"):
+        if named := getattr(config, kind, []):
+            from finepoint.evaluation.settings import files_by_name
+
+            yield from files_by_name(named, kind).values()
+    for files in (*getattr(config, "tasks", {}).values(), getattr(config, "probes", {})) if _is_study(config) else ():
+        yield from files.values()
     if protect := getattr(config, "protect", None):
         from finepoint.data.recipes.table import OWN, TEXTS, text_file
 
         named = [protect] if isinstance(protect, str) else protect
         yield [text_file(name) for name in named if name not in (*TEXTS, OWN)]
+
+
+def _is_study(config: Any) -> bool:
+    """Whether `tasks` are files by name, and not names of lm-evaluation-harness."""
+    return isinstance(getattr(config, "tasks", None), dict)
 
 
 def _adapters(command: str, config: Any) -> Iterable[str]:
@@ -68,3 +100,48 @@ def _refuse_targets(model: str, targets: Any) -> None:
         folder = folder_of(model)
         names = stored_weights(folder)
         refuse_unmatched(targets, names, words_of(folder, names))
+
+
+def _train(config: Any) -> None:
+    from finepoint.training.resolve import resolve
+
+    density = None if config.density == "auto" else config.density
+    resolve(replace(config, density=density, fit=False))
+
+
+def _align(config: Any) -> None:
+    from finepoint.alignment.resolve import resolve
+
+    resolve(config)
+
+
+def _compare(config: Any) -> None:
+    from finepoint.studies.study import make_study
+
+    make_study(config)
+
+
+def _sequence(config: Any) -> None:
+    from finepoint.studies.ways import check
+
+    check(config)
+
+
+def _select(config: Any) -> None:
+    from finepoint.selection.settings import check_select
+
+    check_select(config)
+
+
+def _eval(config: Any) -> None:
+    from finepoint.evaluation.settings import refuse_unmeasurable
+
+    refuse_unmeasurable(config, bool(config.id or config.ood or config.probe), bool(config.adapter))
+
+
+TOGETHER: dict[str, Callable[[Any], None]] = {
+    "train": _train, "align": _align, "compare": _compare, "sequence": _sequence, "select": _select, "eval": _eval,
+}  # fmt: skip
+"""By command: what its settings must have and be together."""
+WRITING = ("train", "align", "select", "merge", "scale", "extract", "export", "import", "pull", "demo")
+"""Those whose output must be an empty folder, or told to be overwritten."""

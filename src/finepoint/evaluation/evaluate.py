@@ -19,11 +19,11 @@ from finepoint.evaluation.harness import Harness
 from finepoint.evaluation.metrics import changes
 from finepoint.evaluation.scores import Scores
 from finepoint.evaluation.scoring import accuracy, mean_nll
-from finepoint.evaluation.settings import EvalConfig
+from finepoint.evaluation.settings import EvalConfig, files_by_name, refuse_unmeasurable
 from finepoint.evaluation.subjects import Adapters, Given
 from finepoint.runtime.files import claim_file
 from finepoint.runtime.progress import progress
-from finepoint.runtime.settings import refuse_out_of_range, refuse_without
+from finepoint.runtime.settings import refuse_out_of_range
 from finepoint.training.texts import CLASSIFIERS, examples_to_keep, protected_files, to_measure
 
 logger = logging.getLogger(__name__)
@@ -114,15 +114,11 @@ def read_sets(
         FinepointError: a string of another form, a name given twice, a bad file, or a form that does not fit.
     """
     sets: dict[str, list[Example]] = {}
-    for text in named_files:
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path:
-            raise FinepointError(f"--{kind} {text!r}: expected NAME=FILE, e.g. {kind}=test.jsonl")
-        if name in sets:
-            raise FinepointError(f"--{kind} names {name!r} twice; give every set its own name")
+    for name, path in files_by_name(named_files, kind).items():
         examples = some(read_examples(path, columns), limit)
         if isinstance(examples[0], Text) and kind != "probe":
-            raise FinepointError(f"--{kind} {text!r}: plain text has no accuracy; give it as --probe {text}")
+            told = f"{name}={path}"
+            raise FinepointError(f"--{kind} {told!r}: plain text has no accuracy; give it as --probe {told}")
         sets[name] = examples
     return sets
 
@@ -214,15 +210,9 @@ def _carried_out(
     Args:
         given: the adapters; those of the settings where None.
     """
-    refuse_without(config, "protect", ["protect_examples"])
+    refuse_unmeasurable(config, any(sets.values()), bool(config.adapter or (given and given.adapters)))
     if config.protect:
         protected_files(config.protect)  # refused, or fetched, before a model is loaded
-    if not any(sets.values()) and not config.tasks and not config.protect:
-        raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE, or --tasks NAME")
-    if config.protect and not (config.adapter or (given and given.adapters)):
-        raise FinepointError("--protect shows how far an adapter has moved the base; give the --adapter")
-    if config.include_path and not config.tasks:
-        raise FinepointError("include_path is where tasks lie; give --tasks NAME of one of them")
     harness = Harness.of(config.tasks, config.include_path, config.limit) if config.tasks else None
     given = given or Given.of(config.adapter)
     labels = given.labels()

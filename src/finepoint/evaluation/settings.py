@@ -3,8 +3,10 @@
 Nothing heavy is imported here, so that help is instant.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finepoint.errors import FinepointError
 from finepoint.runtime.settings import (
     ANY_BASE,
     ANY_DTYPE,
@@ -18,6 +20,7 @@ from finepoint.runtime.settings import (
     ChatTurns,
     DType,
     Quantise,
+    refuse_without,
     setting,
 )
 
@@ -121,3 +124,44 @@ class DemoConfig:
     limit: int = setting("at most so many examples of the ID set, three eighths as many of each OOD set", 200, least=1)
     overwrite: bool = setting(OVERWRITE, False)
     json: bool = setting(JSON, False)
+
+
+# fmt: on
+
+
+def files_by_name(named_files: Sequence[str], kind: str) -> dict[str, str]:
+    """Files by name, from `NAME=FILE` strings.
+
+    Args:
+        kind: the flag.
+
+    Raises:
+        FinepointError: a string of another form, or a name given twice.
+    """
+    found: dict[str, str] = {}
+    for text in named_files:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise FinepointError(f"--{kind} {text!r}: expected NAME=FILE, e.g. {kind}=test.jsonl")
+        if name in found:
+            raise FinepointError(f"--{kind} names {name!r} twice; give every set its own name")
+        found[name] = path
+    return found
+
+
+def refuse_unmeasurable(config: EvalConfig, sets: bool, adapters: bool) -> None:
+    """Refuses to measure nothing, or what has nothing to be compared with.
+
+    Args:
+        sets, adapters: whether there are any.
+
+    Raises:
+        FinepointError: it is so.
+    """
+    refuse_without(config, "protect", ["protect_examples"])
+    if not sets and not config.tasks and not config.protect:
+        raise FinepointError("there is nothing to evaluate on; give --id, --ood or --probe NAME=FILE, or --tasks NAME")
+    if config.protect and not adapters:
+        raise FinepointError("--protect shows how far an adapter has moved the base; give the --adapter")
+    if config.include_path and not config.tasks:
+        raise FinepointError("include_path is where tasks lie; give --tasks NAME of one of them")

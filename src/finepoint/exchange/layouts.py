@@ -12,7 +12,7 @@ from finepoint import exchange
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.exchange.checkpoint import Checkpoint
 from finepoint.exchange.overlay import Patch, lay_over
-from finepoint.runtime.settings import named
+from finepoint.runtime.settings import REGISTRIES, named
 
 
 @dataclass(frozen=True)
@@ -84,4 +84,4 @@ def layout_named(name: str) -> Layout:
     """
     for module in iter_modules(exchange.__path__):
         import_module(f"{exchange.__name__}.{module.name}")
-    return named(dict(sorted(LAYOUTS.items())), name, "no format", "the formats")
+    return named(dict(sorted(LAYOUTS.items())), name, *REGISTRIES["layout"])

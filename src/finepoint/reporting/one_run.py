@@ -13,7 +13,7 @@ from finepoint.reporting.page import Drawing, Page, Section
 from finepoint.reporting.tables import general, table, text, whole
 from finepoint.reporting.views import Row, number
 from finepoint.runtime.files import read_json
-from finepoint.training.callbacks import LOG, read_log
+from finepoint.training.logfile import LOG, read_log
 from finepoint.training.run import ANSWERS, RECORD
 
 DEFINITIONS = {

@@ -152,7 +152,7 @@ def claim_folder(path: str | Path, overwrite: bool) -> Iterator[Path]:
     existed = folder.exists()
     try:
         with alone(folder, busy=f"another finepoint is writing to {folder}; wait for it, or choose another --output"):
-            _refuse_occupied(folder, overwrite)
+            refuse_occupied(folder, overwrite)
             yield folder
     finally:
         if not existed:
@@ -183,7 +183,7 @@ def check_output(path: str | Path, overwrite: bool) -> None:
         pass
 
 
-def _refuse_occupied(path: str | Path, overwrite: bool) -> None:
+def refuse_occupied(path: str | Path, overwrite: bool) -> None:
     """Refuses a folder that holds something, where `overwrite` is not given; makes nothing.
 
     Raises:

@@ -52,6 +52,8 @@ SECTIONS = ("", "files", "which entries", "scoring", "what is kept", "instead of
 
 SHARE: dict[str, Any] = {"above": 0, "most": 1, "within": "it is a share of the target entries, in (0, 1]"}
 """the bounds of a density"""
+HELD = SHARE | {"within": "it is a share of the weights, in (0, 1]"}
+"""and those of what scoring holds at a time"""
 
 
 def setting(
@@ -199,6 +201,28 @@ def did_you_mean(
     near = get_close_matches(given, list(known), most)
     hint = f"did you mean {' or '.join(map(spell, near))}? " if near else ""
     return f"; {hint}{then}".rstrip() if hint or then else ""
+
+
+REGISTRIES = {
+    "baseline": ("unknown baseline", "known baselines"),
+    "protection": ("no protection", "the protections"),
+    "token_loss": ("no loss", "the losses"),
+    "method": ("there is no way to merge called", "there are"),
+    "layout": ("no format", "the formats"),
+}
+"""By decorator: how a message begins that there is none of a name, and how its list of all names does."""
+
+
+def refuse_unregistered(config: Any) -> None:
+    """Refuses names that nothing of ours is registered by; nothing is imported for it.
+
+    Raises:
+        FinepointError: there is one, in the words of whoever would look for it later.
+    """
+    for known in fields(config):
+        name, registry = getattr(config, known.name), known.metadata["registry"]
+        if registry and name is not None:
+            named(dict.fromkeys(values_of(known)), name, *REGISTRIES[registry.split()[1]])
 
 
 def named(known: Mapping[str, Known], name: str, unknown: str, listed: str) -> Known:

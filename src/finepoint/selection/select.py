@@ -19,7 +19,7 @@ from finepoint.runtime.settings import fits, spelled
 from finepoint.selection.passes import Batch, drawn
 from finepoint.selection.reach import is_text, reached_by_text
 from finepoint.selection.rules import OURS, STATISTICS, Rule, checked_options, rule_named
-from finepoint.selection.settings import DEFAULT_RULE
+from finepoint.selection.settings import DEFAULT_RULE, refuse_two_sizes
 from finepoint.selection.statistics import Statistics, seeded_generator, stream_statistics
 from finepoint.selection.structure import (
     Pooling,
@@ -312,14 +312,11 @@ def budgets(
         sizes: how many every target weight has.
         taken: how many of them may not be chosen.
     """
+    refuse_two_sizes(density, count, targets)
     parts: list[tuple[list[str], float, int | None]]
     if isinstance(targets, Mapping):
-        if density is not None or count is not None:
-            raise FinepointError("targets give a density for each pattern; leave out density and count")
         parts = [(names, share, None) for names, share in _pattern_parts(model, sizes, targets)]
     else:
-        if density is not None and count is not None:
-            raise FinepointError(f"both density {density} and count {count} are given; give one of them")
         parts = [(list(sizes), density if density is not None else 1e-3, count)]
 
     plan = []

@@ -3,14 +3,18 @@
 Nothing heavy is imported here, so that help is instant.
 """
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from finepoint.data.sources import place_or_rows
+from finepoint.errors import FinepointError
 from finepoint.runtime.settings import (
     CHAT_TURNS,
     DATA,
     DTYPE,
+    HELD,
     JSON,
     LARGEST_SEED,
     MODEL,
@@ -21,11 +25,13 @@ from finepoint.runtime.settings import (
     Printed,
     Quantise,
     TargetsOption,
+    refuse_without,
     setting,
 )
 
 DEFAULT_RULE = "random"
 """What nothing measured so far beats at equal forgetting, and needs no pass over the data: docs/study.md."""
+STRUCTURES = "entry, row, column, block:RxC (e.g. block:16x16) or head"
 
 # fmt: off
 
@@ -62,7 +68,8 @@ class Choice(Printed):
     scoring_examples: float = setting(
         "how many training examples gradients are taken over; a share where below 1", 256, "statistics", "scoring")
     scoring_memory: float = setting(
-        "share of the weights whose gradients are held at a time; less memory, more passes", 1.0, section="scoring")
+        "share of the weights whose gradients are held at a time; less memory, more passes",
+        1.0, section="scoring", **HELD)
     threshold: Literal["exact", "sampled"] = setting(
         "exact (exactly so many entries) or sampled (about as many, lean SAFT)", "exact", "selection", "scoring")
 
@@ -109,3 +116,86 @@ class SelectConfig(Choice):
         for name in ("data", "validation", "protect", "fisher_data"):
             if hasattr(self, name):  # rows that Python holds stand in for a file
                 object.__setattr__(self, name, place_or_rows(getattr(self, name)))
+
+
+# fmt: on
+
+
+def check_structure(structure: str) -> re.Match[str] | None:
+    """Refuses what is no structure; rows and columns of a block where it is one.
+
+    Raises:
+        FinepointError: no such structure.
+    """
+    block = re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", structure)
+    if not block and structure not in ("entry", "row", "column", "head"):
+        raise FinepointError(f"structure is {structure!r}; it is {STRUCTURES}")
+    return block
+
+
+def share_within(within: str | None, structure: str = "entry", density: Any = None) -> float | None:
+    """The share of each weight's columns that single entries may lie in, of `columns:SHARE`; None for all.
+
+    Raises:
+        FinepointError: it is spelled in another way; groups are chosen whole; a density that has no room in it.
+    """
+    if within is None:
+        return None
+    what, _, share = within.partition(":")
+    try:
+        found = float(share) if what == "columns" else 0.0
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise FinepointError(f"within is {within!r}; it is columns:SHARE, a share of each weight's columns in (0, 1], "
+                             "e.g. columns:0.03")  # fmt: skip
+    if structure != "entry":
+        raise FinepointError(f"within is for single entries, and structure {structure!r} chooses whole groups; leave "
+                             "out one of them")  # fmt: skip
+    if isinstance(density, float | int) and density > found:
+        raise FinepointError(f"density {density} of all entries does not fit within {found} of the columns; give at "
+                             f"least --within columns:{density}")  # fmt: skip
+    return found
+
+
+def refuse_two_sizes(density: Any, count: int | None, targets: str | Sequence[str] | Mapping[str, float]) -> None:
+    """Refuses two ways of saying how many entries are chosen.
+
+    Raises:
+        FinepointError: there are two.
+    """
+    if isinstance(targets, Mapping) and not (density is None and count is None):
+        raise FinepointError("targets give a density for each pattern; leave out density and count")
+    if density is not None and count is not None:
+        raise FinepointError(f"both density {density} and count {count} are given; give one of them")
+
+
+def refuse_unread(config: SelectConfig) -> None:
+    """Refuses a rule without what it looks at.
+
+    Raises:
+        FinepointError: it has no examples, or no text that is to be kept.
+    """
+    from finepoint.selection.rules import rule_named
+
+    rule = rule_named(config.rule)
+    if rule.needs_data and config.data is None:
+        raise FinepointError(f"rule {rule.name!r} scores by examples and needs some; give --data FILE.jsonl")
+    if rule.needs_kept and config.protect is None:
+        raise FinepointError(f"rule {rule.name!r} looks at what is to be kept; give text of it by --protect")
+
+
+def check_select(config: SelectConfig) -> None:
+    """What `finepoint select` must be told.
+
+    Raises:
+        FinepointError: it is not.
+    """
+    from finepoint.selection.rules import rule_named
+
+    refuse_without(config, "protect", ["protect_examples", "protect_read"])
+    if config.protect and not rule_named(config.rule).needs_kept:
+        raise FinepointError(f"rule {config.rule!r} looks at no text that is to be kept; leave out --protect, or give "
+                             "another rule, e.g. gain")  # fmt: skip
+    refuse_two_sizes(config.density, config.count, config.targets)
+    refuse_unread(config)

@@ -5,7 +5,6 @@ A weight is seen as the matrix (out, in) that it is, one of one dimension (or no
 (experts) one under the other.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from finepoint.errors import FinepointError
+from finepoint.selection.settings import check_structure
+from finepoint.selection.settings import share_within as share_within  # its former place
 
 Pooling = Literal["mean", "sum"]
-STRUCTURES = "entry, row, column, block:RxC (e.g. block:16x16) or head"
 HEADS_IN_ROWS, HEADS_IN_COLUMNS = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
 
 
@@ -110,43 +110,6 @@ def _tile(model: nn.Module, name: str, weight: Tensor, structure: str) -> tuple[
     if block := check_structure(structure):
         return int(block[1]), int(block[2])
     return {"entry": (1, 1), "row": (1, features), "column": (out, 1)}[structure]
-
-
-def check_structure(structure: str) -> re.Match[str] | None:
-    """Refuses what is no structure; rows and columns of a block where it is one.
-
-    Raises:
-        FinepointError: no such structure.
-    """
-    block = re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", structure)
-    if not block and structure not in ("entry", "row", "column", "head"):
-        raise FinepointError(f"structure is {structure!r}; it is {STRUCTURES}")
-    return block
-
-
-def share_within(within: str | None, structure: str = "entry", density: Any = None) -> float | None:
-    """The share of each weight's columns that single entries may lie in, of `columns:SHARE`; None for all.
-
-    Raises:
-        FinepointError: it is spelled in another way; groups are chosen whole; a density that has no room in it.
-    """
-    if within is None:
-        return None
-    what, _, share = within.partition(":")
-    try:
-        found = float(share) if what == "columns" else 0.0
-    except ValueError:
-        found = 0.0
-    if not 0 < found <= 1:
-        raise FinepointError(f"within is {within!r}; it is columns:SHARE, a share of each weight's columns in (0, 1], "
-                             "e.g. columns:0.03")  # fmt: skip
-    if structure != "entry":
-        raise FinepointError(f"within is for single entries, and structure {structure!r} chooses whole groups; leave "
-                             "out one of them")  # fmt: skip
-    if isinstance(density, float | int) and density > found:
-        raise FinepointError(f"density {density} of all entries does not fit within {found} of the columns; give at "
-                             f"least --within columns:{density}")  # fmt: skip
-    return found
 
 
 def columns_within(columns: Tiling, share: float) -> int:

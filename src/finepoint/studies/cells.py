@@ -24,8 +24,8 @@ from finepoint.runtime import interruption
 from finepoint.studies.settings import CompareConfig
 from finepoint.studies.sharing import shared_selection
 from finepoint.studies.study import Arm, Cell, Study, train_config
-from finepoint.training.callbacks import LOG, read_log
 from finepoint.training.context import TrainingContext, training_context
+from finepoint.training.logfile import LOG, read_log
 from finepoint.training.run import fit, versions
 from finepoint.training.settings import TrainConfig
 from finepoint.training.texts import examples_to_keep, to_measure

@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import nn
 from finepoint.adapters.adapter import SparseAdapter, applied_to
 from finepoint.adapters.entries import gather, overlap
 from finepoint.adapters.peft import is_peft, load_merged
-from finepoint.baselines.registry import baseline_named
 from finepoint.data.batches import context_length, learned
 from finepoint.data.examples import Example, Labelled, Text, read_examples, some
 from finepoint.data.leaks import Seen, leaks, warn_of_leaks
@@ -29,12 +28,13 @@ from finepoint.evaluation.scoring import accuracy, mean_nll
 from finepoint.models.loading import load_model, load_tokenizer
 from finepoint.models.packages import digest
 from finepoint.runtime.files import claim_folder, contents, read_json, read_record, write_json, write_record
-from finepoint.runtime.settings import deciding, did_you_mean, named
-from finepoint.studies.results import OVERLAPS, SEQUENCE, SEQUENCE_RESULT, WAYS, adapter_folder
+from finepoint.runtime.settings import deciding
+from finepoint.studies.results import SEQUENCE, SEQUENCE_RESULT, WAYS, adapter_folder
 from finepoint.studies.settings import SequenceConfig
+from finepoint.studies.ways import check, told, ways_of
 from finepoint.training.context import TrainingContext, training_context
 from finepoint.training.earlier import Earlier, EarlierFactors, EarlierTasks
-from finepoint.training.resolve import resolve, unused_by
+from finepoint.training.resolve import resolve
 from finepoint.training.run import RECORD, fit, versions
 from finepoint.training.settings import TrainConfig
 
@@ -72,7 +72,8 @@ def run_sequence(config: SequenceConfig) -> dict[str, Any]:
     Raises:
         FinepointError: whatever the user can mend.
     """
-    settings = _check(config)
+    check(config)
+    settings = deciding(config, "bits") | {"contents": _contents(config)}
     with claim_folder(config.output, overwrite=True) as folder:
         _claim(folder, settings, ways_of(config))
         return _run(config, folder)
@@ -147,7 +148,7 @@ def _place(state: SequenceState, way: str, task: str) -> Path:
     """Where a task's adapter lies, or is to lie: the first one is shared by ways that train it at the same rate."""
     place = state.adapter_folder(way, task)
     shared = place != state.folder / way / task and (place / RECORD).is_file()
-    if shared and read_record(place / RECORD)["lr"] != resolve(_told(state.config, way, task, str(place), [])).lr:
+    if shared and read_record(place / RECORD)["lr"] != resolve(told(state.config, way, task, str(place), [])).lr:
         return state.folder / way / task
     return place
 
@@ -157,7 +158,7 @@ def _train(state: SequenceState, way: str, task: str, place: Path) -> None:
     config = state.config
     before = state.tasks[: state.tasks.index(task)]
     exclude = [str(state.adapter_folder(way, name)) for name in before] if WAYS[way].exclude else []
-    settings = _told(config, way, task, str(place), exclude)
+    settings = told(config, way, task, str(place), exclude)
     shutil.rmtree(place, ignore_errors=True)
     examples = read_examples(settings.data, settings.columns)
     where: TrainingContext = training_context(settings, state.model, state.tokenizer, examples)
@@ -179,32 +180,6 @@ def _earlier(state: SequenceState, settings: TrainConfig, before: Sequence[str])
         found = encode_all(state.tokenizer, examples, limit, what=f"example of {task}", model=state.model)
         rows[task] = [row for row in found if learned(row)]
     return EarlierTasks(rows, config.earlier_strength, settings.seed)
-
-
-def ways_of(config: SequenceConfig) -> Sequence[str]:
-    return config.ways or OVERLAPS[config.overlap]
-
-
-def _told(config: SequenceConfig, way: str, task: str, output: str, exclude: list[str]) -> TrainConfig:
-    """What `finepoint train` would be told for a task; what its way does not look at is left out."""
-    baseline = baseline_named(WAYS[way].baseline) if WAYS[way].baseline else None
-    left_out = unused_by(baseline) if baseline else {"baseline_options": {}}
-    further = {name: value for name, value in config.train.items() if name not in left_out}
-    own = _own(config, task, output, exclude)
-    own |= {name: default for name, default in left_out.items() if name in own}
-    rate = config.rates.get(way, None if baseline else config.lr)
-    return TrainConfig(**own | {"baseline": WAYS[way].baseline or None, "lr": rate}, **further)
-
-
-def _own(config: SequenceConfig, task: str, output: str, exclude: list[str]) -> dict[str, Any]:
-    """What a sequence sets for every task by itself."""
-    # Of one seed, random choices would be the same entries for every task.
-    seed = config.seed + list(config.tasks).index(task)
-    return {
-        "model": config.model, "dtype": config.dtype, "quantise": None, "data": config.tasks[task]["train"],
-        "output": output, "overwrite": True, "baseline": None, "rule": config.rule, "density": config.density,
-        "exclude": exclude, "lr": config.lr, "seed": seed,
-    }  # fmt: skip
 
 
 def _row(state: SequenceState) -> dict[str, float]:
@@ -258,36 +233,6 @@ def _remembered(path: Path, make: Any) -> dict[str, float]:
     if not path.is_file():
         write_json(path, make())
     return read_json(path)
-
-
-def _check(config: SequenceConfig) -> dict[str, Any]:
-    """What decides the results, as the manifest keeps it."""
-    if len(config.tasks) < 2:
-        raise FinepointError("a sequence needs two tasks or more; give tasks: {a: {train: F, test: F}, b: ..}")
-    for name, files in config.tasks.items():
-        if set(files) != {"train", "test"}:
-            raise FinepointError(f"task {name!r} has the sets {sorted(files)}; give train and test")
-    known = {setting.name for setting in fields(TrainConfig)} - set(_own(config, next(iter(config.tasks)), "", []))
-    if unknown := sorted(set(config.train) - known):
-        raise FinepointError(f"train gives {unknown[0]!r}, which is no setting that a sequence takes there"
-                             f"{did_you_mean(unknown[0], known)}")  # fmt: skip
-    _check_ways(config)
-    return deciding(config, "bits") | {"contents": _contents(config)}
-
-
-def _check_ways(config: SequenceConfig) -> None:
-    """Refuses ways that are none, and what `finepoint train` would refuse, before hours of other tasks."""
-    if config.ways and config.overlap != SequenceConfig.overlap:
-        raise FinepointError("ways says which ways, and so does overlap; leave out one of them")
-    for way in (*ways_of(config), *config.rates):
-        named(WAYS, way, "unknown way", "ways")
-    for way in ways_of(config):
-        try:
-            spec = resolve(_told(config, way, next(iter(config.tasks)), config.output, []))
-        except FinepointError as error:
-            raise FinepointError(f"way {way}: {error}") from error
-        if WAYS[way].anchored and spec.config.refresh:
-            raise FinepointError(f"way {way}: earlier tasks hold entries that are chosen once; leave out refresh")
 
 
 def _contents(config: SequenceConfig) -> dict[str, str]:

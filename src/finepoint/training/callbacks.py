@@ -4,7 +4,6 @@ The log holds a JSON object a line, each with its step; a resumed run goes on wh
 that is broken off leaves is its last good step, in an adapter that says so and in a checkpoint.
 """
 
-import json
 import logging
 import math
 import random
@@ -22,36 +21,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed, interruption
-from finepoint.runtime.files import write_json, write_text, writing
+from finepoint.runtime.files import write_json
 from finepoint.runtime.interruption import BrokenOff
 from finepoint.runtime.progress import Bar
+from finepoint.training.logfile import UNDER_WAY as UNDER_WAY  # its former place
+from finepoint.training.logfile import append, cut_log_, figures
+from finepoint.training.logfile import read_log as read_log  # its former place
 from finepoint.tuner.finite import refuse_not_finite
 
 logger = logging.getLogger(__name__)
-LOG = "log.jsonl"
-UNDER_WAY = "under_way.json"  # how many steps a run is to do, while it has no record
 UNFINISHED = "unfinished"  # what an adapter's `info` calls it
-TOLD = ("loss", "reward", "rewards/margins", "rewards/accuracies")  # of a step, in a line
-
-
-def append(log: Path, record: Mapping[str, Any]) -> None:
-    """Adds a line."""
-    with writing(log), log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_log(log: Path) -> list[dict[str, Any]]:
-    """All lines but a last one that was torn by the end of its process."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def cut_log_(log: Path, step: int) -> list[dict[str, Any]]:
-    """Takes away what a run wrote after the checkpoint it is resumed from; returns what stays."""
-    records = [record for record in read_log(log) if record["step"] <= step]
-    if log.is_file():
-        write_text(log, "".join(json.dumps(record) + "\n" for record in records))
-    return records
 
 
 @dataclass(frozen=True)
@@ -176,14 +155,6 @@ def _tell(record: Mapping[str, Any], steps: int, bar: Bar) -> None:
     elif "loss" in record and (step % 10 == 0 or step == steps):
         left = f", {bar.left()} left" if step < steps and bar.left() else ""
         logger.info("step %d of %d: %s%s", step, steps, figures(record), left)
-
-
-def figures(record: Mapping[str, Any]) -> str:
-    """What a step is told by: its loss or reward, the learning rate, the tokens a second."""
-    numbers = [f"{name} {record[name]:.4f}" for name in TOLD if name in record]
-    numbers += [f"rate {record['learning_rate']:.2g}"] if "learning_rate" in record else []
-    numbers += [f"{record['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in record else []
-    return ", ".join(numbers)
 
 
 def refreshes(state: TrainerState) -> list[dict[str, Any]]:

@@ -21,13 +21,14 @@ from finepoint.models.packages import digest
 from finepoint.runtime import distributed
 from finepoint.runtime.files import VERSION, read_json, read_record, refuse_version, write_record
 from finepoint.runtime.settings import deciding
+from finepoint.training.logfile import RECORD as RECORD  # its former place
 from finepoint.training.texts import texts_kept, texts_read
 from finepoint.tuner.kernels import choice
 
 logger = logging.getLogger(__name__)
 SEAL = "sealed.json"
 TIME = "time"  # of its settings, where the chat template writes it
-CHECKPOINTS, RECORD = "checkpoints", "run.json"  # of a run, in its folder
+CHECKPOINTS = "checkpoints"  # of a run, in its folder
 BASE = "base"  # of the settings: the fingerprint
 STATE = "trainer_state.json"  # the last file that transformers writes
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")

@@ -48,11 +48,10 @@ from finepoint.models.probing import PACKABLE, counts_from_zero, keeps_apart
 from finepoint.models.quantised import quantised_layers
 from finepoint.runtime import distributed
 from finepoint.runtime.files import claim_folder, write_record
-from finepoint.runtime.settings import refuse_without
 from finepoint.selection.on_grid import NO_GRID
 from finepoint.selection.rules import rule_named
 from finepoint.selection.select import Budget, Selection, refuse_excluded, select
-from finepoint.selection.settings import SelectConfig
+from finepoint.selection.settings import SelectConfig, check_select
 from finepoint.selection.statistics import stream_statistics
 from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.texts import (
@@ -337,11 +336,7 @@ def choose(config: SelectConfig) -> Selection:
     Raises:
         FinepointError: whatever the user can mend.
     """
-    rule = rule_named(config.rule)
-    refuse_without(config, "protect", ["protect_examples", "protect_read"])
-    if config.protect and not rule.needs_kept:
-        raise FinepointError(f"rule {rule.name!r} looks at no text that is to be kept; leave out --protect, or give "
-                             "another rule, e.g. gain")  # fmt: skip
+    check_select(config)
     distributed.join()
     with ExitStack() as claims:
         folder = distributed.on_first(lambda: claims.enter_context(claim_folder(config.output, config.overwrite)))

@@ -2,7 +2,11 @@
 
 `anchor` is EWC at whatever is trained. For k entries the Fisher information has k numbers: holding back what other text
 needs costs 4 bytes an entry here, and nothing in a step.
+
+Torch is imported by what holds, so that names and what goes with what are known without it.
 """
+
+from __future__ import annotations
 
 import logging
 import random
@@ -10,27 +14,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from finepoint.baselines.registry import Baseline
-from finepoint.data.batches import Row
 from finepoint.errors import FinepointError
-from finepoint.models.probing import evaluating
 from finepoint.runtime import distributed
-from finepoint.runtime.progress import tracked
-from finepoint.runtime.settings import Cited, named, refuse_without
-from finepoint.selection.passes import drawing, label_count, on_device
+from finepoint.runtime.settings import REGISTRIES, Cited, named, refuse_without
 from finepoint.selection.rules import FLOOR, TINIEST, rule_named
-from finepoint.training.context import TrainingContext
-from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
-from finepoint.training.loss import completion_loss, drawn_loss, plain_head
-from finepoint.training.settings import Training
-from finepoint.training.texts import READ, rows_to_read
-from finepoint.tuner.anchor import Anchor
-from finepoint.tuner.interface import Penalty, Tuner
+from finepoint.training.settings import READ, Training
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from finepoint.data.batches import Row
+    from finepoint.training.context import TrainingContext
+    from finepoint.tuner.anchor import Anchor
+    from finepoint.tuner.interface import Penalty, Tuner
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,13 @@ class Protected:
 
     def batches(self, rows: Sequence[Row], size: int) -> list[dict[str, Any]]:
         """Rows as batches, on the model's device."""
+        from finepoint.selection.passes import on_device
+
         device = next(self.context.model.parameters()).device
         return [on_device(batch, device) for batch in self.context.collator.batches(rows, size)]
 
 
-Make = Callable[[Protected], Penalty]
+Make = Callable[[Protected], "Penalty"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,6 +103,8 @@ def protection(formula: str, source: str, strength: float, **more: Any) -> Calla
 @protection("(strength/2) sum F (w - w0)^2, F a token, of labels that the model draws", "EWC, arXiv:1612.00796", 1000.0,
             weights=True, few=True)  # fmt: skip
 def anchor(given: Protected) -> Penalty:
+    from finepoint.training.texts import rows_to_read
+
     return _anchored(given, given.seed, rows_to_read(given.rows, given.context.tokenizer, given.texts_read))
 
 
@@ -111,6 +115,8 @@ def empirical(given: Protected) -> Penalty:
 
 
 def _anchored(given: Protected, seed: int | None, rows: Sequence[Row]) -> Anchor:
+    from finepoint.tuner.anchor import Anchor
+
     def measure() -> dict[str, Tensor]:
         return information(given, seed, rows)
 
@@ -130,6 +136,9 @@ def step_sizes(given: Protected, penalty: Penalty) -> dict[str, Tensor]:
     Returns:
         By the names of `tuner.trained()`, of their shapes and dtypes.
     """
+    from finepoint.training.texts import rows_to_read
+    from finepoint.tuner.anchor import Anchor
+
     if isinstance(penalty, Anchor) and given.reads:
         fisher = penalty.fisher  # is read already
     else:
@@ -143,6 +152,10 @@ def step_sizes(given: Protected, penalty: Penalty) -> dict[str, Tensor]:
 
 @protection("(strength/2) sum (w - w0)^2", "L2-SP, arXiv:1802.01483", 0.03, reads=False, weights=True)
 def l2(given: Protected) -> Penalty:
+    import torch
+
+    from finepoint.tuner.anchor import Anchor
+
     alike = {name: torch.ones((), device=value.device) for name, value in given.tuner.trained().items()
              if name not in given.head}  # fmt: skip
     return Anchor(given.tuner.trained, alike, given.strength, _start(given.tuner))
@@ -151,6 +164,12 @@ def l2(given: Protected) -> Penalty:
 @protection("strength x KL(base || model) on some of the texts at each step", "distillation, arXiv:1606.09282", 1.0,
             beside=True)  # fmt: skip
 def kl(given: Protected) -> Penalty:
+    import torch
+
+    from finepoint.models.probing import evaluating
+    from finepoint.training.divergence import divergence, head_as_it_is, states_at_labels
+    from finepoint.training.loss import plain_head
+
     model = given.context.model
     if (head := plain_head(model)) is None:
         raise FinepointError(f"{type(model).__name__} changes its head's logits, which would have to be kept for every "
@@ -168,6 +187,8 @@ def kl(given: Protected) -> Penalty:
 @protection("strength x the loss of some of the texts at each step", "experience replay, arXiv:1811.11682", 1.0,
             beside=True)  # fmt: skip
 def replay(given: Protected) -> Penalty:
+    from finepoint.training.loss import completion_loss
+
     return Beside(given, lambda batch, places, labels: completion_loss(given.context.model, batch, labels))
 
 
@@ -177,7 +198,7 @@ def protection_named(name: str) -> Protection:
     Raises:
         FinepointError: there is none; the known ones are listed.
     """
-    return named(PROTECTIONS, name, "no protection", "the protections")
+    return named(PROTECTIONS, name, *REGISTRIES["protection"])
 
 
 def protection_of(config: Training, baseline: Baseline | None) -> Protection | None:
@@ -248,6 +269,13 @@ def fisher_at(tuner: Tuner, model: Any, batches: Sequence[Mapping[str, Any]], se
     Returns:
         By the names of `tuner.trained()`, of their shapes and dtypes.
     """
+    import torch
+
+    from finepoint.models.probing import evaluating
+    from finepoint.runtime.progress import tracked
+    from finepoint.selection.passes import drawing, on_device
+    from finepoint.training.loss import completion_loss, drawn_loss
+
     started = time.perf_counter()
     trained = tuner.trained()
     found = {name: torch.zeros_like(value) for name, value in trained.items()}
@@ -278,6 +306,8 @@ def fisher_at(tuner: Tuner, model: Any, batches: Sequence[Mapping[str, Any]], se
 
 
 def _generator(seed: int, place: int) -> torch.Generator:
+    import torch
+
     return torch.Generator().manual_seed(random.Random(f"{seed}:{place}").getrandbits(31))
 
 
@@ -287,6 +317,8 @@ def at_base(tuner: Tuner) -> Iterator[None]:
     if not tuner.deltas:  # whose entries stay the same: it has not moved yet
         yield
         return
+    import torch
+
     trained = tuner.trained()
     with torch.no_grad():
         held = {name: (delta.detach().clone(), delta.grad) for name, delta in trained.items()}
@@ -342,6 +374,11 @@ class Beside:
         return random.Random(f"{self.given.seed}:{turn}").sample(range(texts), texts)
 
     def add_(self, step: int) -> None:
+        import torch
+
+        from finepoint.models.probing import evaluating
+        from finepoint.selection.passes import label_count
+
         model, places = self.given.context.model, self.places(step)
         batches = self.given.batches([self.given.rows[place] for place in places], len(places))
         labels = sum(map(label_count, batches))

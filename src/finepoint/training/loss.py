@@ -7,80 +7,24 @@ twice.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
 
 from finepoint.data.batches import IGNORED, accepted
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
-from finepoint.runtime.settings import Cited, named
 from finepoint.selection.passes import label_count, undisturbed
+from finepoint.training.losses import LOSSES as LOSSES  # its former place
+from finepoint.training.losses import Measure, loss_named, nll
 from finepoint.tuner.autograd import AS_IT_IS
 
 CHUNK = 256  # positions whose logits are alive at a time: fewer cost time, more only memory
-LIKELY = 20  # tokens, the likeliest, whose entropy EAFT takes for all
-Measure = Callable[[Tensor, Tensor], Tensor]
-"""From logits, (n, vocabulary), at least float32, and what is wanted there, (n, ..), to losses, (n,)."""
 # What makes logits more than their head's output, by the names it has in configurations.
 CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_scale", "lm_head_multiplier")
-
-
-@dataclass(frozen=True, repr=False)
-class TokenLoss(Cited):
-    """What `--loss` names, with its formula and where it comes from."""
-
-    name: str
-    measure: Measure
-    formula: str
-    source: str
-
-
-LOSSES: dict[str, TokenLoss] = {}
-
-
-def token_loss(formula: str, source: str) -> Callable[[Measure], Measure]:
-    """Makes a function what training minimises, by its name: from logits and labels, (n,), to losses, (n,)."""
-
-    def register(measure: Measure) -> Measure:
-        LOSSES[measure.__name__] = TokenLoss(measure.__name__, measure, formula, source)
-        return measure
-
-    return register
-
-
-@token_loss("-log p(y)", "cross-entropy")
-def nll(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits, labels, reduction="none")
-
-
-@token_loss("-p(y) log p(y), p(y) a constant to the gradient", "DFT, arXiv:2508.05629")
-def dft(logits: Tensor, labels: Tensor) -> Tensor:
-    losses = nll(logits, labels)
-    return losses * (-losses.detach()).exp()
-
-
-@token_loss("-H log p(y), H the entropy of the 20 likeliest tokens among themselves / 3, a constant to the gradient",
-            "EAFT, arXiv:2601.02151")  # fmt: skip
-def eaft(logits: Tensor, labels: Tensor) -> Tensor:
-    likeliest = logits.detach().topk(min(LIKELY, logits.shape[-1])).values
-    told = likeliest.log_softmax(-1)
-    # The authors' code divides by 3, about log 20.
-    return nll(logits, labels) * (-(told.exp() * told).sum(-1) / 3)
-
-
-def loss_named(name: str) -> TokenLoss:
-    """The loss called `name`.
-
-    Raises:
-        FinepointError: there is none; the known ones are listed.
-    """
-    return named(LOSSES, name, "no loss", "the losses")
 
 
 def completion_loss(

@@ -1,27 +1,24 @@
-"""Checks the settings of a run and fills in the defaults."""
+"""Checks the settings of a run and fills in the defaults. Without torch, so that a mistake is told at once."""
 
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
-
-from finepoint.adapters.format import CONFIG
+from finepoint.adapters.hub import FILES
 from finepoint.baselines.registry import Baseline, baseline_named, options_of
 from finepoint.errors import FinepointError
-from finepoint.models.loading import has_grid, is_gguf
+from finepoint.models.names import is_gguf
 from finepoint.runtime import distributed
 from finepoint.runtime.files import read_json
 from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
 from finepoint.selection.rates import usual_rate
 from finepoint.selection.rules import rule_named
-from finepoint.selection.structure import check_structure, share_within
+from finepoint.selection.settings import check_structure, refuse_two_sizes, refuse_unread, share_within
 from finepoint.training.keep import Protection, protection_named, protection_of
-from finepoint.training.loss import loss_named
-from finepoint.training.refresh import schedule_of
+from finepoint.training.losses import loss_named
+from finepoint.training.schedule import schedule_of
 from finepoint.training.settings import TrainConfig, Training
-from finepoint.training.tracking import require
 
 Told = TypeVar("Told", bound=Training)
 RESUMES_TOGETHER = (5, 18)  # the transformers since which several processes on CPUs load an optimizer's state
@@ -91,6 +88,8 @@ def _check_on_grid(config: Training) -> None:
     if given := next((name for name, value in others.items() if value), None):
         raise FinepointError(f"--on-grid trains chosen entries on the codes of the base, which goes without "
                              f"--{given.replace('_', '-')}; leave out one of them")  # fmt: skip
+    from finepoint.models.loading import has_grid  # and with it torch: nothing else asks what a model is
+
     if not has_grid(config.model, config.quantise):
         raise FinepointError(f"{config.model} has no grid: --on-grid trains on the codes of a quantised base; give "
                              "--model FILE.gguf, smollm2, gemma3-270m or a quantised checkpoint, or --quantise int8, "
@@ -116,7 +115,10 @@ def resolve_common(config: Told) -> RunSpec[Told]:
         FinepointError: what none of them can do.
     """
     refuse_out_of_range(config)
-    require(config.report_to)
+    if config.report_to:
+        from finepoint.training.tracking import require
+
+        require(config.report_to)
     if not 0 <= config.warmup <= 1:
         raise FinepointError(f"warmup is {config.warmup}; it is a share of the steps, in [0, 1]")
     if config.lr is not None and config.lr <= 0:
@@ -133,6 +135,9 @@ def resolve_common(config: Told) -> RunSpec[Told]:
         usual, options = config.FACTORS or baseline.lr, options_of(baseline, config.baseline_options)
         spec = RunSpec(config, config.lr or usual, usual, baseline, options)
     else:
+        if not config.indices:
+            refuse_two_sizes(config.density, config.count, config.targets)
+            refuse_unread(config)
         usual = rate_of(config)
         spec = RunSpec(config, config.lr or usual, usual, None, {})
     if not (protection := protection_of(config, spec.baseline)):
@@ -147,7 +152,7 @@ def rate_of(config: Training) -> float:
     Raises:
         FinepointError: there is no such rule.
     """
-    told = Path(config.indices or "") / CONFIG
+    told = Path(config.indices or "") / FILES[1]
     info = read_json(told).get("info", {}) if config.indices and told.is_file() else {}
     rule, density = rule_named(info.get("rule") or config.rule), info.get("density") or config.density
     if config.RATES:
@@ -223,6 +228,8 @@ def check_processes(config: Training) -> None:
 
 def resumes_together() -> bool:
     """Whether several processes can go on from a checkpoint here."""
+    import torch
+
     return torch.cuda.is_available() or tuple(map(int, version("transformers").split(".")[:2])) >= RESUMES_TOGETHER
 
 

@@ -34,7 +34,7 @@ from finepoint.runtime.progress import progress
 from finepoint.selection.passes import Batch, on_device
 from finepoint.selection.rates import slow
 from finepoint.training.budget import Holding
-from finepoint.training.callbacks import LOG, UNDER_WAY, LastStep, Watch, left_by, marked, refreshes, validation_losses
+from finepoint.training.callbacks import LastStep, Watch, left_by, marked, refreshes, validation_losses
 from finepoint.training.checkpoints import (
     CHECKPOINTS,
     RECORD,
@@ -62,6 +62,7 @@ from finepoint.training.context import (
 from finepoint.training.context import choose as choose  # its former place
 from finepoint.training.earlier import EARLIER, Earlier
 from finepoint.training.keep import Protected, step_sizes, texts_a_step
+from finepoint.training.logfile import LOG, UNDER_WAY
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
 from finepoint.training.resolve import RunSpec, Told, check_processes, resolve, steps_of

@@ -6,10 +6,12 @@ Nothing heavy is imported here, so that help is instant.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from finepoint.runtime.settings import COMPACT, DATA, DTYPE, JSON, SHARE, DType, Quantise, TargetsOption, setting
+from finepoint.runtime.settings import COMPACT, DATA, DTYPE, HELD, JSON, SHARE, DType, Quantise, TargetsOption, setting
 from finepoint.selection.settings import DEFAULT_RULE, SelectConfig
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+
+EXAMPLES, READ = 64, 16  # texts that are read or fetched: so many are kept, and so many read for what they need
 
 # fmt: off
 
@@ -130,7 +132,7 @@ class TrainConfig(Training):
         None, "bits", "training", above=0, most=0.999999)
     loss: str = setting(
         "what is minimised: nll, or one that weighs tokens by what the model says of them: dft, eaft",
-        "nll", "bits", "training", registry="training/loss.py token_loss")
+        "nll", "bits", "training", registry="training/losses.py token_loss")
     packing: bool = setting(
         "several examples in a row, each as if it were alone: the same batches with less padding",
         False, "bits", "training")
@@ -158,7 +160,7 @@ class PlanConfig:
     structure: str = setting(
         "entry, or whole groups: row, column, block:RxC, head; density and count then are of groups", "entry")
     within: str | None = setting("columns:SHARE, single entries in so large a share of each weight's columns", None)
-    scoring_memory: float = setting("share of the weights whose gradients are held at a time", 1.0)
+    scoring_memory: float = setting("share of the weights whose gradients are held at a time", 1.0, **HELD)
     tokens: int = setting("length of every example", 512)
     learned: int | None = setting("how many tokens at the end of every example carry a loss; all where not given", None)
     batch_size: int = setting("examples a batch", 16, least=1)

@@ -26,6 +26,7 @@ from finepoint.runtime import distributed
 from finepoint.runtime.files import alone, read_json, write_json, write_json_lines
 from finepoint.runtime.progress import progress
 from finepoint.training.samples import passes, texts_and_conversations
+from finepoint.training.settings import EXAMPLES, READ
 
 logger = logging.getLogger(__name__)
 TOKENS_KEPT = 256  # tokens of an example: what is kept is how text goes on, not how far
@@ -33,7 +34,6 @@ TOKENS_READ = 64  # tokens of a text that its Fisher information is measured on:
 APART = 4  # one in so many of the protected texts is measured on, where there is a budget
 CLASSIFIERS = "--protect keeps what a model writes next, and classifiers write nothing; leave it out"
 CLASSES = '--protect keeps what a model writes next, and these texts have classes; give them alone, as {"text"}'
-EXAMPLES, READ = 64, 16  # texts that are read or fetched: so many are kept, and so many read for what they need
 WRITTEN = 32  # texts that the base writes: so many were measured, all of them read
 TOKENS = TOKENS_READ  # of each of these, and of each answer: what is not read need not be written
 HELD_OUT = 1  # the seed of texts to measure on; what training holds is of seed 0

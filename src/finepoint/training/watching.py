@@ -9,8 +9,7 @@ from typing import Any
 from finepoint.errors import FinepointError
 from finepoint.runtime.files import is_claimed, read_json
 from finepoint.runtime.progress import clock
-from finepoint.training.callbacks import LOG, UNDER_WAY, figures, read_log
-from finepoint.training.checkpoints import RECORD
+from finepoint.training.logfile import LOG, RECORD, UNDER_WAY, figures, read_log
 
 logger = logging.getLogger(__name__)
 RECENT = 20  # steps whose pace tells how long the rest takes
