@@ -7,8 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
-from finepoint.alignment.resolve import REWARDS as REWARDS  # its former place
+from finepoint.alignment.resolve import REWARDS as REWARDS  # its former place, and that of the rewards
 from finepoint.alignment.resolve import WHOLE, reward_named
+from finepoint.alignment.resolve import exact as exact
+from finepoint.alignment.resolve import line as line
+from finepoint.alignment.resolve import number as number
 from finepoint.alignment.settings import AlignConfig
 from finepoint.data.batches import context_length
 from finepoint.data.examples import (
