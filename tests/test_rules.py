@@ -3,7 +3,10 @@
 import copy
 import math
 import random
+import shutil
+import tempfile
 from fnmatch import fnmatchcase
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -13,7 +16,7 @@ import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.errors import FinepointError
 from finepoint.selection.rules import ALIASES, OURS, RULES, by_row, low_rank, rule_named
-from finepoint.selection.select import score
+from finepoint.selection.select import score, select
 from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.targets import target_weights
 from reference import TiedToy, mean_gradient, mean_squared_gradient
@@ -179,9 +182,38 @@ def test_scores_have_the_right_form_and_depend_on_the_seed_alone(rule, dtype):
 @pytest.mark.parametrize("rule", EVERY_RULE)
 def test_less_scoring_memory_gives_the_same_bits(rule):
     model, batches = tiny_llama(), random_batches()
-    whole, pieces = all_scores(model, rule, batches), all_scores(model, rule, batches, memory=1e-6)
-    assert list(whole) == list(pieces)
-    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    whole = all_scores(model, rule, batches)
+    for memory in (1e-6, *(["disk"] if rule in ("gradient", "fisher", "gain") else [])):
+        pieces = all_scores(model, rule, batches, memory=memory)
+        assert list(whole) == list(pieces)
+        assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_sums_on_disk_are_made_in_one_pass_and_leave_nothing_behind(tmp_path, monkeypatch):
+    """With a share of the gradients at a time there is a pass for each part; on disk one weight is held at a time."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, batches = tiny_llama(), random_batches()
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    stream = stream_statistics(model, target_weights(model), batches, ["gradient"], "disk")
+    first, _ = next(stream)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == len(target_weights(model)) - 1
+    assert sum(file.stat().st_size for file in files) == 4 * sum(
+        weight.numel() for name, weight in target_weights(model).items() if name != first
+    )
+    list(stream)
+    assert len(passes) == 1 + len(batches)  # one tells how the model counts labels
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sums_on_disk_need_room_there_and_whole_float_weights(monkeypatch):
+    model, batches = tiny_llama(), random_batches()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(FinepointError, match="has 0.0; set TMPDIR to another folder, or give --scoring-memory 0.25"):
+        select(model, batches, rule="gradient", density=0.1, scoring_memory="disk")
+    with pytest.raises(FinepointError, match="scoring_memory is 'dsik'; it is a share of the weights, in .* or disk"):
+        select(model, batches, rule="gradient", density=0.1, scoring_memory="dsik")
 
 
 @pytest.mark.parametrize("rule", EVERY_RULE)

@@ -38,7 +38,7 @@ class BaselineContext:
     weight_decay: float
     fisher_batches: Sequence[Batch] = ()
     """for EWC: batches of the examples that are not to be forgotten"""
-    memory: float = 1.0
+    memory: float | str = 1.0
     """share of the weights whose Fisher information is made at a time"""
     indices: Mapping[str, Tensor] = field(default_factory=dict)
     """for RoSA: the entries that a rule has chosen"""

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,8 @@ def sparsify(
     whole: Sequence[str] | None = None,
     rule_options: Mapping[str, float] | None = None,
     structure: str = "entry", pooling: Pooling = "mean", within: str | None = None,
-    scoring_examples: float = 256, scoring_memory: float = 1.0, batch_size: int = 16, max_length: int | None = None,
-    seed: int = 0,
+    scoring_examples: float = 256, scoring_memory: float | Literal["disk"] = 1.0,
+    batch_size: int = 16, max_length: int | None = None, seed: int = 0,
     refreshable: bool = False,
     audit: bool = True,
     protect: Any = None, protect_strength: float = PROTECTIONS["anchor"].strength,

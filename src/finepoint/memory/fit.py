@@ -26,7 +26,8 @@ from finepoint.training.settings import PlanConfig, TrainConfig
 logger = logging.getLogger(__name__)
 MARGIN = 1.15  # a plan may be wrong by so much
 ENOUGH = 4  # a step divided into more parts than this is worth recomputing activations
-SCORING = (1.0, 0.5, 0.25, 0.1)  # shares of the gradients held for scoring: the same entries by more passes
+SCORING: tuple[float | Literal["disk"], ...] = (1.0, 0.5, "disk")
+"""what of the gradients is held for scoring: the same entries by more passes, or with files"""
 WAY_OUT = "give shorter examples (--max-length), a narrower --dtype, or a quantised base (--quantise)"
 Peak = Callable[[int, bool], int]
 
@@ -113,7 +114,11 @@ def fitted(config: TrainConfig) -> TrainConfig:
     if room is None:
         raise FinepointError("this system does not tell how much memory there is; give --batch-size and --accumulation "
                              "instead of --fit")  # fmt: skip
-    for share in [share for share in SCORING if share <= config.scoring_memory] or [config.scoring_memory]:
+    given = config.scoring_memory
+    shares = [given] if given == "disk" else [share for share in SCORING if share == "disk" or share <= given]
+    if config.quantise and given != "disk":  # of such bases a part is made floats at a time
+        shares = [min(given, share) for share in (1.0, 0.5, 0.25, 0.1)]
+    for share in shares:
         if found := fitting(replace(asked, scoring_memory=share), examples, room):
             break
     if not found:

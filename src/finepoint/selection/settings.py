@@ -67,8 +67,9 @@ class Choice(Printed):
         "adapter folders whose entries may not be chosen", [], "selection", "which entries", file=True)
     scoring_examples: float = setting(
         "how many training examples gradients are taken over; a share where below 1", 256, "statistics", "scoring")
-    scoring_memory: float = setting(
-        "share of the weights whose gradients are held at a time; less memory, more passes",
+    scoring_memory: float | Literal["disk"] = setting(
+        "share of the weights whose gradients are held at a time: less memory, more passes; disk: one pass, and what "
+        "is added up waits in a temporary file",
         1.0, section="scoring", **HELD)
     threshold: Literal["exact", "sampled"] = setting(
         "exact (exactly so many entries) or sampled (about as many, lean SAFT)", "exact", "selection", "scoring")

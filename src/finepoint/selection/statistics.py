@@ -19,6 +19,8 @@ from finepoint.selection.input_norms import input_norms
 from finepoint.selection.on_grid import grids_of, step_and_room
 from finepoint.selection.passes import Batch, counts_every_label, label_count, loss_of, on_device, split, undisturbed
 from finepoint.selection.rules import FROM_DATA, FROM_GRID, FROM_KEPT, STATISTICS, wide
+from finepoint.selection.sums import DISK, Sums, places_for
+from finepoint.selection.sums import zeros as zeros  # its former place
 from finepoint.selection.warmup import warmed_up
 
 
@@ -43,7 +45,7 @@ def stream_statistics(
     weights: Mapping[str, nn.Parameter],
     batches: Sequence[Batch],
     needs: Iterable[str],
-    memory: float = 1.0,
+    memory: float | str = 1.0,
     options: Mapping[str, float] | None = None,
     kept: Sequence[Batch] = (),
     gguf: Path | None = None,
@@ -51,7 +53,8 @@ def stream_statistics(
     """Yields every weight's statistics once, in order, holding those of at most `memory` x all entries at a time.
 
     A smaller `memory` (in (0, 1]) makes more passes over the same batches and gives the same numbers bit for bit;
-    at least one weight is held at a time. Between two yields the model is exactly as it was found.
+    at least one weight is held at a time. So does `disk`, in one pass: what is added up waits in a temporary file
+    (TMPDIR) between two batches. Between two yields the model is exactly as it was found.
 
     Several processes share the examples, and each gets the same sums. Of a sharded model each holds the sums of its own
     rows, and a weight's statistics are put together as it is yielded.
@@ -94,18 +97,20 @@ def stream_statistics(
         kept_norms = input_norms(model, weights, kept) if "kept_input_norm" in needs else {}
         moved: Any = stack.enter_context(warmed_up(model, weights, batches, warm, options or {})) if warm else {}
         chunks = list(_chunks(weights, memory))
-        mean = _kept_mean(model, weights, memory, kept) if "kept_mean" in needs and len(chunks) > 1 else None
+        mean = _kept_mean(model, weights, chunks, kept) if "kept_mean" in needs and len(chunks) > 1 else None
+        reads = bool({"kept_squared_gradient", "kept_mean"} & needs)
+        places = stack.enter_context(places_for(weights, memory, len(wanted) + reads))
         for chunk in chunks:
-            sums = {need: {name: zeros(w) for name, w in chunk.items()} for need in wanted}
+            sums = {need: Sums(chunk, place) for need, place in zip(wanted, places, strict=False)}
             if wanted:
                 with as_floats(model, chunk) as plain, undisturbed(model):
                     _accumulate_(sums, model, plain, batches)
-            if {"kept_squared_gradient", "kept_mean"} & needs:
-                sums["kept_squared_gradient"] = _information(model, chunk, kept)
+            if reads:
+                sums["kept_squared_gradient"] = _information(model, chunk, kept, places[-1])
                 if "kept_mean" in needs and mean is None:
                     mean = _mean(sums["kept_squared_gradient"])
             for name in chunk:
-                found = {need: distributed.whole(parts.pop(name)) for need, parts in sums.items()}
+                found = {need: distributed.whole(parts.take(name)) for need, parts in sums.items()}
                 found |= moved[name] if warm else {}
                 if grid:
                     room = found["gradient"] if "grid_room" in needs else None
@@ -114,46 +119,61 @@ def stream_statistics(
                 yield name, Statistics(**found, input_norm=norm, kept_mean=mean, kept_input_norm=kept_norm)
 
 
-def _information(model: nn.Module, weights: Mapping[str, nn.Parameter], kept: Sequence[Batch]) -> dict[str, Tensor]:
+def _information(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], kept: Sequence[Batch], place: Path | None = None
+) -> Sums:
     """The mean squared gradient of a token: of one example's summed loss, squared, over all labels there are.
 
     Where labels are drawn from the model, gradients of different tokens are independent with mean 0, and the square of
     a sum has the sum of the squares as its expectation.
     """
-    sums = {name: zeros(weight) for name, weight in weights.items()}
+    sums = Sums(weights, place)
     examples = [example for batch in kept for example in split(batch)]
     with as_floats(model, weights) as plain, undisturbed(model):
         _accumulate_({"squared_gradient": sums}, model, plain, examples)
     every = counts_every_label(model, kept)
-    for part in sums.values():
-        part.mul_(len(examples) / sum(label_count(example, every) for example in examples))
+    factor = len(examples) / sum(label_count(example, every) for example in examples)
+    for name in weights:
+        with sums.changing(name) as part:
+            part.mul_(factor)
     return sums
 
 
-def _kept_mean(model: nn.Module, weights: Mapping[str, nn.Parameter], memory: float, kept: Sequence[Batch]) -> Tensor:
+def _kept_mean(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], chunks: Sequence[Mapping[str, nn.Parameter]],
+    kept: Sequence[Batch],
+) -> Tensor:  # fmt: skip
     """The mean Fisher information of all weights, where not all of it is held at a time: a pass of its own."""
-    parts = (_information(model, chunk, kept) for chunk in _chunks(weights, memory))
-    return _mean({name: part.sum()[None] for found in parts for name, part in found.items()}, weights)
+    return _mean_of([total for chunk in chunks for total in _totals(_information(model, chunk, kept))], weights)
 
 
-def _mean(parts: Mapping[str, Tensor], of: Mapping[str, Tensor] | None = None) -> Tensor:
-    """The mean over all entries of these tensors, or of those that they are sums `of`: (), float32 or float64."""
-    total = sum(float(distributed.whole(part.sum())) for part in parts.values())
-    first = next(iter(parts.values()))
-    mean = total / sum(part.numel() for part in (of or parts).values())
-    return torch.tensor(mean, dtype=first.dtype, device=first.device)
+def _mean(sums: Sums) -> Tensor:
+    """The mean over all entries: (), float32 or float64."""
+    return _mean_of(_totals(sums), sums.weights)
 
 
-def zeros(weight: Tensor) -> Tensor:
-    """The weight's shape and device, `wide`'s dtype; an ordinary tensor also where the weight is quantised."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if distributed.is_sharded(weight):  # as it is: each process adds up its own rows
-        return torch.zeros_like(weight.detach(), dtype=dtype)
-    return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+def _totals(sums: Sums) -> list[Tensor]:
+    """Of each weight the sum over its entries: ()."""
+    found = []
+    for name in sums.weights:
+        with sums.reading(name) as part:
+            found.append(part.sum())
+    return found
 
 
-def _chunks(weights: Mapping[str, nn.Parameter], memory: float) -> Iterator[dict[str, nn.Parameter]]:
-    """Consecutive weights, as many as fit into `memory` x all entries, at least one."""
+def _mean_of(totals: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    whole = sum(float(distributed.whole(total)) for total in totals)
+    mean = whole / sum(weight.numel() for weight in weights.values())
+    return torch.tensor(mean, dtype=totals[0].dtype, device=totals[0].device)
+
+
+def _chunks(weights: Mapping[str, nn.Parameter], memory: float | str) -> Iterator[dict[str, nn.Parameter]]:
+    """Consecutive weights, as many as fit into `memory` x all entries, at least one; all where sums are on disk."""
+    if isinstance(memory, str):
+        if memory != DISK:
+            raise FinepointError(f"scoring_memory is {memory!r}; it is a share of the weights, in (0, 1], or {DISK}")
+        yield dict(weights)
+        return
     if not 0 < memory <= 1:
         raise FinepointError(f"scoring_memory is {memory}; it is a share of the weights, in (0, 1]")
     room = memory * sum(weight.numel() for weight in weights.values())
@@ -169,7 +189,7 @@ def _chunks(weights: Mapping[str, nn.Parameter], memory: float) -> Iterator[dict
 
 
 def _accumulate_(
-    sums: dict[str, dict[str, Tensor]], model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Sequence[Batch]
+    sums: Mapping[str, Sums], model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Sequence[Batch]
 ) -> None:
     """Adds up the mean gradient and the mean squared per-example gradient of the weights over the batches.
 
@@ -197,10 +217,12 @@ def _accumulate_(
         # The model's loss is a mean over its labels: times their number, it is the sum.
         gradient = wide(weight.grad)
         if "gradient" in sums:
-            sums["gradient"][name].add_(gradient, alpha=share.factor)
+            with sums["gradient"].changing(name) as total:
+                total.add_(gradient, alpha=share.factor)
         if per_example:
             scaled = gradient * share.count
-            sums["squared_gradient"][name].addcmul_(scaled, scaled, value=1 / len(batches))
+            with sums["squared_gradient"].changing(name) as total:
+                total.addcmul_(scaled, scaled, value=1 / len(batches))
         weight.grad = None
 
     with ExitStack() as stack:
@@ -213,10 +235,11 @@ def _accumulate_(
             if not torch.isfinite(loss):
                 raise FinepointError(f"the loss of a scoring batch is {loss.item()}; is --dtype too narrow?")
             (loss if share.scale is None else loss * share.scale).backward()
-    if not sharded:
+    if not sharded and distributed.count() > 1:
         for parts in sums.values():
-            for part in parts.values():
-                distributed.add_up_(part)
+            for name in weights:
+                with parts.changing(name) as part:
+                    distributed.add_up_(part)
 
 
 @dataclass(frozen=True)

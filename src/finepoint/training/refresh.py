@@ -17,6 +17,7 @@ from finepoint.selection.select import Budget, compared, largest
 from finepoint.selection.targets import Targets, target_weights
 from finepoint.training.context import TrainingContext, select_for
 from finepoint.training.schedule import SCHEDULES as SCHEDULES  # its former place
+from finepoint.training.schedule import Schedule as Schedule
 from finepoint.training.schedule import schedule_of
 from finepoint.training.settings import TrainConfig
 from finepoint.tuner.tuner import SparseTuner

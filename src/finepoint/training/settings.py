@@ -160,7 +160,8 @@ class PlanConfig:
     structure: str = setting(
         "entry, or whole groups: row, column, block:RxC, head; density and count then are of groups", "entry")
     within: str | None = setting("columns:SHARE, single entries in so large a share of each weight's columns", None)
-    scoring_memory: float = setting("share of the weights whose gradients are held at a time", 1.0, **HELD)
+    scoring_memory: float | Literal["disk"] = setting(
+        "share of the weights whose gradients are held at a time, or disk", 1.0, **HELD)
     tokens: int = setting("length of every example", 512)
     learned: int | None = setting("how many tokens at the end of every example carry a loss; all where not given", None)
     batch_size: int = setting("examples a batch", 16, least=1)

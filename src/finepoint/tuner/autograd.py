@@ -27,7 +27,9 @@ from torch.autograd.function import once_differentiable
 from finepoint.adapters.entries import gather
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
+from finepoint.tuner.inputs import Again, made_again
 from finepoint.tuner.kernels import sampled_embedding_gradient, sampled_gradient
+from finepoint.tuner.kernels.groups import keeps_all
 from finepoint.tuner.sparse_weight import SparseWeight, eagerly
 
 AS_IT_IS = "_finepoint_as_it_is"  # on a head while its input is only taken, not multiplied
@@ -166,8 +168,10 @@ class _Output:
         if not entries.wanted():
             return output
         x = args[0] if args else kwargs["input"]
-        apply = _SampledLinear.apply if torch._C._functorch.is_functorch_wrapped_tensor(x) else _sampled_linear
-        return apply(output, entries.delta, x, entries)
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return _SampledLinear.apply(output, entries.delta, x, entries)
+        again = None if entries.sharded or not keeps_all(entries.groups) else made_again(x)
+        return _sampled_linear(output, entries.delta, x if again is None else None, entries, again)
 
     @eagerly
     def of_embedding(
@@ -183,10 +187,17 @@ class _SampledLinear(torch.autograd.Function):
     """Identity on a linear layer's output; its backward adds the sampled weight gradient."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, delta: Tensor, x: Tensor, entries: SparseWeight) -> Tensor:
-        groups = entries.groups
-        ctx.save_for_backward(x if groups is None else groups.saved(x))
-        ctx.entries = entries
+    def forward(
+        ctx: Any, output: Tensor, delta: Tensor, x: Tensor | None, entries: SparseWeight,
+        again: tuple[Again, tuple[Tensor, ...]] | None = None,
+    ) -> Tensor:  # fmt: skip
+        ctx.entries, groups = entries, entries.groups
+        if x is None:
+            assert again is not None
+            ctx.again, kept = again
+        else:
+            ctx.again, kept = None, (x if groups is None else groups.saved(x),)
+        ctx.save_for_backward(*kept)
         # Declared as changed in place, so that the output is itself and no view: models may add to it in place.
         ctx.mark_dirty(output)
         return output
@@ -198,10 +209,11 @@ class _SampledLinear(torch.autograd.Function):
 
         In plain PyTorch: `(dy.reshape(-1, out).T @ x.reshape(-1, in)).reshape(-1)[indices]`.
         """
-        (x,), entries = ctx.saved_tensors, ctx.entries
+        saved, entries = ctx.saved_tensors, ctx.entries
+        x = saved[0] if ctx.again is None else ctx.again.made(saved)
         groups = entries.groups
         gradient = sampled_gradient(dy, x, entries.indices) if groups is None else groups.gradient(dy, x)
-        return dy, gradient, None, None
+        return dy, gradient, None, None, None
 
 
 # Past the part of `apply` that unwraps what transforms of torch.func have left behind, a third of what it costs.

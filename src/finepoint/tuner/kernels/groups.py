@@ -118,6 +118,11 @@ def _dense(dy: Tensor, x: Tensor) -> Tensor:
     return multiplied(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])).reshape(-1)
 
 
+def keeps_all(groups: Groups | None) -> bool:
+    """Whether the backward pass takes all of a layer's input."""
+    return groups is None or type(groups).saved is Groups.saved
+
+
 def whole_groups(indices: Tensor, shape: tuple[int, ...]) -> Groups | None:
     """The rows, columns or blocks (the largest; at least `LEAST` x `LEAST`) that the entries are all of, or the few
     columns that they all lie in, if any.
