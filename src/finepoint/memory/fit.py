@@ -114,11 +114,7 @@ def fitted(config: TrainConfig) -> TrainConfig:
     if room is None:
         raise FinepointError("this system does not tell how much memory there is; give --batch-size and --accumulation "
                              "instead of --fit")  # fmt: skip
-    given = config.scoring_memory
-    shares = [given] if given == "disk" else [share for share in SCORING if share == "disk" or share <= given]
-    if config.quantise and given != "disk":  # of such bases a part is made floats at a time
-        shares = [min(given, share) for share in (1.0, 0.5, 0.25, 0.1)]
-    for share in shares:
+    for share in _shares(config):
         if found := fitting(replace(asked, scoring_memory=share), examples, room):
             break
     if not found:
@@ -128,6 +124,16 @@ def fitted(config: TrainConfig) -> TrainConfig:
                 found, examples, asked.tokens, found.peak / 2**30, room / 2**30)  # fmt: skip
     return replace(config, fit=False, batch_size=found.batch_size, accumulation=found.accumulation,
                    gradient_checkpointing=found.gradient_checkpointing, scoring_memory=share)  # fmt: skip
+
+
+def _shares(config: TrainConfig) -> list[float | Literal["disk"]]:
+    """What of the gradients may be held for scoring, the fastest way first."""
+    given = config.scoring_memory
+    if given == "disk":
+        return [given]
+    # Of quantised bases a part is made floats at a time, so that all of it cannot be scored in one pass.
+    ways = (1.0, 0.5, 0.25, 0.1) if config.quantise else SCORING
+    return [way for way in ways if way == "disk" or way <= given] or [given]
 
 
 def _asked(config: TrainConfig) -> PlanConfig:

@@ -121,8 +121,7 @@ def select(
         targets: see `target_weights`; a mapping from pattern to density gives every pattern its own budget.
         exclude: adapters (or indices by weight name) whose entries may not be chosen; of weights of this model.
         seed: for rules that draw, and for the sampled threshold.
-        scoring_memory: share of the weights whose gradients are held at a time: less memory, more passes; `disk`: one
-            pass, in which what is added up waits in a temporary file.
+        scoring_memory: share of the weights whose gradients are held at a time: less, more passes; `disk`: one pass.
         threshold: `exact` gives exactly k entries; `sampled` about k, those above an estimated threshold.
         rule_options: the rule's options, e.g. `{"epsilon": 1e-6}`.
         structure: `entry`; or whole groups of entries, each scored by the `pooling` of its entries' scores: `row` and

@@ -47,7 +47,11 @@ def attach(model: nn.Module, entries: SparseWeight, reach: int = 0) -> list[Any]
         What takes the hooks off again, by `remove`.
     """
     handles: list[Any] = []
-    for module, attribute in places(model, entries):
+    found = places(model, entries)
+    entries.alone = not reach and [(type(module).forward, name) for module, name in found] == [
+        (nn.Linear.forward, "weight")
+    ]
+    for module, attribute in found:
         handles.append(module.register_forward_pre_hook(entries.before_forward))
         handles.append(module.register_state_dict_pre_hook(entries.before_state_dict))
         # A subclass with a forward of its own may scale or reuse the weight: the stand-in is right for any use.
@@ -64,7 +68,7 @@ def attach(model: nn.Module, entries: SparseWeight, reach: int = 0) -> list[Any]
             handles.append(model.register_forward_pre_hook(bypass.enter_if_fused, with_kwargs=True))
             handles.append(model.register_forward_hook(bypass.leave, always_call=True))
     if reach:
-        stand_in = _StandIn(entries, places(model, entries))
+        stand_in = _StandIn(entries, found)
         for module in surroundings(model, entries, reach):
             handles.append(module.register_forward_pre_hook(entries.before_forward))
             handles += stand_in.around(module)
@@ -301,6 +305,21 @@ class _StandIn:
     def _put(self, weight: Any) -> None:
         for owner, attribute in self.places:
             owner._parameters[attribute] = weight
+
+
+class Aside(_StandIn):
+    """Has a layer multiply by its weight without the gradient that the weight has meanwhile: whatever dense gradient it
+    gets is of other uses then, and nothing is kept for that of the layer's own, which the chosen entries get."""
+
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, args: Any) -> None:
+        owner, attribute = self.places[0]
+        weight = owner._parameters[attribute]
+        if self.removed or weight is None or not (weight.is_leaf and weight.requires_grad):
+            self.replaced.append(None)
+            return
+        self.replaced.append(weight)
+        self._put(weight.detach())
 
 
 class _Bypass(_StandIn):

@@ -74,6 +74,8 @@ class SparseWeight(nn.Module):
     """how strongly each delta is pulled back to 0 before a step, (k,), its dtype; see `SparseTuner.hold_`"""
     shown: Tensor | None = None
     """what the entries hold instead of base + delta, (k,), for as long as they do"""
+    alone: bool = False
+    """whether a plain linear layer is all that has the weight, and its own output is where the gradient is made"""
     grid: Grid | None = None
     """where the entries can be, if not anywhere: the weight then holds what is nearest to base + delta"""
 

@@ -3,8 +3,9 @@
 The audit (see `audit`) knows neither what a loop of the user's does with weights outside the model's forward (a head by
 hand, a term of the weights beside the loss) nor what longer inputs bring about. So in the second step, the third, the
 fifth, the ninth .., and where an input is longer than any before, weights get their dense gradient as well, which is
-reduced to the chosen entries as soon as it is made. The first step is left alone: who makes an optimizer after a first
-forward asks for the parameters with a gradient, and is to find the deltas alone.
+reduced to the chosen entries as soon as it is made. The product of a plain layer that alone has its weight is left out
+of it: the audit has tried that, and all of the layer's input would have to be kept for it. The first step is left
+alone: who makes an optimizer after a first forward asks for the parameters with a gradient, and is to find the deltas.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
 from finepoint.selection.rules import wide
 from finepoint.tuner.audit import Seen, collect_, epsilon_of, look_
+from finepoint.tuner.autograd import Aside
 from finepoint.tuner.sparse_weight import SparseWeight
 
 LONGER = 1.25  # times the longest input looked at so far
@@ -87,10 +89,13 @@ class SpotChecks:
         Raises:
             FinepointError: entries got another gradient than their loss gives them.
         """
-        if torch._C._current_graph_task_id() != -1 or not any(seen.dense is not None for seen in self._seen.values()):
+        begun = self._made or any(seen.dense is not None for seen in self._seen.values())
+        if torch._C._current_graph_task_id() != -1 or not begun:
             return
         for name, seen in self._seen.items():
             seen.sparse = self._made.get(name)
+            if self.members[name].alone and seen.dense is not None and seen.sparse is not None:
+                seen.dense = seen.dense + seen.sparse  # the layer's own product, which was left out
         found, step = self._seen, self.steps + 1
         self.cancel()
         for name, seen in found.items():
@@ -125,6 +130,9 @@ class SpotChecks:
                 weight.register_post_accumulate_grad_hook(partial(collect_, seen, entries)).remove,
                 entries._owner[0].register_forward_pre_hook(partial(look_, seen)).remove,
             ]
+            if entries.alone:
+                owner = entries._owner[0]
+                self._undo += [hook.remove for hook in Aside(entries, [(owner, "weight")]).around(owner)]
 
     def _keep(self, name: str, delta: Tensor) -> None:
         assert delta.grad is not None
