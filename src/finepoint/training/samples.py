@@ -67,7 +67,7 @@ def texts_and_conversations(
 
 def _answered(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[Written]:
     prompts = encode_prompts(tokenizer, as_examples([_talk(question, "-") for question in questions]))
-    return written(model, tokenizer, prompts, context_length(model, None), tokens)
+    return written(model, tokenizer, prompts, context_length(model, None), tokens, together=True)
 
 
 def _talk(question: str, answer: str) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def written(
     needed: Sequence[int] = (),
     sampling: Sampling = GREEDY,
     say: Callable[[str], None] | None = None,
+    together: bool = False,
 ) -> list[Written]:
     """What the model writes after each prompt, in at most `new_tokens` tokens.
 
@@ -118,6 +119,7 @@ def written(
             beginning where it would in training, and what is written ends with the context. Where not given,
             `new_tokens`.
         say: called with each piece of text as it is written; for one prompt alone.
+        together: short and long prompts share a batch, which pays where much is written behind them.
 
     Raises:
         FinepointError: the model's logits are no numbers.
@@ -138,7 +140,8 @@ def written(
     assert say is None or len(prompts) == 1
     with evaluating(model), generating_by(model, settings(new_tokens)) as writer:
         collator = replace(collator, side="left" if _pads(writer, collator, rows) else "none", positions=False)
-        for places, most in _batches(collator, rows, limit, new_tokens, 1 if sampling.drawn else GENERATION_TOKENS):
+        budget = 1 if sampling.drawn else GENERATION_TOKENS
+        for places, most in _batches(collator, rows, limit, new_tokens, budget, new_tokens if together else 0):
             batch = on_device(collator.inputs([rows[place] for place in places]), model.device)
             with sampling.seeded():
                 tokens = writer.generate(
@@ -153,12 +156,16 @@ def written(
 
 
 def _batches(
-    collator: Collator, rows: Sequence[list[int]], limit: int, new_tokens: int, budget: int
+    collator: Collator, rows: Sequence[list[int]], limit: int, new_tokens: int, budget: int, behind: int
 ) -> Iterator[tuple[list[int], int]]:
-    """The rows of each batch, and how many tokens it generates; rows near the limit go alone, up to the limit."""
+    """The rows of each batch, and how many tokens it generates; rows near the limit go alone, up to the limit.
+
+    Args:
+        behind: what counts as a row's length besides its own.
+    """
     rooms = [max(1, min(new_tokens, limit - len(row))) for row in rows]
     wide = [place for place, room in enumerate(rooms) if room == new_tokens]
-    for batch in collator.by_length([len(rows[place]) for place in wide], budget):
+    for batch in collator.by_length([len(rows[place]) + behind for place in wide], budget):
         yield [wide[at] for at in batch], new_tokens
     yield from (([place], room) for place, room in enumerate(rooms) if room < new_tokens)
 
