@@ -160,9 +160,9 @@ def test_another_setting_needs_another_folder(config, tmp_path):
 
 
 def test_a_way_may_be_given_a_rate_until_it_has_begun_and_the_first_task_is_trained_at_it(config):
-    config = only(config, "first", "second", ways=["allow"])
+    config = only(config, "first", "second", ways=["allow"], earlier_examples=2)
     run_sequence(config)
-    both = replace(config, ways=["allow", "anchored"], rates={"anchored": 1e-3}, earlier_examples=2)
+    both = replace(config, ways=["allow", "anchored"], rates={"anchored": 1e-3})
     run_sequence(both)
     rates = [read_record(Path(config.output, folder, "run.json"))["lr"]
              for folder in ("first/first", "allow/second", "anchored/first", "anchored/second")]  # fmt: skip
