@@ -17,8 +17,8 @@ MEASURED = {
     "text to keep": {1e-3: 3e-3, 1e-2: 1e-3},
 }
 """By what a rule looks at: density to rate."""
-ON_GRID = {1e-3: 0.03, 1e-2: 3e-3}
-"""for rules that look at nothing, where entries are trained on the codes of a quantised file"""
+ON_GRID = {"nothing": {1e-3: 0.03, 1e-2: 3e-3}, "gradients": {1e-2: 3e-3}}
+"""the same where entries are trained on the codes of a quantised file, and have to reach another one"""
 GROUPED = 3.0  # of rules that look at text to keep: what whole columns want, times what entries do
 SLOW = 10.0  # a rate that is so many times smaller moves next to nothing in the steps of a usual run
 
@@ -31,7 +31,7 @@ def usual_rate(rule: Rule, density: float | None, structure: str = "entry", on_g
         on_grid: the entries are trained on the codes of a quantised file.
     """
     looks = "text to keep" if rule.needs_kept else "gradients" if rule.needs_data else "nothing"
-    measured = ON_GRID if on_grid and looks == "nothing" else MEASURED[looks]
+    measured = ON_GRID.get(looks, MEASURED[looks]) if on_grid else MEASURED[looks]
     rate = _between(measured | {1.0: EVERY_WEIGHT}, density or DENSITY)
     return float(f"{rate * (GROUPED if rule.needs_kept and structure != 'entry' else 1):.1g}")
 
