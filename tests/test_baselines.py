@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from finepoint.evaluation.settings import EvalConfig
 from finepoint.exchange.formats import export
 from finepoint.models.loading import load_model
 from finepoint.training.context import prepare
+from finepoint.training.resolve import resolve
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import LengthBuckets, SparseTrainer
@@ -675,3 +677,10 @@ def test_a_tuner_refuses_in_a_line_what_it_cannot_do(name):
             with pytest.raises(FinepointError, match="cannot"):
                 ask()
     tuner.close()
+
+
+def test_factors_without_peft_are_refused_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for baseline in ("lora", "dora", "rosa"):
+        with pytest.raises(FinepointError, match="needs the package peft: pip install"):
+            resolve(TrainConfig(model="none", data="none.jsonl", output="none", baseline=baseline))

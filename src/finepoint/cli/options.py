@@ -248,7 +248,7 @@ def _value(flag: str, values: list[str], field: Field[Any] | None) -> str:
     if list in kinds and not (len(values) == 1 and _is_json(values[0])):
         return json.dumps(values) if str not in kinds or len(values) > 1 else values[0]
     if len(values) > 1:
-        raise FinepointError(f"{flag} takes one value, got {' '.join(values)}")
+        raise FinepointError(f"{flag} takes one value, got {' '.join(values)}; any other one follows its own flag")
     return values[0]
 
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from finepoint.adapters.hub import FILES
 from finepoint.baselines.registry import Baseline, baseline_named, options_of
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, needing
 from finepoint.models.names import is_gguf
 from finepoint.runtime import distributed
 from finepoint.runtime.files import read_json
@@ -55,13 +56,13 @@ def resolve(config: TrainConfig) -> RunSpec[TrainConfig]:
         raise FinepointError("training needs examples; give --data FILE.jsonl")
     spec = resolve_common(config)
     answers = config.answers not in (0, TrainConfig.answers)
-    needing = [
+    validated = [
         ("answers", answers),
         ("eval_every", config.eval_every),
         ("keep=best", config.keep == "best"),
         ("patience", config.patience),
     ]
-    for name, given in needing:
+    for name, given in validated:
         if given and config.validation is None:
             raise FinepointError(f"{name} is given without examples; give --validation FILE.jsonl")
     if config.refresh:
@@ -192,6 +193,10 @@ def _check_baseline(config: Training, baseline: Baseline) -> None:
     if config.quantise:
         raise FinepointError(f"quantise is for choosing entries, and baseline {baseline.name!r} trains float weights; "
                              "leave out quantise or the baseline")  # fmt: skip
+    if baseline.low_rank:
+        with needing(f"baseline {baseline.name}", "peft"):  # before the model is loaded
+            if find_spec("peft") is None:
+                raise ModuleNotFoundError(name="peft")
     if baseline.low_rank and getattr(config, "round_to", None):
         raise FinepointError(f"round_to is for weights trained in place, which {baseline.name} does not do")
     for name, default in reversed(unused_by(baseline, type(config)).items()):
