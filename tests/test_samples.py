@@ -15,6 +15,10 @@ import finepoint
 from conftest import assert_same_tensors, interrupted_at, make_tokenizer, tiny_llama, write_lines
 from finepoint.cli import main
 from finepoint.errors import FinepointError
+from finepoint.runtime.files import read_record
+from finepoint.studies.compare import compare
+from finepoint.studies.sequence import run_sequence
+from finepoint.studies.settings import CompareConfig, SequenceConfig
 from finepoint.training import texts
 from finepoint.training.run import train
 from finepoint.training.samples import texts_and_conversations
@@ -231,3 +235,23 @@ def test_every_command_takes_it(short, config, tmp_path, capsys):
     assert [made[1] for made in short] == [0, 1]  # what is measured on is other text than what was held
     assert main(["select", *common, "--data", config.data, "--rule", "gain", "--output", str(tmp_path / "chosen")]) == 0
     assert len(short) == 2
+
+
+@pytest.mark.slow
+def test_studies_and_sequences_have_the_base_write_once(short, config, tmp_path):
+    """Tasks after the first are trained on a model that holds earlier adapters: it is the base beneath that writes."""
+    sets = {"train": config.data, "test": config.data}
+    asked = {"steps": 2, "batch_size": 8, "protect": "own"}
+    run_sequence(SequenceConfig(model=config.model, tasks={"one": sets, "two": sets}, output=str(tmp_path / "s"),
+                                density=0.1, ways=["allow"], train=asked, test_limit=2))  # fmt: skip
+    told = [
+        read_record(tmp_path / "s" / place / "run.json")["protection"]["own"] for place in ("first/one", "allow/two")
+    ]
+    assert told[0]["folder"] == told[1]["folder"]
+    study = CompareConfig(model=config.model, tasks={"one": sets | {"validation": config.data}}, seeds=[0], generate=0,
+                          arms=[{"rule": "random", "density": 0.1, "lrs": [1e-2]}], train=asked | {"eval_every": 2},
+                          validation_limit=2, test_limit=2, output=str(tmp_path / "study"))  # fmt: skip
+    assert compare(study)["failed"] == {}
+    (cell,) = (json.loads(file.read_text()) for file in (tmp_path / "study" / "cells").glob("*.json"))
+    assert cell["changes"]["protected"]["kl"] > 0
+    assert [made[1] for made in short] == [0, 1]  # one to hold it by, one to measure on
