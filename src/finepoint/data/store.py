@@ -243,6 +243,9 @@ class _Encoding:
             some: numbers of the files' rows that are read, ascending; all where none are given.
             key: what tells which they are.
         """
+        if some:
+            logger.info("%s of %s rows are read, those that this run draws; what is said of rows is said of these",
+                        f"{len(some):,}", f"{self.data.count:,}")  # fmt: skip
         decides = [identity_of(self.tokenizer), self.limit, self.labels, self.turns, self.apart]
         folder = self.data.folder.with_name(f"{self.data.folder.name}-{key_of(decides, key)}")
         with alone(folder):
@@ -252,10 +255,10 @@ class _Encoding:
                     move_files(made, folder)
                 tidy(folder.parent)
             os.utime(folder / FACTS)
-        self._tell(rows := StoredRows(folder), len(some))
+        self._tell(rows := StoredRows(folder))
         return rows
 
-    def _tell(self, rows: StoredRows, some: int) -> None:
+    def _tell(self, rows: StoredRows) -> None:
         for source, part in zip(self.data.sources, rows.facts["parts"], strict=True):
             left_out = LeftOut(**part["left_out"])
             tell_left_out(str(source), part["taken"] + left_out.blank, left_out)
@@ -263,9 +266,6 @@ class _Encoding:
                 tell_ignored(str(source), tuple(part["keys"]), tuple(part["ignored"]))
         Tally(**rows.facts["tally"]).tell(self.limit, self.what)
         refuse_beyond(self.model, self.tokenizer, [[rows.facts["largest"]]])
-        if some:
-            logger.info("%s of %s rows are read, those that this run draws; what is said of rows is said of these",
-                        f"{some:,}", f"{self.data.count:,}")  # fmt: skip
         logger.info("%d rows of tokens are in %s", len(rows), rows.folder)
 
     def _write(self, folder: Path, some: Sequence[int], digest: str) -> None:

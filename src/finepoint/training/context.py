@@ -154,9 +154,10 @@ def rows_read(config: SelectConfig) -> int | None:
     steps = getattr(config, "steps", 0)
     if steps is None or getattr(config, "refresh", None) or config.scoring_examples < 1:
         return None
-    trained = steps * config.batch_size * getattr(config, "accumulation", 1) * distributed.count()
-    # Batches are made of stretches, and one is made before it is needed.
-    return max(int(trained), int(config.scoring_examples)) + 2 * config.batch_size * BATCHES_SORTED
+    together = config.batch_size * distributed.count()
+    trained = int(steps * together * getattr(config, "accumulation", 1))
+    # Batches are made of whole stretches, and every process takes one before it is needed.
+    return max(trained, int(config.scoring_examples)) + 2 * (config.batch_size * BATCHES_SORTED + together)
 
 
 def training_context(
