@@ -1,6 +1,7 @@
 """A training that uses weights otherwise than any audit could see is stopped; one that does not is left as it is."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 from conftest import assert_same_bits, random_batches, snapshot, tiny_llama
 from finepoint.errors import FinepointError
+from finepoint.selection.select import select
+from finepoint.tuner import inputs
 from finepoint.tuner.tuner import SparseTuner
 
 BATCH = random_batches(1)[0]
@@ -121,3 +124,26 @@ def test_a_copy_that_is_made_while_a_step_is_looked_at_trains_its_own_deltas_alo
         own(other, 3).backward()
         trained = [name for name, each in other.named_parameters() if each.requires_grad]
         assert trained == ["finepoint.model/layers/0/mlp/up_proj/weight.delta"]
+
+
+def test_a_step_that_is_looked_at_keeps_no_whole_input_of_a_layer(monkeypatch):
+    """Of columns a few are kept, of other entries what autograd keeps anyway: in the steps that are looked at, too."""
+    monkeypatch.setattr(inputs, "LEAST", 0)
+    model, alive = tiny_llama(tied=False).train(), []
+    chosen = select(model, rule="random", density=0.1, structure="column", scope="weight", targets="mlp")
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.lm_head:
+            module.register_forward_hook(lambda module, args, output: alive.append(weakref.ref(args[0])))
+    with SparseTuner(model, chosen) as tuner:
+        optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+        for step in range(1, 4):
+            alive.clear()
+            loss = own(model, step)
+            assert any(weight.requires_grad for name, weight in model.named_parameters() if "delta" not in name) == (
+                step in (2, 3)
+            )
+            assert alive
+            assert not any(held() is not None for held in alive)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
