@@ -23,8 +23,8 @@ ChatTurns = Literal["all", "last", "each"]
 # What many commands say of the same setting.
 MODEL = "a folder, a hub id, a .gguf file, smollm2, or gemma3-270m"
 DATA = (
-    "training examples: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt), a folder of them, or a data set of "
-    "the hub (org/name, org/name/config:split); several are mixed, a.jsonl=0.7 b.csv=0.3 by shares"
+    "training examples: a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, .md), a folder of them, or a data "
+    "set of the hub (org/name, org/name/config:split); several are mixed, a.jsonl=0.7 b.csv=0.3 by shares"
 )
 JSON = "print one JSON object on stdout"
 OVERWRITE = "allow an output folder that holds something"
