@@ -256,7 +256,7 @@ def test_the_users_mistakes_are_one_line_and_exit_status_2(finepoint, trained, m
         (["eval", "--model", model_folder], "nothing to evaluate on"),
         (["data", "nonesuch", "--output", tmp_path / "d"], "vader"),
         ([*export, "--format", "gguf"], "convert_hf_to_gguf.py"),
-        ([*export, "--format", "onnx"], "the formats: gguf, gguf-patch, merged, shira, sparta"),
+        ([*export, "--format", "onnx"], "the formats: merged, gguf, gguf-patch, shira, s"),
         ([*export[:2], "no/such-model", *export[3:], "--format", "merged"], "cannot fetch model 'no/such-model'"),
         ([*export[:-1], trained["adapter"], "--format", "merged"], "is not empty"),
         ([*extract, "--tuned", model_folder], "either --density"),

@@ -91,7 +91,7 @@ def long_llama(tmp_path_factory):
 def test_the_plan_holds_where_activations_dominate(long_llama):
     settings = {"density": 0.01, "batch_size": 2, "tokens": 512}
     found = planned(long_llama, **settings)
-    assert found["training"]["activations"] > 4 * found["training"]["weights"]
+    assert found["training"]["activations"] > 3 * found["training"]["weights"]
     assert_close(found["training"], measured(long_llama, "training", **settings))
     assert_close(found["selection"], measured(long_llama, "selection", **settings))
 

@@ -33,7 +33,8 @@ def refuse_at_once(command: str, config: Any) -> None:
     for folder in _adapters(command, config):
         from finepoint.adapters.hub import is_hub_id, refuse_no_adapter
 
-        if not is_hub_id(folder) and not (Path(folder) / "adapter_config.json").is_file():  # PEFT's
+        others = ["adapter_config.json"] + ["gguf-patch.safetensors"] * (command == "patch")  # PEFT's; a patch as it is
+        if not is_hub_id(folder) and not any((Path(folder) / name).is_file() for name in others):
             refuse_no_adapter(folder)
     if getattr(config, "model", None) and (targets := getattr(config, "targets", None)):
         _refuse_targets(config.model, targets)
