@@ -218,3 +218,19 @@ ARMS: dict[str, Callable[[Any], Step]] = {
     "full": full,
 }
 QUICK_ARMS = ("bound", "sparse 1 %", "LoRA r8")
+
+
+def random_adapter(model: Any, seed: int, **choice: Any) -> Any:
+    """An adapter of random deltas at random entries."""
+    import torch
+
+    import finepoint
+
+    tuner = finepoint.SparseTuner(model, finepoint.select(model, rule="random", seed=seed, **choice), audit=False)
+    torch.manual_seed(seed)
+    for delta in tuner.parameters():
+        delta.data.normal_(std=1e-2)
+    adapter = tuner.adapter()
+    tuner.revert_()
+    tuner.close()
+    return adapter

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from common import options, report
+from common import options, random_adapter, report
 
 REQUESTS, PROMPT, ANSWER = 16, 16, 8
 KINDS = {"entries 1 %": {"density": 1e-2}, "columns 1 %": {"density": 1e-2, "structure": "column"},
@@ -64,7 +64,7 @@ def ours(model, kind: str, repeats: int) -> dict[str, object]:
 
     inputs, adapters = prompts(), finepoint.AdapterSet(model)
     for seed in range(16):
-        adapters.add(f"adapter{seed}", made(model, seed, **KINDS[kind]))
+        adapters.add(f"adapter{seed}", random_adapter(model, seed, **KINDS[kind]))
 
     def switched(count: int) -> None:
         for name in sorted(set(names := names_of(count))):
@@ -83,20 +83,6 @@ def ours(model, kind: str, repeats: int) -> dict[str, object]:
         found |= {f"switched, {count}": rate(lambda count=count: switched(count), repeats) for count in (4, 16)}
         found |= {"merged, 1": rate(lambda: switched(1), repeats), "rows, 1": rate(lambda: together(one), repeats)}
     return {"adapters": kind} | found
-
-
-def made(model, seed: int, **choice):
-    """An adapter of random deltas at random entries."""
-    import finepoint
-
-    tuner = finepoint.SparseTuner(model, finepoint.select(model, rule="random", seed=seed, **choice), audit=False)
-    torch.manual_seed(seed)
-    for delta in tuner.parameters():
-        delta.data.normal_(std=1e-2)
-    adapter = tuner.adapter()
-    tuner.revert_()
-    tuner.close()
-    return adapter
 
 
 def lora(model, repeats: int) -> dict[str, object]:

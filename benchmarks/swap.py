@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from common import options, report
+from common import options, random_adapter, report
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def timed(dtype: str, repeats: int) -> dict[str, object]:
 
     model = load_model("smollm2", dtype)
     base = {name: value.clone() for name, value in model.state_dict().items()}
-    switch, adapters = finepoint.AdapterSet(model), [made(model, seed) for seed in (0, 1)]
+    switch, adapters = finepoint.AdapterSet(model), [random_adapter(model, seed, density=0.01) for seed in (0, 1)]
     for name, adapter in zip("ab", adapters, strict=True):
         switch.add(name, adapter)
     switches, applies, reverts = [], [], []
@@ -37,20 +37,6 @@ def timed(dtype: str, repeats: int) -> dict[str, object]:
     median = statistics.median
     return {"dtype": dtype, "entries": adapters[0].count, "switch ms": median(switches[2:]),
             "apply ms": median(applies), "revert ms": median(reverts), "exact": exact}  # fmt: skip
-
-
-def made(model, seed: int):
-    """An adapter of random deltas at random entries."""
-    import finepoint
-
-    tuner = finepoint.SparseTuner(model, finepoint.select(model, rule="random", density=0.01, seed=seed))
-    torch.manual_seed(seed)
-    for delta in tuner.parameters():
-        delta.data.normal_(std=1e-2)
-    adapter = tuner.adapter()
-    tuner.revert_()
-    tuner.close()
-    return adapter
 
 
 def milliseconds(work) -> float:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from finepoint.adapters.change import Contents
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+PEFT_CONFIG = "adapter_config.json"
 FILES = ("finepoint.safetensors", "finepoint_config.json", "README.md")
 
 
@@ -28,7 +29,7 @@ def refuse_no_adapter(folder: str | Path) -> None:
     """
     if (Path(folder) / FILES[0]).exists():
         return
-    theirs = (Path(folder) / "adapter_config.json").exists()
+    theirs = (Path(folder) / PEFT_CONFIG).exists()
     hint = "; PEFT's adapters are taken by eval, export --format merged and import" if theirs else ""
     if theirs and (Path(folder) / "adapter_model.bin").exists():
         hint = "; adapter_model.bin is a pickle, which finepoint does not open: save it as safetensors"

@@ -17,6 +17,7 @@ from finepoint.adapters.calls import used_beside_calls
 from finepoint.adapters.change import Change
 from finepoint.adapters.fingerprint import FINGERPRINT, is_fingerprint
 from finepoint.adapters.format import CONFIG, TENSORS, check_info, say_unfinished
+from finepoint.adapters.hub import PEFT_CONFIG as PEFT_CONFIG
 from finepoint.adapters.peft_config import LORA, check_fields, check_targets, saved_whole, scaling_of
 from finepoint.errors import FinepointError
 from finepoint.models.quantised import is_quantised
@@ -26,7 +27,6 @@ from finepoint.runtime.tensor_files import DTYPES, Form, forms, opened
 
 logger = logging.getLogger(__name__)
 PEFT_TENSORS = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 SPARSE = "sparse"  # folder beside PEFT's files, with the chosen entries that were trained along (RoSA)
 PREFIX = "base_model.model."  # of every name in PEFT's file
 # What follows `.lora_` in a name.

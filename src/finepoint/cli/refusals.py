@@ -31,9 +31,9 @@ def refuse_at_once(command: str, config: Any) -> None:
         if isinstance(model, str):  # `generate --base` is a switch
             refuse_no_model(model)
     for folder in _adapters(command, config):
-        from finepoint.adapters.hub import is_hub_id, refuse_no_adapter
+        from finepoint.adapters.hub import PEFT_CONFIG, is_hub_id, refuse_no_adapter
 
-        others = ["adapter_config.json"] + ["gguf-patch.safetensors"] * (command == "patch")  # PEFT's; a patch as it is
+        others = [PEFT_CONFIG] + ["gguf-patch.safetensors"] * (command == "patch")  # which is taken as it is
         if not is_hub_id(folder) and not any((Path(folder) / name).is_file() for name in others):
             refuse_no_adapter(folder)
     if getattr(config, "model", None) and (targets := getattr(config, "targets", None)):

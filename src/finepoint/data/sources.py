@@ -54,16 +54,20 @@ def rows_of(origin: Any) -> Iterator[tuple[str, Any]]:
         FinepointError: there is nothing of that name, or it cannot be read.
     """
     path = Path(origin)
-    if path.is_dir():
-        return _of_folder(path, None)
-    if path.exists():
-        return reader_of(path)(path)
-    folder, colon, split = str(origin).rpartition(":")
-    if colon and Path(folder).is_dir():
-        return _of_folder(Path(folder), split)
-    if ending_of(path) not in SOURCES and (found := ON_HUB.fullmatch(str(origin))):
+    if folder := _folder_of(origin):
+        return _of_folder(*folder)
+    if not path.exists() and ending_of(path) not in SOURCES and (found := ON_HUB.fullmatch(str(origin))):
         return _of_hub(str(origin), *found.groups())
     return reader_of(path)(path)
+
+
+def _folder_of(origin: Any) -> tuple[Path, str | None] | None:
+    """The folder that is named, and which split of it: FOLDER or FOLDER:SPLIT. None where it is something else."""
+    path = Path(origin)
+    if path.is_dir():
+        return path, None
+    folder, colon, split = str(origin).rpartition(":")
+    return (Path(folder), split) if colon and not path.exists() and Path(folder).is_dir() else None
 
 
 def refuse_absent(data: Any) -> None:
@@ -73,9 +77,9 @@ def refuse_absent(data: Any) -> None:
         FinepointError: it is so; or as for `parts_of`.
     """
     for origin, _ in parts_of(data):
-        path, folder = Path(origin), Path(str(origin).rpartition(":")[0] or origin)
+        path = Path(origin)
         on_hub = ending_of(path) not in SOURCES and ON_HUB.fullmatch(str(origin))
-        if not (isinstance(origin, Given) or path.exists() or folder.is_dir() or on_hub):
+        if not (isinstance(origin, Given) or path.exists() or _folder_of(origin) or on_hub):
             with opened(path):
                 pass
 
@@ -372,9 +376,8 @@ def _loaded(folder: Path, split: str | None) -> Any:
 
 def saved_table(origin: Any) -> Any:
     """The `datasets.Dataset` that was saved there; None where it is something else."""
-    folder, colon, split = str(origin).rpartition(":")
-    place, chosen = (Path(origin), None) if not colon or Path(origin).is_dir() else (Path(folder), split)
-    return _loaded(place, chosen) if _is_saved(place) else None
+    folder = _folder_of(origin)
+    return _loaded(*folder) if folder and _is_saved(folder[0]) else None
 
 
 def files_of(origin: Any) -> list[Path]:
@@ -388,13 +391,11 @@ def files_of(origin: Any) -> list[Path]:
     path = Path(origin)
     if path.is_file():
         return [path]
-    folder, colon, split = str(origin).rpartition(":")
-    place, chosen = (path, None) if path.is_dir() else (Path(folder), split)
-    if not place.is_dir() or (place != path and not colon):
+    if not (folder := _folder_of(origin)):
         return []
-    if _is_saved(place):
-        return sorted(each for each in place.rglob("*") if each.is_file())
-    return _files_in(place, chosen)
+    if _is_saved(folder[0]):
+        return sorted(each for each in folder[0].rglob("*") if each.is_file())
+    return _files_in(*folder)
 
 
 def _is_saved(folder: Path) -> bool:

@@ -31,8 +31,8 @@ from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.selection.structure import Pooling
 from finepoint.selection.targets import Targets, target_weights
 from finepoint.training.keep import PROTECTIONS, fisher_at
+from finepoint.training.settings import READ
 from finepoint.training.texts import (
-    READ,
     TOKENS_READ,
     Writer,
     examples_to_keep,

@@ -173,12 +173,12 @@ def _rows(config: TrainConfig, model: Any, limit: int) -> Sequence[Row]:
         FinepointError: they have classes.
     """
     large, tokenizer = large_data(config.data, config.columns, need=True), load_tokenizer(config.model)
-    examples = [] if large else read_examples(config.data, config.columns, config.seed)
+    on_disk = large is not None and identity_of(tokenizer)
+    examples = [] if on_disk else read_examples(config.data, config.columns, config.seed)
     if (large and large.labels) or any(isinstance(example, Labelled) for example in examples):
         raise FinepointError("--fit plans for language models, and these are examples of classes; leave it out")
-    if large and identity_of(tokenizer):
+    if large and on_disk:
         return rows_on_disk(config, large, tokenizer, model, reads=rows_read(config))
-    examples = examples or read_examples(config.data, config.columns, config.seed)
     return encode_all(tokenizer, examples, limit, what=TRAINING, model=model)
 
 

@@ -35,14 +35,15 @@ from finepoint.runtime.settings import Quantise
 from finepoint.selection.passes import on_device, undisturbed
 from finepoint.selection.rules import FROM_GRID, Rule, rule_named
 from finepoint.selection.select import SLICE, budgets, score
-from finepoint.selection.statistics import stream_statistics, zeros
+from finepoint.selection.statistics import stream_statistics
 from finepoint.selection.structure import Tiling, columns_within, share_within, tilings
+from finepoint.selection.sums import zeros
 from finepoint.selection.targets import target_weights
 from finepoint.selection.warmup import warm_up_
 from finepoint.training.keep import protection_named
 from finepoint.training.run import CHECKPOINTING  # the process that trains has it in memory, and this one stands for it
-from finepoint.training.settings import PlanConfig, TrainConfig
-from finepoint.training.texts import EXAMPLES, TOKENS_KEPT, TOKENS_READ
+from finepoint.training.settings import EXAMPLES, PlanConfig, TrainConfig
+from finepoint.training.texts import TOKENS_KEPT, TOKENS_READ
 from finepoint.tuner.anchor import Anchor
 from finepoint.tuner.optimizers import scale_steps_
 from finepoint.tuner.tuner import SparseTuner

@@ -11,10 +11,10 @@ from typing import Any
 
 from finepoint.errors import FinepointError
 from finepoint.runtime.files import VERSION, read_json, refuse_version
+from finepoint.training.logfile import RECORD
 
 FORMAT = 1
 STUDY, SEQUENCE, SEQUENCE_RESULT = "study.json", "sequence.json", "result.json"
-RECORD = "run.json"  # of a run that is done
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,14 @@ def texts_and_conversations(
     Raises:
         FinepointError: as for `samples`.
     """
-    talks = count // 2 if tokenizer.chat_template else 0
+    talks = _talks(tokenizer, count)
     found = {"texts": samples(model, tokenizer, count - talks, chat=False, seed=seed, tokens=tokens)}
     return found | ({"conversations": samples(model, tokenizer, talks, seed=seed, tokens=tokens)} if talks else {})
+
+
+def _talks(tokenizer: Any, count: int) -> int:
+    """How many of so many texts are conversations."""
+    return count // 2 if tokenizer.chat_template else 0
 
 
 def _answered(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[Written]:
@@ -92,7 +97,7 @@ def _opening(tokenizer: Any) -> list[int]:
 
 def passes(tokenizer: Any, count: int, tokens: int) -> int:
     """How many passes through the model `texts_and_conversations` takes, about."""
-    talks = count // 2 if tokenizer.chat_template else 0
+    talks = _talks(tokenizer, count)
     return -(-(count - talks) // BESIDE) * tokens + -(-talks // BESIDE) * (tokens // 2) + (tokens if talks else 0)
 
 
