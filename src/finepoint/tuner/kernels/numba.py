@@ -1,8 +1,8 @@
 """Sampled weight gradient on the CPU, compiled by Numba (the extra `finepoint[cpu]`).
 
 An entry's gradient is a dot product over the tokens of one column of dy and one of x. Gathered loads are slow, so the
-tokens are first brought together in memory: 64 at a time, only the columns that hold an entry, into tiles that stay in
-the second cache. The tokens are shared among torch's threads, each with tiles and sums of its own.
+tokens are first brought together in memory: 64 at a time, of the runs of eight columns that hold an entry, into tiles
+that stay in the second cache. The tokens are shared among torch's threads, each with tiles and sums of its own.
 
 These are torch's own OpenMP threads: after an operation they spin for a while, waiting for the next, and threads of
 another pool would share the cores with the spinning ones and gain nothing.
@@ -21,8 +21,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from finepoint.tuner.kernels.transpose import LINE, fetch, transpose_
+
 TILE = 64  # tokens; measured among 8, 16, 32, 64 and 128. Shorter ones LLVM unrolls instead of vectorising.
-LINE = 8  # tokens of a column moved at a time, in as many rows of the operand that stay in the first cache
+CACHE_LINE = 64  # bytes, or twice as many
+FETCHED = 16  # tokens read one after the other first: from memory, eight rows side by side take twice as long
 SIZES, POINTERS = ctypes.c_int64 * 8, ctypes.c_void_p * 5
 SIGNATURE = numba.types.void(numba.types.CPointer(numba.types.voidptr))
 
@@ -165,13 +168,13 @@ def _tiled_dots(
     shift: Any,
 ) -> None:
     """out[entry] = sum over the tokens from start to stop; dy: (tokens, out), x: (tokens, in)."""
-    dy_needed, x_needed = _distinct(rows, dy.shape[1]), _distinct(columns, x.shape[1])
+    dy_blocks, x_blocks = _blocks(rows, dy.shape[1]), _blocks(columns, x.shape[1])
     dy_tile = np.empty((dy.shape[1], TILE), dtype=out.dtype)
     x_tile = np.empty((x.shape[1], TILE), dtype=out.dtype)
     out[:] = 0
     for token in range(start, stop, TILE):
-        _fill_tile(dy, token, stop, dy_needed, dy_tile, shift)
-        _fill_tile(x, token, stop, x_needed, x_tile, shift)
+        _fill_tile(dy, token, stop, dy_blocks, dy_tile, shift)
+        _fill_tile(x, token, stop, x_blocks, x_tile, shift)
         for entry in range(rows.shape[0]):
             row, column = rows[entry], columns[entry]
             total = out[entry]
@@ -181,28 +184,42 @@ def _tiled_dots(
 
 
 @njit(cache=True)
-def _distinct(places: np.ndarray, size: int) -> np.ndarray:
-    """The distinct values among `places`, ascending; all below `size`. At low density many columns hold no entry."""
-    seen = np.zeros(size, dtype=np.bool_)
+def _blocks(places: np.ndarray, size: int) -> np.ndarray:
+    """Where the runs of eight columns start that hold any of `places`, ascending; the last ends with the operand."""
+    seen = np.zeros(-(-size // LINE), dtype=np.bool_)
     for place in places:
-        seen[place] = True
-    return np.flatnonzero(seen).astype(np.uint64)  # unsigned: no index has to be checked for being negative
+        seen[place // LINE] = True
+    return np.minimum(np.flatnonzero(seen) * LINE, max(size - LINE, 0))
 
 
 @njit(cache=True)
-def _fill_tile(operand: np.ndarray, start: int, stop: int, needed: np.ndarray, tile: np.ndarray, shift: Any) -> None:
+def _fill_tile(operand: np.ndarray, start: int, stop: int, blocks: np.ndarray, tile: np.ndarray, shift: Any) -> None:
     """tile[column, t] = operand[start + t, column], its bits shifted up if there is a shift; zeros from `stop` on."""
-    bits = tile.view(np.uint32)
+    width = operand.shape[1]
     for first in range(0, TILE, LINE):
-        left = stop - start - first
-        for column in needed:
-            if left >= LINE:
-                for t in range(LINE):
-                    _move(operand, start + first + t, column, tile, bits, first + t, shift)
+        left = min(stop - start - first, LINE)
+        if first % FETCHED == 0:
+            end = min(start + first + FETCHED, stop)
+            for place in range((start + first) * width, end * width, CACHE_LINE // operand.itemsize):
+                fetch(operand, place)  # type: ignore[call-arg]  # Numba passes the first argument
+        whole = left == LINE and width >= LINE
+        for block in blocks:
+            if whole:
+                transpose_(operand, start + first, block, tile, first)  # type: ignore[call-arg]
             else:
-                tile[column, first : first + LINE] = 0
-                for t in range(left):
-                    _move(operand, start + first + t, column, tile, bits, first + t, shift)
+                _fill_partly(operand, start + first, left, block, tile, first, shift)
+
+
+@njit(cache=True)
+def _fill_partly(
+    operand: np.ndarray, token: int, left: int, block: int, tile: np.ndarray, first: int, shift: Any
+) -> None:
+    """The same for fewer than eight tokens or columns."""
+    bits = tile.view(np.uint32)
+    for column in range(block, min(block + LINE, operand.shape[1])):
+        tile[column, first : first + LINE] = 0
+        for t in range(left):
+            _move(operand, token + t, column, tile, bits, first + t, shift)
 
 
 @njit(cache=True)
