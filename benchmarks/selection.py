@@ -18,6 +18,7 @@ VARIANTS = {
     "full-gradient pass (the bound)": None,
     "exact, memory 1.0": {"threshold": "exact", "scoring_memory": 1.0},
     "exact, memory 0.25": {"threshold": "exact", "scoring_memory": 0.25},
+    "exact, on disk": {"threshold": "exact", "scoring_memory": "disk"},
     "sampled, memory 1.0": {"threshold": "sampled", "scoring_memory": 1.0},
     "sampled, memory 0.25": {"threshold": "sampled", "scoring_memory": 0.25},
 }
