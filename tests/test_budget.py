@@ -19,6 +19,7 @@ from finepoint.cli import main
 from finepoint.data.batches import Collator, encode_all
 from finepoint.data.examples import Completion, Text, read_examples
 from finepoint.errors import FinepointError
+from finepoint.runtime.interruption import BrokenOff
 from finepoint.training import budget, divergence, keep
 from finepoint.training.budget import search
 from finepoint.training.divergence import BasePredictions
@@ -196,6 +197,8 @@ def test_training_keeps_its_budget_and_uses_it(config, tokenizer, most):
     log = [json.loads(line) for line in Path(config.output, "log.jsonl").read_text().splitlines()]
     along = [line for line in log if "disturbed" in line]
     assert [line["step"] for line in along] == [2, 4, 6, 8, 10, 12, 14]
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 17))
+    assert "unfinished" not in adapter.info
     strength = 10.0
     for before, line in pairwise([None, *along]):
         if line["step"] > 4:
@@ -273,6 +276,20 @@ def test_a_resumed_run_keeps_the_budget_alike(config):
     assert all(resumed[1].changes[name].equals(whole[1].changes[name]) for name in whole[1])
     for told in ("disturbed", "first_loss", "loss", "last_loss"):
         assert resumed[0][told] == whole[0][told]
+
+
+def test_an_interruption_is_felt_after_a_measurement_and_marks_what_is_not_yet_scaled(config, monkeypatch):
+    with interrupted_at(5):  # KL was measured in the step before
+        run(config)
+    assert SparseAdapter.load(config.output).info["unfinished"] == "step 4 of 16"
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(budget, "search", interrupted)
+    with pytest.raises(BrokenOff, match="after the last step, before its KL was measured; the adapter, marked as"):
+        run(config, overwrite=True)
+    assert SparseAdapter.load(config.output).info["unfinished"].startswith("step 16 of 16, and not yet measured")
 
 
 def test_a_head_that_is_trained_is_measured_too(config, tokenizer):

@@ -49,6 +49,23 @@ def test_without_a_chat_template_they_are_plain_texts(llama):
         finepoint.samples(llama, plain, chat=True)
 
 
+@pytest.mark.parametrize("template", [
+    "{% for turn in messages %}{{ turn['content'] }}{% endfor %}",  # nothing before a user's words
+    "{{ raise_exception('begin with a system turn') }}",
+    "{% for turn in",
+])  # fmt: skip
+def test_a_template_that_opens_no_turn_of_a_user_leaves_plain_texts(llama, template, caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    found = texts_and_conversations(llama, tokenizer, 6, tokens=4)
+    assert list(found) == ["texts"]
+    assert len(found["texts"]) > 3
+    assert ("no conversations are written" in caplog.text) == ("content" not in template)
+    assert all(list(row) == ["text"] for row in finepoint.samples(llama, tokenizer, 2, tokens=4))
+    with pytest.raises(FinepointError, match="give chat=False"):
+        finepoint.samples(llama, tokenizer, 2, chat=True)
+
+
 def test_first_tokens_are_drawn_as_often_as_the_model_says(llama, tokenizer):
     texts = [row["text"] for row in finepoint.samples(llama, tokenizer, 800, chat=False, tokens=1)]
     with torch.no_grad():
@@ -206,6 +223,33 @@ def test_what_writes_nothing_is_told_in_a_line(short, llama, tokenizer, config, 
         finepoint.sparsify(llama, density=0.1, protect="own")
     with pytest.raises(FinepointError, match="there is no file onw; did you mean 'own'"):
         train(replace(config, protect="onw", overwrite=True))
+
+
+def test_own_counts_once_and_texts_too_short_are_named(config, tmp_path):
+    with pytest.raises(FinepointError, match="--protect names own twice; give it once"):
+        train(replace(config, protect=["own", "own"]))
+    one = write_lines(tmp_path / "one.jsonl", [{"text": "a"}])
+    with pytest.raises(FinepointError, match=r"one.jsonl.*no token to keep .* give longer ones to --protect"):
+        train(replace(config, protect=one, overwrite=True))
+
+
+def test_texts_that_were_damaged_are_written_anew(short, llama, tokenizer):
+    plain = [str(example) for example in Writer(llama, tokenizer).texts(6)]
+    for damage in (lambda file: file.write_text(""), Path.unlink):
+        for file in list(short_cache().rglob("*.json*")):
+            damage(file)
+            assert [str(example) for example in Writer(llama, tokenizer).texts(6)] == plain
+    assert len(short) == 7
+
+
+@pytest.mark.parametrize("setting", ["protect", "data", "validation"])
+def test_a_run_takes_nothing_away_that_it_is_to_read(short, config, setting):
+    train(config)
+    file = Path(config.output) / "own-texts" / "texts.jsonl"
+    kept = file.read_bytes()
+    with pytest.raises(FinepointError, match=f"--{setting} .*texts.jsonl is of an earlier run, .* copy it elsewhere"):
+        train(replace(config, overwrite=True, **{setting: str(file)}))
+    assert file.read_bytes() == kept
 
 
 def test_sparsify_and_quantised_and_half_precision_bases_are_held_by_it(short, config, llama, tokenizer):

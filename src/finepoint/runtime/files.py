@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -171,6 +172,26 @@ def refuse_model_folder(config: Any) -> None:
         model = getattr(config, name, None)
         if output and model and Path(model).is_dir() and Path(model).resolve() == Path(output).resolve():
             raise FinepointError(f"{output} is the {what} model itself; choose another --output")
+
+
+def refuse_inputs_among(config: Any, names: Iterable[str]) -> None:
+    """Refuses settings that name a file among those in `output` that a new run takes away.
+
+    Args:
+        names: of files and folders in `output`.
+
+    Raises:
+        FinepointError: they do.
+    """
+    gone = {Path(config.output).resolve() / name for name in names}
+    for known in fields(config):
+        given = getattr(config, known.name)
+        for place in given if isinstance(given, list) else [given]:
+            named = known.metadata.get("file") and isinstance(place, str)
+            if named and not gone.isdisjoint(((path := Path(place).resolve()), *path.parents)):
+                raise FinepointError(f"--{known.name.replace('_', '-')} {place} is of an earlier run, and a new one in "
+                                     f"{config.output} takes it away; copy it elsewhere, or give another "
+                                     "--output")  # fmt: skip
 
 
 def check_output(path: str | Path, overwrite: bool) -> None:

@@ -218,7 +218,7 @@ class Holding(TrainerCallback):
         self.most = STRONGEST * method.penalty.strength
         self.few, self.all = (BasePredictions.of(tuner.model, collator, part, changing=tuner.trained())
                               for part in (rows[:: max(1, len(rows) // FEW)][:FEW], rows))  # fmt: skip
-        self.log: Callable[[dict[str, float]], None] = lambda told: None  # the trainer gives its own
+        self.tell: Callable[[dict[str, float]], None] = lambda told: None  # the trainer gives its own
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         known = self._measured(state)
@@ -235,7 +235,7 @@ class Holding(TrainerCallback):
             ratio = at_the_end(before, (moved_by(step / steps, self.falling), kl)) / self.budget
             self._strengthen_(ratio**GAIN, kl)
         logger.info("step %d: KL to the base %.4g, held back with strength %.4g", step, kl, self.penalty.strength)
-        self.log({DISTURBED: kl, STRENGTH: self.penalty.strength})
+        self.tell({DISTURBED: kl, STRENGTH: self.penalty.strength})
 
     def _kl(self, base: BasePredictions) -> float:
         """How far the model is from its base: of several processes all go by what the first one finds."""

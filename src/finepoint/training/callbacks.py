@@ -98,7 +98,7 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if refresh := self.trainer.method.refresh:
-            self.trainer.news = refresh(state.global_step, state.max_steps, optimizer)
+            self.trainer.tell(refresh(state.global_step, state.max_steps, optimizer))
         self.step_started = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:

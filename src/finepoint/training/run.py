@@ -29,12 +29,13 @@ from finepoint.errors import FinepointError
 from finepoint.models.loading import gguf_file, new_head
 from finepoint.runtime import distributed, interruption
 from finepoint.runtime.devices import peak_bytes, reset_peak
-from finepoint.runtime.files import claim_folder, refuse_model_folder, write_record
+from finepoint.runtime.files import claim_folder, refuse_inputs_among, refuse_model_folder, write_record
+from finepoint.runtime.interruption import BrokenOff
 from finepoint.runtime.progress import progress
 from finepoint.selection.passes import Batch, on_device
 from finepoint.selection.rates import slow
 from finepoint.training.budget import Holding
-from finepoint.training.callbacks import LastStep, Watch, left_by, marked, refreshes, validation_losses
+from finepoint.training.callbacks import UNFINISHED, LastStep, Watch, left_by, marked, refreshes, validation_losses
 from finepoint.training.checkpoints import (
     CHECKPOINTS,
     RECORD,
@@ -84,6 +85,9 @@ ANSWERS = "answers.json"
 OWN_TEXTS = "own-texts"
 """what the base has written to be held by, where it was told to"""
 BEST = ".best.safetensors"  # while a run is under way
+FOLDERS = (CHECKPOINTS, OWN_TEXTS)
+FILES = (LOG, UNDER_WAY, RECORD, BEST, TRAINED_ON, ANSWERS)
+"""of an earlier run, which a new one in its folder takes away"""
 AUDITED = 2  # examples that the gradients are tried on
 Make = Callable[[TrainingContext, list[str], Fingerprint, Path | None], tuple[Method, dict[str, Any]]]
 Afterwards = Callable[[TrainConfig, TrainingContext, SparseAdapter, Path], None]
@@ -310,6 +314,7 @@ def claimed(config: Training, keeps: bool = True) -> Iterator[Path]:
     distributed.join()
     check_processes(config)
     refuse_model_folder(config)
+    refuse_inputs_among(config, [*FOLDERS, *FILES])
     with interruption.noticed() if keeps else nullcontext(), ExitStack() as claims:
         claim = claim_folder(config.output, config.overwrite or config.resume)
         yield distributed.on_first(lambda: claims.enter_context(claim))
@@ -467,12 +472,25 @@ def _train_by_loss(
     last = losses[-1][1] if losses else None
     results |= {"validation_loss": lowest if best else last, "last_validation_loss": last, "best_step": step}
     if run.method.holding:
-        run.save()  # whatever comes of the measuring
-        results["disturbed"] = found = run.method.holding.settle_()
+        results["disturbed"] = found = _settled_(run)
         run.facts.update(disturbed=found["kl"], disturb_at_most=config.disturb_at_most)
         if found["scale"] < 1 and validation:
             results["validation_loss"] = trainer.evaluate()["eval_loss"]
     return results | ({"refreshes": refreshes(trainer.state)} if config.refresh else {})
+
+
+def _settled_(run: Run[TrainConfig]) -> dict[str, Any]:
+    """Holds what was trained to the budget of disturbance; until then the adapter there is unfinished."""
+    assert run.method.holding
+    run.facts[UNFINISHED] = f"step {run.steps} of {run.steps}, and not yet measured against --disturb-at-most"
+    run.save()  # whatever comes of the measuring
+    try:
+        found = run.method.holding.settle_()
+    except KeyboardInterrupt as error:
+        left = f"after the last step, before its KL was measured; the adapter, marked as unfinished, is in {run.folder}"
+        raise (BrokenOff(left, any((run.folder / CHECKPOINTS).glob("*-*"))) if run.keeps else error) from None
+    del run.facts[UNFINISHED]
+    return found
 
 
 def _leaks(config: TrainConfig, context: TrainingContext, alone: bool) -> dict[str, dict[str, int]]:
@@ -587,9 +605,9 @@ def audit_(
 
 def forget_earlier_run(folder: Path) -> None:
     """Takes away what would be taken for this run's: its adapter comes in the place of the earlier one."""
-    for made in (CHECKPOINTS, OWN_TEXTS):
+    for made in FOLDERS:
         shutil.rmtree(folder / made, ignore_errors=True)
-    for name in (LOG, UNDER_WAY, RECORD, BEST, TRAINED_ON, ANSWERS):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
 
 

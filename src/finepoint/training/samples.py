@@ -1,5 +1,6 @@
 """Texts that a model itself writes: something to keep it by where there is no text of one's own."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ from transformers import GenerationConfig
 from finepoint.data.batches import context_length
 from finepoint.data.examples import as_examples
 from finepoint.data.tokens import around, encode_prompts
-from finepoint.errors import FinepointError
+from finepoint.errors import FinepointError, reason_of
 from finepoint.models.probing import evaluating
 from finepoint.training.writing import Written, end_tokens, generating_by, read, written
 
+logger = logging.getLogger(__name__)
 TOKENS = 96  # of each text and each answer
 BESIDE = 16  # texts that are written at a time
 MARK = "QUESTION"  # stands for a user's words in a template
@@ -29,7 +31,7 @@ def samples(
 
     Args:
         count: at most so many; what is empty is left out.
-        chat: conversations; where the tokenizer has a chat template, if not given.
+        chat: conversations; where the tokenizer has a chat template that opens a user's turn, if not given.
         seed: of what is drawn: the same texts on the same machine.
         tokens: most of each text, and of each answer.
 
@@ -42,12 +44,16 @@ def samples(
     writes = model.get_output_embeddings() is not None and model.can_generate()
     if model.config.is_encoder_decoder or not writes:
         raise FinepointError(f"samples are what a causal language model writes, and {type(model).__name__} is none")
-    chat = bool(tokenizer.chat_template) if chat is None else chat
+    opening = _opening(tokenizer)
+    chat = bool(opening) if chat is None else chat
     if not chat:
         return [{"text": text} for text in _drawn(model, tokenizer, _start(model, tokenizer), count, tokens, seed)]
     if not tokenizer.chat_template:
         raise FinepointError("conversations need a chat template, and the tokenizer has none; give chat=False")
-    asked = _drawn(model, tokenizer, _opening(tokenizer), count, tokens // 2, seed)
+    if not opening:
+        raise FinepointError("the chat template has no beginning of a user's words for the model to go on from; give "
+                             "chat=False")  # fmt: skip
+    asked = _drawn(model, tokenizer, opening, count, tokens // 2, seed)
     answers = _answered(model, tokenizer, asked, tokens) if asked else []
     return [_talk(question, answer.text) for question, answer in zip(asked, answers, strict=True) if not answer.empty]
 
@@ -67,7 +73,7 @@ def texts_and_conversations(
 
 def _talks(tokenizer: Any, count: int) -> int:
     """How many of so many texts are conversations."""
-    return count // 2 if tokenizer.chat_template else 0
+    return count // 2 if _opening(tokenizer) else 0
 
 
 def _answered(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[Written]:
@@ -90,8 +96,15 @@ def _start(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _opening(tokenizer: Any) -> list[int]:
-    """The tokens before a user's first words."""
-    shown = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+    """The tokens before a user's first words; none where the template puts nothing there, or takes no such words."""
+    if not tokenizer.chat_template:
+        return []
+    try:
+        shown = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+    except Exception as error:  # the template is other people's program
+        logger.warning("the chat template does not begin with a user's words (%s); no conversations are written",
+                       reason_of(error) or type(error).__name__)  # fmt: skip
+        return []
     return tokenizer(shown.split(MARK)[0], add_special_tokens=False)["input_ids"]
 
 

@@ -80,7 +80,7 @@ class Writer:
 
     def _made(self, folder: Path, count: int) -> Path:
         with alone(folder):  # who comes meanwhile waits, and finds it
-            if not (folder / FACTS).is_file():
+            if not _is_whole(folder):
                 rows = self._written(count)
                 for name, found in rows.items():
                     write_json_lines(folder / f"{name}.jsonl", found)
@@ -113,6 +113,15 @@ class Writer:
         """Lays what was written into a run's folder, for `held`; nothing where nothing was."""
         if self.told:
             shutil.copytree(self.told["folder"], folder, dirs_exist_ok=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds all that its facts say it does."""
+    try:
+        rows = read_json(folder / FACTS)["rows"]
+        return all((folder / f"{name}.jsonl").read_text("utf-8").count("\n") == rows[name] for name in rows)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, FinepointError):
+        return False
 
 
 def to_measure(model: Any, tokenizer: Any) -> Writer:
@@ -176,7 +185,7 @@ def protected_files(sources: str | Sequence[str]) -> list[str]:
     """The files of `--protect`, those of named texts made the first time; `own` stays a word.
 
     Raises:
-        FinepointError: one has a share.
+        FinepointError: one has a share, or is given twice.
     """
     given = [sources] if isinstance(sources, str) else sources
     named = [(each, None) if isinstance(each, Given) else share_of(each) for each in given]
@@ -184,6 +193,9 @@ def protected_files(sources: str | Sequence[str]) -> list[str]:
         raise FinepointError(
             f"--protect takes equal parts of its files, and {shared} has a share; give the names alone"
         )
+    names = [str(source) for source, _ in named]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise FinepointError(f"--protect names {twice} twice; give it once")
     return [source if names_own(source) else text_file(source) for source, _ in named]
 
 
@@ -222,5 +234,7 @@ def rows_to_keep(examples: Sequence[Example], model: Any, tokenizer: Any, max_le
         if tally.lost_share() >= MUCH and not ours:  # texts of our own are long, and their beginning will do
             tally.tell(limit, "protected example")
     if not (found := [row for row in rows if learned(row) > 0]):
-        raise FinepointError("the protected texts have no token to keep the prediction of")
+        place = examples[0].place if examples else ""
+        raise FinepointError(f"{place}the protected texts have no token to keep the prediction of, which takes two "
+                             "tokens; give longer ones to --protect")  # fmt: skip
     return found

@@ -132,7 +132,11 @@ class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[m
     tokens = Tokens()
     """trained on so far, where they are counted, and the seconds"""
     news: Mapping[str, float] = {}
-    """of entries chosen anew, until it is logged"""
+    """what is logged with the loss of the step that is under way"""
+
+    def tell(self, told: Mapping[str, float]) -> None:
+        """Has this logged with the next loss."""
+        self.news = {**self.news, **told}
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The Trainer's; at a step's last batch the gradient becomes all processes' mean, and the penalty is added."""
@@ -244,7 +248,7 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         self.measure = measure
         super().__init__(model=method.tuner.model, optimizers=(method.optimizer, None), **kwargs)
         if method.holding:
-            method.holding.log = self.log
+            method.holding.tell = self.tell
             self.add_callback(method.holding)
         # Every batch is divided by the labels of its whole step, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
@@ -328,6 +332,6 @@ class SparseTrainer(SparseCheckpoints, Trainer):
         return total, int(labels)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:  # a choice is told of with the first step that trains it
+        if "loss" in logs:  # a log of its own within a step would have the Trainer leave out that of the loss
             logs, self.news = {**logs, **self.news}, {}
         super().log(logs, *args, **kwargs)

@@ -135,7 +135,7 @@ class Penalty(Protocol):
 class DisturbanceBudget(Protocol):
     """A budget of disturbance that is kept along a run; `training.budget.Holding` is one, as a callback."""
 
-    log: Callable[[dict[str, float]], None]
+    tell: Callable[[dict[str, float]], None]
     """tells of a measurement"""
 
     def settle_(self) -> dict[str, Any]:
