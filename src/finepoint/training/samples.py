@@ -44,9 +44,8 @@ def samples(
     writes = model.get_output_embeddings() is not None and model.can_generate()
     if model.config.is_encoder_decoder or not writes:
         raise FinepointError(f"samples are what a causal language model writes, and {type(model).__name__} is none")
-    opening = _opening(tokenizer)
-    chat = bool(opening) if chat is None else chat
-    if not chat:
+    opening = [] if chat is False else _opening(tokenizer)
+    if not (opening if chat is None else chat):
         return [{"text": text} for text in _drawn(model, tokenizer, _start(model, tokenizer), count, tokens, seed)]
     if not tokenizer.chat_template:
         raise FinepointError("conversations need a chat template, and the tokenizer has none; give chat=False")
