@@ -97,6 +97,26 @@ def test_the_plan_holds_where_activations_dominate(long_llama):
     assert_close(found["selection"], measured(long_llama, "selection", **settings))
 
 
+@pytest.mark.slow
+def test_what_compiling_takes_is_not_planned_for(tmp_path):
+    """A plan may be the first to use the kernels; the training that it is made for then finds them on disk."""
+    code = "from finepoint.memory.plan import process_bytes, _process_bytes as of_this; print(*{}(None))"
+    environment = {**ENVIRONMENT, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def resident(function):
+        done = subprocess.run([sys.executable, "-c", code.format(function)], env=environment, capture_output=True,
+                              text=True, check=True)  # fmt: skip
+        return [*map(int, done.stdout.split())]
+
+    compiling = resident("of_this")
+    assert any(tmp_path.rglob("*.nbc"))
+    after = resident("of_this")
+    assert compiling[1] > after[1] + 40e6  # else this test says nothing
+    for file in tmp_path.rglob("*.nb?"):
+        file.unlink()
+    assert resident("process_bytes") == pytest.approx(after, abs=20e6)
+
+
 def parts(tensor):
     """What a tensor's bytes lie in."""
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]] if is_quantised(tensor) else [tensor]

@@ -18,6 +18,7 @@ import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit
 from numba.core import cgutils
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -57,6 +58,12 @@ def in_torch_threads(work: Any, pointers: Any, shares: int) -> None:
         work.ctypes(pointers)
     else:
         _PARALLEL(ctypes.c_void_p(work.address), pointers, ctypes.c_uint(shares), ctypes.c_uint(0))
+
+
+def compiled_here() -> bool:
+    """Whether this process has compiled something of this module, rather than read it from the cache on disk."""
+    compiled = [one for one in globals().values() if isinstance(one, Dispatcher)]
+    return any(one.stats.cache_misses for one in compiled)
 
 
 @intrinsic
