@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 from common import ARMS, QUICK_ARMS, options, report, text_batches
 
@@ -63,7 +64,8 @@ def main() -> None:
         measure = tensors if given.live else one
         print(json.dumps(measure(given.arm, given.rows, tokens, given.dtype, given.logits)))
         return
-    found, failed = {}, {}
+    found: dict[str, dict[str, float]] = {}
+    failed: dict[str, str] = {}
     for name in QUICK_ARMS if given.quick else ARMS:
         command = [sys.executable, __file__, "--arm", name, "--rows", str(given.rows), "--tokens", str(tokens),
                    "--dtype", given.dtype, "--logits", given.logits]  # fmt: skip
@@ -75,6 +77,12 @@ def main() -> None:
                 found.pop(name, None)
                 break
             found.setdefault(name, {}).update(json.loads(done.stdout.splitlines()[-1]))
+        if name in found:
+            table(found, failed, given, tokens)  # now, since a dozen arms take minutes
+
+
+def table(found: dict[str, dict[str, float]], failed: dict[str, str], given: Namespace, tokens: int) -> None:
+    """Writes and prints what has been measured so far; the first arm is the bound."""
     bound, bare = found["bound"]["peak"], found["bound"]["tensors"]
     rows = [
         {"arm": name, "trained": result["trained"], "peak MB": result["peak"] / 1e6, "x bound": result["peak"] / bound,
