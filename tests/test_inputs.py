@@ -24,6 +24,7 @@ def made(monkeypatch):
         return carry_out(steps, factors)
 
     monkeypatch.setattr(inputs, "_carried_out", counted)
+    monkeypatch.setattr(inputs.Record, "holds", lambda *given: True)  # that is counted too
     return found
 
 
@@ -114,3 +115,49 @@ def test_products_that_change_and_graphs_that_are_used_twice(change, plainly, co
     for found in gradients:
         for gradient, layer in zip(found, (dense.first, dense.second), strict=True):
             torch.testing.assert_close(gradient, layer.weight.grad.reshape(-1)[chosen])
+
+
+def without_gradient(h):
+    with torch.no_grad():
+        h.clamp_(-0.5, 0.5)
+    return h
+
+
+def behind_autograd(h):
+    h.data.clamp_(-0.5, 0.5)
+    return h
+
+
+def of_a_factor(h):
+    """What is changed has become a factor of the product, which autograd does not keep."""
+    scaled = h * torch.full((8,), 3.0)
+    scaled.data[:, :3] = 0
+    return scaled * torch.full((8,), 2.0)
+
+
+@pytest.mark.parametrize("change", [without_gradient, behind_autograd, of_a_factor])
+@pytest.mark.parametrize("before", [0, 1, 2, 5])
+def test_inputs_that_are_changed_behind_autograd_are_kept(change, before, monkeypatch, caplog):
+    """From the first time on, or, where it begins later, from the next time that it is looked at; which is told."""
+    monkeypatch.setattr(inputs, "LEAST", 0)
+    torch.manual_seed(0)
+    model, dense = Reused(lambda h: h), Reused(lambda h: h)
+    dense.load_state_dict(model.state_dict())
+    model.scale.requires_grad_(False)
+    chosen, right = torch.arange(0, 32, 3), []
+    with SparseTuner(model, {"second.weight": chosen}, audit=False) as tuner:
+        for step in range(10):
+            if step == before:
+                model.change = change
+                # The first layer, which the dense model trains, would refuse what it sees.
+                dense.change = behind_autograd if change is without_gradient else change
+            x = torch.randn(5, 8)
+            for each in (model, dense):
+                each.zero_grad()
+                each(x.clone().requires_grad_()).backward()
+            expected = dense.second.weight.grad.reshape(-1)[chosen]
+            right.append(torch.allclose(*[delta.grad for delta in tuner.parameters()], expected, atol=1e-5))
+    looked = next(uses for uses in (1, 2, 4, 8) if uses > before) - 1
+    late = change is not without_gradient  # of that the tensor's version tells
+    assert right == [not (late and before <= step < looked) for step in range(10)]
+    assert ("is changed after it is made" in caplog.text) == (late and before > 0)

@@ -174,7 +174,7 @@ class _Output:
         x = args[0] if args else kwargs["input"]
         if torch._C._functorch.is_functorch_wrapped_tensor(x):
             return _SampledLinear.apply(output, entries.delta, x, entries)
-        again = None if entries.sharded or not keeps_all(entries.groups) else made_again(x)
+        again = None if entries.sharded or not keeps_all(entries.groups) else made_again(x, entries.remade)
         return _sampled_linear(output, entries.delta, x if again is None else None, entries, again)
 
     @eagerly

@@ -3,16 +3,22 @@
 A linear layer's input is often a product (a norm's output, what goes down again in a gated MLP), and autograd keeps its
 factors for the product's own backward, which comes after that of the layer. The input itself, which a frozen layer
 throws away, is then the same multiplication once more, of the same numbers: the same bits, at the memory of one layer.
+
+Unless somebody has changed the input after it was made, behind autograd's back (under `no_grad`, through `.data`). So
+what is made again is compared with the input itself: the first time, the second, the fourth, the eighth ..
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finepoint.adapters.entries import same_bits
 from finepoint.runtime import distributed
 
+logger = logging.getLogger(__name__)
 LEAST = 1 << 20  # bytes of an input from which on it is worth the calls
 MADE = "_finepoint_made"  # on a tensor: how it is made again, for all layers that read it
 Steps = int | tuple[Any, ...]
@@ -39,9 +45,34 @@ class Again:
         return found
 
 
-def made_again(x: Tensor) -> tuple[Again, tuple[Tensor, ...]] | None:
+@dataclass
+class Record:
+    """How often the input of a weight's layer was to be made again, and whether that was found to give another."""
+
+    name: str
+    uses: int = 0
+    differs: bool = False
+
+    def holds(self, x: Tensor, steps: Steps, factors: tuple[Tensor, ...]) -> bool:
+        """Whether the steps give x, bit for bit; looked at in powers of two of the uses, and taken for true between."""
+        self.uses += 1
+        if self.uses & (self.uses - 1) or x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return True
+        with torch.no_grad():
+            self.differs = not same_bits(x, _carried_out(steps, factors))
+        if self.differs and self.uses > 1:
+            logger.warning(
+                "the input of %s is changed after it is made in a way that autograd is not told of (no_grad, .data), which "
+                "was not so when it was last looked at, %d forward passes ago: the gradients of its entries may have been "
+                "wrong in between, and are right from now on", self.name, self.uses // 2,
+            )  # fmt: skip
+        return not self.differs
+
+
+def made_again(x: Tensor, record: Record) -> tuple[Again, tuple[Tensor, ...]] | None:
     """How a layer's input can be made again, and of what, which autograd keeps anyway; None where it must be kept."""
-    if x.grad_fn is None or x.nbytes < LEAST or _kept_elsewhere():
+    # A version other than 0: written to after it was made.
+    if x.grad_fn is None or x.nbytes < LEAST or x._version or record.differs or _kept_elsewhere():
         return None
     factors: list[Tensor] = []
     try:
@@ -51,7 +82,7 @@ def made_again(x: Tensor) -> tuple[Again, tuple[Tensor, ...]] | None:
     if steps is None or any(map(distributed.is_sharded, factors)):
         return None
     again: Again = vars(x).setdefault(MADE, Again(steps))
-    if again.steps != steps:  # x was changed in place
+    if again.steps != steps or not record.holds(x, steps, tuple(factors)):  # x was changed in place
         return None
     again.readers += 1
     return again, tuple(factors)

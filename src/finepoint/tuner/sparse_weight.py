@@ -19,6 +19,7 @@ from finepoint.adapters.fingerprint import Moved as BaseMoved
 from finepoint.errors import FinepointError
 from finepoint.models.grids import Grid
 from finepoint.runtime import distributed
+from finepoint.tuner.inputs import Record
 from finepoint.tuner.kernels import follow_
 from finepoint.tuner.kernels.all_weights import Row
 from finepoint.tuner.kernels.groups import Groups, whole_groups
@@ -103,6 +104,7 @@ class SparseWeight(nn.Module):
         self._find_groups(given)
         self.written = self.delta.detach().clone()
         self._stamp = self.stamp()
+        self.remade = Record(name)  # of its layer's input
         self.looked_at: Callable[[], bool] = _never  # whether somebody has asked for all of the model's entries
         self._hidden: tuple[Tensor, Tensor] | None = None
 
