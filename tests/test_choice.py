@@ -78,7 +78,8 @@ def test_only_bfloat16_is_rounded_and_only_where_that_is_clearly_faster(dtype, m
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", '{"choices": 3}', '{"choices": []}', '{"choices": {"%s": 4}}',
-     '{"choices": {"%s": {"taken": "half"}}}', '{"choices": {"%s": {"taken": []}}}'],
+     '{"choices": {"%s": {"taken": "half"}}}', '{"choices": {"%s": {"taken": []}}}',
+     '{"choices": {"%s": {"taken": "dense", "ways": 3}}}', '{"choices": {"\\ud800": {"taken": "dense"}}}'],
 )  # fmt: skip
 def test_a_file_that_is_broken_or_wrong_is_measured_again(content, measuring):
     times, asked = measuring
@@ -91,12 +92,26 @@ def test_a_file_that_is_broken_or_wrong_is_measured_again(content, measuring):
     assert json.loads(place.read_text())["choices"][case_of(dy, x, 4).label]["taken"] == "turned"
 
 
+def test_a_kernel_that_could_not_be_had_when_the_others_were_measured_is_measured_with_them(measuring):
+    times, asked = measuring
+    times |= {"tiles": 1.0, "turned": 2.0}
+    dy, x = layer()
+    place, label = choice.kept("cpu")[0], case_of(dy, x, 4).label
+    place.write_text(json.dumps({"choices": {label: {"taken": "turned", "ways": ["gather", "dense", "turned"]}}}))
+    assert name_of(dy, x, 4) == "tiles"
+    begin_anew()
+    asked.clear()
+    assert name_of(dy, x, 4) == "tiles"
+    assert not asked
+
+
 @pytest.mark.parametrize("taken", ["tiles", "gather", "dense", "turned"])
 def test_whatever_the_file_says_costs_time_alone(taken, measuring):
     dy, x = layer()
     indices = torch.arange(0, 600, 7)
     place, _ = choice.kept("cpu")
-    place.write_text(json.dumps({"choices": {case_of(dy, x, len(indices)).label: {"taken": taken}}}))
+    known = {"taken": taken, "ways": [*kernels.KERNELS["cpu"]]}
+    place.write_text(json.dumps({"choices": {case_of(dy, x, len(indices)).label: known}}))
     assert name_of(dy, x, len(indices)) == taken
     torch.testing.assert_close(kernels.sampled_gradient(dy, x, indices), plain.reference(dy, x, indices))
 

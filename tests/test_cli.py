@@ -8,6 +8,7 @@ from importlib.metadata import version
 from itertools import product
 
 import pytest
+import torch
 
 from conftest import write_lines
 from finepoint.adapters.adapter import SparseAdapter
@@ -411,6 +412,8 @@ def test_targets_of_a_model_that_was_never_fetched_are_left_to_loading(model, tm
 
 def test_the_doctor_says_what_is_there_and_what_is_fast(monkeypatch, capsys, tmp_path):
     from finepoint.tuner import doctor
+    from finepoint.tuner.kernels import kernel_for, kernels_for
+    from finepoint.tuner.kernels.choice import case_of, forget_
 
     monkeypatch.setattr(doctor, "SHAPE", (24, 12))
     monkeypatch.setenv("FINEPOINT_KERNELS", "measure")
@@ -427,6 +430,15 @@ def test_the_doctor_says_what_is_there_and_what_is_fast(monkeypatch, capsys, tmp
         assert row["why"]
         assert all(row[name] > 0 for name in row if name not in ("entries", "dtype", "taken", "why"))
     monkeypatch.setenv("FINEPOINT_KERNELS", "fixed")
+    forget_()
+    assert main(["doctor", "--json"]) == 0
+    fixed = {(row["dtype"], row["entries"]): row["taken"] for row in json.loads(capsys.readouterr().out)["kernels"]}
+    for dtype in (torch.float32, torch.bfloat16):
+        dy, x = (torch.zeros(1, size, dtype=dtype) for size in doctor.SHAPE)
+        for name, density in doctor.DENSITIES.items():
+            taken = kernels_for(case_of(dy, x))[fixed[str(dtype).removeprefix("torch."), name]]
+            assert taken is kernel_for(dy, x, round(density * 24 * 12))
+    forget_()
     monkeypatch.setattr(doctor, "numba_kernels", lambda: None)
     monkeypatch.setattr(doctor, "cpu_has_bf16", lambda: False)
     assert main(["doctor"]) == 0

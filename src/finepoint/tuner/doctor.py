@@ -11,8 +11,19 @@ import torch
 from finepoint.models.loading import cpu_has_bf16
 from finepoint.models.packages import cache_folder
 from finepoint.runtime.devices import room_bytes
-from finepoint.tuner.kernels import kernels_for, numba_kernels
-from finepoint.tuner.kernels.choice import SWITCH, Case, Way, case_of, device_name, kept, measurable, measured, products
+from finepoint.tuner.kernels import kernels_for, numba_kernels, usual_kernel
+from finepoint.tuner.kernels.choice import (
+    SWITCH,
+    Case,
+    Way,
+    case_of,
+    device_name,
+    kept,
+    measurable,
+    measured,
+    products,
+    usual_product,
+)
 
 PACKAGES = ("finepoint", "torch", "transformers", "accelerate", "peft", "trl", "datasets", "numba", "gguf", "torchao",
             "bitsandbytes", "lm-eval", "ray", "matplotlib")  # fmt: skip
@@ -68,18 +79,20 @@ def _kernels() -> list[dict[str, Any]]:
     for dtype in (torch.float32, torch.bfloat16):
         dy, x = (torch.empty(1, size, device=device, dtype=dtype) for size in SHAPE)
         for name, density in DENSITIES.items():
-            case = case_of(dy, x, round(density * dy.numel() * x.numel()))
-            rows.append(_row(name, case, kernels_for(case)))
+            count, size = round(density * dy.numel() * x.numel()), dy.numel() * x.numel()
+            case = case_of(dy, x, count)
+            ways = kernels_for(case)
+            rows.append(_row(name, case, ways, usual_kernel(ways, count / size)))
         for name, share in COLUMNS.items():
             case = case_of(dy, x[:, : max(1, round(share * x.numel()))])
-            rows.append(_row(name, case, products(case)))
+            rows.append(_row(name, case, products(case), usual_product(case)))
     return rows
 
 
-def _row(entries: str, case: Case, ways: Mapping[str, Way]) -> dict[str, Any]:
+def _row(entries: str, case: Case, ways: Mapping[str, Way], usual: str) -> dict[str, Any]:
     row = {"entries": entries, "dtype": str(case.x).removeprefix("torch.")}
     if not measurable(case):
-        return {**row, "taken": next(iter(ways)), "why": f"nothing is measured ({SWITCH})"}
+        return {**row, "taken": usual, "why": f"nothing is measured ({SWITCH})"}
     taken, found = measured(case, ways)
     others = [value for name, value in found.items() if name != taken]
     why = f"{min(others) / found[taken]:.1f} x as fast as the next" if others else "the only one here"
@@ -94,7 +107,8 @@ def _slow(machine: dict[str, Any]) -> list[str]:
         found.append("this CPU has no bfloat16 arithmetic: models are loaded in float32, and --dtype bfloat16 takes "
                      "many times as long")  # fmt: skip
     if not machine["GPU"] and not machine["compiled kernels"]:
-        found.append("Numba is not installed, so that gradients of chosen entries take plain PyTorch: pip install "
+        why = "is installed and does not work here" if _version("numba") else "is not installed"
+        found.append(f"Numba {why}, so that gradients of chosen entries take plain PyTorch: pip install "
                      "'finepoint[cpu]'")  # fmt: skip
     if machine["threads"] < (machine["cores"] or 1):
         found.append(f"PyTorch uses {machine['threads']} of {machine['cores']} cores (OMP_NUM_THREADS)")

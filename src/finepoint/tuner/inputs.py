@@ -62,8 +62,8 @@ class Record:
             self.differs = not same_bits(x, _carried_out(steps, factors))
         if self.differs and self.uses > 1:
             logger.warning(
-                "the input of %s is changed after it is made in a way that autograd is not told of (no_grad, .data), which "
-                "was not so when it was last looked at, %d forward passes ago: the gradients of its entries may have been "
+                "the input of %s is changed after it is made, in a way that autograd is not told of (no_grad, .data), "
+                "and was not when it was last looked at, %d forward passes ago: gradients of its entries may have been "
                 "wrong in between, and are right from now on", self.name, self.uses // 2,
             )  # fmt: skip
         return not self.differs

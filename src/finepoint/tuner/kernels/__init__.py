@@ -6,7 +6,7 @@ what a machine is unable to build or run gives way to plain PyTorch.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial, wraps
 from importlib import import_module
 from typing import Any, TypeVar
@@ -98,9 +98,13 @@ def kernel_for(dy: Tensor, x: Tensor, count: int) -> Kernel:
     if (known := KNOWN.get(key)) is None:
         density, case = count / (dy.shape[-1] * x.shape[-1]), case_of(dy, x, count)
         ways = kernels_for(case)
-        usual = [name for name in ways if density <= USUAL.get(name, 1)]
-        known = KNOWN[key] = way(case, ways, usual[0])
+        known = KNOWN[key] = way(case, ways, usual_kernel(ways, density))
     return known
+
+
+def usual_kernel(ways: Iterable[str], density: float) -> str:
+    """The name of the kernel that is taken where nothing is measured."""
+    return next(name for name in ways if density <= USUAL.get(name, 1))
 
 
 def kernels_for(case: Case) -> dict[str, Kernel]:

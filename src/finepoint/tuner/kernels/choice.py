@@ -125,7 +125,7 @@ def measured(case: Case, ways: Mapping[str, Way]) -> tuple[str, dict[str, float]
     if not found:
         raise RuntimeError(f"none of {', '.join(ways)} runs for {case.label}")
     taken = min(found, key=lambda name: found[name] / (CLEARLY if name in HALF else 1))
-    _keep(case, {"taken": taken, "milliseconds": found})
+    _keep(case, {"taken": taken, "milliseconds": found, "ways": [*ways]})
     return taken, found
 
 
@@ -191,8 +191,13 @@ def multiplied(dy: Tensor, x: Tensor) -> Tensor:
     key = dy.device.type, dy.dtype, x.dtype, *dy.shape[1:], x.shape[-1], None
     if (one := KNOWN.get(key)) is None:
         case = case_of(dy, x)._replace(blocks=dy.shape[1] if dy.ndim == 3 else 1)
-        one = KNOWN[key] = way(case, products(case), "turned" if case.height > case.width else "dense")
+        one = KNOWN[key] = way(case, products(case), usual_product(case))
     return one(dy.T, x) if dy.ndim == 2 else one(dy.permute(1, 2, 0), x.transpose(0, 1))
+
+
+def usual_product(case: Case) -> str:
+    """The name of the dense product that is taken where nothing is measured."""
+    return "turned" if case.height > case.width else "dense"
 
 
 def products(case: Case) -> Mapping[str, Way]:
@@ -240,12 +245,16 @@ def kept(device: str) -> tuple[Path, dict[str, dict[str, Any]]]:
     place, _ = _place(device, torch.get_num_threads())
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         found = json.loads(place.read_text("utf-8"))["choices"]
-        return place, {label: each for label, each in found.items() if isinstance(each, dict)}
+        return place, {label: each for label, each in found.items() if isinstance(each, dict) and label.isprintable()}
     return place, {}
 
 
 def _kept(case: Case, ways: Mapping[str, Way]) -> str | None:
-    taken = kept(case.device)[1].get(case.label, {}).get("taken")
+    found = kept(case.device)[1].get(case.label, {})
+    taken, ways_then = found.get("taken"), found.get("ways")
+    # One that could not be had then, such as a library that was broken, may be the fastest.
+    if not isinstance(ways_then, list) or not all(name in ways_then for name in ways):
+        return None
     return taken if isinstance(taken, str) and taken in ways else None
 
 
@@ -254,7 +263,7 @@ def _keep(case: Case, found: dict[str, Any]) -> None:
     machine = _place(case.device, torch.get_num_threads())[1]
     try:
         write_json(place, {"machine": machine, "choices": {**choices, case.label: found}})
-    except (FinepointError, OSError) as error:
+    except (FinepointError, OSError, ValueError) as error:  # ValueError: a damaged file's labels, which no file takes
         logger.debug("what was measured is not kept: %s", error)
 
 
@@ -266,7 +275,7 @@ def told() -> dict[str, str]:
 def take_(recorded: Mapping[str, str]) -> None:
     """From now on takes what a run has recorded, where that can be taken at all, whatever was measured here."""
     KNOWN.clear()
-    _RECORDED.update(recorded)
+    _RECORDED.update({label: name for label, name in recorded.items() if isinstance(name, str)})
     for case in [case for case in _TAKEN if case.label in recorded]:
         del _TAKEN[case]
 
