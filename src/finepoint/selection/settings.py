@@ -154,8 +154,8 @@ def share_within(within: str | None, structure: str = "entry", density: Any = No
         raise FinepointError(f"within is for single entries, and structure {structure!r} chooses whole groups; leave "
                              "out one of them")  # fmt: skip
     if isinstance(density, float | int) and density > found:
-        raise FinepointError(f"density {density} of all entries does not fit within {found} of the columns; give at "
-                             f"least --within columns:{density}")  # fmt: skip
+        raise FinepointError(f"density {density} of all entries does not fit within {found} of the columns; give more "
+                             f"of them, e.g. --within columns:{min(1, 2 * density):g}")  # fmt: skip
     return found
 
 
