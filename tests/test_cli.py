@@ -313,6 +313,10 @@ AT_ONCE = [
     (["inspect", "nowhere"], "nowhere is not an adapter folder: it has no finepoint.safetensors"),
     (["train", "--targets", "q_porj"], "no weight matches 'q_porj'; close names: q_proj"),
     (["select", "--targets", "v,*.mlp.gate_up"], "no weight matches '*.mlp.gate_up'"),
+    (["train", "--indices", "other", "--within", "columns:.1"], "--indices trains the entries of other as they are; "
+                                                                "leave out --within"),
+    (["train", "--indices", "other", "--density", ".1"], "--indices trains the entries of other as they are; leave"),
+    (["align", "--indices", "other", "--count", "3"], "--indices trains the entries of other as they are; leave out"),
     (["train", "--baseline", "lorra"], "unknown baseline 'lorra'; did you mean 'lora'? known baselines: full"),
     (["train", "--baseline", "lora", "--baseline-options", "rnk=8"], "baseline 'lora' has no option 'rnk'"),
     (["train", "--baseline-options", "rank=8"], "baseline_options are given without a baseline"),

@@ -196,12 +196,6 @@ def test_a_selection_can_be_trained_later(config, tmp_path):
     assert all(not change.numbers.any() for change in untouched.changes.values())
 
 
-@pytest.mark.parametrize("told", [{"density": 0.1}, {"count": 3}, {"within": "columns:0.1"}])
-def test_entries_that_are_given_are_not_chosen_too(told, config, tmp_path):
-    with pytest.raises(FinepointError, match=f"as they are; leave out --{next(iter(told))}, or"):
-        run(config, **({"density": None, "indices": str(tmp_path)} | told))
-
-
 def test_exclude_keeps_adapters_apart(config, tmp_path):
     _, a = run(config)
     _, b = run(config, output=str(tmp_path / "b"), exclude=[config.output])

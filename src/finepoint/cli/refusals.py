@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
 from finepoint.runtime.settings import refuse_unregistered
 
@@ -58,6 +59,11 @@ def _refuse_words(config: Any) -> None:
 
         check_structure(structure)
         share_within(config.within, structure, config.density)
+    if indices := getattr(config, "indices", None):
+        told = {"density": config.density, "count": config.count, "within": config.within}
+        if given := next((name for name, value in told.items() if value not in (None, "auto")), None):
+            raise FinepointError(f"--indices trains the entries of {indices} as they are; leave out --{given}, or "
+                                 "--indices")  # fmt: skip
 
 
 def _data(config: Any) -> Iterable[Any]:

@@ -136,9 +136,7 @@ def resolve_common(config: Told) -> RunSpec[Told]:
         usual, options = config.FACTORS or baseline.lr, options_of(baseline, config.baseline_options)
         spec = RunSpec(config, config.lr or usual, usual, baseline, options)
     else:
-        if config.indices:
-            _refuse_beside_indices(config)
-        else:
+        if not config.indices:
             refuse_two_sizes(config.density, config.count, config.targets)
             refuse_unread(config)
         usual = rate_of(config)
@@ -147,14 +145,6 @@ def resolve_common(config: Told) -> RunSpec[Told]:
         return spec
     strength = protection.strength if config.protect_strength is None else config.protect_strength
     return replace(spec, protection=protection, strength=strength)
-
-
-def _refuse_beside_indices(config: Training) -> None:
-    """Refuses what says how many entries to choose, and where, when they are given."""
-    told = {"density": config.density, "count": config.count, "within": config.within}
-    if given := next((name for name, value in told.items() if value is not None), None):
-        raise FinepointError(f"--indices trains the entries of {config.indices} as they are; leave out --{given}, or "
-                             "choose others: leave out --indices")  # fmt: skip
 
 
 def rate_of(config: Training) -> float:
