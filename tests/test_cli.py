@@ -316,7 +316,7 @@ AT_ONCE = [
     (["train", "--indices", "other", "--within", "columns:.1"], "--indices trains the entries of other as they are; "
                                                                 "leave out --within"),
     (["train", "--indices", "other", "--density", ".1"], "--indices trains the entries of other as they are; leave"),
-    (["align", "--indices", "other", "--count", "3"], "--indices trains the entries of other as they are; leave out"),
+    (["train", "--indices", "other", "--count", "3"], "--indices trains the entries of other as they are; leave out"),
     (["train", "--baseline", "lorra"], "unknown baseline 'lorra'; did you mean 'lora'? known baselines: full"),
     (["train", "--baseline", "lora", "--baseline-options", "rnk=8"], "baseline 'lora' has no option 'rnk'"),
     (["train", "--baseline-options", "rank=8"], "baseline_options are given without a baseline"),
