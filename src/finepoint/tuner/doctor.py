@@ -79,7 +79,8 @@ def _kernels() -> list[dict[str, Any]]:
     for dtype in (torch.float32, torch.bfloat16):
         dy, x = (torch.empty(1, size, device=device, dtype=dtype) for size in SHAPE)
         for name, density in DENSITIES.items():
-            count, size = round(density * dy.numel() * x.numel()), dy.numel() * x.numel()
+            size = dy.numel() * x.numel()
+            count = round(density * size)
             case = case_of(dy, x, count)
             ways = kernels_for(case)
             rows.append(_row(name, case, ways, usual_kernel(ways, count / size)))
