@@ -335,6 +335,8 @@ AT_ONCE = [
     (["train", "--exclude", "folder"], "folder is not an adapter folder: it has no finepoint.safetensors"),
     (["train", "--indices", "./nowhere"], "./nowhere is not an adapter folder: it has no finepoint.safetensors"),
     (["train", "--output", "folder"], "folder is not empty; choose another --output or give --overwrite"),
+    (["train", "--output", "folder", "--resume"], "folder has no checkpoint to go on from; start afresh with"),
+    (["align", "--method", "dpo", "--resume"], "made has no checkpoint to go on from; start afresh with --overwrite"),
     (["align", "--method", "grpo", "--reward", "nmber"], "unknown reward 'nmber'; did you mean 'number'?"),
     (["align", "--method", "dpo", "--baseline", "full"], "align compares chosen entries with lora or dora"),
     (["eval", "--id", "there.jsonl"], "--id 'there.jsonl': expected NAME=FILE, e.g. id=test.jsonl"),

@@ -114,12 +114,22 @@ def _train(config: Any) -> None:
 
     density = None if config.density == "auto" else config.density
     resolve(replace(config, density=density, fit=False))
+    if config.density != "auto":  # a search goes on with its trials
+        _refuse_no_checkpoint(config)
 
 
 def _align(config: Any) -> None:
     from finepoint.alignment.resolve import resolve
 
     resolve(config)
+    _refuse_no_checkpoint(config)
+
+
+def _refuse_no_checkpoint(config: Any) -> None:
+    from finepoint.training.resolve import refuse_no_checkpoint
+
+    if config.resume and distributed.is_first():
+        refuse_no_checkpoint(Path(config.output))
 
 
 def _compare(config: Any) -> None:

@@ -19,8 +19,9 @@ from finepoint.models.loading import load_tokenizer, shape_of
 from finepoint.runtime import distributed
 from finepoint.runtime.devices import room_bytes
 from finepoint.runtime.files import read_json
-from finepoint.training.checkpoints import CHECKPOINTS, SEAL, checkpoints
+from finepoint.training.checkpoints import SEAL, checkpoints
 from finepoint.training.context import TRAINING, rows_on_disk, rows_read
+from finepoint.training.resolve import CHECKPOINTS
 from finepoint.training.settings import PlanConfig, TrainConfig
 
 logger = logging.getLogger(__name__)

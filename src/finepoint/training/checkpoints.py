@@ -22,13 +22,13 @@ from finepoint.runtime import distributed
 from finepoint.runtime.files import VERSION, read_json, read_record, refuse_version, write_record
 from finepoint.runtime.settings import deciding
 from finepoint.training.logfile import RECORD as RECORD  # its former place
+from finepoint.training.resolve import no_checkpoint
 from finepoint.training.texts import texts_kept, texts_read
 from finepoint.tuner.kernels import choice
 
 logger = logging.getLogger(__name__)
 SEAL = "sealed.json"
 TIME = "time"  # of its settings, where the chat template writes it
-CHECKPOINTS = "checkpoints"  # of a run, in its folder
 BASE = "base"  # of the settings: the fingerprint
 STATE = "trainer_state.json"  # the last file that transformers writes
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
@@ -69,8 +69,7 @@ def checkpoints(folder: Path) -> list[str]:
             check_states(path)
         whole.append(str(path))
     if not whole:
-        raise FinepointError(f"{folder.parent} has no checkpoint to go on from; start afresh with --overwrite, and "
-                             "with --save-every N to get them")  # fmt: skip
+        raise no_checkpoint(folder.parent)
     return whole
 
 

@@ -22,6 +22,7 @@ from finepoint.training.schedule import schedule_of
 from finepoint.training.settings import TrainConfig, Training
 
 Told = TypeVar("Told", bound=Training)
+CHECKPOINTS = "checkpoints"  # of a run, in its folder
 RESUMES_TOGETHER = (5, 18)  # the transformers since which several processes on CPUs load an optimizer's state
 
 
@@ -215,6 +216,22 @@ def unused_by(baseline: Baseline, config: type[Training] = TrainConfig) -> dict[
     if baseline.fisher:  # its pass over the examples is one like that of scoring
         used |= {"scoring_examples", "scoring_memory"}
     return {name: default for name, default in entries.items() if name not in used}
+
+
+def no_checkpoint(folder: Path) -> FinepointError:
+    """What a run is told that is to go on in a folder where it cannot."""
+    return FinepointError(f"{folder} has no checkpoint to go on from; start afresh with --overwrite, and with "
+                          "--save-every N to get them")  # fmt: skip
+
+
+def refuse_no_checkpoint(folder: Path) -> None:
+    """Refuses a folder without any checkpoint, whole or not.
+
+    Raises:
+        FinepointError: it is so.
+    """
+    if not any((folder / CHECKPOINTS).glob("*-*")):
+        raise no_checkpoint(folder)
 
 
 def check_processes(config: Training) -> None:

@@ -37,7 +37,6 @@ from finepoint.selection.rates import slow
 from finepoint.training.budget import Holding
 from finepoint.training.callbacks import UNFINISHED, LastStep, Watch, left_by, marked, refreshes, validation_losses
 from finepoint.training.checkpoints import (
-    CHECKPOINTS,
     RECORD,
     TIME,
     checkpoints,
@@ -66,7 +65,7 @@ from finepoint.training.keep import Protected, step_sizes, texts_a_step
 from finepoint.training.logfile import LOG, UNDER_WAY
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
-from finepoint.training.resolve import RunSpec, Told, check_processes, resolve, steps_of
+from finepoint.training.resolve import CHECKPOINTS, RunSpec, Told, check_processes, resolve, steps_of
 from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.texts import Writer, apart, texts_read
 from finepoint.training.tracking import tracked

@@ -26,9 +26,9 @@ from finepoint.runtime.tensor_files import DTYPES, forms, opened
 from finepoint.selection.passes import evaluating, label_count
 from finepoint.training.callbacks import Tokens, validation_losses
 from finepoint.training.callbacks import Watch as Watch  # its former place
-from finepoint.training.checkpoints import CHECKPOINTS, seal
+from finepoint.training.checkpoints import seal
 from finepoint.training.loss import Measure, completion_loss, nll
-from finepoint.training.resolve import RunSpec, warmup_of
+from finepoint.training.resolve import CHECKPOINTS, RunSpec, warmup_of
 from finepoint.tuner.finite import NotFiniteError
 from finepoint.tuner.interface import Method
 from finepoint.tuner.optimizers import scale_steps_
