@@ -1,7 +1,7 @@
-"""What is kept of the base: the cells of studies/keep.yaml, or of parts of it in folders of their own, as one table.
+"""What is kept of the base: the cells of studies/keep.yaml and columns.yaml, or of parts of them, as one table.
 
     finepoint compare --config studies/keep.yaml --output runs/keep
-    python studies/keep.py runs/keep    # adds them to docs/study/keep.csv, draws keep.svg, prints means over seeds
+    python studies/keep.py runs/keep    # adds them to docs/study/keep.csv, draws the figures, prints means over seeds
 
 A row is one training of one arm. Rows that are there already, of earlier runs, stay.
 """
@@ -21,9 +21,25 @@ KEY = ["model", "task", "arm", "lr", "seed"]
 COLUMNS = [*KEY, "validation_loss", "validation_accuracy", *(f"kl_{probe}" for probe in PROBES), "kl_prompts",
            "kl_protected", "trained", "train_seconds", "selection_seconds", "peak_bytes"]  # fmt: skip
 PLAIN = {"lora-rank=8": "lora", "random-0.01": "random", "gradient-0.01": "gradient"}
-SHOWN = {"lora": ("LoRA, rank 8", "#b0b7bd", "o"), "random": ("random", "#8fc1d4", "o"),
-         "columns-own": ("random columns, anchored", "#1f6f8b", "D"),
-         "full-own": ("full, anchored", "#c0392b", "s")}  # fmt: skip
+Shown = dict[str, tuple[str, str, str, str | None]]
+FIGURES: dict[str, Shown] = {
+    "keep": {
+        "lora": ("LoRA, rank 8", "#b0b7bd", "o", "0.001"),
+        "random": ("random", "#8fc1d4", "o", "0.003"),
+        "columns-own": ("random columns, anchored", "#1f6f8b", "D", None),
+        "full-own": ("full, anchored", "#c0392b", "s", None),
+    },
+    "columns": {
+        "entries-01": ("entries, 0.1 %", "#c0392b", "^", None),
+        "entries-1": ("1 %", "#c0392b", "o", None),
+        "entries-3": ("3 %", "#c0392b", "s", None),
+        "columns-01": ("columns, 0.1 %", "#1f6f8b", "^", None),
+        "columns-1": ("1 %", "#1f6f8b", "o", None),
+        "columns-3": ("3 %", "#1f6f8b", "s", None),
+        "within-1": ("entries within a tenth of the columns, 1 %", "#b0b7bd", "o", None),
+    },
+}
+"""By file: what each arm is called and drawn as, and at which rate alone, if not at all of them."""
 TASKS = ["movies", "words", "sums"]
 Row = dict[str, Any]
 
@@ -67,16 +83,15 @@ def _mean(values: Sequence[float]) -> str:
     return f"{fmean(values):.4g}{spread}" if values else "-"
 
 
-def draw(rows: Sequence[Row]) -> None:
-    """Loss against KL on text that no arm has seen: a point a seed, a panel a task."""
+def draw(rows: Sequence[Row], shown: Shown, path: Path) -> None:
+    """Loss against KL on text that no arm has seen: a point a seed and rate, a panel a task."""
     import matplotlib
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "finepoint"
     figure, axes = plt.subplots(1, len(TASKS), figsize=(9.5, 2.8), sharey=True)
     for axis, task in zip(axes, TASKS, strict=True):
-        for arm, (name, colour, marker) in SHOWN.items():
-            lr = {"lora": "0.001", "random": "0.003"}.get(arm)
+        for arm, (name, colour, marker, lr) in shown.items():
             here = [row for row in rows if (row["model"], row["task"], row["arm"]) == ("smollm2", task, arm)
                     and lr in (None, str(row["lr"]))]  # fmt: skip
             axis.scatter([float(row["validation_loss"]) for row in here], [float(row["kl_novels"]) for row in here],
@@ -87,8 +102,8 @@ def draw(rows: Sequence[Row]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("KL to the base on novels")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(SHOWN), frameon=False)
-    figure.savefig(TABLE.with_suffix(".svg"), metadata={"Date": None})
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(shown), frameon=False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main(folders: Sequence[str]) -> None:
@@ -100,7 +115,8 @@ def main(folders: Sequence[str]) -> None:
         out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         out.writeheader()
         out.writerows(rows)
-    draw(rows)
+    for name, shown in FIGURES.items():
+        draw(rows, shown, TABLE.with_name(f"{name}.svg"))
     print(*means(rows), sep="\n")
 
 
