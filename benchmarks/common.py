@@ -20,10 +20,10 @@ Step = Callable[[dict[str, Any]], None]
 def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
     """The command line of a benchmark: --output, --quick and a flag for every default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", help="JSON file; benchmarks/results/NAME.json where not given")
+    parser.add_argument("--output", help="JSON file (of gpu.py, folder); in benchmarks/results where not given")
     parser.add_argument("--quick", action="store_true", help="fewer repeats and cases")
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", default=default, type=type(default))
+        parser.add_argument(f"--{name}", default=default, type=type(default), help=f"default: {default or 'none'}")
     return parser.parse_args()
 
 

@@ -60,9 +60,12 @@ DEVICE = "cuda"
 
 def main() -> None:
     global DEVICE
-    options = common.options(__doc__, seconds=540, only="", device="cuda")
+    options = common.options(f"{__doc__}\nSections: {', '.join(SECTIONS)}.", seconds=540, only="", device="cuda")
     DEVICE, quick, started = options.device, options.quick, time.monotonic()
-    assert DEVICE == "cpu" or torch.cuda.is_available(), "needs a GPU"
+    if unknown := set(filter(None, options.only.split(","))) - set(SECTIONS):
+        raise SystemExit(f"there is no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    if DEVICE != "cpu" and not torch.cuda.is_available():
+        raise SystemExit("torch finds no GPU here; --device cpu --quick tries the script on tiny shapes")
     if DEVICE == "cpu":
         MODELS.update(TINY)
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -20,7 +20,7 @@ from finepoint.evaluation.settings import EvalConfig
 from finepoint.models.names import stored_weights, words_of
 from finepoint.selection.patterns import refuse_unmatched
 from finepoint.selection.settings import SelectConfig
-from finepoint.training.settings import TrainConfig
+from finepoint.training.settings import PlanConfig, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,7 @@ def test_spellings():
     several = parse(TrainConfig, "train", [*train, "--refresh", "drop-grow:0.2", "every:5", "--dropped", "keep"])
     assert (several.refresh, several.dropped) == (["drop-grow:0.2", "every:5"], "keep")
     assert parse(TrainConfig, "train", [*train, "--overwrite", "false", "--resume"]).overwrite is False
+    assert parse(PlanConfig, "plan", ["--model", "m", "--padded", "off", "--protect-steps", "on"]).padded is False
 
 
 @pytest.mark.parametrize(
@@ -317,6 +318,11 @@ AT_ONCE = [
                                                                 "leave out --within"),
     (["train", "--indices", "other", "--density", ".1"], "--indices trains the entries of other as they are; leave"),
     (["train", "--indices", "other", "--count", "3"], "--indices trains the entries of other as they are; leave out"),
+    (["train", "--indices", "other", "--rule", "gallop"], "--indices trains the entries of other as they are; leave"),
+    (["align", "--method", "dpo", "--indices", "other", "--targets", "v"], "--indices trains the entries of other as"),
+    (["train", "--indices", "other", "--structure", "row"], "--indices trains the entries of other as they are; leave"),
+    (["train", "--indices", "other", "--refresh", "every:2", "--count", "3"], "other is not an adapter folder: it has"),
+    (["train", "--device", "cuda"], "there is no flag --device; a GPU that torch finds is used"),
     (["train", "--baseline", "lorra"], "unknown baseline 'lorra'; did you mean 'lora'? known baselines: full"),
     (["train", "--baseline", "lora", "--baseline-options", "rnk=8"], "baseline 'lora' has no option 'rnk'"),
     (["train", "--baseline-options", "rank=8"], "baseline_options are given without a baseline"),

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 import pytest
 
 from finepoint.cli import COMMANDS, command_named, main
-from finepoint.cli.next_step import CONFIG, NEXT, say_next
+from finepoint.cli.next_step import CONFIG, NEXT, say_next, say_planned
 from finepoint.cli.options import parse
 from finepoint.runtime.settings import default_of
 
@@ -54,10 +54,28 @@ def test_the_command_says_it_on_stderr_and_not_with_json(model_folder, tmp_path,
     asked = ["plan", "--model", str(model_folder), "--tokens", "8", "--batch-size", "2"]
     assert main(asked) == 0
     said = capsys.readouterr()
-    assert f"next: finepoint train --model {model_folder} --data FILE --output DIR --batch-size 2\n" in said.err
+    run = f"next: finepoint train --model {model_folder} --data FILE --output DIR"
+    assert f"{run} --max-length 8 --batch-size 2\n" in said.err
     assert "next:" not in said.out
     assert main([*asked, "--json"]) == 0
     said = capsys.readouterr()
     assert "next:" not in said.out + said.err
     assert main(["plan", "--model", str(tmp_path)]) == 2
+    assert main(["plan", "--model", "gemma-2b", "--tokens", "8", "--batch-size", "1"]) == 0  # a shape alone
     assert "next:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "fits", "flags"), [
+    ({}, None, ["--max-length", "512"]),
+    ({"within": "columns:0.1", "gradient_checkpointing": True}, True, ["--gradient-checkpointing", "--within"]),
+    ({"batch_size": 64, "tokens": 4096}, False, ["--fit", "--batch-size", "64", "--max-length", "4096"]),
+    ({"protect_by": "kl", "protect_steps": True}, True, ["--protect", "own", "--protect-by", "--protect-steps"]),
+])  # fmt: skip
+def test_what_follows_a_plan_is_the_run_that_was_planned(given, fits, flags, caplog):
+    with caplog.at_level("INFO", "finepoint"):
+        say_planned(plain("plan", **given), fits)
+    words = shlex.split(caplog.messages[0].removeprefix("next: finepoint train "))
+    assert set(flags) <= set(words)
+    assert ("--fit" in words) == (fits is False)
+    found = parse(command_named("train").config, "train", words)
+    assert (found.batch_size, found.max_length) == (given.get("batch_size", 16), given.get("tokens", 512))

@@ -48,6 +48,9 @@ def test_a_run_takes_the_rate_of_its_rule_density_and_structure_or_that_given(co
     chosen.mkdir()
     (chosen / "finepoint_config.json").write_text(json.dumps({"info": {"rule": "gallop", "density": 0.001}}))
     assert rate_of(replace(config, indices=str(chosen), density=None)) == 3e-4
+    told = {"info": {"rule": "gain", "density": 0.01, "structure": "column"}}
+    (chosen / "finepoint_config.json").write_text(json.dumps(told))
+    assert rate_of(replace(config, indices=str(chosen), density=None)) == pytest.approx(3e-3)
 
 
 @pytest.mark.parametrize(("lr", "told"), [(2e-5, True), (1e-3, False), (None, False)])

@@ -73,6 +73,11 @@ def test_a_file_rows_and_tokens_of_the_same_examples_choose_the_same_entries(tmp
         ({"rule": "gallop", "data": [{"x": 1}], "tokenizer": make_tokenizer()}, "data, row 0: .* expected"),
         ({"rule": "gallop", "data": [ROWS[0], {"text": "a"}], "tokenizer": make_tokenizer()}, "row 1: a text example"),
         ({"rule": "galop"}, "did you mean 'gallop'"),
+        ({"within": 0.1}, "within is 0.1; it is columns:SHARE"),
+        ({"density": "0.01"}, "density is '0.01'; it is a share of the target entries"),
+        ({"indices": {}, "density": 0.01}, "indices are trained as they are; leave out density, or indices"),
+        ({"indices": {}, "structure": "column"}, "indices are trained as they are; leave out structure, or indices"),
+        ({"indices": "nowhere"}, "nowhere is not an adapter folder"),
     ],
 )
 def test_mistakes_are_told(llama, arguments, message):
@@ -81,6 +86,14 @@ def test_mistakes_are_told(llama, arguments, message):
         finepoint.sparsify(llama, **arguments)
     assert_same_bits(before, snapshot(llama))
     assert all(parameter.requires_grad for parameter in llama.parameters())
+
+
+def test_the_entries_of_a_folder_are_trained(tmp_path):
+    chosen = finepoint.sparsify(tiny_llama(), density=0.02, seed=3)
+    chosen.save_pretrained(tmp_path)
+    for given in (str(tmp_path), tmp_path, finepoint.SparseAdapter.load(tmp_path)):
+        again = finepoint.sparsify(tiny_llama(), indices=given)
+        assert same_selection(*(finepoint.tuner_of(model).entries for model in (chosen, again)))
 
 
 def test_the_report_counts_what_is_trained(llama, capsys):

@@ -20,7 +20,11 @@ def say_next(command: str, config: Any) -> None:
     """The line, where there is a next command; not with `--json`, whose reader is a program."""
     words = None if getattr(config, "json", False) or command not in NEXT else NEXT[command](config)
     if words:
-        logger.info("next: %s", shlex.join(["finepoint", *words]))
+        _say(words)
+
+
+def _say(words: list[str]) -> None:
+    logger.info("next: %s", shlex.join(["finepoint", *words]))
 
 
 def _train(config: Any) -> Words:
@@ -33,16 +37,18 @@ def _select(config: Any) -> Words:
             "--output", f"{config.output.rstrip('/')}-trained"]  # fmt: skip
 
 
-def _plan(config: Any) -> Words:
-    """The run that was planned, with what was said of it."""
+def say_planned(config: Any, fits: bool | None) -> None:
+    """The run that was planned, with what was said of it; one that does not fit chooses a way that does."""
     from finepoint.training.settings import TrainConfig
 
     alike = {known.name: default_of(known) for known in fields(TrainConfig)}
-    said = {name: getattr(config, name, default) for name, default in alike.items()}
-    said = {name: value for name, value in said.items() if name not in ("model", "data", "output")}
-    flags = [word for name, value in said.items() if value != alike[name] and type(value) in (str, int, float)
-             for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
-    return ["train", "--model", config.model, "--data", "FILE", "--output", "DIR", *flags]
+    said = {name: getattr(config, name, default) for name, default in alike.items()} | {"max_length": config.tokens}
+    said |= {"fit": fits is False, "protect": "own" if config.protect_by or config.protect_steps else None}
+    flags: list[str] = []
+    for name, value in said.items():
+        if value != alike[name] and type(value) in (str, int, float, bool) and name not in ("model", "data", "output"):
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    _say(["train", "--model", config.model, "--data", "FILE", "--output", "DIR", *flags])
 
 
 def _eval(config: Any) -> Words:
@@ -99,7 +105,6 @@ NEXT: dict[str, Callable[[Any], Words]] = {
     "align": _train,
     "select": _select,
     "eval": _eval,
-    "plan": _plan,
     "sequence": lambda config: ["report", config.output],
     "merge": lambda config: None if config.dry_run else ["inspect", config.output],
     "scale": lambda config: _try(config.model, config.output, config.dtype, config.quantise),
@@ -109,4 +114,4 @@ NEXT: dict[str, Callable[[Any], Words]] = {
     "verify": lambda config: _try(config.model, config.folder, config.dtype, config.quantise),
     "data": _data,
 }
-"""`demo` and `compare` say it beside their results; after the others nothing follows of itself"""
+"""`plan`, `demo` and `compare` say it beside their results; after the others nothing follows of itself"""

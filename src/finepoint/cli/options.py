@@ -32,6 +32,11 @@ ELSEWHERE = {
     "lr_scheduler_type": "schedule", "torch_dtype": "dtype", "load_in_8bit": "quantise", "load_in_4bit": "quantise",
     "resume_from_checkpoint": "resume", "save_steps": "save_every", "eval_steps": "eval_every", "force": "overwrite",
 }  # fmt: skip
+# What has no flag, and why.
+NEEDLESS = dict.fromkeys(
+    ("device", "gpu", "cuda"), "; a GPU that torch finds is used (CUDA_VISIBLE_DEVICES says which)"
+)
+SWITCH = {"on": "true", "off": "false", "true": "true", "false": "false"}  # on and off are what help shows
 
 
 def parse(
@@ -203,7 +208,7 @@ def _refuse_unknown(spelled: Sequence[str], known: Collection[str], command: str
         name = word[2:].partition("=")[0]
         if name not in known and name != "config":
             lists = f"`finepoint {command} --help` lists the flags"
-            hint = did_you_mean(_here(name, known), known, lists, spell=_flag)
+            hint = NEEDLESS.get(name) or did_you_mean(_here(name, known), known, lists, spell=_flag)
             raise FinepointError(f"there is no flag {written.get(name, _flag(name))}{hint}")
 
 
@@ -219,7 +224,7 @@ def _is_full(values: list[str], word: str, field: Field[Any] | None) -> bool:
     if field is None:
         return bool(values)
     if field.type is bool:
-        return bool(values) or word not in ("true", "false")
+        return bool(values) or word not in SWITCH
     return bool(values) and not _kinds(field) & {list, dict}
 
 
@@ -236,7 +241,7 @@ def _value(flag: str, values: list[str], field: Field[Any] | None) -> str:
     if field is None:  # unknown, or --config: the parser will say
         return " ".join(values)
     if field.type is bool:
-        return values[-1] if values else "true"
+        return SWITCH.get(values[-1], values[-1]) if values else "true"
     if not values:
         raise FinepointError(f"{flag} needs a value")
     kinds = _kinds(field)

@@ -11,7 +11,7 @@ from typing import Any
 
 from finepoint.errors import FinepointError
 from finepoint.runtime import distributed
-from finepoint.runtime.settings import refuse_unregistered
+from finepoint.runtime.settings import default_of, refuse_unregistered, sections
 
 
 def refuse_at_once(command: str, config: Any) -> None:
@@ -59,11 +59,17 @@ def _refuse_words(config: Any) -> None:
 
         check_structure(structure)
         share_within(config.within, structure, config.density)
-    if indices := getattr(config, "indices", None):
-        told = {"density": config.density, "count": config.count, "within": config.within}
-        if given := next((name for name, value in told.items() if value not in (None, "auto")), None):
-            raise FinepointError(f"--indices trains the entries of {indices} as they are; leave out --{given}, or "
-                                 "--indices")  # fmt: skip
+    if getattr(config, "indices", None) and not getattr(config, "refresh", None):  # which chooses anew
+        _refuse_a_choice(config)
+
+
+def _refuse_a_choice(config: Any) -> None:
+    """Refuses what says how entries are chosen, beside entries that are given."""
+    looked_at = ("indices", "exclude")
+    for known in dict(sections(type(config)))["which entries"]:
+        if known.name not in looked_at and getattr(config, known.name) not in (default_of(known), "auto"):
+            raise FinepointError(f"--indices trains the entries of {config.indices} as they are; leave out "
+                                 f"--{known.name.replace('_', '-')}, or --indices")  # fmt: skip
 
 
 def _data(config: Any) -> Iterable[Any]:

@@ -103,7 +103,8 @@ def run_train(config: TrainConfig) -> None:
     what = "numbers" if record.get("baseline") else "entries"
     print(
         f"trained {record['trained']:,} {what} for {record['steps']} steps in {record['seconds']:.0f} s (selection "
-        f"{record['selection_seconds']:.0f} s); loss {record['first_loss']:.3f} -> {record['last_loss']:.3f}; "
+        f"{record['selection_seconds']:.0f} s); loss {record['first_loss']:.3f} on the first batch, "
+        f"{record['last_loss']:.3f} on the last; "
         f"{record['changed']:,} stored weights changed{lost(record)}\n{kept(record)}"
         f"adapter: {config.output} ({record['adapter_bytes']:,} bytes); "
         f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB"
@@ -184,7 +185,9 @@ def run_select(config: SelectConfig) -> None:
 
 
 def run_plan(config: PlanConfig) -> None:
+    from finepoint.cli.next_step import say_planned
     from finepoint.memory.plan import PARTS, plan
+    from finepoint.models.loading import SHAPES
 
     found = plan(config)
     verdict = fits_here(config, found)
@@ -207,6 +210,8 @@ def run_plan(config: PlanConfig) -> None:
     print_table(["GiB, at the peak", *shown], rows)
     if told := verdict["verdict"]:
         print(told)
+    if config.model not in SHAPES:  # which have no weights
+        say_planned(config, verdict["fits"])
 
 
 def fits_here(config: PlanConfig, found: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def sparsify(
     *,
     data: Any = None,
     tokenizer: Any = None,
-    indices: Mapping[str, Tensor] | None = None,
+    indices: Mapping[str, Tensor] | str | Path | None = None,
     count: int | None = None,
     scope: Scope = "global",
     targets: Targets = "linear",
@@ -74,7 +74,7 @@ def sparsify(
     protect: Any = None, protect_strength: float = PROTECTIONS["anchor"].strength,
     on_grid: str | bool = False,
 ) -> Model:  # fmt: skip
-    """Chooses entries of a model and makes them, and them alone, trainable: by any trainer, in place.
+    """Chooses entries of a model and makes them, and them alone, trainable: by any trainer, in place. Returns it.
 
     The model stays the same object. `model.save_pretrained` now writes the adapter and what a trainer resumes from,
     which is O(k); `unload` gives back the plain model.
@@ -87,7 +87,7 @@ def sparsify(
         data: what rules that look at gradients score on: a JSON Lines file, examples (as in its lines), rows of
             `input_ids`, or ready batches, all of them; of these two masks say what counts. Other rules need none.
         tokenizer: turns examples into tokens; not needed for the latter two.
-        indices: entries to train, by weight name (a selection, an adapter), instead of choosing by a rule.
+        indices: entries to train, by weight name (a selection, an adapter or its folder), instead of choosing any.
         whole: names of weights to train and store whole, `()` for none. Where not given, those of a head that puts out
             something else than words (a classifier's `score.weight`), which no checkpoint of the base holds.
         scoring_examples, batch_size: how many examples (a share below 1) gradients are taken over, how many at a time.
@@ -101,12 +101,11 @@ def sparsify(
         max_length: longest scoring example in tokens; the model's context where not given.
         count, scope, targets, exclude, rule_options, structure, pooling, within, scoring_memory, seed: see `select`.
 
-    Returns: the very same model.
-
     Raises:
         FinepointError: as for `select` and `SparseTuner`; a rule that needs data without any; text without tokenizer.
     """
     batches: list[Batch] = []
+    indices = _given(indices, rule=rule, density=density, count=count, structure=structure, within=within)
     whole, info = _whole(model, whole, indices), _origin(model, data)
     file = _grid_file(on_grid, refreshable)
     from_bitsandbytes_(model)
@@ -132,6 +131,21 @@ def sparsify(
     _want_(tuner, indices, structure, bool(on_grid))
     attach(model, Session(tuner, info | _hold_(tuner, kept, seed, protect_strength), whole, _seen(data)))
     return model
+
+
+def _given(indices: Any, **choice: Any) -> Mapping[str, Tensor] | None:
+    """The entries that are given, those of a folder read; None where a rule is to choose.
+
+    Raises:
+        FinepointError: they come with a way to choose others; or as for `SparseAdapter.load`.
+    """
+    usual = {"rule": DEFAULT_RULE, "structure": "entry"}
+    if indices is None:
+        return None
+    if told := next((name for name, value in choice.items() if value != usual.get(name)), None):
+        raise FinepointError(f"indices are trained as they are; leave out {told}, or indices")
+    found: Mapping[str, Tensor] = SparseAdapter.load(indices) if isinstance(indices, str | Path) else indices
+    return found
 
 
 def _selected(
@@ -366,8 +380,7 @@ def _origin(model: Any, data: Any) -> dict[str, Any]:
 def _choice(selection: Selection, scope: str, seed: int, targets: Targets) -> dict[str, Any]:
     """What an adapter says of how its entries were chosen."""
     facts = {key: value for key, value in selection.statistics.items() if key != "weights"}
-    return {"rule": selection.rule, "density": facts.get("density"), "scope": scope, "seed": seed,
-            "targets": _json(targets), "selection": facts}  # fmt: skip
+    return selection.told(scope) | {"seed": seed, "targets": _json(targets), "selection": facts}
 
 
 def _classes(model: Any) -> dict[str, Any]:

@@ -194,6 +194,7 @@ def _training(config: PlanConfig, model: Any, entries: "_FirstEntries", device: 
                 scale_steps_(optimizer, tuner.trained(), {n: torch.empty_like(d) for n, d in tuner.trained().items()})
             for _ in range(2):  # the first has no state yet
                 tracker.reset_peak()
+                tracker.enter("activations")  # a mask over pairs of tokens is held like them
                 batch = on_device(_batch(config, model, config.batch_size), model.device)
                 model(**batch).loss.backward()
                 pull()

@@ -74,6 +74,12 @@ class Selection(Mapping[str, Tensor]):
         """How many entries are chosen in all."""
         return sum(len(indices) for indices in self.indices.values())
 
+    def told(self, scope: str) -> dict[str, Any]:
+        """How it was made, as an adapter says it."""
+        found = self.statistics
+        groups = {key: found[key] for key in ("structure", "within") if found.get(key, "entry") != "entry"}
+        return {"rule": self.rule, "density": found.get("density"), **groups, "scope": scope, "selection": found}
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -337,8 +343,8 @@ def budgets(
 
 
 def _count(density: float, total: int) -> int:
-    if not 0 < density <= 1:
-        raise FinepointError(f"density is {density}; it is a share of the target entries, in (0, 1]")
+    if not (isinstance(density, int | float) and 0 < density <= 1):
+        raise FinepointError(f"density is {density!r}; it is a share of the target entries, in (0, 1]")
     k = int(density * total + 0.5)
     if not k:
         raise FinepointError(f"density {density} chooses none of {total} entries; use at least {1 / total:.2g}")

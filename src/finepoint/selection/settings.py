@@ -142,7 +142,7 @@ def share_within(within: str | None, structure: str = "entry", density: Any = No
     """
     if within is None:
         return None
-    what, _, share = within.partition(":")
+    what, _, share = str(within).partition(":")
     try:
         found = float(share) if what == "columns" else 0.0
     except ValueError:

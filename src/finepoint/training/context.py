@@ -67,6 +67,7 @@ from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
 
 TRAINING = "training example"
+CHOSEN = ("rule", "density", "scope", "structure", "within", "targets", "selection")  # what says how entries were
 ALONE = "a quantised base trains in one process"
 
 
@@ -273,15 +274,14 @@ def entries_for(
     source = resumed or (Path(config.indices) if config.indices else None)
     if source is None:
         selection = select_for(config, context)
-        return selection, told_of(selection, config)
+        return selection, selection.told(config.scope)
     adapter = SparseAdapter.load(source) if resumed is None else SparseAdapter.read(source)
     if problems := adapter.problems(context.model):
         reason = problems[0].removesuffix(f"; {ANY_BASE}")  # which is of no use to training
         raise FinepointError(f"the indices in {source} do not fit this model: {reason}")
     if resumed is None:
         refuse_excluded(adapter, [excluded(folder, context.model) for folder in config.exclude], context.model)
-    told = {key: value for key, value in adapter.info.items() if key in ("rule", "density", "scope", "selection")}
-    return {name: adapter[name] for name in adapter}, told
+    return {name: adapter[name] for name in adapter}, {key: adapter.info[key] for key in CHOSEN if key in adapter.info}
 
 
 def kept_rows(config: SelectConfig, context: TrainingContext, writer: Writer | None = None) -> list[Row]:
@@ -300,12 +300,6 @@ def kept_rows(config: SelectConfig, context: TrainingContext, writer: Writer | N
     writer = writer or Writer(context.model, context.tokenizer)
     examples = examples_to_keep(config.protect, config.protect_examples, writer)
     return rows_to_keep(examples, context.model, context.tokenizer, config.max_length)
-
-
-def told_of(selection: Selection, config: SelectConfig) -> dict[str, Any]:
-    """How a selection was made, as an adapter says it."""
-    found = selection.statistics
-    return {"rule": selection.rule, "density": found.get("density"), "scope": config.scope, "selection": found}
 
 
 def described(config: SelectConfig, context: TrainingContext, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,7 +339,7 @@ def choose(config: SelectConfig) -> Selection:
         selection = select_for(config, context)
         with SparseTuner(context.model, selection, audit=False) as tuner:
             head = new_head(context.model) if context.labels else []
-            adapter = tuner.adapter(full=head, info=described(config, context, told_of(selection, config)))
+            adapter = tuner.adapter(full=head, info=described(config, context, selection.told(config.scope)))
         distributed.on_first(partial(_write_selection, folder, adapter, config, selection))
     return selection
 

@@ -160,7 +160,7 @@ def rate_of(config: Training) -> float:
     if config.RATES:
         return config.RATES[0 if rule.needs_data else 1]
     known = density if isinstance(density, float | int) else None
-    return usual_rate(rule, known, config.structure, config.on_grid)
+    return usual_rate(rule, known, info.get("structure") or config.structure, config.on_grid)
 
 
 def _check_refresh(config: TrainConfig) -> None:

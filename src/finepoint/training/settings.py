@@ -166,7 +166,8 @@ class PlanConfig:
     learned: int | None = setting("how many tokens at the end of every example carry a loss; all where not given", None)
     batch_size: int = setting("examples a batch", 16, least=1)
     padded: bool = setting(
-        "examples differ in length (the longest has so many tokens), so that attention needs a mask", True)
+        "examples differ in length (the longest has so many tokens), so that attention needs a mask; --padded off "
+        "where they do not", True)
     gradient_checkpointing: bool = setting("recompute activations in the backward pass", False)
     protect_by: str | None = setting(
         "training is held to its base in this way", None, registry="training/keep.py protection")
