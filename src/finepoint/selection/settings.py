@@ -55,7 +55,7 @@ class Choice(Printed):
         "a group's score is the mean or the sum of its entries'", "mean", "selection", "which entries")
     within: str | None = setting(
         "columns:SHARE, single entries within this share of each weight's columns, the best ones (rule random draws "
-        "them): less memory, a smaller product",
+        "them): a smaller product, and less memory in small batches",
         None, "selection", "which entries")
     scope: Literal["global", "weight", "layer"] = setting(
         "what competes with each other: all target entries, or those of one weight or one layer",
