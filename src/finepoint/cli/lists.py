@@ -291,7 +291,7 @@ def run_schema(config: SchemaConfig) -> None:
 
 
 def run_doctor(config: DoctorConfig) -> None:
-    from finepoint.tuner.doctor import diagnosis
+    from finepoint.tuner.doctor import SHAPE, diagnosis
 
     found = diagnosis()
     if config.json:
@@ -307,5 +307,9 @@ def run_doctor(config: DoctorConfig) -> None:
     columns = list(dict.fromkeys(name for row in found["kernels"] for name in row))
     rows = [[row.get(name, "-") for name in columns] for row in found["kernels"]]
     print_table(columns, rows, title="Gradients of chosen entries: the kernel that is taken; milliseconds of each")
+    print(
+        f"\nof a weight of {SHAPE[0]:,} x {SHAPE[1]}; tiles: a dot product for each entry, compiled; gather: the same "
+        "in PyTorch; dense, turned: the whole product, from one side or the other; half: in bfloat16 as it is"
+    )
     for sentence in found["slow"] or ["nothing that is known to be slow"]:
         print(f"\n{sentence}")
