@@ -104,8 +104,8 @@ def run_train(config: TrainConfig) -> None:
     print(
         f"trained {record['trained']:,} {what} for {record['steps']} steps in {record['seconds']:.0f} s, "
         f"{record['selection_seconds']:.0f} s of them before the first; loss {record['first_loss']:.3f} on the first "
-        f"batch, {record['last_loss']:.3f} on the last; {record['changed']:,} stored weights changed{lost(record)}\n{kept(record)}"
-        f"adapter: {config.output} ({record['adapter_bytes']:,} bytes); "
+        f"batch, {record['last_loss']:.3f} on the last; {record['changed']:,} stored weights "
+        f"changed{lost(record)}\n{kept(record)}adapter: {config.output} ({record['adapter_bytes']:,} bytes); "
         f"peak memory {record['peak_bytes'] / 2**30:.2f} GiB"
     )
 
