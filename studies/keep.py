@@ -36,7 +36,7 @@ FIGURES: dict[str, Shown] = {
         "columns-01": ("columns, 0.1 %", "#1f6f8b", "^", None),
         "columns-1": ("1 %", "#1f6f8b", "o", None),
         "columns-3": ("3 %", "#1f6f8b", "s", None),
-        "within-1": ("entries within a tenth of the columns, 1 %", "#b0b7bd", "o", None),
+        "within-1": ("entries in a tenth of the columns, 1 %", "#b0b7bd", "o", None),
     },
 }
 """By file: what each arm is called and drawn as, and at which rate alone, if not at all of them."""
@@ -102,7 +102,7 @@ def draw(rows: Sequence[Row], shown: Shown, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("KL to the base on novels")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(shown), frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(shown), frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 

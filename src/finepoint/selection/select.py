@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -343,7 +344,7 @@ def budgets(
 
 
 def _count(density: float, total: int) -> int:
-    if not (isinstance(density, int | float) and 0 < density <= 1):
+    if not (isinstance(density, Real) and 0 < density <= 1):
         raise FinepointError(f"density is {density!r}; it is a share of the target entries, in (0, 1]")
     k = int(density * total + 0.5)
     if not k:

@@ -67,7 +67,15 @@ from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
 
 TRAINING = "training example"
-CHOSEN = ("rule", "density", "scope", "structure", "within", "targets", "selection")  # what says how entries were
+CHOSEN = (
+    "rule",
+    "density",
+    "scope",
+    "structure",
+    "within",
+    "targets",
+    "selection",
+)  # what an adapter says of its choice
 ALONE = "a quantised base trains in one process"
 
 
