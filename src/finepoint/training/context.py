@@ -75,7 +75,7 @@ CHOSEN = (
     "within",
     "targets",
     "selection",
-)  # what an adapter says of its choice
+)  # what adapters say of it
 ALONE = "a quantised base trains in one process"
 
 
