@@ -32,8 +32,11 @@ from finepoint.runtime.devices import peak_bytes, reset_peak
 from finepoint.runtime.files import claim_folder, refuse_inputs_among, refuse_model_folder, write_record
 from finepoint.runtime.interruption import BrokenOff
 from finepoint.runtime.progress import progress
+from finepoint.selection.large_inputs import warn_of_large_inputs
 from finepoint.selection.passes import Batch, on_device
 from finepoint.selection.rates import slow
+from finepoint.selection.rules import rule_named
+from finepoint.selection.select import Selection
 from finepoint.training.budget import Holding
 from finepoint.training.callbacks import UNFINISHED, LastStep, Watch, left_by, marked, refreshes, validation_losses
 from finepoint.training.checkpoints import (
@@ -87,6 +90,7 @@ BEST = ".best.safetensors"  # while a run is under way
 FOLDERS = (CHECKPOINTS, OWN_TEXTS)
 FILES = (LOG, UNDER_WAY, RECORD, BEST, TRAINED_ON, ANSWERS)
 """of an earlier run, which a new one in its folder takes away"""
+LOOKED_AT = 8  # examples whose inputs are looked at
 AUDITED = 2  # examples that the gradients are tried on
 Make = Callable[[TrainingContext, list[str], Fingerprint, Path | None], tuple[Method, dict[str, Any]]]
 Afterwards = Callable[[TrainConfig, TrainingContext, SparseAdapter, Path], None]
@@ -530,12 +534,15 @@ def _method(
         # In one order whatever is chosen first, so that a resumed run meets its optimizer's state.
         ready = refreshable(context.model, config.targets) if config.refresh else {}
         # With --refresh a checkpoint knows its entries itself; what is given tells how many they are.
-        indices, chosen = entries_for(config, context, None if config.refresh and config.indices else resumed)
-        indices = dict(indices) | {name: torch.arange(context.model.get_parameter(name).numel()) for name in head}
+        selected, chosen = entries_for(config, context, None if config.refresh and config.indices else resumed)
+        indices = dict(selected) | {name: torch.arange(context.model.get_parameter(name).numel()) for name in head}
         tuner = SparseTuner(context.model, indices, ready, audit=False, base=base)
         if config.on_grid:
             snap_to_base_(tuner, gguf_file(config.model))
         audit_(config, context, tuner, partial(completion_loss, context.model))
+        if isinstance(selected, Selection) and _is_a_draw_of_groups(config):
+            rows = scoring_rows(context.rows, LOOKED_AT, config.seed)
+            warn_of_large_inputs(context.model, selected, batches_of(config, context, rows))
         method = Method(tuner)
         if config.refresh:
             optimizer = PerEntryAdamW(tuner.parameters(), spec.lr, weight_decay=config.weight_decay)
@@ -546,6 +553,12 @@ def _method(
     if config.round_to:
         method = replace(method, after_step=partial(method.tuner.round_, getattr(torch, config.round_to)))
     return method, chosen
+
+
+def _is_a_draw_of_groups(config: TrainConfig) -> bool:
+    """Whether a draw decides how much of the inputs is trained, and nothing holds what comes of it."""
+    drawn = not rule_named(config.rule).needs_data and (config.structure != "entry" or config.within is not None)
+    return drawn and config.protect is None
 
 
 def held(spec: RunSpec[Any], context: TrainingContext, method: Method, head: list[str]) -> Method:
