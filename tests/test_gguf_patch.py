@@ -22,6 +22,7 @@ from finepoint.exchange.gguf_patch import BESIDE, FILE, Codes, finished, patch_f
 from finepoint.models.gguf import open_gguf
 from finepoint.models.grids import FORMS, EntryGrid, changed_bytes, codes_at
 from finepoint.models.loading import load_model
+from finepoint.runtime.files import PARTIAL
 from finepoint.selection.rates import usual_rate
 from finepoint.selection.rules import RULES, rule_named
 from finepoint.training.run import train
@@ -338,7 +339,11 @@ def test_the_usual_rate_on_the_grid_is_the_one_that_was_measured():
 def test_a_patch_is_taken_back_bit_for_bit(desk, place):
     path, before = place / "base.gguf", (place / "base.gguf").read_bytes()
     path.chmod(0o600)
+    killed = place / f".base.gguf{PARTIAL}"  # what safetensors had begun to write there
+    killed.mkdir()
+    (killed / ".tmpAbCdEf").write_bytes(b"half")
     patch_file(str(path), str(desk / "on"))
+    assert not killed.exists()
     patched = path.read_bytes()
     assert patched != before
     assert len(patched) == len(before)

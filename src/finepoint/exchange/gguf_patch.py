@@ -32,7 +32,7 @@ from finepoint.exchange.overlay import Patch
 from finepoint.models.gguf import GGUFFile, Place, float_values, loaded, not_the_files, open_gguf, places
 from finepoint.models.grids import FLOATS, FORMS, EntryGrid, Numbers, changed_bytes, codes_at
 from finepoint.models.loading import PACKAGED, gguf_file
-from finepoint.runtime.files import PARTIAL, alone, claim_file, refuse_version, writing
+from finepoint.runtime.files import LOCK, PARTIAL, alone, claim_file, refuse_version, writing
 from finepoint.runtime.tensor_files import forms, opened
 
 logger = logging.getLogger(__name__)
@@ -350,7 +350,7 @@ def _beside(path: Path) -> Path:
 
 @contextmanager
 def _at_work(target: Path) -> Iterator[Path]:
-    """A folder beside a file to write in, which no other process does; what a killed one left there is written over."""
+    """A folder beside a file to write in, which no other process does; what a killed one left there goes."""
     target = target.resolve()
     work = target.with_name(f".{target.name}{PARTIAL}")
     try:
@@ -358,7 +358,10 @@ def _at_work(target: Path) -> Iterator[Path]:
             try:
                 yield work
             finally:
-                (work / NEW).unlink(missing_ok=True)
+                # All of it: safetensors writes beside what it is told to, and one that was killed has left that.
+                for left in work.iterdir():
+                    if left.name != LOCK:
+                        left.unlink(missing_ok=True)
     finally:
         with suppress(OSError):  # another process is at work there now
             work.rmdir()
