@@ -75,13 +75,15 @@ def test_it_is_told_of_the_column_that_has_it_alone(caplog):
     warn_of_large_inputs(model, column_of(model, LAYER, INPUT), batches)
     assert f"100 % of it in input {INPUT} of {LAYER}" in caplog.text
     caplog.clear()
-    experts = {"model.embed_tokens.weight": torch.tensor([5]), "model.norm.weight": torch.tensor([0])}
-    warn_of_large_inputs(model, experts, batches)  # a weight without inputs: nothing is known, nothing said
+    others = {"model.embed_tokens.weight": torch.tensor([5]), "model.norm.weight": torch.tensor([0])}
+    warn_of_large_inputs(model, others, batches)  # a weight without inputs: nothing is known, nothing said
     assert not caplog.text
 
 
 def test_a_run_says_so_where_a_draw_is_unlucky_and_nothing_holds_it(model_folder, tmp_path, capsys):
     model = with_a_large_input()
+    with torch.no_grad():  # its column is the largest, too, which is no chance
+        model.get_parameter(LAYER)[:, INPUT] *= 30
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     for file in model_folder.glob("*token*"):
@@ -96,6 +98,9 @@ def test_a_run_says_so_where_a_draw_is_unlucky_and_nothing_holds_it(model_folder
     columns = ["--structure", "column"]
     for seed, more, told in ((has, columns, True), (hasnt, columns, False), (has, [], False),
                              (has, [*columns, "--protect", str(data)], False),
-                             (has, [*columns, "--rule", "gallop"], False)):  # fmt: skip
+                             (has, [*columns, "--rule", "gallop"], False),
+                             (has, [*columns, "--rule", "magnitude-high"], False)):  # fmt: skip
         assert main([*asked, "--density", "0.05", *more, "--seed", str(seed)]) == 0
         assert ("by chance the columns" in capsys.readouterr().err) == told, more
+        if more == [*columns, "--rule", "magnitude-high"]:
+            assert has_it(finepoint.SparseAdapter.load(tmp_path / "o"))

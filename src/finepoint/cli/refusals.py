@@ -132,10 +132,11 @@ def _align(config: Any) -> None:
 
 
 def _refuse_no_checkpoint(config: Any) -> None:
-    from finepoint.training.resolve import refuse_no_checkpoint
+    from finepoint.training.resolve import has_checkpoint, no_checkpoint
 
-    if config.resume and distributed.is_first():
-        refuse_no_checkpoint(Path(config.output))
+    folder = Path(config.output)
+    if config.resume and distributed.is_first() and not has_checkpoint(folder):
+        raise no_checkpoint(folder)
 
 
 def _compare(config: Any) -> None:

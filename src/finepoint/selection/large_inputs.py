@@ -52,8 +52,9 @@ def large_inputs(
         by_input = torch.bincount(of, minlength=squares.numel()) * squares.view(-1)
         held += by_input.sum().item()
         usual += len(chosen) * squares.mean().item()
-        if by_input.max().item() >= largest:
-            largest, weight, place = by_input.max().item(), name, int(by_input.argmax())
+        most = int(by_input.argmax())
+        if by_input[most].item() >= largest:
+            largest, weight, place = by_input[most].item(), name, most
     return LargeInputs(held / usual if usual else 1.0, weight, place, largest / held if held else 0.0)
 
 

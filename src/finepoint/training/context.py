@@ -67,15 +67,8 @@ from finepoint.tuner.tuner import SparseTuner
 from finepoint.version import __version__
 
 TRAINING = "training example"
-CHOSEN = (
-    "rule",
-    "density",
-    "scope",
-    "structure",
-    "within",
-    "targets",
-    "selection",
-)  # what adapters say of it
+# What an adapter says of how its entries were chosen.
+CHOSEN = ("rule", "density", "scope", "structure", "within", "targets", "selection")
 ALONE = "a quantised base trains in one process"
 
 

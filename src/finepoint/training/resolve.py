@@ -224,14 +224,9 @@ def no_checkpoint(folder: Path) -> FinepointError:
                           "--save-every N to get them")  # fmt: skip
 
 
-def refuse_no_checkpoint(folder: Path) -> None:
-    """Refuses a folder without any checkpoint, whole or not.
-
-    Raises:
-        FinepointError: it is so.
-    """
-    if not any((folder / CHECKPOINTS).glob("*-*")):
-        raise no_checkpoint(folder)
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder has any, whole or not."""
+    return any((folder / CHECKPOINTS).glob("*-*"))
 
 
 def check_processes(config: Training) -> None:

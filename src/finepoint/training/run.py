@@ -68,7 +68,7 @@ from finepoint.training.keep import Protected, step_sizes, texts_a_step
 from finepoint.training.logfile import LOG, UNDER_WAY
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
-from finepoint.training.resolve import CHECKPOINTS, RunSpec, Told, check_processes, resolve, steps_of
+from finepoint.training.resolve import CHECKPOINTS, RunSpec, Told, check_processes, has_checkpoint, resolve, steps_of
 from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.texts import Writer, apart, texts_read
 from finepoint.training.tracking import tracked
@@ -491,7 +491,7 @@ def _settled_(run: Run[TrainConfig]) -> dict[str, Any]:
         found = run.method.holding.settle_()
     except KeyboardInterrupt as error:
         left = f"after the last step, before its KL was measured; the adapter, marked as unfinished, is in {run.folder}"
-        raise (BrokenOff(left, any((run.folder / CHECKPOINTS).glob("*-*"))) if run.keeps else error) from None
+        raise (BrokenOff(left, has_checkpoint(run.folder)) if run.keeps else error) from None
     del run.facts[UNFINISHED]
     return found
 
@@ -557,7 +557,7 @@ def _method(
 
 def _is_a_draw_of_groups(config: TrainConfig) -> bool:
     """Whether a draw decides how much of the inputs is trained, and nothing holds what comes of it."""
-    drawn = not rule_named(config.rule).needs_data and (config.structure != "entry" or config.within is not None)
+    drawn = rule_named(config.rule).uniform and (config.structure != "entry" or config.within is not None)
     return drawn and config.protect is None
 
 
