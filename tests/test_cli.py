@@ -329,7 +329,7 @@ AT_ONCE = [
     (["train", "--baseline", "full", "--density", "0.1"], "density is for choosing entries, which baseline 'full'"),
     (["train", "--protect", "there.jsonl", "--protect-by", "ancor"], "no protection 'ancor'; did you mean 'anchor'?"),
     (["train", "--protect-by", "kl"], "--protect-by kl reads what is to be kept; give --protect FILE"),
-    (["train", "--loss", "nl"], "no loss 'nl'; did you mean 'nll'? the losses: nll, dft, eaft"),
+    (["train", "--loss", "nl"], "no loss 'nl'; did you mean 'nll'? the losses: nll, dft, eaft, talr"),
     (["train", "--structure", "colum"], "structure is 'colum'; it is entry, row, column"),
     (["select", "--within", "columns:3"], "within is 'columns:3'; it is columns:SHARE"),
     (["plan", "--structure", "block:16"], "structure is 'block:16'; it is entry, row, column"),

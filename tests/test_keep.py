@@ -622,13 +622,13 @@ def test_entries_chosen_on_the_way_are_held_back_by_what_the_base_says_of_them(b
             tuner.model.zero_grad()
 
 
-@pytest.mark.parametrize("loss", ["dft", "eaft"])
+@pytest.mark.parametrize("loss", ["dft", "eaft", "talr"])
 def test_a_run_minimises_the_loss_it_is_told(config, tmp_path, loss):
     ours = trained(config, protect=None, loss=loss)
     usual = trained(config, protect=None, output=str(tmp_path / "usual"))
     assert (ours.info["loss"], usual.info.get("loss")) == (loss, None)
     assert any(not torch.equal(ours.changes[name].numbers, usual.changes[name].numbers) for name in usual)
-    with pytest.raises(FinepointError, match="the losses: nll, dft, eaft"):
+    with pytest.raises(FinepointError, match="the losses: nll, dft, eaft, talr"):
         trained(config, protect=None, loss="focal")
 
 

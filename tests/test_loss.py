@@ -5,8 +5,9 @@ import torch
 from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from conftest import VOCABULARY, assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama
+from finepoint.data.batches import Collator, Packer, Row
 from finepoint.training import loss as module
-from finepoint.training.loss import LOSSES, completion_loss, log_likelihoods, plain_head
+from finepoint.training.loss import LOSSES, completion_loss, examples_of, log_likelihoods, plain_head
 from finepoint.tuner.tuner import SparseTuner
 
 MODELS = {"llama": tiny_llama, "llama-untied": lambda dtype: tiny_llama(dtype, tied=False), "gemma": tiny_gemma}
@@ -163,11 +164,15 @@ def test_log_likelihoods_of_plain_models_are_those_of_all_logits(model, chunk):
     torch.testing.assert_close(found, expected)
 
 
-def dense_weights(name, logits, labels):
+def dense_weights(name, logits, labels, rows):
     """What each label's cross-entropy is multiplied with, by the papers' formulas on whole distributions."""
     p = logits.softmax(-1)
+    chosen = p[torch.arange(len(labels)), labels]
     if name == "dft":
-        return p[torch.arange(len(labels)), labels]
+        return chosen
+    if name == "talr":
+        means = sorted(float(-chosen[rows == row].log().mean()) for row in rows.unique())
+        return (chosen ** (1 / means[(len(means) - 1) // 2])).clamp(min=0.01)
     kept = p.sort(-1, descending=True).values[:, :20]
     kept = kept / kept.sum(-1, keepdim=True)
     return -(kept * kept.log()).sum(-1) / 3
@@ -178,9 +183,10 @@ def dense_weights(name, logits, labels):
 def test_losses_that_weigh_tokens_are_those_of_the_papers(name, make, chunk):
     model, batch = make().double(), random_batches()[0]
     logits, labels = model(input_ids=batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
+    rows = (labels != -100).nonzero()[:, 0]
     logits, labels = logits[labels != -100], labels[labels != -100]
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    weights = dense_weights(name, logits.detach(), labels)
+    weights = dense_weights(name, logits.detach(), labels, rows)
     expected = (weights * losses).mean()
     found = completion_loss(model, batch, measure=LOSSES[name].measure)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
@@ -188,6 +194,28 @@ def test_losses_that_weigh_tokens_are_those_of_the_papers(name, make, chunk):
     parameters = list(model.parameters())
     for one, other in zip(gradients(found, parameters), gradients(expected, parameters), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+def test_talr_knows_the_examples_that_share_a_row(chunk):
+    model = tiny_llama(torch.float64)
+    texts = [3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13, 14, 15], [16, 17, 3]
+    rows = [Row(ids, [-100, -100, *ids[2:]]) for ids in texts]
+    collator = Collator(0, positions=True, trims=True)
+    packed = Packer(collator, model.config.hidden_size)(rows)
+    assert len(packed["input_ids"]) < len(rows)
+    found, alone = (completion_loss(model, batch, measure=LOSSES["talr"].measure) for batch in (packed, collator(rows)))
+    torch.testing.assert_close(found, alone, rtol=1e-10, atol=0)
+    # Negative control: of whole rows the median is another.
+    whole = {name: part for name, part in packed.items() if name != "position_ids"}
+    assert len(examples_of(packed).unique()) > len(examples_of(whole).unique())
+
+
+def test_no_label_counts_for_less_than_a_hundredth_in_talr():
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64).log_softmax(-1)
+    labels, median = torch.tensor([1, 1]), torch.tensor(0.5, dtype=torch.float64)
+    losses = -logits[torch.arange(2), labels]
+    found = LOSSES["talr"].measure(logits, labels, median)
+    torch.testing.assert_close(found, losses * torch.stack([torch.tensor(0.01).double(), (-losses[1] * 2).exp()]))
 
 
 def test_looking_at_a_model_leaves_it_as_it_was():

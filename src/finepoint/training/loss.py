@@ -7,6 +7,8 @@ twice.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -50,7 +52,32 @@ def completion_loss(
     states = states_of(model, head, batch)
     wanted = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][wanted]
+    if "median" in signature(measure).parameters:
+        measure = partial(measure, median=median_loss(head, states[wanted], targets, examples_of(batch)[wanted]))
     return summed_loss(head, states, wanted, targets, measure) / (len(targets) if items is None else items)
+
+
+@torch.no_grad()
+def median_loss(head: nn.Module | None, states: Tensor, targets: Tensor, examples: Tensor) -> Tensor:
+    """The median over examples of the mean cross-entropy of their labels, a scalar; of two in the middle the lower.
+
+    Args:
+        states: what the head is given before each label, (n, width), or without a head the logits.
+        examples: of which example each label is, (n,).
+    """
+    losses = torch.cat([_losses(head or nn.Identity(), *part) for part in _chunks(states, targets)])
+    _, places, counts = examples.unique(return_inverse=True, return_counts=True)
+    return (losses.new_zeros(len(counts)).index_add_(0, places, losses) / counts).median()
+
+
+def examples_of(batch: Mapping[str, Any]) -> Tensor:
+    """A number of its own for each example of a batch, packed or a row each, at its labels: (rows, labels - 1)."""
+    ids = batch["input_ids"]
+    if "position_ids" in batch:
+        numbers = (batch["position_ids"] == 0).flatten().cumsum(0).view_as(ids)
+    else:
+        numbers = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    return numbers[:, -batch["labels"].shape[1] :][:, 1:]
 
 
 def refuse_unweighable(model: Any, loss: str, labels: Sequence[str]) -> None:

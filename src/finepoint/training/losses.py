@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LIKELY = 20  # tokens, the likeliest, whose entropy EAFT takes for all
-Measure = Callable[["Tensor", "Tensor"], "Tensor"]
-"""From logits, (n, vocabulary), at least float32, and what is wanted there, (n, ..), to losses, (n,)."""
+FLOOR = 0.01  # what a label counts for in TALR at least
+Measure = Callable[..., "Tensor"]
+"""From logits, (n, vocabulary), at least float32, and what is wanted there, (n, ..), to losses, (n,).
+
+With a parameter `median` it is also told the median over the batch's examples of the mean cross-entropy of their
+labels, a scalar tensor.
+"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +64,15 @@ def eaft(logits: Tensor, labels: Tensor) -> Tensor:
     told = likeliest.log_softmax(-1)
     # The authors' code divides by 3, about log 20.
     return nll(logits, labels) * (-(told.exp() * told).sum(-1) / 3)
+
+
+@token_loss("-max(p(y)^(1/m), 0.01) log p(y), the weight a constant to the gradient; m the median, over the examples "
+            "that are computed together, of their mean -log p(y)", "TALR, arXiv:2509.20758")  # fmt: skip
+def talr(logits: Tensor, labels: Tensor, median: Tensor) -> Tensor:
+    # Not divided by the weights' sum, and with this floor, as the code of arXiv:2602.16093 has it: the authors have
+    # published none.
+    losses = nll(logits, labels)
+    return losses * (-losses.detach() / median.clamp(min=1e-6)).exp().clamp(min=FLOOR)
 
 
 def loss_named(name: str) -> TokenLoss:

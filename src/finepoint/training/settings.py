@@ -131,7 +131,7 @@ class TrainConfig(Training):
         "the adapter is the moving average of what is trained, each step counting e.g. 0.99 times as much as the next",
         None, "bits", "training", above=0, most=0.999999)
     loss: str = setting(
-        "what is minimised: nll, or one that weighs tokens by what the model says of them: dft, eaft",
+        "what is minimised: nll, or one that weighs tokens by what the model says of them: dft, eaft, talr",
         "nll", "bits", "training", registry="training/losses.py token_loss")
     packing: bool = setting(
         "several examples in a row, each as if it were alone: the same batches with less padding",
