@@ -63,7 +63,7 @@ def main() -> None:
     options = common.options(f"{__doc__}\nSections: {', '.join(SECTIONS)}.", seconds=540, only="", device="cuda")
     DEVICE, quick, started = options.device, options.quick, time.monotonic()
     if unknown := set(filter(None, options.only.split(","))) - set(SECTIONS):
-        raise SystemExit(f"there is no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+        raise SystemExit(f"there is no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if DEVICE != "cpu" and not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU here; --device cpu --quick tries the script on tiny shapes")
     if DEVICE == "cpu":

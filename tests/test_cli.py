@@ -1,6 +1,7 @@
 """Every command in a process of its own, on real files: what a user sees, and the exit status."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -98,8 +99,12 @@ def test_eval_has_the_promised_keys(finepoint, trained, model_folder):
 def test_select_inspect_verify_rules(finepoint, trained, model_folder):
     folder = trained["folder"] / "s"
     arguments = ["--model", model_folder, "--rule", "magnitude-low", "--targets", "v,o", "--density", "0.2"]
+    arguments += ["--structure", "column"]
     chosen = json.loads(finepoint("select", *arguments, "--output", folder, "--json").stdout)
     assert chosen["chosen"] == SparseAdapter.load(folder).count
+    shown = finepoint("inspect", folder).stdout
+    assert re.search(r"structure\W+column\b", shown)
+    assert re.search(r"targets\W+v,o\b", shown)
     facts = json.loads(finepoint("inspect", trained["adapter"], "--json").stdout)
     assert facts["entries"] == trained["record"]["trained"]
     assert "down_proj" in finepoint("inspect", trained["adapter"]).stdout
@@ -309,6 +314,8 @@ AT_ONCE = [
     (["select", "--protect", "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
     (["eval", "--id", "a=nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
     (["train", "--model", "./nowhere"], "there is no folder ./nowhere; --model takes"),
+    (["train", "--model", "smolm2"], "there is no model 'smolm2'; did you mean 'smollm2'? --model takes a"),
+    (["eval", "--model", "Gemma3-270M"], "there is no model 'Gemma3-270M'; did you mean 'gemma3-270m'?"),
     (["plan", "--model", "nowhere.gguf"], "there is no file nowhere.gguf"),
     (["chat", "--adapter", "nowhere"], "nowhere is not an adapter folder: it has no finepoint.safetensors"),
     (["inspect", "nowhere"], "nowhere is not an adapter folder: it has no finepoint.safetensors"),

@@ -93,6 +93,8 @@ def test_the_plan_holds_where_activations_dominate(long_llama):
     settings = {"density": 0.01, "batch_size": 2, "tokens": 512}
     found = planned(long_llama, **settings)
     assert found["training"]["activations"] > 3 * found["training"]["weights"]
+    # Nothing else is counted there, attention's mask neither.
+    assert found["training"]["optimizer"] == pytest.approx(8 * found["trained"], rel=1e-2)
     assert_close(found["training"], measured(long_llama, "training", **settings))
     assert_close(found["selection"], measured(long_llama, "selection", **settings))
 

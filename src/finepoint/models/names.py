@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,8 @@ PACKAGED: dict[str, tuple[str, dict[str, str]]] = {
     "gemma3-270m": (GEMMA3_GGUF, GEMMA3),  # Gemma 3 270M (Gemma terms)
 }
 """the names that stand for a GGUF file, and the wheels that hold it"""
+TAKEN = f"--model takes a folder, a hub id, a .gguf file, {' or '.join(PACKAGED)}"
+NEAR = 0.75  # of difflib's likeness: "smolm2" and "gemma-270m" are as near, "gpt2" and "gemma2" are not
 
 
 def is_gguf(name: str) -> bool:
@@ -52,9 +55,10 @@ def refuse_absent(name: str) -> None:
             hint = "; it holds an adapter: name the model that it was trained on" if adapter else ""
             raise FinepointError(f"{name} is not a model folder: it has no config.json{hint}")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FinepointError(
-            f"there is no folder {name}; --model takes a folder, a hub id, a .gguf file, smollm2 or gemma3-270m"
-        )
+        raise FinepointError(f"there is no folder {name}; {TAKEN}")
+    elif "/" not in name and (near := get_close_matches(name.lower(), PACKAGED, 1, NEAR)):
+        # Nobody waits for the hub to say so.
+        raise FinepointError(f"there is no model {name!r}; did you mean {near[0]!r}? {TAKEN}")
 
 
 def unpacked(file: Path) -> Path:

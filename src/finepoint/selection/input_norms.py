@@ -93,7 +93,7 @@ def _run(model: nn.Module, batches: Sequence[Batch], weights: Mapping[str, nn.Pa
         raise FinepointError("the norms of inputs are not taken over a sharded model; choose entries in one process "
                              "with `finepoint select` and train them with --indices")  # fmt: skip
     device = next(model.parameters()).device
-    for example in tracked("scoring examples", examples[distributed.rank() :: distributed.count()]):
+    for example in tracked("looking at inputs", examples[distributed.rank() :: distributed.count()]):
         model(**on_device(example, device))
 
 
