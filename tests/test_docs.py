@@ -171,6 +171,8 @@ def served(folder):
 
 def test_sections_that_the_gpus_benchmark_does_not_have_are_refused():
     script = ROOT / "benchmarks" / "gpu.py"
-    done = subprocess.run([sys.executable, script, "--only", "stepp,memory"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script, "--only", "stepp,memory"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert re.match(r"there is no section (memory, )?stepp; there are ", done.stderr)

@@ -28,7 +28,16 @@ def test_what_was_measured_is_the_default_and_rates_fall_between(rule, kind):
 
 def test_columns_by_what_is_kept_want_more_and_others_the_same():
     assert usual_rate(rule_named("gain"), 0.01, "column") == pytest.approx(3e-3)
-    assert usual_rate(rule_named("random"), 0.01, "column") == 1e-2
+    assert usual_rate(rule_named("random"), 0.01, "column") == 3e-3
+
+
+def test_entries_that_are_held_back_want_more():
+    random = rule_named("random")
+    for density in (1e-4, 1e-3, 1e-2, 0.05, 0.5):
+        assert usual_rate(random, density) <= usual_rate(random, density, held=True)
+    assert usual_rate(random, 0.01, held=True) == 1e-2
+    assert all(usual_rate(rule_named(name), 0.01, held=True) == usual_rate(rule_named(name), 0.01)
+               for name in ("gallop", "gain"))  # fmt: skip
 
 
 @pytest.fixture
@@ -38,7 +47,8 @@ def config(model_folder, choice_file, tmp_path):
 
 def test_a_run_takes_the_rate_of_its_rule_density_and_structure_or_that_given(config, tmp_path):
     for changes, rate in (
-        ({}, 1e-2), ({"density": None}, 3e-2), ({"rule": "gallop"}, 3e-4), ({"lr": 0.5}, 0.5),
+        ({}, 3e-3), ({"density": None}, 3e-2), ({"protect": "x"}, 1e-2), ({"protect_by": "l2"}, 1e-2),
+        ({"protect": "x", "protect_strength": 0.0}, 3e-3), ({"rule": "gallop"}, 3e-4), ({"lr": 0.5}, 0.5),
         ({"rule": "gain", "structure": "column", "protect": "x"}, 3e-3), ({"density": None, "count": 9}, 3e-2),
         ({"density": None, "targets": {"*.q_proj.weight": 0.01}}, 3e-2),
         ({"baseline": "lora", "density": None}, 1e-3), ({"baseline": "full", "density": None}, 3e-5),
@@ -69,5 +79,5 @@ def test_the_first_step_of_any_optimizer_at_such_a_rate_says_so_once(lr, told, s
     for batch in random_batches(2):
         model(**batch).loss.backward()
         optimizer.step()
-    assert caplog.text.count("chosen entries hardly move; those of rule random usually want about 0.01") == told
+    assert caplog.text.count("chosen entries hardly move; those of rule random usually want about 0.003") == told
     finepoint.unload(model)

@@ -128,7 +128,7 @@ def sparsify(
         snap_to_base_(tuner, file)
         info |= {"on_grid": True}
     _audit_(tuner, batches[:1] if audit else [])
-    _want_(tuner, indices, structure, bool(on_grid))
+    _want_(tuner, indices, structure, on_grid=bool(on_grid), held=bool(kept and protect_strength))
     attach(model, Session(tuner, info | _hold_(tuner, kept, seed, protect_strength), whole, _seen(data)))
     return model
 
@@ -176,10 +176,10 @@ def _grid_file(on_grid: str | bool, refreshable: bool) -> Path | None:
                          "its layers are quantised")  # fmt: skip
 
 
-def _want_(tuner: SparseTuner, chosen: Any, structure: str, on_grid: bool = False) -> None:
+def _want_(tuner: SparseTuner, chosen: Any, structure: str, **more: bool) -> None:
     """Has a rate told that is far too small for what a rule has chosen."""
     if isinstance(chosen, Selection):
-        usual = usual_rate(rule_named(chosen.rule), chosen.statistics["density"], structure, on_grid)
+        usual = usual_rate(rule_named(chosen.rule), chosen.statistics["density"], structure, **more)
         tuner.want_(usual, f"those of rule {chosen.rule}")
 
 

@@ -12,26 +12,31 @@ from finepoint.selection.rules import Rule
 DENSITY = 1e-3  # where it is not known before the model is
 EVERY_WEIGHT = 3e-5
 MEASURED = {
-    "nothing": {1e-4: 0.1, 1e-3: 0.03, 1e-2: 0.01, 0.05: 3e-3},
+    "nothing": {1e-4: 0.1, 1e-3: 0.03, 1e-2: 3e-3, 0.03: 2e-3},
     "gradients": {1e-4: 3e-3, 1e-3: 3e-4, 1e-2: 3e-4},
     "text to keep": {1e-3: 3e-3, 1e-2: 1e-3},
 }
 """By what a rule looks at: density to rate."""
+HELD = {"nothing": {1e-4: 0.1, 1e-3: 0.03, 1e-2: 0.01, 0.05: 3e-3}}
+"""the same where training is held to its base, which takes from a step what a larger rate gives it"""
 ON_GRID = {"nothing": {1e-3: 0.03, 1e-2: 3e-3}, "gradients": {1e-2: 3e-3}}
 """the same where entries are trained on the codes of a quantised file, and have to reach another one"""
 GROUPED = 3.0  # of rules that look at text to keep: what whole columns want, times what entries do
 SLOW = 10.0  # a rate that is so many times smaller moves next to nothing in the steps of a usual run
 
 
-def usual_rate(rule: Rule, density: float | None, structure: str = "entry", on_grid: bool = False) -> float:
+def usual_rate(
+    rule: Rule, density: float | None, structure: str = "entry", on_grid: bool = False, held: bool = False
+) -> float:
     """The learning rate that a rule's entries usually want, to one digit.
 
     Args:
         density: None where it is not known.
         on_grid: the entries are trained on the codes of a quantised file.
+        held: a protection holds them back.
     """
     looks = "text to keep" if rule.needs_kept else "gradients" if rule.needs_data else "nothing"
-    measured = ON_GRID.get(looks, MEASURED[looks]) if on_grid else MEASURED[looks]
+    measured = (ON_GRID if on_grid else HELD if held else MEASURED).get(looks, MEASURED[looks])
     rate = _between(measured | {1.0: EVERY_WEIGHT}, density or DENSITY)
     return float(f"{rate * (GROUPED if rule.needs_kept and structure != 'entry' else 1):.1g}")
 

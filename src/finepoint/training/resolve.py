@@ -160,7 +160,8 @@ def rate_of(config: Training) -> float:
     if config.RATES:
         return config.RATES[0 if rule.needs_data else 1]
     known = density if isinstance(density, float | int) else None
-    return usual_rate(rule, known, info.get("structure") or config.structure, config.on_grid)
+    held = config.protect_strength != 0 and (config.protect or not protection_named(config.protect_by).reads)
+    return usual_rate(rule, known, info.get("structure") or config.structure, config.on_grid, bool(held))
 
 
 def _check_refresh(config: TrainConfig) -> None:
