@@ -37,10 +37,11 @@ FIGURES: dict[str, Shown] = {
         "columns-1": ("1 %", "#1f6f8b", "o", None),
         "columns-3": ("3 %", "#1f6f8b", "s", None),
         "within-1": ("entries in a tenth of the columns, 1 %", "#b0b7bd", "o", None),
+        "gain-columns-1": ("columns by gain, 1 %", "#d9a441", "o", None),
     },
 }
 """By file: what each arm is called and drawn as, and at which rate alone, if not at all of them."""
-TASKS = ["movies", "words", "sums"]
+TASKS = {"keep": ["movies", "words", "sums"], "columns": ["movies", "words", "sums", "school"]}
 Row = dict[str, Any]
 
 
@@ -83,14 +84,14 @@ def _mean(values: Sequence[float]) -> str:
     return f"{fmean(values):.4g}{spread}" if values else "-"
 
 
-def draw(rows: Sequence[Row], shown: Shown, path: Path) -> None:
+def draw(rows: Sequence[Row], shown: Shown, tasks: Sequence[str], path: Path) -> None:
     """Loss against KL on text that no arm has seen: a point a seed and rate, a panel a task."""
     import matplotlib
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "finepoint"
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(9.5, 2.8), sharey=True)
-    for axis, task in zip(axes, TASKS, strict=True):
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 2.8 * len(tasks), 2.8), sharey=True)
+    for axis, task in zip(axes, tasks, strict=True):
         for arm, (name, colour, marker, lr) in shown.items():
             here = [row for row in rows if (row["model"], row["task"], row["arm"]) == ("smollm2", task, arm)
                     and lr in (None, str(row["lr"]))]  # fmt: skip
@@ -116,7 +117,7 @@ def main(folders: Sequence[str]) -> None:
         out.writeheader()
         out.writerows(rows)
     for name, shown in FIGURES.items():
-        draw(rows, shown, TABLE.with_name(f"{name}.svg"))
+        draw(rows, shown, TASKS[name], TABLE.with_name(f"{name}.svg"))
     print(*means(rows), sep="\n")
 
 

@@ -425,6 +425,9 @@ def test_the_base_must_be_bare():
 def test_a_merged_adapter_says_where_it_comes_from():
     merged = finepoint.merge([make(tiny_llama(), 1), make(tiny_llama(), 2)], [1, 0.5], "ties", density=0.5)
     assert merged.info["base_model"] == "tiny"
+    assert "rule" not in merged.info
+    first = make(tiny_llama(), 1)
+    assert finepoint.merge([first, first]).info["rule"] == "r1"
     assert merged.info["merge"] == {
         "how": "ties", "options": {"density": 0.5, "scale": 1.0},
         "parts": [{"weight": 1.0, "base_model": "tiny", "rule": "r1"},

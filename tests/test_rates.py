@@ -1,16 +1,22 @@
 """The learning rate where none is given, and what is said of one that moves nothing."""
 
 import json
+import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import finepoint
 from conftest import random_batches, tiny_llama
+from finepoint.errors import FinepointError
 from finepoint.selection.rates import MEASURED, usual_rate
 from finepoint.selection.rules import rule_named
-from finepoint.training.resolve import rate_of, resolve
+from finepoint.selection.targets import target_weights
+from finepoint.training.resolve import rate_of, resolve, spec_for
 from finepoint.training.run import train
 from finepoint.training.settings import TrainConfig
 
@@ -61,6 +67,53 @@ def test_a_run_takes_the_rate_of_its_rule_density_and_structure_or_that_given(co
     told = {"info": {"rule": "gain", "density": 0.01, "structure": "column"}}
     (chosen / "finepoint_config.json").write_text(json.dumps(told))
     assert rate_of(replace(config, indices=str(chosen), density=None)) == pytest.approx(3e-3)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["gallop", "abs(g)", "os:f"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(info=ANYTHING | st.fixed_dictionaries({}, optional=dict.fromkeys(("rule", "density", "structure"), ANYTHING)))
+def test_whatever_a_folder_says_of_its_entries_gives_a_rate_or_is_refused(config, tmp_path, info):
+    (tmp_path / "finepoint_config.json").write_text(json.dumps({"info": info}))
+    asked = replace(config, indices=str(tmp_path), density=None)
+    with suppress(FinepointError):  # a rule that is not known
+        assert 0 < rate_of(asked) <= 0.1
+    assert 0 < rate_of(replace(asked, lr=0.5)) <= 0.1
+
+
+def test_a_strangers_rule_is_not_imported_to_learn_its_rate(config, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "finepoint_config.json").write_text(json.dumps({"info": {"rule": "evil:f", "density": 0.01}}))
+    asked = replace(config, indices=str(tmp_path), density=None)
+    with pytest.raises(FinepointError, match="rule 'evil:f', as .* has them, is not known here; give --lr"):
+        resolve(asked)
+    assert resolve(replace(asked, lr=0.5)).lr == 0.5
+    assert "evil" not in sys.modules
+    with pytest.raises(SystemExit, match="ran"):  # negative control
+        rule_named("evil:f")
+
+
+def test_the_rate_of_a_count_is_that_of_the_share_it_comes_to(config):
+    model = tiny_llama()
+    total = sum(weight.numel() for weight in target_weights(model, "linear").values())
+    values = target_weights(model, "v")
+    of_values = sum(weight.numel() for weight in values.values())
+    for changes, share in (
+        ({"count": round(total / 100)}, 0.01), ({"count": round(total / 2)}, 0.5),
+        ({"targets": {"*v_proj.weight": 0.1}}, 0.1), ({"count": round(of_values / 10), "targets": "v"}, 0.1),
+    ):  # fmt: skip
+        asked = replace(config, **{"density": None} | changes)
+        spec = spec_for(resolve(asked), model)
+        assert spec.lr == pytest.approx(usual_rate(rule_named("random"), share), rel=0.2), changes
+        assert f"{share:.2g}"[:3] in spec.usual_of
+        assert spec_for(resolve(replace(asked, lr=0.5)), model).lr == 0.5
+    spec = resolve(config)
+    assert spec_for(spec, model) is spec
 
 
 @pytest.mark.parametrize(("lr", "told"), [(2e-5, True), (1e-3, False), (None, False)])

@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import finepoint
 from conftest import assert_same_bits, random_batches, snapshot, tiny_gemma, tiny_llama
 from finepoint.errors import FinepointError
+from finepoint.selection import warmup
 from finepoint.selection.rules import ALIASES, OURS, RULES, by_row, low_rank, rule_named
 from finepoint.selection.select import score, select
 from finepoint.selection.statistics import stream_statistics
@@ -555,6 +558,24 @@ def test_a_warm_up_leaves_the_base_bit_for_bit_also_after_an_exception(rule, dty
         finepoint.select(model, batches, rule=rule, density=0.1, rule_options={"steps": 9, "lr": 1e30})
     assert_same_bits(before, snapshot(model))
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_full_temporary_folder_is_told_and_leaves_the_base_as_it_was(batches, monkeypatch, kept):
+    model = tiny_llama()
+    before = snapshot(model)
+    calls = []
+
+    def write(tensors, file):
+        calls.append(file)
+        if len(calls) > kept:
+            raise SafetensorError("No space left on device")
+        save_file(tensors, file)
+
+    monkeypatch.setattr(warmup, "save_file", write)
+    with pytest.raises(FinepointError, match="cannot write .*safetensors: No space left"):
+        finepoint.select(model, batches, rule="lottery", density=0.1, rule_options={"steps": 2})
+    assert_same_bits(before, snapshot(model))
 
 
 def test_a_warm_up_moves_bfloat16_weights_by_steps_that_bfloat16_would_lose(batches):

@@ -349,7 +349,7 @@ def _info(
     infos = [adapter.info for adapter in adapters]
     shared = {
         key: infos[0][key]
-        for key in ("base_model", "task")
+        for key in ("base_model", "task", "rule", "structure", "targets")
         if key in infos[0] and all(info.get(key) == infos[0][key] for info in infos)
     }
     parts = [

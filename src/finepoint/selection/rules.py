@@ -153,6 +153,19 @@ def rule_named(name: str) -> Rule:
     raise FinepointError(f"unknown rule {name!r}{did_you_mean(name, known, listed)} 'abs(g) / (abs(w) + 1e-6)'")
 
 
+def known_rule(name: object) -> Rule | None:
+    """The rule that a stranger's file names, where no code need be run for it: finepoint's own, or a formula."""
+    if not isinstance(name, str):
+        return None
+    name = ALIASES.get(name, name)
+    if name in RULES:
+        return RULES[name]
+    try:
+        return Rule(name, expression(name), name, "a formula") if is_expression(name) else None
+    except FinepointError:
+        return None
+
+
 def checked_options(rule: Rule, options: Mapping[str, float]) -> dict[str, float]:
     """The options of a rule, refused by name where it has no such option."""
     for name in options:

@@ -336,11 +336,20 @@ def budgets(
         free = [sum(sizes[name] - taken.get(name, 0) for name in group) for group in groups]
         if k > sum(free):
             raise FinepointError(
-                f"{k} entries are asked for and {sum(free)} are left after exclude and within; lower the density"
+                f"{k} entries are asked for and {sum(free)} are left after exclude and within; lower the "
+                "density or the count, or give a larger share of within"
             )
         shares = allocate([sum(sizes[name] for name in group) for group in groups], free, k)
         plan += [Budget(tuple(group), k) for group, k in zip(groups, shares, strict=True)]
     return plan
+
+
+def share_chosen(model: nn.Module, targets: Targets, structure: str, count: int | None) -> float:
+    """The share of all target entries that a count, or densities by pattern, come to."""
+    weights = target_weights(model, targets)
+    sizes = {name: tiling.count for name, tiling in tilings(model, weights, structure).items()}
+    plan = budgets(model, sizes, {}, density=None, count=count, scope="global", targets=targets)
+    return sum(part.k for part in plan) / sum(sizes.values())
 
 
 def _count(density: float, total: int) -> int:

@@ -154,5 +154,5 @@ def _head(model: nn.Module, name: str, out: int, features: int) -> tuple[int, in
     if kind in HEADS_IN_COLUMNS and features % size == 0:
         return out, size
     known = ", ".join([*HEADS_IN_ROWS, *HEADS_IN_COLUMNS])
-    raise FinepointError(f"{name} holds no attention heads of size {size}; with --structure head give "
-                         f"--targets attention (weights called {known})")  # fmt: skip
+    raise FinepointError(f"{name} holds no attention heads of size {size}: --structure head knows weights called "
+                         f"{known}; give --targets attention where they are called so, else row or column")  # fmt: skip

@@ -15,6 +15,7 @@ from finepoint.errors import FinepointError
 from finepoint.models.quantised import is_quantised
 from finepoint.models.weights import Master
 from finepoint.runtime import distributed
+from finepoint.runtime.files import writing
 from finepoint.runtime.progress import tracked
 from finepoint.selection.passes import Batch, counts_every_label, label_count, loss_of, on_device, undisturbed
 from finepoint.selection.targets import DELTAS
@@ -62,7 +63,8 @@ def warmed_up(
         raise FinepointError(f"{quantised[0]} is quantised: a warm-up trains whole weights, so load it in bfloat16")
     with tempfile.TemporaryDirectory(prefix="finepoint-") as folder:
         base = Path(folder) / "base.safetensors"
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, base)
+        with writing(base):
+            save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, base)
         kept = Kept(Path(folder), tuple(wanted))
         try:
             with undisturbed(model), safe_open(base, framework="pt") as file:
@@ -86,7 +88,8 @@ class Kept:
     def keep(self, place: int, name: str, found: Mapping[str, Tensor | None]) -> None:
         file = self.folder / f"{place}.safetensors"
         tensors = {what: tensor.detach().cpu().contiguous() for what, tensor in found.items() if tensor is not None}
-        save_file(tensors, file)
+        with writing(file):
+            save_file(tensors, file)
         self.places[name] = file, next(tensor.device for tensor in found.values() if tensor is not None)
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:

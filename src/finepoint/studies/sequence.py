@@ -34,7 +34,7 @@ from finepoint.studies.settings import SequenceConfig
 from finepoint.studies.ways import check, told, ways_of
 from finepoint.training.context import TrainingContext, training_context
 from finepoint.training.earlier import Earlier, EarlierFactors, EarlierTasks
-from finepoint.training.resolve import resolve
+from finepoint.training.resolve import resolve, spec_for
 from finepoint.training.run import RECORD, fit, versions
 from finepoint.training.settings import TrainConfig
 
@@ -147,10 +147,11 @@ def _one_way(state: SequenceState, way: str) -> dict[str, Any]:
 def _place(state: SequenceState, way: str, task: str) -> Path:
     """Where a task's adapter lies, or is to lie: the first one is shared by ways that train it at the same rate."""
     place = state.adapter_folder(way, task)
-    shared = place != state.folder / way / task and (place / RECORD).is_file()
-    if shared and read_record(place / RECORD)["lr"] != resolve(told(state.config, way, task, str(place), [])).lr:
-        return state.folder / way / task
-    return place
+    own = state.folder / way / task
+    if place == own or not (place / RECORD).is_file():
+        return place
+    spec = spec_for(resolve(told(state.config, way, task, str(place), [])), state.model)
+    return place if read_record(place / RECORD)["lr"] == spec.lr else own
 
 
 def _train(state: SequenceState, way: str, task: str, place: Path) -> None:

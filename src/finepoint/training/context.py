@@ -405,6 +405,7 @@ def packer_for(context: TrainingContext) -> Packer:
     attention = context.model.config._attn_implementation
     longest = max(lengths(context.rows), default=5)
     if attention not in PACKABLE or context.collator.side == "none" or not keeps_apart(context.model, longest):
+        other = "" if attention in PACKABLE else f", or load it with {' or '.join(PACKABLE)} attention"
         raise FinepointError(f"in {name} with {attention} attention the examples packed in a row are not kept apart; "
-                             f"train without --packing, or load it with {' or '.join(PACKABLE)} attention")  # fmt: skip
+                             f"train without --packing{other}")  # fmt: skip
     return Packer(context.collator, context.model.get_input_embeddings().embedding_dim)

@@ -1,5 +1,6 @@
 """Checks the settings of a run and fills in the defaults. Without torch, so that a mistake is told at once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,8 +14,8 @@ from finepoint.models.names import is_gguf
 from finepoint.runtime import distributed
 from finepoint.runtime.files import read_json
 from finepoint.runtime.settings import default_of, refuse_out_of_range, sections
-from finepoint.selection.rates import usual_rate
-from finepoint.selection.rules import rule_named
+from finepoint.selection.rates import DENSITY, usual_rate
+from finepoint.selection.rules import known_rule, rule_named
 from finepoint.selection.settings import check_structure, refuse_two_sizes, refuse_unread, share_within
 from finepoint.training.keep import Protection, protection_named, protection_of
 from finepoint.training.losses import loss_named
@@ -37,6 +38,8 @@ class RunSpec(Generic[Told]):
     baseline: Baseline | None
     options: dict[str, float]
     """the baseline's"""
+    usual_of: str = ""
+    """what has that rate, in words"""
     protection: Protection | None = None
     strength: float = 0.0
     """the protection's"""
@@ -135,13 +138,13 @@ def resolve_common(config: Told) -> RunSpec[Told]:
         baseline = baseline_named(config.baseline)
         _check_baseline(config, baseline)
         usual, options = config.FACTORS or baseline.lr, options_of(baseline, config.baseline_options)
-        spec = RunSpec(config, config.lr or usual, usual, baseline, options)
+        spec = RunSpec(config, config.lr or usual, usual, baseline, options, f"of baseline {config.baseline}")
     else:
         if not config.indices:
             refuse_two_sizes(config.density, config.count, config.targets)
             refuse_unread(config)
-        usual = rate_of(config)
-        spec = RunSpec(config, config.lr or usual, usual, None, {})
+        usual, of = usual_of(config)
+        spec = RunSpec(config, config.lr or usual, usual, None, {}, of)
     if not (protection := protection_of(config, spec.baseline)):
         return spec
     strength = protection.strength if config.protect_strength is None else config.protect_strength
@@ -149,19 +152,59 @@ def resolve_common(config: Told) -> RunSpec[Told]:
 
 
 def rate_of(config: Training) -> float:
-    """The learning rate of chosen entries where none is given; of `--indices`, what their folder says of them counts.
+    """The learning rate of chosen entries where none is given; see `usual_of`."""
+    return usual_of(config)[0]
+
+
+def usual_of(config: Training, share: float | None = None) -> tuple[float, str]:
+    """The learning rate of chosen entries where none is given, and in words what it is that of.
+
+    Of `--indices`, what their folder says of them counts, as far as it can be understood without running its code.
+
+    Args:
+        share: of all target entries, where it is known better than by `--density`.
 
     Raises:
-        FinepointError: there is no such rule.
+        FinepointError: there is no such rule; or it is another's, and no rate is given.
     """
-    told = Path(config.indices or "") / FILES[1]
-    info = read_json(told).get("info", {}) if config.indices and told.is_file() else {}
-    rule, density = rule_named(info.get("rule") or config.rule), info.get("density") or config.density
+    info = _told(config.indices) if config.indices else {}
+    named = info.get("rule")
+    rule = rule_named(config.rule) if named is None else known_rule(named)
+    if rule is None and config.lr is None:
+        raise FinepointError(f"which learning rate suits entries of rule {named!r}, as {config.indices} has them, is "
+                             "not known here; give --lr")  # fmt: skip
+    rule = rule or rule_named(config.rule)
     if config.RATES:
-        return config.RATES[0 if rule.needs_data else 1]
-    known = density if isinstance(density, float | int) else None
+        return config.RATES[0 if rule.needs_data else 1], f"of rule {rule.name}"
+    density = share if share is not None else next(filter(_is_share, (info.get("density"), config.density)), None)
+    structure = next(filter(None, (info.get("structure"), config.structure)))
     held = config.protect_strength != 0 and (config.protect or not protection_named(config.protect_by).reads)
-    return usual_rate(rule, known, info.get("structure") or config.structure, config.on_grid, bool(held))
+    rate = usual_rate(rule, density, structure if isinstance(structure, str) else "entry", config.on_grid, bool(held))
+    unsaid = f"; {config.indices} does not say how its entries were chosen" if config.indices and not named else ""
+    return rate, f"of rule {rule.name} at a density of {density or DENSITY:.2g}{unsaid}"
+
+
+def spec_for(spec: RunSpec[Told], model: Any) -> RunSpec[Told]:
+    """The spec with the rate of the share that `--count`, or densities by pattern, come to in this model."""
+    config: Any = spec.config
+    if spec.baseline or config.indices or config.RATES or not (config.count or isinstance(config.targets, Mapping)):
+        return spec
+    from finepoint.selection.select import share_chosen
+
+    share = share_chosen(model, config.targets, config.structure, config.count)
+    usual, of = usual_of(config, share)
+    return replace(spec, lr=config.lr or usual, usual_lr=usual, usual_of=of)
+
+
+def _told(folder: str) -> dict[str, Any]:
+    """What an adapter's folder says of its entries; nothing where it says it in a way that means nothing."""
+    file = Path(folder) / FILES[1]
+    info = read_json(file).get("info") if file.is_file() else None
+    return info if isinstance(info, dict) else {}
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _check_refresh(config: TrainConfig) -> None:

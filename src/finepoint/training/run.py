@@ -68,7 +68,16 @@ from finepoint.training.keep import Protected, step_sizes, texts_a_step
 from finepoint.training.logfile import LOG, UNDER_WAY
 from finepoint.training.loss import completion_loss, loss_named, refuse_unweighable
 from finepoint.training.refresh import Refresh, refreshable
-from finepoint.training.resolve import CHECKPOINTS, RunSpec, Told, check_processes, has_checkpoint, resolve, steps_of
+from finepoint.training.resolve import (
+    CHECKPOINTS,
+    RunSpec,
+    Told,
+    check_processes,
+    has_checkpoint,
+    resolve,
+    spec_for,
+    steps_of,
+)
 from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.texts import Writer, apart, texts_read
 from finepoint.training.tracking import tracked
@@ -273,17 +282,17 @@ def _fit(
     with claimed(config, keeps) as folder:
         saved = saved_by(config, folder)
         context = context or prepare(config, rows_read(config))
+        spec = spec_for(spec, context.model)
         validation = rows_of(config, context, config.validation, "validation example", config.validation_limit)
         leaked = _leaks(config, context, keeps)
         packer = packer_for(context) if config.packing else None
         rows = learnable(context.rows)
         steps = steps_of(config, len(rows))
         make, facts = partial(_method, spec, steps), _unusual(config)
-        if keeps and not spec.baseline and (told := slow(spec.lr, spec.usual_lr, f"those of rule {config.rule}")):
+        if keeps and not spec.baseline and (told := slow(spec.lr, spec.usual_lr, f"those {spec.usual_of}")):
             logger.warning(told)
         if keeps and config.lr is None:
-            whose = f"of baseline {config.baseline}" if spec.baseline else f"of rule {config.rule} at this density"
-            logger.info("the learning rate is %g, the usual one %s; --lr takes another", spec.lr, whose)
+            logger.info("the learning rate is %g, the usual one %s; --lr takes another", spec.lr, spec.usual_of)
         with begun(spec, context, folder, saved, make, rows, steps, keeps, earlier, **facts) as run:
             if start:
                 run.method.tuner.start_from_(start)

@@ -59,9 +59,9 @@ class Training(Keeping):
     baseline_options: dict[str, float] = setting(
         "the baseline's options, e.g. rank=8 alpha=16", {}, "bits", "instead of entries")
     lr: float | None = setting(
-        "learning rate; where not given, by rule and density: at random 0.03 for 0.001, 0.01 for 0.01; 3e-4 for "
-        "rules that look at gradients; gain 0.003 and 0.001, three times that for columns; on the grid at random 0.03 "
-        "and 0.003; a baseline has its own",
+        "learning rate; where not given, by rule and density: at random 0.03 for 0.001, 0.003 for 0.01 (0.01 if "
+        "held); 3e-4 for rules that look at gradients; gain 0.003 and 0.001, three times that for columns; "
+        "on the grid at random 0.03 and 0.003; a baseline has its own",
         None, "bits", "training")
     steps: int | None = setting("optimizer steps; epochs where not given", None, "length", "training", least=1)
     accumulation: int = setting("batches added up for one step", 1, "bits", "training", least=1)

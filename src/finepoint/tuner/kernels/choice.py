@@ -244,6 +244,8 @@ def kept(device: str) -> tuple[Path, dict[str, dict[str, Any]]]:
     """The file of what was measured, and what it says by label; nothing where it cannot be read."""
     place, _ = _place(device, torch.get_num_threads())
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        if not place.is_file():  # a pipe in its place would be waited for
+            return place, {}
         found = json.loads(place.read_text("utf-8"))["choices"]
         return place, {label: each for label, each in found.items() if isinstance(each, dict) and label.isprintable()}
     return place, {}
