@@ -16,7 +16,7 @@ from finepoint.errors import FinepointError
 from finepoint.selection.rates import MEASURED, usual_rate
 from finepoint.selection.rules import rule_named
 from finepoint.selection.targets import target_weights
-from finepoint.training.resolve import rate_of, resolve, spec_for
+from finepoint.training.resolve import resolve, spec_for, usual_of
 from finepoint.training.run import train
 from finepoint.training.settings import TrainConfig
 
@@ -63,10 +63,10 @@ def test_a_run_takes_the_rate_of_its_rule_density_and_structure_or_that_given(co
     chosen = tmp_path / "chosen"
     chosen.mkdir()
     (chosen / "finepoint_config.json").write_text(json.dumps({"info": {"rule": "gallop", "density": 0.001}}))
-    assert rate_of(replace(config, indices=str(chosen), density=None)) == 3e-4
+    assert usual_of(replace(config, indices=str(chosen), density=None))[0] == 3e-4
     told = {"info": {"rule": "gain", "density": 0.01, "structure": "column"}}
     (chosen / "finepoint_config.json").write_text(json.dumps(told))
-    assert rate_of(replace(config, indices=str(chosen), density=None)) == pytest.approx(3e-3)
+    assert usual_of(replace(config, indices=str(chosen), density=None))[0] == pytest.approx(3e-3)
 
 
 ANYTHING = st.recursive(
@@ -81,8 +81,8 @@ def test_whatever_a_folder_says_of_its_entries_gives_a_rate_or_is_refused(config
     (tmp_path / "finepoint_config.json").write_text(json.dumps({"info": info}))
     asked = replace(config, indices=str(tmp_path), density=None)
     with suppress(FinepointError):  # a rule that is not known
-        assert 0 < rate_of(asked) <= 0.1
-    assert 0 < rate_of(replace(asked, lr=0.5)) <= 0.1
+        assert 0 < usual_of(asked)[0] <= 0.1
+    assert 0 < usual_of(replace(asked, lr=0.5))[0] <= 0.1
 
 
 def test_a_strangers_rule_is_not_imported_to_learn_its_rate(config, tmp_path, monkeypatch):

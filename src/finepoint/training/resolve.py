@@ -151,11 +151,6 @@ def resolve_common(config: Told) -> RunSpec[Told]:
     return replace(spec, protection=protection, strength=strength)
 
 
-def rate_of(config: Training) -> float:
-    """The learning rate of chosen entries where none is given; see `usual_of`."""
-    return usual_of(config)[0]
-
-
 def usual_of(config: Training, share: float | None = None) -> tuple[float, str]:
     """The learning rate of chosen entries where none is given, and in words what it is that of.
 
