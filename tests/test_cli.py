@@ -255,7 +255,7 @@ def test_the_users_mistakes_are_one_line_and_exit_status_2(finepoint, trained, m
         (["train"], "--model and --output must be given"),
         (["train", "--model", trained["adapter"], *train[3:]], "it holds an adapter: name the model"),
         (["train", "--model", "no/such-model", *train[3:]], "cannot load model 'no/such-model'"),
-        (["train", "--model", "smolm2", *train[3:]], "did you mean 'smollm2'? there is no such folder"),
+        (["train", "--model", "smolm2", *train[3:]], "did you mean 'smollm2'? --model takes a folder, a hub id"),
         (["train", "--model", tmp_path, *train[3:]], "is not a model folder"),
         ([*train[:-1], trained["adapter"]], "is not empty; choose another --output or give --overwrite"),
         (["inspect", tmp_path / "nowhere"], "is not an adapter folder"),
