@@ -147,10 +147,14 @@ def rule_named(name: str) -> Rule:
     if name in plugins:
         return register(name, function_of(name, plugins[name]), package=package_of(plugins[name][0]))
     if is_expression(name):
-        return Rule(name, expression(name), name, "a formula")
+        return _formula(name)
     known = [*RULES, *ALIASES, *plugins]
     listed = f"known rules: {', '.join(known)}, module:function, or a formula of w, g, f, x, k, step and room such as "
     raise FinepointError(f"unknown rule {name!r}{did_you_mean(name, known, listed)} 'abs(g) / (abs(w) + 1e-6)'")
+
+
+def _formula(text: str) -> Rule:
+    return Rule(text, expression(text), text, "a formula")
 
 
 def known_rule(name: object) -> Rule | None:
@@ -161,7 +165,7 @@ def known_rule(name: object) -> Rule | None:
     if name in RULES:
         return RULES[name]
     try:
-        return Rule(name, expression(name), name, "a formula") if is_expression(name) else None
+        return _formula(name) if is_expression(name) else None
     except FinepointError:
         return None
 
