@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import logging
 import os
@@ -28,6 +29,12 @@ LONG = ("test_plan", "test_compare", "test_baselines", "test_end_to_end", "test_
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+def pytest_collection_finish():
+    """What the imports have made stays: no need to look through it whenever a training has garbage collected."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_llama(dtype=torch.float32, tied=True, seed=0, layers=2):

@@ -297,7 +297,7 @@ def test_two_at_once_are_refused(config, tmp_path):
 # Other executors
 
 
-@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_several_processes_give_the_same_results(config, tmp_path, executor, monkeypatch):
     if executor == "ray":
         pytest.importorskip("ray")

@@ -21,7 +21,7 @@ from finepoint.studies.sequence import run_sequence
 from finepoint.studies.settings import CompareConfig, SequenceConfig
 from finepoint.training import texts
 from finepoint.training.run import train
-from finepoint.training.samples import texts_and_conversations
+from finepoint.training.samples import passes, texts_and_conversations
 from finepoint.training.settings import TrainConfig
 from finepoint.training.texts import Writer, examples_to_keep, rows_to_keep
 
@@ -61,6 +61,9 @@ def test_a_template_that_opens_no_turn_of_a_user_leaves_plain_texts(llama, templ
     assert list(found) == ["texts"]
     assert len(found["texts"]) > 3
     assert ("no conversations are written" in caplog.text) == ("content" not in template)
+    caplog.clear()
+    passes(tokenizer, 6, 4)
+    assert not caplog.text  # it is said once
     assert all(list(row) == ["text"] for row in finepoint.samples(llama, tokenizer, 2, tokens=4))
     with pytest.raises(FinepointError, match="give chat=False"):
         finepoint.samples(llama, tokenizer, 2, chat=True)

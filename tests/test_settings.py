@@ -161,6 +161,19 @@ def test_printed_settings_are_taken_again(tmp_path, capsys):
     assert parse(TrainConfig, "train", ["--config", str(file)]) == parse(TrainConfig, "train", arguments)
 
 
+def test_printed_tasks_keep_their_order_and_their_letters(tmp_path, capsys):
+    tasks = {name: {"train": f"{name}-é.jsonl", "test": "t.jsonl"} for name in ("words", "movies", "arithmetic")}
+    config = tmp_path / "tasks.yaml"
+    config.write_text(yaml.safe_dump({"tasks": tasks}, sort_keys=False), "utf-8")
+    arguments = ["--config", str(config), "--model", "m", "--output", "o", "--rates", "lora=1e-3"]
+    assert main_exits(["sequence", *arguments, "--print-config"]) == 0
+    (tmp_path / "again.yaml").write_text(printed := capsys.readouterr().out, "utf-8")
+    assert "é" in printed
+    again = parse(SequenceConfig, "sequence", ["--config", str(tmp_path / "again.yaml")])
+    assert list(again.tasks) == list(tasks)  # they are trained in this order
+    assert again == parse(SequenceConfig, "sequence", arguments)
+
+
 def main_exits(arguments):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

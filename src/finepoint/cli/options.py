@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from finepoint.errors import FinepointError
+from finepoint.runtime.files import as_yaml
 from finepoint.runtime.settings import default_of, did_you_mean, refuse_out_of_range, sections, values_of
 
 Config = TypeVar("Config")
@@ -78,7 +79,7 @@ def parse(
     if printed:
         for name in (each.name for _, members in sections(config) for each in members):
             absent = values[name] is None and default_of(known[name]) is MISSING
-            print(f"{name}:  # required\n" if absent else yaml.safe_dump({name: values[name]}), end="")
+            print(f"{name}:  # required\n" if absent else as_yaml({name: values[name]}), end="")
         raise SystemExit(0)
     found = config(**values)
     try:

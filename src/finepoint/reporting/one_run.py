@@ -4,15 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.format import TENSORS
 from finepoint.adapters.inspection import by_module, facts, place
 from finepoint.reporting.page import Drawing, Page, Section
 from finepoint.reporting.tables import general, table, text, whole
 from finepoint.reporting.views import Row, number
-from finepoint.runtime.files import read_json
+from finepoint.runtime.files import as_yaml, read_json
 from finepoint.training.logfile import LOG, read_log
 from finepoint.training.run import ANSWERS, RECORD
 
@@ -65,7 +63,7 @@ def run_page(folder: Path, figures: Any) -> Page:
         _findings(record, adapter), _warnings(record, info), sections,
         {"curve": curve, "answers": answers, "modules": modules},
         DEFINITIONS,
-        yaml.safe_dump({"record": _short(record), "adapter": _short(info)}, sort_keys=False, allow_unicode=True),
+        as_yaml({"record": _short(record), "adapter": _short(info)}),
     )  # fmt: skip
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import yaml
-
 from finepoint.errors import FinepointError
 from finepoint.reporting import overlap, tables, views
 from finepoint.reporting.page import PAGE, Drawing, Page, Section, cleared, drawing_package, write_page
 from finepoint.reporting.tables import between, change, fixed, general, size, table, text, whole
 from finepoint.reporting.text import DEFINITIONS, headline
 from finepoint.reporting.views import Row
+from finepoint.runtime.files import as_yaml
 from finepoint.studies.results import SEQUENCE, STUDY, Results, read_results
 from finepoint.studies.settings import ReportConfig
 
@@ -84,7 +83,7 @@ def configuration(results: Results) -> str:
     """Everything that decided the results, as YAML: configuration, arms, data, versions, machine."""
     keys = ("config", "arms", "data", "versions", "machine", "date")
     chosen = {key: results.study[key] for key in keys if key in results.study}
-    return yaml.safe_dump(json.loads(json.dumps(chosen)), sort_keys=False, allow_unicode=True, width=100)
+    return as_yaml(json.loads(json.dumps(chosen)))
 
 
 def view_data(results: Results) -> dict[str, list[Row]]:

@@ -4,15 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finepoint.adapters.adapter import SparseAdapter
 from finepoint.adapters.interference import interference
 from finepoint.errors import FinepointError
 from finepoint.reporting.page import Drawing, Page, Section
 from finepoint.reporting.tables import Column, change, fixed, general, table, text, whole
 from finepoint.reporting.views import Row
-from finepoint.runtime.files import read_json
+from finepoint.runtime.files import as_yaml, read_json
 from finepoint.studies.results import SEQUENCE_RESULT, WAYS, adapter_folder
 
 DEFINITIONS = {
@@ -52,7 +50,7 @@ def adapters_page(folders: Sequence[str], figures: Any) -> Page:
     known = {name: adapter.info for name, adapter in adapters.items()}
     return Page(
         f"Interference: {', '.join(adapters)}", "Adapters side by side", " · ".join(adapters), _closest(rows), [],
-        [_pairs(rows, list(adapters), figures)], {"interference": rows}, DEFINITIONS, _yaml(known),
+        [_pairs(rows, list(adapters), figures)], {"interference": rows}, DEFINITIONS, as_yaml(known),
     )  # fmt: skip
 
 
@@ -75,7 +73,7 @@ def sequence_page(folder: Path, figures: Any) -> Page:
     byline = f"{config['model']} · {', '.join(tasks)} · {config['rule']} at density {config['density']:g}"
     return Page(
         f"Sequence of tasks: {', '.join(tasks)}", "One model, task after task", byline, _kept(data["ways"]), [],
-        sections, data, SEQUENCE_DEFINITIONS | DEFINITIONS, _yaml({"config": config, "versions": found["versions"]}),
+        sections, data, SEQUENCE_DEFINITIONS | DEFINITIONS, as_yaml({"config": config, "versions": found["versions"]}),
     )  # fmt: skip
 
 
@@ -172,7 +170,3 @@ def _kept(rows: Sequence[Row]) -> list[str]:
         f"{row['common']:,} entries trained twice; removable: {row['removable']}."
         for row in rows
     ]  # fmt: skip
-
-
-def _yaml(values: Any) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)

@@ -82,6 +82,13 @@ def _put(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def as_yaml(value: Any) -> str:
+    """A value as YAML, its keys in the order that they have: tasks are trained in theirs."""
+    import yaml
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically, indented."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -70,9 +70,9 @@ def texts_and_conversations(
     return found | ({"conversations": samples(model, tokenizer, talks, seed=seed, tokens=tokens)} if talks else {})
 
 
-def _talks(tokenizer: Any, count: int) -> int:
+def _talks(tokenizer: Any, count: int, tell: bool = True) -> int:
     """How many of so many texts are conversations."""
-    return count // 2 if _opening(tokenizer) else 0
+    return count // 2 if _opening(tokenizer, tell) else 0
 
 
 def _answered(model: Any, tokenizer: Any, questions: Sequence[str], tokens: int) -> list[Written]:
@@ -94,22 +94,27 @@ def _start(model: Any, tokenizer: Any) -> list[int]:
     return [first]
 
 
-def _opening(tokenizer: Any) -> list[int]:
-    """The tokens before a user's first words; none where the template puts nothing there, or takes no such words."""
+def _opening(tokenizer: Any, tell: bool = True) -> list[int]:
+    """The tokens before a user's first words; none where the template puts nothing there, or takes no such words.
+
+    Args:
+        tell: say so where it takes none.
+    """
     if not tokenizer.chat_template:
         return []
     try:
         shown = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
     except Exception as error:  # the template is other people's program
-        logger.warning("the chat template does not begin with a user's words (%s); no conversations are written",
-                       reason_of(error) or type(error).__name__)  # fmt: skip
+        if tell:
+            logger.warning("the chat template does not begin with a user's words (%s); no conversations are written",
+                           reason_of(error) or type(error).__name__)  # fmt: skip
         return []
     return tokenizer(shown.split(MARK)[0], add_special_tokens=False)["input_ids"]
 
 
 def passes(tokenizer: Any, count: int, tokens: int) -> int:
     """How many passes through the model `texts_and_conversations` takes, about."""
-    talks = _talks(tokenizer, count)
+    talks = _talks(tokenizer, count, tell=False)
     return -(-(count - talks) // BESIDE) * tokens + -(-talks // BESIDE) * (tokens // 2) + (tokens if talks else 0)
 
 
