@@ -27,7 +27,7 @@ from finepoint.training.resolve import resolve
 from finepoint.training.run import fit, train
 from finepoint.training.settings import TrainConfig
 from finepoint.training.trainer import LengthBuckets, SparseTrainer
-from finepoint.tuner.optimizers import MoFOAdamW
+from finepoint.tuner.optimizers import MoFOAdamW, scale_steps_
 from reference import TiedToy, mean_squared_gradient
 from test_adapter import assert_same_adapter
 
@@ -195,10 +195,15 @@ def test_mofo_with_all_entries_is_adamw():
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_orthogonal_steps_leave_the_largest_directions_of_each_matrix(batches):
-    """U^T (W - W0) and (W - W0) V are 0, by numpy's decomposition; the steps are AdamW's where nothing is frozen."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_orthogonal_steps_leave_the_largest_directions_of_each_matrix(batches, shared):
+    """U^T (W - W0) and (W - W0) V are 0, by numpy's decomposition, whatever share of each step is taken; the steps are
+    AdamW's where nothing is frozen."""
     base, model, other = (tiny_llama(torch.float64) for _ in range(3))
     method = make("orthogonal", model, frozen=0.25)
+    if shared:
+        shares = {name: torch.rand_like(value) * 2 for name, value in method.tuner.trained().items()}
+        scale_steps_(method.optimizer, method.tuner.trained(), shares)
     steps(method, batches)
     moved = 0
     for name, weight in model.named_parameters():
@@ -591,6 +596,46 @@ def test_the_best_evaluation_is_kept_and_patience_stops(config, tmp_path, choice
     assert not record["stopped_early"]
     assert (record["steps"], record["best_step"], record["validation_loss"]) == (12, 4, 2.3)
     assert any(not torch.equal(change.numbers, last.changes[name].numbers) for name, change in kept.changes.items())
+
+
+def patient(monkeypatch, **losses):
+    """The validation loss of each step, as if it were so."""
+    known = {int(step[1:]): loss for step, loss in losses.items()}
+    monkeypatch.setattr(SparseTrainer, "_validation_sums", lambda self: (known[self.state.global_step], 1))
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_run_that_patience_has_ended_is_at_its_end(config, tmp_path, choice_file, monkeypatch, keep):
+    """Killed before its record it ends there again, to the bit; once it is recorded, more patience goes on with it."""
+    patient(monkeypatch, _2=3.0, _4=2.0, _6=2.5, _8=2.2, _10=2.1, _12=2.3)
+    config = replace(config, steps=12, validation=choice_file, eval_every=2, save_every=2, keep=keep)
+    _, whole = fit(replace(config, patience=3, output=str(tmp_path / "whole")))
+    config = replace(config, patience=2)
+    record, stopped = fit(config)
+    assert (record["steps"], record["stopped_early"]) == (8, True)
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for patience in (1, 2):
+        with pytest.raises(FinepointError, match="has stopped early, after 8 steps; give a larger --patience than 2"):
+            fit(replace(config, resume=True, patience=patience))
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (tmp_path / "run" / "run.json").unlink()
+    again, resumed = fit(replace(config, resume=True))
+    assert [again[name] for name in ("steps", "stopped_early", "validation_loss")] == [
+        record[name] for name in ("steps", "stopped_early", "validation_loss")
+    ]
+    assert_same_changes(stopped, resumed)
+    more, further = fit(replace(config, resume=True, patience=3))
+    assert (more["steps"], more["best_step"]) == (10, 4)
+    assert_same_changes(whole, further)
+
+
+def test_what_the_best_evaluation_needs_is_asked_for_before_anything_is_trained(config, tmp_path, choice_file):
+    config = replace(config, steps=4, validation=choice_file, eval_every=2, save_every=2)
+    fit(replace(config, keep="last"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(FinepointError, match="not there; train afresh, or go on with --keep last"):
+        fit(replace(config, steps=6, keep="best", resume=True))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
 def test_parameters_that_were_not_evaluated_last_are_evaluated_at_the_end(config, choice_file):

@@ -198,8 +198,8 @@ def test_texts_are_read_all_over_the_file(tokenizer):
 def test_what_holds_nothing_is_told_and_the_model_left_plain(protect, message, llama, monkeypatch, batches):
     with pytest.raises(FinepointError, match=message):
         finepoint.sparsify(llama, density=0.2, protect=protect)
-    for strength in (-5.0, float("nan"), float("inf")):
-        with pytest.raises(FinepointError, match="give 0 or more"):
+    for strength in (-5.0, float("nan"), float("inf"), "5"):
+        with pytest.raises(FinepointError, match="give a number, 0 or more"):
             finepoint.sparsify(llama, density=0.2, protect=batches, protect_strength=strength)
     with pytest.raises(FinepointError, match="LlamaModel is none"):
         finepoint.sparsify(llama.model, density=0.2, protect=batches)
@@ -486,6 +486,12 @@ def test_a_resumed_run_is_held_back_alike(config, tmp_path, changes):
         train(config)
     train(replace(config, resume=True))
     assert_same_tensors(config.output, tmp_path / "whole")
+
+
+def test_a_gradient_whose_norm_overflows_stops_the_run(config):
+    """Its numbers are finite, and clipped by an infinite norm they would all be 0."""
+    with pytest.raises(FinepointError, match=r"norm of the gradient became infinite at step \d.*and a weaker hold"):
+        train(replace(config, protect_strength=1e24, steps=6))
 
 
 @pytest.mark.parametrize("by", ["anchor", "kl"])

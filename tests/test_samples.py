@@ -99,6 +99,10 @@ def test_the_command_writes_what_protect_reads(model_folder, tmp_path, choice_fi
     assert main(["scale", *adapter, "--disturb-at-most", "1", "--output", str(tmp_path / "less")]) == 0
     assert main(["data", "samples", "--output", out]) == 2
     assert "finepoint data samples --model MODEL --output DIR" in capsys.readouterr().err
+    assert main(["data", "samples", "--model", str(model_folder), "--output", f"{out}2", "--max-length", "5"]) == 2
+    assert "does not look at --max-length" in capsys.readouterr().err
+    assert main(["data", "arithmetic", "--model", str(model_folder), "--output", f"{out}2"]) == 2
+    assert "does not look at --model" in capsys.readouterr().err
 
 
 # As what is to be kept: --protect own
@@ -152,6 +156,8 @@ def test_it_may_stand_beside_files_and_is_written_anew_for_another_base_number_o
     assert [made[:2] for made in short] == [(5, 0)] * 4 + [(5, 1)]
     examples_to_keep("own", None, writer)
     assert short[5] == (8, 0, 6)
+    held = finepoint.sparsify(tiny_llama(), density=0.2, protect=["own", lines], tokenizer=make_tokenizer())
+    assert finepoint.tuner_of(held).count
 
 
 def test_beneath_an_adapter_the_base_writes(short, llama, tokenizer):

@@ -20,6 +20,7 @@ from finepoint.runtime.files import read_record
 from finepoint.studies import sequence
 from finepoint.studies.sequence import run_sequence, values_of
 from finepoint.studies.settings import ReportConfig, SequenceConfig
+from finepoint.studies.ways import check
 from finepoint.training.earlier import Apart, input_factors
 
 LETTERS = "abcdefgh"
@@ -132,6 +133,12 @@ def test_the_model_is_the_base_again_between_ways(config, monkeypatch):
     assert values_of(fresh, adapters(config, "allow")[0])
 
 
+def test_what_no_way_looks_at_is_told(config, caplog):
+    check(replace(config, ways=["exclude", "lora-apart"], earlier_strength=5.0, apart_strength=1.0))
+    assert "no way here looks at earlier_strength, which is 5.0" in caplog.text
+    assert "apart_strength" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"tasks": {"a": {"train": "x", "test": "x"}}}, "two tasks or more"), ({"train": {"lr": 1}}, "'lr'"),
@@ -139,6 +146,7 @@ def test_the_model_is_the_base_again_between_ways(config, monkeypatch):
      ({"rule": "galop"}, "did you mean"), ({"train": {"stepz": 1}}, "'stepz'"),
      ({"ways": ["anchord"]}, "did you mean 'anchored'"), ({"rates": {"lora2": 1}}, "unknown way 'lora2'"),
      ({"ways": ["allow"], "overlap": "allow"}, "leave out one of them"),
+     ({"ways": ["allow", "lora", "allow"]}, "names allow twice"),
      ({"ways": ["anchored"], "train": {"refresh": "every:2"}}, "leave out refresh"),
      ({"ways": ["lora"], "train": {"protect": "news"}}, "way lora: --protect-by anchor holds weights")],
 )  # fmt: skip

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from finepoint.cli.output import print_json, print_marked, print_table
 from finepoint.errors import FinepointError
 from finepoint.models.packages import cache_folder
 from finepoint.runtime.files import write_json
-from finepoint.runtime.settings import JSON, OVERWRITE, did_you_mean, json_schema, setting
+from finepoint.runtime.settings import JSON, OVERWRITE, default_of, did_you_mean, json_schema, setting
 from finepoint.selection.plugins import offered
 from finepoint.selection.settings import DEFAULT_RULE
 from finepoint.version import __version__
@@ -93,6 +93,7 @@ def run_data(config: DataConfig) -> None:
         _samples(config, files)
         return
     found = recipe(name)
+    _refuse_unused(config, name, "output", "overwrite")
     if files:
         raise FinepointError(
             f"{files[0]!r} belongs to no recipe; give one at a time, or `finepoint data preview` files"
@@ -110,9 +111,19 @@ def run_data(config: DataConfig) -> None:
     print_table(["file", "rows"], list(counts.items()), title=config.output)
 
 
+def _refuse_unused(config: DataConfig, what: str, *used: str) -> None:
+    """Refuses settings that are for other data."""
+    for known in fields(config):
+        value = getattr(config, known.name)
+        if known.name not in ("name", "json", *used) and value != default_of(known):
+            flag = known.name.replace("_", "-")
+            raise FinepointError(f"`finepoint data {what}` does not look at --{flag}, which is {value}; leave it out")
+
+
 def _preview(config: DataConfig, files: list[str]) -> None:
     from finepoint.data.preview import preview
 
+    _refuse_unused(config, "preview", "model", "columns", "max_length", "examples")
     tokenizer, limit = None, config.max_length
     if config.model:
         from types import SimpleNamespace
@@ -145,6 +156,7 @@ def _samples(config: DataConfig, files: list[str]) -> None:
                              "--output DIR`")  # fmt: skip
     if config.examples == 0:
         raise FinepointError("examples is 0; give how many texts the model is to write")
+    _refuse_unused(config, "samples", "output", "model", "examples", "overwrite")
     with claim_folder(config.output, config.overwrite) as folder:
         model, tokenizer = load_model(config.model), load_tokenizer(config.model)
         counts = write_files(folder, texts_and_conversations(model, tokenizer, config.examples or 64))

@@ -209,10 +209,11 @@ def _kept(model: Any, protect: Any, tokenizer: Any, seed: int, strength: float) 
     if model.config.is_encoder_decoder or head_of(model) or model.get_output_embeddings() is None:
         raise FinepointError("protect keeps how a causal language model writes on, and "
                              f"{type(model).__name__} is none; leave it out")  # fmt: skip
-    if not 0 <= strength < inf:
-        raise FinepointError(f"protect_strength is {strength}; give 0 or more")
-    if isinstance(protect, str) and names_own(protect):
-        return _own(model, tokenizer)
+    if not isinstance(strength, int | float) or not 0 <= strength < inf:
+        raise FinepointError(f"protect_strength is {strength!r}; give a number, 0 or more")
+    named = [protect] if isinstance(protect, str) else protect if isinstance(protect, list | tuple) else []
+    if named and all(isinstance(each, str) for each in named) and names_own(named):
+        return _own(model, tokenizer, named)
     if isinstance(protect, str):
         protect = text_file(protect)
     limit = min(TOKENS_READ, context_length(model, None))
@@ -226,12 +227,12 @@ def _kept(model: Any, protect: Any, tokenizer: Any, seed: int, strength: float) 
     return texts[:READ]
 
 
-def _own(model: Any, tokenizer: Any) -> list[Batch]:
-    """Texts that the model writes itself, a batch each."""
+def _own(model: Any, tokenizer: Any, named: Sequence[str]) -> list[Batch]:
+    """Texts that the model writes itself, a batch each, in equal parts with those of files that are named beside."""
     if tokenizer is None:
         raise FinepointError(f"protect={OWN!r} has the model write text; give tokenizer=.. as well")
-    examples = examples_to_keep(OWN, None, Writer(model, tokenizer))
-    rows = rows_to_read(rows_to_keep(examples, model, tokenizer), tokenizer, texts_read(OWN, None))
+    examples = examples_to_keep(named, None, Writer(model, tokenizer))
+    rows = rows_to_read(rows_to_keep(examples, model, tokenizer), tokenizer, texts_read(named, None))
     return [*Collator.of(model, tokenizer, [row.ids for row in rows]).batches(rows, 1)]
 
 

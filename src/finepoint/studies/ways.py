@@ -1,5 +1,6 @@
 """What a sequence is told, checked, and spelled out for each task and way. Without torch."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -11,6 +12,8 @@ from finepoint.studies.results import OVERLAPS, WAYS
 from finepoint.studies.settings import SequenceConfig
 from finepoint.training.resolve import resolve, unused_by
 from finepoint.training.settings import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def check(config: SequenceConfig) -> None:
@@ -29,12 +32,22 @@ def check(config: SequenceConfig) -> None:
         raise FinepointError(f"train gives {unknown[0]!r}, which is no setting that a sequence takes there"
                              f"{did_you_mean(unknown[0], known)}")  # fmt: skip
     _check_ways(config)
+    ways = [WAYS[way] for way in ways_of(config)]
+    for name, looks in (
+        ("earlier_examples", "anchored"),
+        ("earlier_strength", "anchored"),
+        ("apart_strength", "apart"),
+    ):
+        if getattr(config, name) != getattr(SequenceConfig, name) and not any(getattr(way, looks) for way in ways):
+            logger.warning("no way here looks at %s, which is %s", name, getattr(config, name))
 
 
 def _check_ways(config: SequenceConfig) -> None:
     """Refuses ways that are none, and what `finepoint train` would refuse, before hours of other tasks."""
     if config.ways and config.overlap != SequenceConfig.overlap:
         raise FinepointError("ways says which ways, and so does overlap; leave out one of them")
+    if twice := next((way for way in config.ways if config.ways.count(way) > 1), None):
+        raise FinepointError(f"ways names {twice} twice; give it once")
     for way in (*ways_of(config), *config.rates):
         named(WAYS, way, "unknown way", "ways")
     for way in ways_of(config):

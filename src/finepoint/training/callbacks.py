@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from finepoint.runtime.progress import Bar
 from finepoint.training.logfile import UNDER_WAY as UNDER_WAY  # its former place
 from finepoint.training.logfile import append, cut_log_, figures
 from finepoint.training.logfile import read_log as read_log  # its former place
-from finepoint.tuner.finite import refuse_not_finite
+from finepoint.tuner.finite import NotFiniteError, refuse_not_finite
 
 logger = logging.getLogger(__name__)
 UNFINISHED = "unfinished"  # what an adapter's `info` calls it
@@ -124,10 +124,13 @@ class Watch(TrainerCallback):
         first_best = losses.index(min(losses))
         if self.best and first_best == len(losses) - 1:
             distributed.on_first(partial(self.trainer.keep, self.best))
-        if self.patience and len(losses) - 1 - first_best >= self.patience:
+        if out_of_patience(losses, self.patience):
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if math.isinf((logs or {}).get("grad_norm", 0.0)):
+            raise NotFiniteError(f"the norm of the gradient became infinite at step {state.global_step}, and clipping "
+                                 "has made it 0")  # fmt: skip
         found = {
             key: value for key, value in (logs or {}).items() if not isinstance(value, float) or math.isfinite(value)
         }
@@ -166,6 +169,13 @@ def refreshes(state: TrainerState) -> list[dict[str, Any]]:
 def validation_losses(state: TrainerState) -> list[tuple[int, float]]:
     """The step and the loss of every evaluation so far."""
     return [(record["step"], record["eval_loss"]) for record in state.log_history if "eval_loss" in record]
+
+
+def out_of_patience(losses: Sequence[float], patience: int | None) -> bool:
+    """Whether the last so many evaluations had no lower loss than one before them."""
+    if not patience or not losses:
+        return False
+    return len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def marked(step: int, steps: int) -> dict[str, str]:

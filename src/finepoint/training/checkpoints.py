@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -21,6 +22,7 @@ from finepoint.models.packages import digest
 from finepoint.runtime import distributed
 from finepoint.runtime.files import VERSION, read_json, read_record, refuse_version, write_record
 from finepoint.runtime.settings import deciding
+from finepoint.training.callbacks import out_of_patience, validation_losses
 from finepoint.training.logfile import RECORD as RECORD  # its former place
 from finepoint.training.resolve import no_checkpoint
 from finepoint.training.texts import texts_kept, texts_read
@@ -99,7 +101,9 @@ def digest_of(rows: Sequence[Any], more: Sequence[Any] = ()) -> str:
     return found.text()
 
 
-def to_go_on_from(folder: Path, saved: Sequence[str], steps: int, settings: Mapping[str, Any]) -> str:
+def to_go_on_from(
+    folder: Path, saved: Sequence[str], steps: int, settings: Mapping[str, Any], patience: int | None = None
+) -> str:
     """The last checkpoint of a run with steps to do after it.
 
     A run that was killed when all steps were done, but before all was written, does the last ones again.
@@ -108,20 +112,30 @@ def to_go_on_from(folder: Path, saved: Sequence[str], steps: int, settings: Mapp
         saved: the run's checkpoints, latest first.
         steps: how many the run is to do.
         settings: `decisive` of them.
+        patience: of the run: what it stops by before all steps are done.
 
     Raises:
         FinepointError: all is done and written; the settings are not those of the run; all checkpoints lie at the end.
     """
     refuse_other_run(saved[0], settings)
     record = folder / RECORD
-    done = read_record(record)["steps"] if record.is_file() else 0
-    if done >= steps:
-        raise FinepointError(f"the run in {folder} has done its {done} steps; give more --steps to go on")
+    done: dict[str, Any] = read_record(record) if record.is_file() else {"steps": 0}
+    if done["steps"] >= steps:
+        raise FinepointError(f"the run in {folder} has done its {done['steps']} steps; give more --steps to go on")
+    if done.get("stopped_early") and patience and patience <= (done["config"].get("patience") or 0):
+        raise FinepointError(f"the run in {folder} has stopped early, after {done['steps']} steps; give a larger "
+                             f"--patience than {done['config']['patience']} to go on, or none")  # fmt: skip
     for checkpoint in saved:
-        if step_of(checkpoint) < steps:
+        losses = [loss for _, loss in evaluated(checkpoint)]
+        if step_of(checkpoint) < steps and not out_of_patience(losses, patience):
             return checkpoint
     raise FinepointError(f"the checkpoints in {folder} are of step {step_of(saved[-1])} and later; give more --steps "
                          "to go on, or start afresh with --overwrite")  # fmt: skip
+
+
+def evaluated(checkpoint: str | Path) -> list[tuple[int, float]]:
+    """The step and the loss of every evaluation before a checkpoint, and at it."""
+    return validation_losses(TrainerState.load_from_json(str(Path(checkpoint) / STATE)))
 
 
 def refuse_other_run(checkpoint: str, settings: Mapping[str, Any]) -> None:

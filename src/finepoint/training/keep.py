@@ -173,7 +173,7 @@ def kl(given: Protected) -> Penalty:
     model = given.context.model
     if (head := plain_head(model)) is None:
         raise FinepointError(f"{type(model).__name__} changes its head's logits, which would have to be kept for every "
-                             "token; give --protect-by anchor or replay")  # fmt: skip
+                             "token; give --protect-by replay")  # fmt: skip
     with evaluating(model), torch.no_grad():
         known = [states_at_labels(model, head, batch) for batch in given.batches(given.rows, 1)]
     before = head_as_it_is(head, known[0], given.moving)

@@ -44,6 +44,7 @@ from finepoint.training.checkpoints import (
     TIME,
     checkpoints,
     decisive,
+    evaluated,
     refuse_other_base,
     step_of,
     take_kernels_,
@@ -81,7 +82,7 @@ from finepoint.training.resolve import (
 from finepoint.training.settings import TrainConfig, Training
 from finepoint.training.texts import Writer, apart, texts_read
 from finepoint.training.tracking import tracked
-from finepoint.training.trainer import CHECKPOINTING, SparseCheckpoints, SparseTrainer, shared_arguments
+from finepoint.training.trainer import CHECKPOINTING, SparseCheckpoints, SparseTrainer, kept_at, shared_arguments
 from finepoint.tuner.finite import NotFiniteError, TrainingFailedError
 from finepoint.tuner.interface import Method
 from finepoint.tuner.kernels import choice
@@ -95,7 +96,9 @@ ANSWERS = "answers.json"
 """a few validation examples with what was answered before training and after, where they were asked"""
 OWN_TEXTS = "own-texts"
 """what the base has written to be held by, where it was told to"""
-BEST = ".best.safetensors"  # while a run is under way
+BEST = ".best.safetensors"  # while a run is under way, or may be gone on with
+NOT_KEPT = ("--keep best may need an evaluation before the checkpoint, and what was trained then is not there; train "
+            "afresh, or go on with --keep last")  # fmt: skip
 FOLDERS = (CHECKPOINTS, OWN_TEXTS)
 FILES = (LOG, UNDER_WAY, RECORD, BEST, TRAINED_ON, ANSWERS)
 """of an earlier run, which a new one in its folder takes away"""
@@ -304,7 +307,8 @@ def _fit(
             afterwards(config, context, adapter, folder)
         # The record says that all is done, and comes last: a killed run without it is gone on with.
         record = run.write_record({"adapter_bytes": size, **results, **settled, "leaks": leaked})
-        distributed.on_first(partial((folder / BEST).unlink, missing_ok=True))
+        if not config.save_every:  # else it may be gone on with
+            distributed.on_first(partial((folder / BEST).unlink, missing_ok=True))
         return record, adapter
 
 
@@ -365,8 +369,10 @@ def begun(
     context = replace(context, kept=kept_rows(config, context, writer), own=writer.told)
     settings = decisive(config, rows, base, context.kept) | ({EARLIER: earlier.facts()} if earlier else {})
     settings |= {TIME: clock.now().isoformat()} if tells_time(context.tokenizer) else {}
-    checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings)) if saved else None
-    if checkpoint:
+    checkpoint = None
+    if saved:
+        patience = getattr(config, "patience", None)
+        checkpoint = distributed.on_first(partial(to_go_on_from, folder, saved, steps, settings, patience))
         take_kernels_(checkpoint)
     method, chosen = make(context, head, base, folder if saved else None)
     choice.take_(distributed.on_first(choice.told))  # all processes as the first one
@@ -435,7 +441,8 @@ def carry_out_(
             if done:
                 run.save(done)
                 left = f"; the adapter of step {done} is in {run.folder}"
-            raise TrainingFailedError(f"{error}{left}; try a smaller --lr than {run.spec.lr}") from error
+            held = " and a weaker hold" if run.method.penalty or run.method.anchors else ""
+            raise TrainingFailedError(f"{error}{left}; try a smaller --lr than {run.spec.lr}{held}") from error
         except KeyboardInterrupt as error:
             raise (run.keeps and left_by(last, lambda: run.save(last.done), run.folder)) or error from None
         finally:
@@ -465,6 +472,8 @@ def _train_by_loss(
     """Trains on examples, followed by trackers; returns what the record says of it."""
     config, context, folder = run.spec.config, run.context, run.folder
     best = folder / BEST if config.keep == "best" else None
+    if best and run.checkpoint and evaluated(run.checkpoint) and not best.is_file():
+        raise FinepointError(NOT_KEPT)
     with tracked(config, folder, run.done()) as (tracking, followers):
         arguments = _arguments(run, tracking)
         set_seed(config.seed)
@@ -473,14 +482,13 @@ def _train_by_loss(
             data_collator=context.collator, callbacks=followers, measure=loss_named(config.loss).measure,
         )  # fmt: skip
         results = carry_out_(run, trainer, "training", best, config.patience)
-    if best:
-        if not best.is_file():
-            raise FinepointError("the best evaluation lies before the checkpoint, and that run did not keep it; "
-                                 "train afresh, or go on with --keep last")  # fmt: skip
-        trainer.restore_(best)
     context.model.eval()
     losses = validation_losses(trainer.state)
     step, lowest = min(losses, key=lambda found: found[1], default=(None, None))
+    if best:
+        if kept_at(best) not in (step, None):  # another course than the one that it is of
+            raise FinepointError(NOT_KEPT)
+        trainer.restore_(best)
     last = losses[-1][1] if losses else None
     results |= {"validation_loss": lowest if best else last, "last_validation_loss": last, "best_step": step}
     if run.method.holding:

@@ -41,6 +41,8 @@ def samples(
     Raises:
         FinepointError: the model writes no text of its own, as a classifier; conversations without a chat template.
     """
+    if count < 1:
+        raise FinepointError(f"count is {count}; give how many texts the model is to write")
     writes = model.get_output_embeddings() is not None and model.can_generate()
     if model.config.is_encoder_decoder or not writes:
         raise FinepointError(f"samples are what a causal language model writes, and {type(model).__name__} is none")

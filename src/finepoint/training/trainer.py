@@ -119,6 +119,13 @@ class Stretches(LengthBuckets):
             yield from self.mixed(self.alike(stretch), draw)
 
 
+def kept_at(file: Path) -> int | None:
+    """The step after which `keep` wrote; None where an earlier finepoint did, which did not say."""
+    with opened(file) as kept:
+        step = (kept.metadata() or {}).get("step")
+    return int(step) if step else None
+
+
 class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """Before a Trainer of transformers' or TRL's: it does what the method asks for beside the loss, and its checkpoints
     hold what the method trains, not the model."""
@@ -165,7 +172,7 @@ class SparseCheckpoints(Trainer if TYPE_CHECKING else object):  # type: ignore[m
         tensors = {**tuner.trained(), **(tuner.places() if self.method.refresh else {})}
         tensors |= self.method.average.kept() if self.method.average else {}
         kept = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        write_atomic(file, lambda path: save_file(kept, path))
+        write_atomic(file, lambda path: save_file(kept, path, {"step": str(self.state.global_step)}))
 
     def restore_(self, file: Path) -> None:
         """Puts back what `keep` wrote; one tensor at a time is in memory twice.

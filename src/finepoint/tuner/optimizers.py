@@ -104,7 +104,8 @@ class OrthogonalAdamW(AdamWByParameter):
     """AdamW whose steps leave a matrix's outputs and inputs in some directions as they are (after OSF,
     arXiv:2504.07097, which trains the factors of what is left instead).
 
-    A step D becomes (I - U U^T) D (I - V V^T), so that all steps together are orthogonal to U and V, decay too.
+    A step D becomes (I - U U^T) D (I - V V^T), so that all steps together are orthogonal to U and V, decay too. Where a
+    share of each step is taken, D is that share.
 
     Args:
         frozen: U and V for each matrix that has some, see `largest_directions`.
@@ -115,6 +116,8 @@ class OrthogonalAdamW(AdamWByParameter):
     ) -> None:
         super().__init__(parameters, lr, **more)
         self.frozen = frozen
+        self.shares: dict[Tensor, Tensor] = {}
+        """of its steps, see `scale_steps_`"""
 
     def step_(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:
@@ -125,6 +128,8 @@ class OrthogonalAdamW(AdamWByParameter):
         first = momentum / (1 - beta1 ** state["step"])
         root = square.div(1 - beta2 ** state["step"]).sqrt_().add_(group["epsilon"])
         step = first.div_(root).add_(parameter, alpha=group["weight_decay"])
+        if parameter in self.shares:
+            step *= self.shares[parameter]
         if parameter in self.frozen:
             left, right = self.frozen[parameter]
             step = step - left @ (left.mT @ step)
@@ -147,6 +152,9 @@ def scale_steps_(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], shar
     Args:
         shares: by the names of `trained`, of their shapes; what has none is moved as ever.
     """
+    if isinstance(optimizer, OrthogonalAdamW):  # shares of what it has projected would leave its directions
+        optimizer.shares = {trained[name]: share for name, share in shares.items()}
+        return
     before: dict[str, Tensor] = {}
 
     def keep(*_: Any) -> None:
