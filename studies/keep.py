@@ -28,6 +28,7 @@ FIGURES: dict[str, Shown] = {
         "random": ("random", "#8fc1d4", "o", "0.003"),
         "columns-own": ("random columns, anchored", "#1f6f8b", "D", None),
         "full-own": ("full, anchored", "#c0392b", "s", None),
+        "full-own-strongly": ("full, anchored at 10,000", "#c0392b", "^", None),
     },
     "columns": {
         "entries-01": ("entries, 0.1 %", "#c0392b", "^", None),

@@ -426,6 +426,11 @@ def test_an_adapter_loaded_by_its_path_is_taken_out_again(tmp_path, of_linear):
         for again in (lambda: finepoint.load(model, place), lambda: finepoint.load(model, place, trainable=True)):
             with pytest.raises(FinepointError, match="the adapter is applied to the model already"):
                 again()
+        other = SparseAdapter.load(place)
+        for change in other.changes.values():
+            change.numbers.add_(1)
+        with pytest.raises(FinepointError, match="does not fit this model.*another adapter is applied to it"):
+            finepoint.load(model, other)
         back(model)
         assert_same_bits(base, snapshot(model))
     with pytest.raises(FinepointError, match="not in training"):

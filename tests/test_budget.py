@@ -151,6 +151,10 @@ def test_from_the_command_line(model_folder, choice_file, tmp_path, capsys):
     assert found["kl"] <= 1e-4 < found["kl_before"]
     assert found["tries"][0] == {"scale": 1.0, "kl": found["kl_before"]}
     assert SparseAdapter.load(tmp_path / "scaled").info["scaled"]["kl"] == found["kl"]
+    said = f"by {found['scale']:.4g}, the change that was trained, for a KL of at most 0.0001"
+    assert said in (tmp_path / "scaled" / "README.md").read_text()
+    assert main(["inspect", str(tmp_path / "scaled")]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
     assert main(["scale", str(tmp_path / "scaled"), *common[2:], "--disturb-at-most", "1e-4",
                  "--output", str(tmp_path / "again")]) == 0  # fmt: skip
     assert "at scale 1: KL to the base on 3 texts" in capsys.readouterr().out

@@ -151,7 +151,10 @@ class SparseAdapter(Contents):
             check_weight(name, parameters[name])
         if problems := self.problems(model):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise FinepointError(f"the adapter does not fit this model: {problems[0]}{more}")
+            beside = "" if not applied_to(model) else (
+                "; another adapter is applied to it, which finepoint.unload(model) takes out, and "
+                "finepoint.AdapterSet holds several")  # fmt: skip
+            raise FinepointError(f"the adapter does not fit this model: {problems[0]}{more}{beside}")
         if in_place and (quantised := self.quantised_in(model)):
             raise FinepointError(
                 f"{quantised[0]} is quantised: its entries share scales, so that none can be set on its own; use "

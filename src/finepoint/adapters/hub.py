@@ -161,9 +161,10 @@ def results_measured(found: Mapping[str, Any], adapter: str, file: str) -> dict[
 
 def _body(adapter: "Contents", base: str) -> str:
     """What the card says to people."""
+    from finepoint.adapters.inspection import in_a_line
+
     left_out = ("base_model", "data")
-    facts = {key: value for key, value in adapter.info.items()
-             if isinstance(value, str | int | float) and key not in left_out}  # fmt: skip
+    facts = {key: value for key, value in in_a_line(adapter.info).items() if key not in left_out}
     data = adapter.info.get("data")
     facts |= {"data": Path(data).name} if isinstance(data, str) else {}
     rows = "".join(

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from html import escape
 from math import prod
 from typing import Any
@@ -30,6 +31,15 @@ def by_module(adapter: Contents) -> list[dict[str, Any]]:
         row["share"] = row["entries"] / row.pop("size")
         row["mean_abs_delta"] = row.pop("total") / row["entries"] if row["largest"] is not None else None
     return list(rows.values())
+
+
+def in_a_line(info: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """What an adapter says of itself that a line can show; also by how much it was weakened, and to which budget."""
+    shown = {key: value for key, value in info.items() if isinstance(value, str | int | float)}
+    if isinstance(told := info.get("scaled"), dict) and {"scale", "kl", "disturb_at_most"} <= told.keys():
+        shown["scaled"] = (f"by {told['scale']:.4g}, the change that was trained, for a KL of at most "
+                           f"{told['disturb_at_most']:g}: {told['kl']:.3g}")  # fmt: skip
+    return shown
 
 
 def facts(adapter: Contents) -> dict[str, Any]:

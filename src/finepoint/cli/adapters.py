@@ -176,14 +176,14 @@ class PullConfig:
 
 def run_inspect(config: InspectConfig) -> None:
     from finepoint.adapters.adapter import SparseAdapter
-    from finepoint.adapters.inspection import by_module, facts, heat_map
+    from finepoint.adapters.inspection import by_module, facts, heat_map, in_a_line
 
     adapter = SparseAdapter.load(config.folder)
     found = facts(adapter)
     if config.json:
         print_json(found)
         return
-    simple = {key: value for key, value in found.items() if isinstance(value, str | int | float)}
+    simple = in_a_line(found)
     shown = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in simple.items()}
     print_table(["fact", "value"], [[key, value] for key, value in shown.items()], title=config.folder)
     print()

@@ -70,6 +70,10 @@ class Writer:
         self.told = {"folder": str(folder), **facts["rows"], "seconds": round(time.perf_counter() - started, 2)}
         return [example for name in facts["rows"] for example in read_examples(str(folder / f"{name}.jsonl"))]
 
+    @property
+    def purpose(self) -> str:
+        return "to measure on" if self.seed == HELD_OUT else "to be kept by"
+
     def _key(self, count: int) -> str:
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         tokens = fast.to_str() if fast else sorted(self.tokenizer.get_vocab().items())
@@ -85,7 +89,7 @@ class Writer:
                 for name, found in rows.items():
                     write_json_lines(folder / f"{name}.jsonl", found)
                 write_json(folder / FACTS, {"rows": {name: len(found) for name, found in rows.items()}})
-                logger.info("the base has written %s, to be kept by; they lie in %s", _counted(rows), folder)
+                logger.info("the base has written %s, %s; they lie in %s", _counted(rows), self.purpose, folder)
         return folder
 
     def _written(self, count: int) -> dict[str, list[dict[str, Any]]]:
@@ -95,7 +99,7 @@ class Writer:
             raise FinepointError(f"--protect {OWN} has a whole model write, and this one is sharded; write the texts "
                                  "once without a launcher: finepoint data samples")  # fmt: skip
         with (as_before_latest(self.model, len(applied_to(self.model))),
-              progress("writing text to be kept by", passes(self.tokenizer, count, TOKENS)) as advance):  # fmt: skip
+              progress(f"writing text {self.purpose}", passes(self.tokenizer, count, TOKENS)) as advance):  # fmt: skip
             counting = self.model.register_forward_hook(lambda *_: advance(1))
             try:
                 rows = texts_and_conversations(self.model, self.tokenizer, count, self.seed, TOKENS)
