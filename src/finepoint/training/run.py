@@ -96,7 +96,7 @@ ANSWERS = "answers.json"
 """a few validation examples with what was answered before training and after, where they were asked"""
 OWN_TEXTS = "own-texts"
 """what the base has written to be held by, where it was told to"""
-BEST = ".best.safetensors"  # while a run is under way, or may be gone on with
+BEST = ".best.safetensors"  # while a run without checkpoints is under way
 NOT_KEPT = ("--keep best may need an evaluation before the checkpoint, and what was trained then is not there; train "
             "afresh, or go on with --keep last")  # fmt: skip
 FOLDERS = (CHECKPOINTS, OWN_TEXTS)
@@ -307,8 +307,7 @@ def _fit(
             afterwards(config, context, adapter, folder)
         # The record says that all is done, and comes last: a killed run without it is gone on with.
         record = run.write_record({"adapter_bytes": size, **results, **settled, "leaks": leaked})
-        if not config.save_every:  # else it may be gone on with
-            distributed.on_first(partial((folder / BEST).unlink, missing_ok=True))
+        distributed.on_first(partial((folder / BEST).unlink, missing_ok=True))
         return record, adapter
 
 
@@ -471,7 +470,7 @@ def _train_by_loss(
 ) -> dict[str, Any]:
     """Trains on examples, followed by trackers; returns what the record says of it."""
     config, context, folder = run.spec.config, run.context, run.folder
-    best = folder / BEST if config.keep == "best" else None
+    best = _best_file(config, folder) if config.keep == "best" else None
     if best and run.checkpoint and evaluated(run.checkpoint) and not best.is_file():
         raise FinepointError(NOT_KEPT)
     with tracked(config, folder, run.done()) as (tracking, followers):
@@ -497,6 +496,20 @@ def _train_by_loss(
         if found["scale"] < 1 and validation:
             results["validation_loss"] = trainer.evaluate()["eval_loss"]
     return results | ({"refreshes": refreshes(trainer.state)} if config.refresh else {})
+
+
+def _best_file(config: TrainConfig, folder: Path) -> Path:
+    """Where what was best so far is kept: beside the checkpoints, where there are some to go on from."""
+    if not config.save_every:
+        return folder / BEST
+    beside, before = folder / CHECKPOINTS / "best.safetensors", folder / BEST
+
+    def move() -> None:
+        if before.is_file() and not beside.is_file():  # an earlier finepoint's, of a run that is gone on with
+            before.replace(beside)
+
+    distributed.on_first(move)
+    return beside
 
 
 def _settled_(run: Run[TrainConfig]) -> dict[str, Any]:
