@@ -36,9 +36,11 @@ def by_module(adapter: Contents) -> list[dict[str, Any]]:
 def in_a_line(info: Mapping[str, Any]) -> dict[str, str | int | float]:
     """What an adapter says of itself that a line can show; also by how much it was weakened, and to which budget."""
     shown = {key: value for key, value in info.items() if isinstance(value, str | int | float)}
-    if isinstance(told := info.get("scaled"), dict) and {"scale", "kl", "disturb_at_most"} <= told.keys():
-        shown["scaled"] = (f"by {told['scale']:.4g}, the change that was trained, for a KL of at most "
-                           f"{told['disturb_at_most']:g}: {told['kl']:.3g}")  # fmt: skip
+    told = info.get("scaled")
+    keys = ("scale", "disturb_at_most", "kl")
+    scale, budget, kl = (told.get(key) if isinstance(told, dict) else None for key in keys)
+    if all(isinstance(value, int | float) for value in (scale, budget, kl)):  # strangers write what they like
+        shown["scaled"] = f"by {scale:.4g}, the change that was trained, for a KL of at most {budget:g}: {kl:.3g}"
     return shown
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from math import inf
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -209,7 +210,7 @@ def _kept(model: Any, protect: Any, tokenizer: Any, seed: int, strength: float) 
     if model.config.is_encoder_decoder or head_of(model) or model.get_output_embeddings() is None:
         raise FinepointError("protect keeps how a causal language model writes on, and "
                              f"{type(model).__name__} is none; leave it out")  # fmt: skip
-    if not isinstance(strength, int | float) or not 0 <= strength < inf:
+    if not isinstance(strength, Real) or not 0 <= strength < inf:
         raise FinepointError(f"protect_strength is {strength!r}; give a number, 0 or more")
     named = [protect] if isinstance(protect, str) else protect if isinstance(protect, list | tuple) else []
     if named and all(isinstance(each, str) for each in named) and names_own(named):

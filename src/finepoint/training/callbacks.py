@@ -128,7 +128,7 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if math.isinf((logs or {}).get("grad_norm", 0.0)):
+        if math.isinf((logs or {}).get("grad_norm") or 0.0):
             raise NotFiniteError(f"the norm of the gradient became infinite at step {state.global_step}, and clipping "
                                  "has made it 0")  # fmt: skip
         found = {
