@@ -45,8 +45,11 @@ def test_a_classifier_is_measured_and_a_quantised_model_asked_in_a_way_that_it_c
         say_next("train", plain("train", output="b", validation="v.jsonl"))
         say_next("train", plain("train", output="b"))
         say_next("rules", plain("rules"))
+        (tmp_path / "c.jsonl").write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
+        say_next("train", plain("train", output="b", data=str(tmp_path / "c.jsonl"), dtype="bfloat16"))
     commands = [line.split()[2] for line in caplog.messages]
-    assert commands == ["eval", "generate", "eval", "chat"]
+    assert commands == ["eval", "generate", "eval", "chat", "eval"]
+    assert caplog.messages[-1].endswith("--id test=FILE --dtype bfloat16")
     assert "--id validation=v.jsonl" in caplog.messages[2]
 
 

@@ -60,11 +60,14 @@ def test_choices_of_one_prompt_share_one_row(model, tokenizer):
 
 def test_choice_accuracy_raw_and_normalised(model, tokenizer):
     raw = normalised = 0
+    right: list[float] = []
     for e in EXAMPLES:
         sums = []
         for choice in e.choices:
             context, continuation = encode_pair(tokenizer, e.prompt, choice)
-            sums.append(sum(plain_log_likelihood(model, context + continuation, len(context))))
+            values = plain_log_likelihood(model, context + continuation, len(context))
+            sums.append(sum(values))
+            right += values if choice == e.choices[e.answer] else []
         lengths = [len(choice.strip()) for choice in e.choices]
         raw += max(range(len(sums)), key=lambda i: sums[i]) == e.answer
         normalised += max(range(len(sums)), key=lambda i: sums[i] / lengths[i]) == e.answer
@@ -73,6 +76,19 @@ def test_choice_accuracy_raw_and_normalised(model, tokenizer):
     assert found["accuracy_normalised"] == normalised / 3
     assert found["stderr"] == pytest.approx(math.sqrt(raw / 3 * (1 - raw / 3) / 3))
     assert found["n"] == 3
+    assert found["loss"]["nll"] == pytest.approx(-sum(right) / len(right), rel=1e-5)
+    assert found["loss"]["tokens"] == len(right)
+    trained = mean_nll(model, tokenizer, EXAMPLES)  # counts what training would learn
+    assert found["loss"] == {name: pytest.approx(value, rel=1e-5) for name, value in trained.items()}
+
+
+def test_a_right_choice_of_probability_0_leaves_the_accuracy_without_a_loss(model, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(scoring, "token_log_likelihoods",
+                        lambda m, t, requests, *_: [torch.tensor([-float("inf")])] * len(requests))  # fmt: skip
+    found = accuracy(model, tokenizer, [Choices("a:", (" b", " c"), 0)])
+    assert found["loss"] is None
+    assert found["accuracy"] == 1
+    assert "no loss beside the accuracy" in caplog.text
 
 
 def test_a_scorer_that_always_says_the_first_scores_its_share(model, tokenizer, monkeypatch):

@@ -28,7 +28,9 @@ def _say(words: list[str]) -> None:
 
 
 def _train(config: Any) -> Words:
-    return _try(config.model, config.output, config.dtype, config.quantise, getattr(config, "validation", None))
+    if not config.validation and "choices" in _keys(config.data):  # these are chosen from, and not written
+        return _measure(config.model, config.output, "test=FILE", config.dtype, config.quantise)
+    return _try(config.model, config.output, config.dtype, config.quantise, config.validation)
 
 
 def _select(config: Any) -> Words:
@@ -62,14 +64,22 @@ def _eval(config: Any) -> Words:
 
 def _try(model: str, adapter: str, dtype: str | None, quantise: str | None, validation: Any = None) -> Words:
     """Measure it where there are examples that it was not trained on, or where nothing else can be done; else talk."""
-    loaded = ["--dtype", dtype] if dtype not in (None, "auto") else []
-    loaded += ["--quantise", quantise] if quantise else []
+    loaded = _loaded(dtype, quantise)
     if isinstance(validation, str) or _is_classifier(adapter):
         measured = f"validation={validation}" if isinstance(validation, str) else "test=FILE"
-        return ["eval", "--model", model, "--adapter", adapter, "--id", measured, *loaded]
+        return _measure(model, adapter, measured, dtype, quantise)
     if quantise:  # whose entries cannot be switched
         return ["generate", "--model", model, "--adapter", adapter, "--base", "--prompt", "..", *loaded]
     return ["chat", "--model", model, "--adapter", adapter, *loaded]
+
+
+def _measure(model: str, adapter: str, on: str, dtype: str | None, quantise: str | None) -> list[str]:
+    return ["eval", "--model", model, "--adapter", adapter, "--id", on, *_loaded(dtype, quantise)]
+
+
+def _loaded(dtype: str | None, quantise: str | None) -> list[str]:
+    as_one = ["--dtype", dtype] if dtype is not None and dtype != "auto" else []
+    return [*as_one, *(["--quantise", quantise] if quantise else [])]
 
 
 def _is_classifier(adapter: str) -> bool:
@@ -86,18 +96,20 @@ def _data(config: Any) -> Words:
         files = [str(path) for path in sorted(Path(config.output).glob("*-train.jsonl"))]
     if not files:
         return None
-    command = ["align", "--method", "dpo"] if _holds_pairs(files[0]) else ["train"]
+    pairs = {"chosen", "rejected"} <= _keys(files[0])
+    command = ["align", "--method", "dpo"] if pairs else ["train"]
     return [*command, "--model", config.model or "MODEL", "--data", files[0], "--output", "adapters/mine"]
 
 
-def _holds_pairs(source: str) -> bool:
-    """Whether the first row is a preference pair."""
+def _keys(source: Any) -> set[str]:
+    """The keys of a file's first row; none where there is no such file."""
     from finepoint.data.sources import rows_of
 
-    with suppress(FinepointError):  # the line is a hint: what is wrong with a file its reader says
-        for _, row in rows_of(source):
-            return isinstance(row, dict) and {"chosen", "rejected"} <= set(row)
-    return False
+    if isinstance(source, str) and Path(source).exists():
+        with suppress(FinepointError):  # the line is a hint: what is wrong with a file its reader says
+            for _, row in rows_of(source):
+                return set(row) if isinstance(row, dict) else set()
+    return set()
 
 
 NEXT: dict[str, Callable[[Any], Words]] = {

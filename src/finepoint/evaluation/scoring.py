@@ -56,12 +56,13 @@ def accuracy(
     Choices: the likeliest continuation, by summed log-likelihood (`accuracy`) and by that divided by the choice's
     length in characters without surrounding spaces (`accuracy_normalised`), as lm-evaluation-harness does. Completions
     and chats: greedy generation equals the reference, both stripped, which is hard to meet and says nothing of near
-    misses: the loss of the references is beside it. Labelled texts: the likeliest class. Plain text has no accuracy.
+    misses. Labelled texts: the likeliest class. Plain text has no accuracy. But for labelled texts the loss of the
+    references is beside it, which tells models apart that get as many right.
 
     Returns:
-        `accuracy`, `accuracy_normalised` (equal where there is nothing to normalise), `stderr`, `n`; of completions and
-        chats also `measure`, "exact match", and `loss`, see `mean_nll` (None where it is infinite); of classes what
-        `by_class` finds.
+        `accuracy`, `accuracy_normalised` (equal where there is nothing to normalise), `stderr`, `n`; but for classes
+        `loss`, see `mean_nll` (None where it is infinite); of completions and chats also `measure`, "exact match"; of
+        classes what `by_class` finds.
     """
     limit = context_length(model, max_length)
     match examples[0]:
@@ -75,15 +76,16 @@ def accuracy(
             return summary(right, right) | by_class(confusion(classes, answers, len(labels)), labels)
         case Completion() | Chat():
             right = [float(ok) for ok in generation_hits(model, tokenizer, examples, limit, new_tokens, advance)]
-            return summary(right, right) | {"measure": EXACT, "loss": _loss(model, tokenizer, examples, max_length)}
+            return summary(right, right) | {"measure": EXACT, "loss": _told(
+                lambda: mean_nll(model, tokenizer, examples, max_length=max_length))}  # fmt: skip
         case _:
             raise AssertionError("text has no accuracy")
 
 
-def _loss(model: Any, tokenizer: Any, examples: Sequence[Example], max_length: int | None) -> dict[str, Any] | None:
-    """`mean_nll` beside another measure, which stands where there is no such number."""
+def _told(loss: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """A loss beside another measure, which stands where there is no such number."""
     try:
-        return mean_nll(model, tokenizer, examples, max_length=max_length)
+        return loss()
     except FinepointError as error:
         logger.warning("no loss beside the accuracy: %s", error)
         return None
@@ -96,10 +98,13 @@ def choice_accuracy(
 
     Returns:
         Besides those of `accuracy`: `most_frequent_answer`, the share of the position answered most; `chance`, what a
-        guess gets right; `majority`, what the position that is right most often gets.
+        guess gets right; `majority`, what the position that is right most often gets; `loss`, that of the right choices
+        (see `mean_nll`; None where one has the probability 0).
     """
     raw, normalised, answers = [], [], []
-    for example, scores in zip(examples, choice_likelihoods(model, tokenizer, examples, limit, advance), strict=True):
+    values = _of_choices(model, tokenizer, examples, limit, advance)
+    for example, own in zip(examples, values, strict=True):
+        scores = [float(tokens.sum()) for tokens in own]
         per_character = [s / len(c.strip() or c) for s, c in zip(scores, example.choices, strict=True)]
         answers.append(scores.index(max(scores)))
         raw.append(float(answers[-1] == example.answer))
@@ -109,6 +114,7 @@ def choice_accuracy(
         "most_frequent_answer": most_frequent,
         "chance": mean(1 / len(example.choices) for example in examples),
         "majority": max(Counter(example.answer for example in examples).values()) / len(examples),
+        "loss": _told(lambda: _nll([own[example.answer] for example, own in zip(examples, values, strict=True)])),
     }
 
 
@@ -123,6 +129,14 @@ def choice_likelihoods(
     Raises:
         FinepointError: a choice is longer than `limit`, so that part of it would not count.
     """
+    values = _of_choices(model, tokenizer, examples, limit, advance)
+    return [[float(tokens.sum()) for tokens in own] for own in values]
+
+
+def _of_choices(
+    model: Any, tokenizer: Any, examples: Sequence[Choices], limit: int, advance: Advance
+) -> list[list[Tensor]]:
+    """The log-likelihoods of the tokens of each choice of each example; see `choice_likelihoods`."""
     texts = [(e.prompt, choice) for e in examples for choice in e.choices]
     owners = [e for e in examples for _ in e.choices]
     found = encode_pairs(tokenizer, texts, [owner.where for owner in owners])
@@ -140,8 +154,8 @@ def choice_likelihoods(
         requests += [(last_of(context, len(context) - cut, front) if cut < len(context) else [], continuation)
                      for context, continuation in pairs]  # fmt: skip
     warn_of_truncation(sizes, limit, "prompt")
-    sums = iter([float(values.sum()) for values in token_log_likelihoods(model, tokenizer, requests, limit, advance)])
-    return [[next(sums) for _ in example.choices] for example in examples]
+    values = iter(token_log_likelihoods(model, tokenizer, requests, limit, advance))
+    return [[next(values) for _ in example.choices] for example in examples]
 
 
 def summary(raw: Sequence[float], normalised: Sequence[float]) -> dict[str, Any]:
@@ -238,18 +252,23 @@ def mean_nll(
             owners.append(place)
     found = token_log_likelihoods(model, tokenizer, requests, limit, advance)
     parts = [values[torch.tensor(kept, dtype=torch.bool)] for values, kept in zip(found, learned, strict=True)]
-    values = torch.cat([torch.empty(0), *parts])
-    if not len(values):
+    by_example: dict[int, list[Tensor]] = defaultdict(list)
+    for owner, part in zip(owners, parts, strict=True):
+        by_example[owner].append(part)
+    return _nll([torch.cat(own) for own in by_example.values()])
+
+
+def _nll(each: Sequence[Tensor]) -> dict[str, Any]:
+    """What `mean_nll` says of the log-likelihoods of each example's tokens."""
+    each = [values.double() for values in each if len(values)]
+    if not each:
         raise FinepointError("no example has a token whose likelihood could be measured; are the texts one token long?")
+    values = torch.cat(each)
     if not bool(values.isfinite().all()):
         raise FinepointError("the model gives a token of the examples the probability 0, so that their mean negative "
                              "log-likelihood is infinite")  # fmt: skip
-    by_example: dict[int, list[Tensor]] = defaultdict(list)
-    for owner, part in zip(owners, parts, strict=True):
-        by_example[owner].append(part.double())
-    each = [torch.cat(own) for own in by_example.values() if sum(map(len, own))]
     error = ratio_error([-own.sum().item() for own in each], [len(own) for own in each])
-    return {"nll": -values.double().mean().item(), "stderr": error, "tokens": len(values)}
+    return {"nll": -values.mean().item(), "stderr": error, "tokens": len(values)}
 
 
 def class_names(model: Any) -> list[str]:
