@@ -13,7 +13,9 @@ demo: $(INSTALLED)
 	$(BIN)/finepoint demo --output runs/demo --overwrite
 
 # Side by side in up to four processes of one thread each, the longest files first.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not vllm"
+# One more than there are cores: some tests wait for processes of their own.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+SIDE_BY_SIDE := -n $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not vllm"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
