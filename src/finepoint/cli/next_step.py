@@ -28,7 +28,8 @@ def _say(words: list[str]) -> None:
 
 
 def _train(config: Any) -> Words:
-    if not config.validation and "choices" in _keys(config.data):  # these are chosen from, and not written
+    here = isinstance(config.data, str) and Path(config.data).exists()  # nothing is fetched for a hint
+    if here and not config.validation and "choices" in _keys(config.data):  # these are chosen from, and not written
         return _measure(config.model, config.output, "test=FILE", config.dtype, config.quantise)
     return _try(config.model, config.output, config.dtype, config.quantise, config.validation)
 
@@ -101,14 +102,13 @@ def _data(config: Any) -> Words:
     return [*command, "--model", config.model or "MODEL", "--data", files[0], "--output", "adapters/mine"]
 
 
-def _keys(source: Any) -> set[str]:
-    """The keys of a file's first row; none where there is no such file."""
+def _keys(source: str) -> set[str]:
+    """The keys of the first row; none where it cannot be read."""
     from finepoint.data.sources import rows_of
 
-    if isinstance(source, str) and Path(source).exists():
-        with suppress(FinepointError):  # the line is a hint: what is wrong with a file its reader says
-            for _, row in rows_of(source):
-                return set(row) if isinstance(row, dict) else set()
+    with suppress(FinepointError):  # the line is a hint: what is wrong with a file its reader says
+        for _, row in rows_of(source):
+            return set(row) if isinstance(row, dict) else set()
     return set()
 
 
