@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 
 # Side by side in up to four processes of one thread each, the longest files first.
 # One more than there are cores: some tests wait for processes of their own.
-CORES := $(shell getconf _NPROCESSORS_ONLN)
+CORES := $(shell nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)
 SIDE_BY_SIDE := -n $(shell expr $(CORES) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not vllm"
 
 test: lint

@@ -1,12 +1,11 @@
 """What carries over: how cells of a study answer other sets than that of their task, beside the base, as one table.
 
     finepoint compare --config studies/elsewhere.yaml --output runs/elsewhere
-    python studies/elsewhere.py runs/elsewhere    # writes docs/study/elsewhere.csv, prints means over seeds
+    python studies/elsewhere.py runs/elsewhere    # adds them to docs/study/elsewhere.csv, prints means over seeds
 
 A row is one training and one set; the base's rows have no seed.
 """
 
-import csv
 import json
 import sys
 from collections import defaultdict
@@ -15,10 +14,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from keep import PLAIN, Row, added
+
 TABLE = Path(__file__).parent.parent / "docs" / "study" / "elsewhere.csv"
 MEASURES = ["accuracy", "loss", "kl_prompts"]
-COLUMNS = ["task", "arm", "lr", "seed", "set", "n", *MEASURES]
-Row = dict[str, Any]
+KEY = ["task", "arm", "lr", "seed", "set"]
+COLUMNS = [*KEY, "n", *MEASURES]
 
 
 def rows_of(study: Path) -> Iterator[Row]:
@@ -28,7 +29,7 @@ def rows_of(study: Path) -> Iterator[Row]:
     for task in sorted({cell["task"] for cell in cells}):
         yield from _sets({"task": task, "arm": "base", "lr": "", "seed": ""}, base)
     for cell in cells:
-        named = {name: cell[name] for name in ("task", "lr", "seed")} | {"arm": cell["arm"].replace("-rank=8", "")}
+        named = {name: cell[name] for name in ("task", "lr", "seed")} | {"arm": PLAIN.get(cell["arm"], cell["arm"])}
         yield from _sets(named, {**cell["scores"]["id"], **cell["scores"]["ood"]})
 
 
@@ -45,17 +46,12 @@ def means(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         groups[row["task"], row["set"], row["arm"]].append(row)
     for (task, name, arm), members in sorted(groups.items()):
-        found = [f"{key} {fmean(float(row[key]) for row in members):.4g}" for key in MEASURES if key in members[0]]
+        found = [f"{key} {fmean(float(row[key]) for row in members):.4g}" for key in MEASURES if members[0].get(key)]
         yield f"{task} on {name}, {arm}: {len(members)} trainings, {', '.join(found)}"
 
 
 def main(folders: Sequence[str]) -> None:
-    found = {tuple(str(row[key]) for key in COLUMNS[:5]): row for at in folders for row in rows_of(Path(at))}
-    rows = [found[each] for each in sorted(found)]
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        out.writeheader()
-        out.writerows(rows)
+    rows = added(TABLE, COLUMNS, KEY, (row for at in folders for row in rows_of(Path(at))))
     print(*means(rows), sep="\n")
 
 

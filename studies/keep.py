@@ -65,8 +65,8 @@ def rows_of(cells: Iterable[Path]) -> Iterator[Row]:
         }
 
 
-def key(row: Row) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in KEY)
+def key(row: Row, named: Sequence[str] = KEY) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in named)
 
 
 def means(rows: Sequence[Row]) -> Iterator[str]:
@@ -108,15 +108,24 @@ def draw(rows: Sequence[Row], shown: Shown, tasks: Sequence[str], path: Path) ->
     figure.savefig(path, metadata={"Date": None})
 
 
-def main(folders: Sequence[str]) -> None:
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        known = {key(row): row for row in csv.DictReader(file)}
-    known |= {key(row): row for row in rows_of(path for at in folders for path in Path(at).glob("cells/*.json"))}
-    rows = [known[each] for each in sorted(known)]
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+def added(table: Path, columns: Sequence[str], named: Sequence[str], rows: Iterable[Row]) -> list[Row]:
+    """All rows of a table after some are added, of which each replaces the one that is named alike."""
+    known: dict[tuple[str, ...], Row] = {}
+    if table.exists():
+        with table.open(encoding="utf-8", newline="") as file:
+            known = {key(row, named): row for row in csv.DictReader(file)}
+    known |= {key(row, named): row for row in rows}
+    found = [known[each] for each in sorted(known)]
+    with table.open("w", encoding="utf-8", newline="") as file:
+        out = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         out.writeheader()
-        out.writerows(rows)
+        out.writerows(found)
+    return found
+
+
+def main(folders: Sequence[str]) -> None:
+    cells = (path for at in folders for path in Path(at).glob("cells/*.json"))
+    rows = added(TABLE, COLUMNS, KEY, rows_of(cells))
     for name, shown in FIGURES.items():
         draw(rows, shown, TASKS[name], TABLE.with_name(f"{name}.svg"))
     print(*means(rows), sep="\n")

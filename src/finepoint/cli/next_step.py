@@ -29,9 +29,9 @@ def _say(words: list[str]) -> None:
 
 def _train(config: Any) -> Words:
     here = isinstance(config.data, str) and Path(config.data).exists()  # nothing is fetched for a hint
-    if here and not config.validation and "choices" in _keys(config.data):  # these are chosen from, and not written
-        return _measure(config.model, config.output, "test=FILE", config.dtype, config.quantise)
-    return _try(config.model, config.output, config.dtype, config.quantise, config.validation)
+    chosen = here and not config.validation and "choices" in _keys(config.data)  # from which to choose, not to write
+    on = f"validation={config.validation}" if isinstance(config.validation, str) else "test=FILE" if chosen else None
+    return _try(config.model, config.output, config.dtype, config.quantise, on)
 
 
 def _select(config: Any) -> Words:
@@ -63,24 +63,15 @@ def _eval(config: Any) -> Words:
     return _try(config.model, config.adapter[0], config.dtype, config.quantise)
 
 
-def _try(model: str, adapter: str, dtype: str | None, quantise: str | None, validation: Any = None) -> Words:
-    """Measure it where there are examples that it was not trained on, or where nothing else can be done; else talk."""
-    loaded = _loaded(dtype, quantise)
-    if isinstance(validation, str) or _is_classifier(adapter):
-        measured = f"validation={validation}" if isinstance(validation, str) else "test=FILE"
-        return _measure(model, adapter, measured, dtype, quantise)
+def _try(model: str, adapter: str, dtype: str | None, quantise: str | None, on: str | None = None) -> Words:
+    """Measure it where it is said on what, or where nothing else can be done; else talk."""
+    loaded = ["--dtype", dtype] if dtype not in (None, "auto") else []
+    loaded += ["--quantise", quantise] if quantise else []
+    if on or _is_classifier(adapter):
+        return ["eval", "--model", model, "--adapter", adapter, "--id", on or "test=FILE", *loaded]
     if quantise:  # whose entries cannot be switched
         return ["generate", "--model", model, "--adapter", adapter, "--base", "--prompt", "..", *loaded]
     return ["chat", "--model", model, "--adapter", adapter, *loaded]
-
-
-def _measure(model: str, adapter: str, on: str, dtype: str | None, quantise: str | None) -> list[str]:
-    return ["eval", "--model", model, "--adapter", adapter, "--id", on, *_loaded(dtype, quantise)]
-
-
-def _loaded(dtype: str | None, quantise: str | None) -> list[str]:
-    as_one = ["--dtype", dtype] if dtype is not None and dtype != "auto" else []
-    return [*as_one, *(["--quantise", quantise] if quantise else [])]
 
 
 def _is_classifier(adapter: str) -> bool:

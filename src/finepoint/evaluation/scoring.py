@@ -76,13 +76,13 @@ def accuracy(
             return summary(right, right) | by_class(confusion(classes, answers, len(labels)), labels)
         case Completion() | Chat():
             right = [float(ok) for ok in generation_hits(model, tokenizer, examples, limit, new_tokens, advance)]
-            return summary(right, right) | {"measure": EXACT, "loss": _told(
+            return summary(right, right) | {"measure": EXACT, "loss": _beside(
                 lambda: mean_nll(model, tokenizer, examples, max_length=max_length))}  # fmt: skip
         case _:
             raise AssertionError("text has no accuracy")
 
 
-def _told(loss: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+def _beside(loss: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     """A loss beside another measure, which stands where there is no such number."""
     try:
         return loss()
@@ -114,7 +114,7 @@ def choice_accuracy(
         "most_frequent_answer": most_frequent,
         "chance": mean(1 / len(example.choices) for example in examples),
         "majority": max(Counter(example.answer for example in examples).values()) / len(examples),
-        "loss": _told(lambda: _nll([own[example.answer] for example, own in zip(examples, values, strict=True)])),
+        "loss": _beside(lambda: _nll([own[example.answer] for example, own in zip(examples, values, strict=True)])),
     }
 
 
